@@ -316,9 +316,9 @@ class MetaModule(nn.Module):
             _check_like(name, source[name], tensor)
         for name, (_, places) in self._tensors().items():
             _put(places, source[name])
-        with torch.no_grad():
-            for name, buffer in self.named_buffers():
-                buffer.copy_(other.get_buffer(name))
+        for name, _ in list(self.named_buffers()):  # not in place: an older graph may hold them
+            path, _, last = name.rpartition(".")
+            self.get_submodule(path)._buffers[last] = other.get_buffer(name).detach().clone()
 
     def _tensors(self) -> dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]:
         """Each distinct parameter under its first name, with every (module, name) that holds it."""
@@ -331,10 +331,11 @@ class MetaModule(nn.Module):
                 found.setdefault(key, (tensor, []))[1].append((module, name))
         return found
 
-    def _replace_graphs(self, make_leaf: Callable[[Tensor], Tensor]) -> None:
-        for tensor, places in self._tensors().values():
-            if not tensor.is_leaf:
-                _put(places, make_leaf(tensor))
+    def _replace_graphs(self, make_leaf: Callable[[Tensor], Tensor]) -> bool:
+        carrying = [(tensor, places) for tensor, places in self._tensors().values() if not tensor.is_leaf]
+        for tensor, places in carrying:
+            _put(places, make_leaf(tensor))
+        return bool(carrying)
 
     # ---- ordinary torch life with tensors that carry a graph ---------------------------------------------------
 
@@ -370,7 +371,11 @@ class MetaModule(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        self._replace_graphs(lambda tensor: nn.Parameter(tensor.detach().clone()))  # an older graph may need the values
+        # loading copies in place; what an older graph may need, running statistics included, is left to it
+        if self._replace_graphs(lambda tensor: nn.Parameter(tensor.detach().clone())):
+            for name, buffer in list(self.named_buffers()):
+                path, _, last = name.rpartition(".")
+                self.get_submodule(path)._buffers[last] = buffer.detach().clone()
         if local_metadata.get("assign_to_params_buffers", False):
             for name, tensor in self._parameters.items():
                 if tensor is not None and not isinstance(tensor, nn.Parameter):  # torch keeps requires_grad of these only

@@ -406,3 +406,782 @@ def test_packed_sequences_and_train_dropout_of_an_lstm():
     expected = plain(packed)[0].data
     torch.manual_seed(3)
     same(meta(packed)[0].data, expected)
+
+
+# ---- to_meta ---------------------------------------------------------------------------------------------------------
+
+
+class Gate(nn.Module):
+    """A third-party module: a parameter of its own, a buffer registered before it, a child, a method called copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("offset", torch.ones(3))
+        self.gain = nn.Parameter(torch.randn(3))
+        self.register_parameter("unused", None)
+        self.params = nn.ParameterList([nn.Parameter(torch.randn(3))])
+        self.layer = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.PReLU())
+
+    def copy(self):
+        return "Gate's own"
+
+    def forward(self, x):
+        return self.layer(self.gain * x + self.offset) * self.params[0]
+
+
+class Tied(nn.Module):
+    def __init__(self, layer=nn.Linear):
+        super().__init__()
+        self.encoder, self.decoder = layer(3, 3, bias=False), layer(3, 3, bias=False)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, x):
+        return self.decoder(torch.tanh(self.encoder(x)))
+
+
+def parts_holding_parameters_outside_buffers(module):
+    return [name for name, part in module.named_modules() if vars(part)["_parameters"]]
+
+
+def test_to_meta_of_a_third_party_module():
+    plain, x = Gate(), torch.randn(5, 3)
+    meta = to_meta(plain)
+    assert isinstance(meta, Gate) and isinstance(meta, MetaModule) and type(meta).__name__ == "MetaGate"
+    assert type(plain) is Gate and type(plain.layer[0]) is nn.Linear, "the module given is left as it was"
+    assert type(to_meta(Gate())) is type(meta), "one class per class"
+    assert parts_holding_parameters_outside_buffers(meta) == []
+    same_state(plain, meta)
+    assert [n for n, _ in meta.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert [n for n, _ in meta.named_buffers()] == [n for n, _ in plain.named_buffers()]
+    same(meta(x), plain(x))
+    same(gradients(meta, (x,)), gradients(plain, (x,)))
+    same_state(plain, meta)
+    assert meta.copy() == "Gate's own"
+    other = Gate()
+    MetaModule.copy(meta, other)
+    same_state(other, meta)
+    meta.update_params(0.1, source_params=gradients(meta, (x,), create_graph=True))
+    assert meta.params[0].grad_fn is not None and meta.gain.grad_fn is not None
+
+
+def test_to_meta_in_place_keeps_the_parameters_themselves():
+    plain = Gate()
+    before = list(plain.parameters())
+    assert to_meta(plain, inplace=True) is plain
+    assert all(p is q for p, q in zip(plain.parameters(), before, strict=True))
+    assert to_meta(plain, inplace=True) is plain, "twice is once"
+
+
+def test_to_meta_pickles_what_it_made():
+    meta = to_meta(Gate())
+    meta.update_params(0.1, source_params=list(meta.parameters()))
+    x = torch.randn(5, 3)
+    for clone in (pickle.loads(pickle.dumps(meta)), copy.deepcopy(meta)):
+        assert type(clone) is type(meta)
+        same(clone.eval()(x), meta.eval()(x))
+
+
+def test_to_meta_of_plain_and_meta_mixed():
+    plain = nn.Sequential(MetaLinear(3, 3), nn.Sequential(nn.Linear(3, 3), MetaSequential(nn.Linear(3, 1))))
+    meta = to_meta(plain)
+    assert parts_holding_parameters_outside_buffers(meta) == []
+    same_state(plain, meta)
+    assert len(list(meta.parameters())) == 6 and list(meta.buffers()) == []
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "orthogonal"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_parametrized_layers(norm, order):
+    def build():
+        torch.manual_seed(4)
+        return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+
+    parametrize = getattr(nn.utils.parametrizations, norm)
+    plain = build()
+    parametrize(plain[0])
+    if order == "before":
+        meta = to_meta(plain)
+    else:
+        meta = to_meta(build())
+        torch.manual_seed(5)
+        parametrize(meta[0])
+        meta.load_state_dict(plain.state_dict())
+        meta = to_meta(meta, inplace=True)
+    same_state(plain, meta)
+    x = floats(4, 3)
+    params = dict(plain.named_parameters())
+    assert [n for n, _ in meta.named_parameters()] == list(params)
+    for module in (plain, meta):
+        module.eval()  # spectral norm's power iteration moves on in train mode
+    grads = torch.autograd.grad(total(plain(x)), params.values(), create_graph=True)
+    updated = {n: p - 0.1 * g for (n, p), g in zip(params.items(), grads)}
+    expected = gradients_of(total(functional_call(plain, updated, x)), list(params.values()))
+    start = list(meta.parameters())
+    meta.update_params(0.1, source_params=gradients(meta, (x,), create_graph=True))
+    torch.testing.assert_close(gradients_of(total(meta(x)), start), expected, rtol=1e-10, atol=1e-12)
+    same(copy.deepcopy(meta)(x), meta(x))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: torch.jit.script(nn.Linear(2, 2)),
+        lambda: nn.DataParallel(nn.Linear(2, 2)),
+        lambda: nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager")),
+    ],
+    ids=["scripted", "data parallel", "compiled"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_to_meta_refuses_wrapped_modules(build):
+    with pytest.raises(TypeError, match="convert the module before it is wrapped or compiled"):
+        to_meta(build())
+
+
+def test_to_meta_refuses_what_is_no_module():
+    with pytest.raises(TypeError, match="module is builtin_function_or_method"):
+        to_meta(torch.tanh)
+
+
+# ---- updates ---------------------------------------------------------------------------------------------------------
+
+
+class Net(MetaModule):
+    """A MetaModule with everything at once: a parameter of its own, plain layers, a norm, a frozen and an unused one."""
+
+    def __init__(self, norm=True):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.layer = MetaLinear(3, 4)
+        self.norm = nn.BatchNorm1d(4) if norm else nn.Identity()
+        self.act = nn.PReLU()
+        self.head = nn.Linear(4, 1)
+        self.frozen = nn.Parameter(torch.full((1,), 0.5), requires_grad=False)
+        self.double()
+
+    def forward(self, x):
+        return self.frozen + self.scale * self.head(self.act(self.norm(self.layer(x))))
+
+
+def unroll_functional(module, params, buffers, batches, steps, lr, first_order):
+    """The reference: the same inner loop written with torch.func.functional_call."""
+    for x, y in batches[:steps]:
+        loss = F.mse_loss(functional_call(module, (params, buffers), x), y)
+        learned = {n: p for n, p in params.items() if p.requires_grad}
+        grads = torch.autograd.grad(loss, learned.values(), create_graph=not first_order)
+        params = {**params, **{n: p - lr * g for (n, p), g in zip(learned.items(), grads)}}
+    x, y = batches[-1]
+    return F.mse_loss(functional_call(module, (params, buffers), x), y)
+
+
+def unroll_meta(net, batches, steps, lr, first_order):
+    for x, y in batches[:steps]:
+        grads = torch.autograd.grad(F.mse_loss(net(x), y), trainable(net), create_graph=not first_order)
+        net.update_params(lr, first_order=first_order, source_params=grads)
+    x, y = batches[-1]
+    return F.mse_loss(net(x), y)
+
+
+def batches_of(number):
+    return [(floats(6, 3), floats(6, 1)) for _ in range(number)]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("first_order", [False, True], ids=["second order", "first order"])
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_inner_updates_equal_functional_call(steps, first_order, mode):
+    net = Net().train(mode)
+    reference = copy.deepcopy(net)
+    batches = batches_of(steps + 1)
+    lr = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    params, buffers = dict(reference.named_parameters()), dict(reference.named_buffers())
+    expected = unroll_functional(reference, params, buffers, batches, steps, lr, first_order)
+    start = trainable(net)
+    found = unroll_meta(net, batches, steps, lr, first_order)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, [*start, lr]),
+        torch.autograd.grad(expected, [*trainable(reference), lr]),
+        rtol=1e-11,
+        atol=1e-13,
+    )
+    for name, buffer in net.named_buffers():
+        torch.testing.assert_close(buffer, buffers[name], rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("first_order", [False, True], ids=["second order", "first order"])
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_gradcheck_through_inner_updates(steps, first_order, norm):
+    """Numerical differentiation of the outer loss; in first order, of the loss the first-order graph stands for."""
+    layer = nn.BatchNorm1d(3, track_running_stats=False) if norm == "batch" else nn.GroupNorm(1, 3)
+    net = MetaSequential(MetaLinear(2, 3), layer, nn.Tanh(), MetaLinear(3, 1)).double()
+    names = [n for n, _ in net.named_params()]
+    start = [p.detach().clone().requires_grad_() for p in net.parameters()]
+    batches = [(floats(4, 2), floats(4, 1)) for _ in range(steps + 1)]
+    recorded = []
+
+    def outer(*params):
+        for name, tensor in zip(names, params):
+            net.set_param(name, tensor)
+        for step, (x, y) in enumerate(batches[:steps]):
+            if not first_order:
+                grads = torch.autograd.grad(F.mse_loss(net(x), y), list(net.parameters()), create_graph=True)
+            else:  # gradients are constants there: the same ones at every point that gradcheck visits
+                if len(recorded) == step:
+                    recorded.append(torch.autograd.grad(F.mse_loss(net(x), y), list(net.parameters())))
+                grads = [g + 0 * p for g, p in zip(recorded[step], net.parameters())]
+            net.update_params(0.5, first_order=first_order, source_params=grads)
+        x, y = batches[-1]
+        return F.mse_loss(net(x), y)
+
+    assert torch.autograd.gradcheck(outer, start)
+    if norm == "group":  # torch's batch_norm has no third derivative, and its layer_norm's is wrong (torch 2.15)
+        assert torch.autograd.gradgradcheck(outer, start)
+
+
+def test_default_gradients_are_the_parameters_own():
+    net = Net()
+    x, y = batches_of(1)[0]
+    before = {n: p.detach().clone() for n, p in net.named_params()}
+    F.mse_loss(net(x), y).backward(create_graph=True)
+    grads = {n: p.grad for n, p in net.named_params() if p.requires_grad}
+    net.update_params(0.1)
+    for name, tensor in net.named_params():
+        if name == "frozen":
+            assert tensor.is_leaf and not tensor.requires_grad
+            same(tensor, before[name])
+        else:
+            same(tensor, before[name] - 0.1 * grads[name])
+            assert tensor.grad_fn is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # reading .grad of a tensor that is not a leaf warns
+        with pytest.raises(ValueError, match=r"no \.grad for scale, layer\.weight.*source_params"):
+            net.update_params(0.1)
+        net.zero_grad()
+
+
+def test_first_order_drops_the_graph_of_the_gradients_alone():
+    net = MetaLinear(2, 1, bias=False).double()
+    start, x = net.weight, floats(3, 2)
+    grad = torch.autograd.grad(net(x).pow(2).sum(), start, create_graph=True)
+    net.update_params(0.1, first_order=True, source_params=grad)
+    same(torch.autograd.grad(net.weight.sum(), start)[0], torch.ones(1, 2, dtype=torch.float64))
+
+
+def test_detach_gives_leaves_that_still_train():
+    net = Net()
+    net.update_params(0.1, source_params=[p * 2 for p in net.parameters()], detach=True)
+    assert all(p.is_leaf and p.requires_grad == (n != "frozen") for n, p in net.named_params())
+    with torch.no_grad():  # under no_grad there is no graph either, and nothing freezes
+        net.update_params(0.1, source_params=[p * 2 for p in net.parameters()])
+    assert all(p.is_leaf and p.requires_grad == (n != "frozen") for n, p in net.named_params())
+
+
+def test_detach_params_keeps_values_ties_leaves_and_requires_grad():
+    net = to_meta(Tied())
+    net.extra = nn.Parameter(torch.zeros(1))
+    net.frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
+    extra = net.extra
+    net.set_param("encoder.weight", net.encoder.weight * 2)
+    graph = net.encoder.weight
+    net.detach_params()
+    same(net.encoder.weight.detach(), graph.detach())
+    assert net.encoder.weight is net.decoder.weight and net.encoder.weight.requires_grad and net.encoder.weight.is_leaf
+    assert net.extra is extra and not net.frozen.requires_grad and graph.grad_fn is not None
+
+
+def test_tied_weights_stay_tied_and_are_updated_once():
+    x = torch.randn(4, 3)
+    for net in (to_meta(Tied()), to_meta(Tied(), inplace=True), to_meta(Tied(MetaLinear))):
+        assert [n for n, _ in net.named_parameters()] == ["encoder.weight"]
+        assert [n for n, _ in net.named_parameters(remove_duplicate=False)] == ["encoder.weight", "decoder.weight"]
+        for _ in range(2):
+            before = net.encoder.weight
+            grad = torch.autograd.grad(net(x).pow(2).sum(), before, create_graph=True)
+            net.update_params(0.1, source_params=grad)
+            assert net.encoder.weight is net.decoder.weight
+            same(net.encoder.weight, before - 0.1 * grad[0])
+        for name, tensor in net.named_params():  # snapshot: the loop does not meet the tie again
+            net.set_param(name, tensor + 1)
+        assert net.encoder.weight is net.decoder.weight
+        net.set_param("decoder.weight", net.encoder.weight * 2)
+        assert net.encoder.weight is net.decoder.weight
+        assert net.double().encoder.weight is net.decoder.weight and net.encoder.weight.grad_fn is not None
+        assert copy.deepcopy(net).encoder.weight is not net.encoder.weight
+        clone = copy.deepcopy(net)
+        assert clone.encoder.weight is clone.decoder.weight
+        net.load_state_dict(clone.state_dict())
+        assert net.encoder.weight is net.decoder.weight
+
+
+def test_gradients_by_name_by_position_and_unused():
+    def updated(source):
+        net = MetaSequential(MetaLinear(2, 2), MetaLinear(2, 1))
+        for parameter in net.parameters():
+            parameter.data.fill_(1.0)
+        net[0].bias.requires_grad_(False)
+        net.update_params(0.5, source_params=source(net))
+        return [float(p.detach().flatten()[0]) for p in net.parameters()]
+
+    expected = [0.5, 1.0, 0.5, 0.5]
+    ones = lambda net: [torch.ones_like(p) for p in net.parameters()]  # noqa: E731
+    assert updated(ones) == expected
+    assert updated(lambda net: [g for g, p in zip(ones(net), net.parameters()) if p.requires_grad]) == expected
+    assert updated(lambda net: iter(ones(net))) == expected
+    assert updated(lambda net: dict(zip([n for n, _ in net.named_params()], ones(net)))) == expected
+    assert updated(lambda net: [ones(net)[0], None, None, ones(net)[3]]) == [0.5, 1.0, 1.0, 0.5]
+
+
+def test_sparse_gradients():
+    net = meta_module.MetaEmbedding(5, 2, sparse=True)
+    plain = nn.Embedding.from_pretrained(net.weight.detach().clone(), freeze=False)
+    index = torch.tensor([1, 1, 3])
+    for module in (net, plain):
+        module(index).pow(2).sum().backward()
+    assert net.weight.grad.is_sparse
+    net.update_params(0.1)
+    torch.testing.assert_close(net.weight, plain.weight - 0.1 * plain.weight.grad)
+
+
+def test_set_param_takes_the_tensor_itself():
+    net = Net()
+    replacement = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
+    net.set_param("layer.weight", replacement)
+    assert net.layer.weight is replacement
+    plain_head = net.head
+    net.set_param("head.weight", net.head.weight * 2)
+    assert net.head is plain_head and net.head.weight.grad_fn is not None and isinstance(net.head, MetaLinear)
+    assert net.get_parameter("head.weight") is net.head.weight and net.get_parameter("scale") is net.scale
+
+
+def test_assignment_keeps_the_graph_and_the_type():
+    net = MetaLinear(2, 2)
+    weight = net.weight
+    net.weight = weight - 1
+    assert net.weight.grad_fn is not None and [n for n, _ in net.named_parameters()] == ["weight", "bias"]
+    net.bias = None
+    assert [n for n, _ in net.named_parameters()] == ["weight"] and net(torch.ones(1, 2)).shape == (1, 2)
+    net.bias = nn.Parameter(torch.zeros(2))
+    assert [n for n, _ in net.named_parameters()] == ["weight", "bias"] and list(net.state_dict()) == ["weight", "bias"]
+    del net.bias
+    assert [n for n, _ in net.named_parameters()] == ["weight"] and not hasattr(net, "bias")
+    net.weight = nn.Identity()
+    assert not list(net.parameters()) and isinstance(net.weight, nn.Identity)
+
+
+def test_copy_takes_values_or_the_tensors_themselves():
+    net, other, x = Net(), Net(), floats(6, 3)
+    other(x)  # moves other's running statistics
+    first = net.layer.weight
+    net.copy(other)
+    same_state(net, other)
+    assert net.layer.weight is first, "leaves are filled in place: optimizers over them stay valid"
+    net.update_params(0.1, source_params=list(net.parameters()))
+    graph = net.layer.weight
+    kept = graph.detach().clone()
+    net.copy(other)
+    same(graph.detach(), kept)
+    assert net.layer.weight.is_leaf and net.layer.weight is not other.layer.weight
+
+    net.copy(other, same_var=True)
+    assert net.layer.weight is other.layer.weight and net.norm.running_mean is not other.norm.running_mean
+    losses = []
+    for _ in range(2):  # two tasks, their graphs alive together
+        net.copy(other, same_var=True)
+        net.update_params(0.1, source_params=gradients(net, (x,), create_graph=True))
+        losses.append(total(net(x)))
+    sum(losses).backward()
+    assert other.layer.weight.grad is not None and other.layer.weight.is_leaf
+
+
+def test_to_var():
+    x = torch.arange(3.0) * torch.ones(3, requires_grad=True)
+    leaf = to_var(x)
+    assert leaf.is_leaf and leaf.requires_grad and leaf.dtype == x.dtype and leaf.device == x.device
+    same(leaf.detach(), x.detach())
+    assert x.grad_fn is not None
+    labels = to_var(torch.tensor([1, 2]), requires_grad=False)
+    assert labels.dtype == torch.int64 and not labels.requires_grad
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+BAD = [
+    (lambda n: to_var([1.0]), TypeError, "x is list"),
+    (lambda n: to_var(torch.tensor(1)), ValueError, "torch.int64"),
+    (lambda n: n.set_param("layer.wieght", torch.ones(4, 3)), ValueError, "'layer.wieght'.*layer.weight"),
+    (lambda n: n.set_param("act", torch.ones(1)), ValueError, "'act'"),
+    (lambda n: n.set_param(3, torch.ones(1)), TypeError, "name is int"),
+    (lambda n: n.set_param("scale", 1.0), TypeError, "'scale' is float"),
+    (lambda n: n.set_param("scale", torch.ones(2).double()), ValueError, r"'scale' has shape torch.Size\(\[1\]\)"),
+    (lambda n: n.set_param("scale", torch.ones(1)), ValueError, "'scale' has dtype torch.float64.*torch.float32"),
+    (lambda n: n.set_param("scale", torch.ones(1, device="meta").double()), ValueError, "'scale' has device cpu.*meta"),
+    (lambda n: n.set_param("norm.running_mean", torch.ones(4)), ValueError, "norm.running_mean"),
+    (lambda n: setattr(n, "scale", torch.ones(2).double()), ValueError, "'scale' has shape"),
+    (lambda n: setattr(n, "scale", "one"), TypeError, "str to 'scale'"),
+    (lambda n: n.update_params("0.1"), TypeError, "lr_inner is '0.1'"),
+    (lambda n: n.update_params(True), TypeError, "lr_inner is True"),
+    (lambda n: n.update_params(float("nan")), ValueError, "lr_inner is nan"),
+    (lambda n: n.update_params(torch.ones(2)), ValueError, r"lr_inner has shape \(2,\)"),
+    (lambda n: n.update_params(0.1), ValueError, "no .grad for scale, layer.weight"),
+    (lambda n: n.update_params(0.1, source_params=[torch.ones(1)]), ValueError, "1 entries; 9 .*or 8"),
+    (lambda n: n.update_params(0.1, source_params=torch.ones(9)), TypeError, "source_params is Tensor"),
+    (lambda n: n.update_params(0.1, source_params=[1.0] * 9), TypeError, "gradient of 'scale' is float"),
+    (lambda n: n.update_params(0.1, source_params=[p.float() for p in n.parameters()]), ValueError, "'scale' has dtype"),
+    (lambda n: n.update_params(0.1, source_params=[p[None] for p in n.parameters()]), ValueError, "'scale' has shape"),
+    (lambda n: n.update_params(0.1, source_params={"scale": n.scale, "x": n.scale}), ValueError, r"\['x'\].*layer.weight"),
+    (lambda n: n.copy({}), TypeError, "other is dict"),
+    (lambda n: n.copy(MetaLinear(3, 4)), ValueError, "different names.*act.weight"),
+    (lambda n: n.layer.copy(MetaLinear(3, 5)), ValueError, r"'weight' has shape \(5, 3\) in other, \(4, 3\) here"),
+    (lambda n: n.layer.copy(MetaLinear(3, 4), same_var=True), ValueError, "'weight' has dtype"),
+    (lambda n: n.register_buffer("b", torch.ones(1, requires_grad=True), persistent=False), ValueError, "persistent=False"),
+    (lambda n: nn.DataParallel(n)._replicate_for_data_parallel() and n._replicate_for_data_parallel(), NotImplementedError, "Distributed"),
+]
+
+
+@pytest.mark.parametrize(("act", "error", "message"), BAD, ids=range(len(BAD)))
+def test_bad_input_is_named_and_changes_nothing(act, error, message):
+    net = Net()
+    before = {n: (p, p.detach().clone()) for n, p in net.named_params()}
+    with pytest.raises(error, match=message):
+        act(net)
+    for name, tensor in net.named_params():
+        assert tensor is before[name][0]
+        same(tensor.detach(), before[name][1])
+
+
+# ---- ordinary torch life ---------------------------------------------------------------------------------------------
+
+
+def twins():
+    """A plain network and its meta version with the same values, and a batch."""
+    torch.manual_seed(6)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.PReLU(), nn.Linear(4, 1)).double()
+    return plain, to_meta(plain), floats(8, 3), floats(8, 1)
+
+
+def updated_with_graph(net, x, y):
+    grads = torch.autograd.grad(F.mse_loss(net(x), y), trainable(net), create_graph=True)
+    net.update_params(0.1, source_params=grads)
+    return net
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_right_after_an_update_leaves_the_older_graph_whole(assign):
+    plain, net, x, y = twins()
+    other = copy.deepcopy(plain)
+    start = list(net.parameters())
+    expected = torch.autograd.grad(F.mse_loss(updated_with_graph(net, x, y)(x), y), start)
+    plain, net, x, y = twins()
+    start = list(net.parameters())
+    outer = F.mse_loss(updated_with_graph(net, x, y)(x), y)
+    for value in other.state_dict().values():
+        value.add_(1)
+    assert not any(net.load_state_dict(other.state_dict(), strict=True, assign=assign))
+    same_state(net, other)
+    assert all(p.is_leaf and p.requires_grad and p.grad_fn is None for p in net.parameters())
+    torch.testing.assert_close(torch.autograd.grad(outer, start), expected)
+    net.load_state_dict(plain.state_dict(), assign=assign)
+    plain.load_state_dict(net.state_dict(), strict=True, assign=assign)
+    same_state(net, plain)
+
+
+def test_loading_keeps_leaves_frozen_and_plain_tensors_trainable():
+    net = MetaLinear(2, 2)
+    mine = torch.zeros(2, 2, requires_grad=True)
+    net.set_param("weight", mine)
+    net.bias.requires_grad_(False)
+    bias = net.bias
+    state = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    net.load_state_dict(state)
+    assert net.weight is mine and net.bias is bias and float(mine[0, 0]) == 1
+    net.load_state_dict(state, assign=True)
+    assert net.weight.requires_grad and not net.bias.requires_grad
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        net.load_state_dict({"weight": torch.ones(3, 2), "bias": torch.ones(2)})
+    with pytest.raises(RuntimeError, match=r'(?s)Missing key.*"bias".*Unexpected key.*"bais"'):
+        net.load_state_dict({"weight": torch.ones(2, 2), "bais": torch.ones(2)})
+
+
+def test_state_dict_of_a_graph_is_detached_and_complete():
+    plain, net, x, y = twins()
+    updated_with_graph(net, x, y)
+    assert list(net.state_dict()) == list(plain.state_dict())
+    assert net.state_dict()._metadata == plain.state_dict()._metadata
+    assert not any(t.requires_grad for t in net.state_dict().values())
+    assert net.state_dict(keep_vars=True)["0.weight"] is net[0].weight
+
+
+@pytest.mark.parametrize("move", ["double", "float", "half", "bfloat16"])
+def test_moves_keep_leaves_leaves_and_optimizers_valid(move):
+    plain, net, x, _ = twins()
+    pairs = [(module, torch.optim.SGD(module.parameters(), lr=0.1)) for module in (plain, net)]
+    before = list(net.parameters())
+    plain(x).sum().backward(), net(x).sum().backward()
+    for module, optimizer in pairs:
+        getattr(module, move)()
+        optimizer.step()
+    assert all(p is q and p.is_leaf and p.requires_grad for p, q in zip(net.parameters(), before, strict=True))
+    assert {t.dtype for t in net.parameters()} == {t.dtype for t in plain.parameters()}
+    same([p.grad for p in net.parameters()], [p.grad for p in plain.parameters()])
+    same_state(net, plain)
+
+
+def test_running_statistics_move_with_the_weights():
+    net = to_meta(nn.BatchNorm1d(3)).to("meta")
+    assert {t.device.type for t in net.state_dict(keep_vars=True).values()} == {"meta"}
+    net = net.to_empty(device="cpu")
+    assert {t.device.type for t in net.state_dict(keep_vars=True).values()} == {"cpu"}
+    assert all(p.is_leaf and p.requires_grad for p in net.parameters()) and len(list(net.buffers())) == 3
+    with torch.device("meta"):
+        assert meta_module.MetaBatchNorm1d(3).weight.is_meta
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_moves_to_cuda():
+    plain, net, x, y = twins()
+    before = list(net.parameters())
+    net.cuda()
+    assert all(p is q and p.is_cuda and p.is_leaf for p, q in zip(net.parameters(), before, strict=True))
+    assert all(b.is_cuda for b in net.buffers())
+    updated_with_graph(net, x.cuda(), y.cuda()).cpu()
+    assert all(p.grad_fn is not None and not p.is_cuda for p in net.parameters())
+    lstm = meta_module.MetaLSTM(3, 4, 2).cuda()
+    lstm(torch.randn(5, 2, 3, device="cuda"))[0].sum().backward()
+    lstm.update_params(0.1)
+    lstm(torch.randn(5, 2, 3, device="cuda"))[0].sum().backward()
+
+
+def test_a_move_carries_the_graph_of_updated_parameters():
+    _, net, x, y = twins()
+    start = list(net.parameters())
+    updated_with_graph(net, x, y).float()
+    assert all(p.dtype == torch.float32 and p.grad_fn is not None for p in net.parameters())
+    net(x.float()).sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float64 for p in start)
+    with torch.no_grad():
+        net.double()
+    assert all(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [("SGD", dict(lr=0.1, momentum=0.9, weight_decay=0.01)), ("Adam", dict(lr=0.01)), ("LBFGS", dict(lr=0.1))],
+)
+def test_optimizers_train_it_to_the_same_numbers(optimizer, options):
+    plain, net, x, y = twins()
+    losses = []
+    for module in (plain, net):
+        opt = getattr(torch.optim, optimizer)(module.parameters(), **options)
+        losses.append([])
+        for _ in range(5):
+
+            def closure():
+                opt.zero_grad()
+                loss = F.mse_loss(module(x), y)
+                loss.backward()
+                return loss
+
+            losses[-1].append(float(opt.step(closure)))
+    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
+    same_state(plain, net)
+
+
+def test_requires_grad_and_zero_grad_and_train():
+    _, net, x, y = twins()
+    net[0].requires_grad_(False)
+    assert [p.requires_grad for p in net.parameters()] == [False, False, True, True, True, True, True]
+    frozen = net[0].weight
+    start = list(net.parameters())
+    updated_with_graph(net, x, y)
+    assert net[0].weight is frozen and net[3].weight.grad_fn is not None
+    net.eval()
+    assert not any(m.training for m in net.modules()) and net.train()[1].training
+    net(x).sum().backward()
+    net.zero_grad()
+    assert start[-1].grad is not None, "the leaf before the update is not the module's any more"
+    net.requires_grad_(False)
+    assert all(p.is_leaf and not p.requires_grad for p in net.parameters())
+    net.requires_grad_()
+    assert all(p.is_leaf and p.requires_grad for p in net.parameters())
+    net(x).sum().backward()
+    net.zero_grad(set_to_none=False)
+    assert all(p.grad.abs().sum() == 0 for p in net.parameters())
+    net.zero_grad()
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_parameters_and_buffers_with_their_full_signatures():
+    plain, net = Gate(), to_meta(Gate())
+    net.alias = net.layer
+    plain.alias = plain.layer
+    for recurse in (True, False):
+        for remove_duplicate in (True, False):
+            for kind in ("named_parameters", "named_buffers"):
+                options = dict(prefix="p", recurse=recurse, remove_duplicate=remove_duplicate)
+                assert [n for n, _ in getattr(net, kind)(**options)] == [n for n, _ in getattr(plain, kind)(**options)]
+            options = dict(recurse=recurse)
+            assert len(list(net.parameters(**options))) == len(list(plain.parameters(**options)))
+            assert len(list(net.buffers(**options))) == len(list(plain.buffers(**options)))
+
+
+def test_what_becomes_a_meta_parameter():
+    net = MetaModule()
+    net.assigned = nn.Parameter(torch.zeros(1))
+    net.register_parameter("registered", nn.Parameter(torch.zeros(2)))
+    net.register_parameter("none", None)
+    net.register_buffer("trainable", torch.zeros(3, requires_grad=True))
+    net.register_buffer("statistic", torch.zeros(4))
+    net.register_buffer("cache", torch.zeros(5), persistent=False)
+    net.attribute = torch.zeros(6, requires_grad=True)
+    assert [n for n, _ in net.named_parameters()] == ["assigned", "registered", "trainable"]
+    assert [n for n, _ in net.named_buffers()] == ["statistic", "cache"]
+    assert list(net.state_dict()) == ["assigned", "registered", "trainable", "statistic"]
+    assert {"assigned", "registered", "trainable", "statistic"} <= set(net._buffers) and net.none is None
+    net.statistic = net.statistic + net.assigned  # a buffer stays one, even where it carries a graph
+    assert [n for n, _ in net.named_buffers()] == ["statistic", "cache"]
+    with pytest.raises(KeyError, match="already exists"):
+        net.register_buffer("attribute", torch.zeros(1))
+    with pytest.raises(KeyError, match="already exists"):
+        net.register_parameter("statistic", nn.Parameter(torch.zeros(1)))
+
+
+def test_a_plain_parent_sees_the_meta_parameters():
+    net = nn.Sequential(MetaLinear(2, 2), nn.Linear(2, 1))
+    assert [n for n, _ in net.named_parameters()] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert list(net.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    net.load_state_dict(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)).state_dict())
+    net[0].update_params(0.1, source_params=list(net[0].parameters()))
+    net(torch.ones(1, 2)).sum().backward()
+    assert copy.deepcopy(net)[0].weight.is_leaf
+
+
+def test_dir_and_repr_and_summaries():
+    for module in (Net(), to_meta(Gate()), MetaLinear(2, 3)):
+        names = dir(module)
+        assert {"update_params", "forward"} <= set(names) and set(module._buffers) - {"0"} <= set(names)
+    assert repr(MetaLinear(2, 3, bias=False)) == "MetaLinear(in_features=2, out_features=3, bias=False)"
+
+    _, net, x, y = twins()
+    rows = []  # what torchsummary and its like do: hooks on every layer, weight.size(), parameter counts
+    for name, layer in net.named_modules():
+        layer.register_forward_hook(
+            lambda m, i, o, n=name: rows.append((n, type(m).__name__, tuple(o.shape), sum(p.numel() for p in m.parameters(False))))
+        )
+    net(x)
+    assert rows[0] == ("0", "MetaLinear", (8, 4), 16) and rows[-1][0] == "" and sum(r[3] for r in rows) == 30
+    assert torch.nn.utils.parameters_to_vector(net.parameters()).numel() == 30
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+
+
+def test_hooks_and_apply():
+    net = Net()
+    net.apply(lambda m: nn.init.constant_(m.weight, 2.0) if isinstance(m, nn.Linear) else None)
+    assert float(net.layer.weight[0, 0]) == float(net.head.weight[0, 0]) == 2.0
+    seen = []
+    net.layer.weight.register_hook(lambda g: seen.append(g.shape))
+    net.layer.register_full_backward_hook(lambda m, gi, go: seen.append(len(go)))
+    net(floats(4, 3)).sum().backward()
+    assert sorted(map(str, seen)) == sorted(["1", str(net.layer.weight.shape)])
+
+
+def test_functional_call_vmap_grad_and_jvp():
+    plain, net, x, y = twins()
+    plain.eval(), net.eval()
+    params, buffers = dict(net.named_parameters()), dict(net.named_buffers())
+    shifted = {n: p.detach() + 0.1 for n, p in params.items()}
+    same(functional_call(net, (shifted, buffers), x), functional_call(plain, (shifted, buffers), x))
+    assert all(net.get_parameter(n) is p for n, p in params.items()), "functional_call puts everything back"
+
+    def loss(module):
+        return lambda p, x, y: F.mse_loss(functional_call(module, p, x), y)
+
+    for transform in (
+        lambda f: torch.func.grad(f)(shifted, x, y),
+        lambda f: torch.func.vmap(torch.func.grad(f), in_dims=(None, 0, 0))(shifted, x[:, None], y[:, None]),
+        lambda f: torch.func.jvp(lambda p: f(p, x, y), (shifted,), (shifted,)),
+        lambda f: torch.func.hessian(lambda s: f({**shifted, "0.bias": s}, x, y))(shifted["0.bias"]),
+    ):
+        same(transform(loss(net)), transform(loss(plain)))
+    stacked, _ = torch.func.stack_module_state([net, copy.deepcopy(net)])
+    assert stacked["0.weight"].shape == (2, 4, 3)
+    out = torch.func.vmap(lambda p, b: functional_call(net, (p, b), x))(*torch.func.stack_module_state([net, net]))
+    torch.testing.assert_close(out[1], plain(x))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile(backend):
+    plain, net, x, y = twins()
+    compiled = torch.compile(net, backend=backend, fullgraph=True)
+    assert len(list(compiled.parameters())) == 7 and list(compiled.state_dict()) == ["_orig_mod." + k for k in net.state_dict()]
+    torch.testing.assert_close(compiled(x), plain(x), rtol=1e-12, atol=1e-12)
+    start = list(net.parameters())
+    for p, q in zip(torch.autograd.grad(F.mse_loss(compiled(x), y), start), gradients_of(F.mse_loss(plain(x), y), list(plain.parameters()))):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+    # parameters that carry a graph: first order, since AOT autograd has no double backward
+    net.update_params(0.1, first_order=True, source_params=torch.autograd.grad(F.mse_loss(net(x), y), start))
+    expected = gradients_of(F.mse_loss(net(x), y), start)
+    torch.testing.assert_close(gradients_of(F.mse_loss(compiled(x), y), start), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_compile_of_an_lstm():
+    plain, meta = pair("LSTM", dict(input_size=3, hidden_size=4))
+    x = floats(5, 2, 3)
+    torch.testing.assert_close(torch.compile(meta, backend="eager")(x)[0], plain(x)[0])
+
+
+def ddp_worker(rank, folder):
+    """One of two processes: a data-parallel step, and one through an inner update, on half of the batch."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.manual_seed(rank)  # DDP is to make them equal
+    net = to_meta(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double()).eval()
+    ddp = nn.parallel.DistributedDataParallel(net)
+    generator = torch.Generator().manual_seed(7)
+    x, y = (torch.randn(8, n, generator=generator, dtype=torch.float64) for n in (3, 1))
+    mine = slice(rank * 4, rank * 4 + 4)
+    start = list(ddp.parameters())
+    values = [p.detach().clone() for p in start]
+    F.mse_loss(ddp(x[mine]), y[mine]).backward()
+    plain = [p.grad.clone() for p in start]
+    ddp.zero_grad()
+    grads = torch.autograd.grad(F.mse_loss(net(x[mine]), y[mine]), start, create_graph=True)
+    net.update_params(0.1, source_params=grads)
+    outer = F.mse_loss(ddp(x[mine]), y[mine])
+    outer.backward()
+    torch.save([values, plain, [p.grad for p in start]], f"{folder}/rank{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without distributed")
+def test_distributed_data_parallel(tmp_path):
+    torch.multiprocessing.spawn(ddp_worker, (str(tmp_path),), nprocs=2)
+    (values, plain, outer), others = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
+    torch.testing.assert_close([values, plain, outer], others, rtol=0, atol=0)
+    generator = torch.Generator().manual_seed(7)
+    x, y = (torch.randn(8, n, generator=generator, dtype=torch.float64) for n in (3, 1))
+    net = to_meta(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double()).eval()
+    names = [n for n, _ in net.named_params()]
+
+    def start_over():
+        for name, value in zip(names, values):
+            net.set_param(name, value.clone().requires_grad_())
+        return list(net.parameters())
+
+    start = start_over()
+    torch.testing.assert_close(plain, list(torch.autograd.grad(F.mse_loss(net(x), y), start)))
+    expected = []
+    for half in (slice(0, 4), slice(4, 8)):
+        start = start_over()
+        net.update_params(0.1, source_params=torch.autograd.grad(F.mse_loss(net(x[half]), y[half]), start, create_graph=True))
+        expected.append(torch.autograd.grad(F.mse_loss(net(x[half]), y[half]), start))
+    torch.testing.assert_close(outer, [(a + b) / 2 for a, b in zip(*expected)])
+
+
+def test_docstring_examples_run():
+    import doctest
+
+    results = doctest.testmod(meta_module)
+    assert results.attempted >= 10 and results.failed == 0
