@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import functools
 import os
-import pickle
-import urllib.error
-import zipfile
 from typing import Any
 
 import torch
@@ -45,16 +42,14 @@ class ResNet(MetaModule, torchvision.models.ResNet):
 
 
 def _build(name: str, weights, progress: bool, pretrained: bool | None, kwargs: dict[str, Any]) -> ResNet:
-    """The meta version of torchvision's model of that name; see `resnet50`."""
-    weights = _weights_of(name, weights, pretrained)
-    state = None
+    weights, state = _weights_of(name, weights, pretrained), None
     if weights is not None:
         classes = len(weights.meta["categories"])
         if kwargs.setdefault("num_classes", classes) != classes:
             raise ValueError(f"num_classes is {kwargs['num_classes']}; {weights} has {classes}, load it and replace fc")
         state = _checkpoint(weights, progress)
     model = to_meta(get_model_builder(name)(weights=None, **kwargs), inplace=True)
-    model.__class__ = ResNet  # of the same layout; unlike the class that to_meta makes, it can be named and subclassed
+    model.__class__ = ResNet  # the class to_meta makes on the spot, by a name that can be imported and subclassed
     if state is not None:
         try:
             model.load_state_dict(state)
@@ -91,17 +86,56 @@ def _path_of(weights: WeightsEnum) -> str:
 
 
 def _checkpoint(weights: WeightsEnum, progress: bool) -> dict[str, torch.Tensor]:
-    """The checkpoint from torch's hub cache, downloaded into it if it is not there."""
+    """The checkpoint in torch's hub cache, downloaded into it if it is not there."""
     path = _path_of(weights)
     cached = os.path.exists(path)
     try:
-        return weights.get_state_dict(progress=progress, check_hash=True, map_location="cpu")
-    except (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError) as error:
-        if cached or os.path.exists(path):
-            raise ValueError(f"{path} is truncated or no checkpoint; delete it and download {weights.url} again") from error
-        raise ValueError(f"the download of {weights.url} is not the file it should be: {error}") from error
-    except (urllib.error.URLError, OSError) as error:
-        raise ConnectionError(
-            f"{weights} could not be downloaded ({error}); download {weights.url} on a machine with a network "
-            f"and put it at {path}"
-        ) from error
+        return weights.get_state_dict(progress=progress, check_hash=True, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle may raise anything
+        if cached:
+            raise ValueError(
+                f"{path} cannot be read: truncated, or no checkpoint; delete it and download {weights.url} again"
+            ) from error
+        if isinstance(error, OSError):  # urllib's URLError is one
+            raise ConnectionError(
+                f"{weights} could not be downloaded ({error}); download {weights.url} where there is a network "
+                f"and put it at {path}"
+            ) from error
+        raise ValueError(f"what was downloaded from {weights.url} is not the checkpoint: {error}") from error
+
+
+def _factory(name: str):
+    def build(weights=None, progress: bool = True, *, pretrained: bool | None = None, **kwargs) -> ResNet:
+        return _build(name, weights, progress, pretrained, kwargs)
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"""Return torchvision's `{name}` as a meta-module; its parameters are leaves.
+
+    Args:
+        weights: None (random initialization, torchvision's under the same seed), a name such as "IMAGENET1K_V1" or
+            "DEFAULT", or a member of `torchvision.models.{get_model_weights(name).__name__}`.
+        progress: show a bar while downloading (default: true).
+        pretrained: True means weights="IMAGENET1K_V1".
+        kwargs: those of torchvision: num_classes, zero_init_residual, replace_stride_with_dilation, norm_layer, ...
+
+    Raises:
+        ValueError: unknown weights, num_classes other than the weights', or an unreadable or wrong checkpoint.
+        TypeError: weights of another model or type.
+        ConnectionError: the weights are not in torch's hub cache and cannot be downloaded.
+
+    >>> model = {name}(num_classes=10)
+    >>> type(model).__name__, type(model.fc).__name__
+    ('ResNet', 'MetaLinear')
+    """
+    return build
+
+
+resnet18 = _factory("resnet18")
+resnet34 = _factory("resnet34")
+resnet50 = _factory("resnet50")
+resnet101 = _factory("resnet101")
+resnet152 = _factory("resnet152")
+resnext50_32x4d = _factory("resnext50_32x4d")
+resnext101_32x8d = _factory("resnext101_32x8d")
+wide_resnet50_2 = _factory("wide_resnet50_2")
+wide_resnet101_2 = _factory("wide_resnet101_2")
