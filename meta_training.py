@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from optimizers import NonFiniteError
 
-__all__ = ["BASELINES", "History", "TunedBaseline", "evaluate", "evaluate_baseline", "meta_gradient", "meta_train",
-           "tune_baseline"]
+__all__ = ["BASELINES", "History", "TunedBaseline", "compare", "evaluate", "evaluate_baseline", "meta_gradient",
+           "meta_train", "tune_baseline", "tune_baselines"]
 
 FUNCTIONS_AT_ONCE = 32  # functions that evaluation runs as one computation; a seed's functions depend on it
 
@@ -509,6 +509,41 @@ def tune_baseline(optimizer, problem, lrs=None, steps=100, num_functions=32, see
             break
         lrs = [at_edge[best]]
     return TunedBaseline(optimizer, {**(options or {}), "lr": best}, dict(sorted(final.items())))
+
+
+def tune_baselines(problem, steps=100, num_functions=32, seed=0, *, baselines=BASELINES, lrs=None, device="cpu",
+                   progress=True):
+    """`tune_baseline` for each of `BASELINES` (or a user's own dict like it). Returns a dict from name to result."""
+    tuned = {}
+    for name in (bar := tqdm(baselines, desc="tuning", disable=not progress)):
+        bar.set_postfix_str(name)
+        optimizer, options = baselines[name]
+        tuned[name] = tune_baseline(optimizer, problem, lrs, steps, num_functions, seed, options=options, device=device)
+    return tuned
+
+
+def compare(nets, tuned, problem, steps=100, num_functions=100, seed=1, device=None, progress=True):
+    """Loss curves of learned optimizers and tuned baselines, all on the same functions and minibatches.
+
+    Args:
+        nets: dict from name to learned optimizer.
+        tuned: dict from name to `TunedBaseline`, as `tune_baselines` returns it.
+        problem, steps, num_functions, seed: see `evaluate`.
+        device: default where each network is; the baselines run where the first network does.
+        progress: show a bar.
+
+    Returns:
+        dict from name to losses (num_functions, steps), on the CPU.
+    """
+    curves = {}
+    for name in (bar := tqdm([*nets, *tuned], desc="comparing", disable=not progress)):
+        bar.set_postfix_str(name)
+        if name in nets:
+            curves[name] = evaluate(nets[name], problem, steps, num_functions, seed, device)
+        else:
+            where = device_of(next(iter(nets.values())), device) if nets else device or "cpu"
+            curves[name] = tuned[name].evaluate(problem, steps, num_functions, seed, where)
+    return curves
 
 
 # Checks at the door ---------------------------------------------------------------------------------------------------
