@@ -1,0 +1,236 @@
+"""The coordinatewise LSTM on a CPU, in blocks of coordinates that stay in cache.
+
+The optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1) is one small LSTM that every coordinate of
+the optimizee runs by itself. Here features lie along rows and coordinates along columns, so each gate is one
+contiguous band of rows and the products are a few wide matrix products; a block of columns goes through all layers
+(and, in the replay, all steps) before the next one starts, and torch's own threads share each operation. No autograd
+graph is recorded: `replay_blocks` carries its own backward pass, tested against `nn.LSTM` under autograd.
+
+It holds arithmetic only: no parameters, no checks of what users pass. `optimizers.CoordinatewiseLSTM` calls it.
+"""
+
+import threading
+
+import torch
+
+__all__ = ["PackedLSTM", "step_blocks", "replay_blocks"]
+
+STEP_BLOCK = 4096  # coordinates in a block of one forward step
+REPLAY_BLOCK = (256, 2048)  # bounds on the coordinates in a block of the replay
+REPLAY_BYTES = 48 << 20  # what the activations of one block of the replay should take, between those bounds
+
+
+class PackedLSTM:
+    """The weights of an LSTM and its linear output, laid out for the block kernels.
+
+    Layer l has one matrix W_l (4H, in_l + H + 1) that multiplies [input; hidden; 1]. Its gates stand in the order
+    i, f, o, g (torch's own is i, f, g, o), which makes the three sigmoids one band. `forward_weights` holds W_l with
+    the rows of g doubled, since tanh(z) = 2 sigmoid(2z) - 1 lets one call of sigmoid serve all four gates and takes a
+    fifth of the time of torch's tanh.
+
+    Args:
+        layers: per layer (weight_ih (4H, in), weight_hh (4H, H), bias (4H,)), in `nn.LSTM`'s order of gates.
+        output_weight: (H,), output_bias: () – the update is output_weight · h + output_bias, already scaled.
+    """
+
+    def __init__(self, layers, output_weight, output_bias):
+        self.hidden = layers[0][1].shape[1]
+        self.weights = [gates_to_ifog(torch.cat([w, u, b[:, None]], 1)) for w, u, b in layers]
+        self.forward_weights = [w.clone() for w in self.weights]
+        for w in self.forward_weights:
+            w[3 * self.hidden:].mul_(2)
+        self.backward_weights = [w[:, :-1].t().contiguous() for w in self.weights]  # without the bias' column
+        self.inputs = [w.shape[1] - self.hidden - 1 for w in self.weights]
+        self.output_weight, self.output_bias = output_weight, output_bias
+        self.one, self.minus_one = output_weight.new_tensor(1.0), output_weight.new_tensor(-1.0)
+
+
+def gates_to_ifog(rows):
+    """(4H, ...) in torch's order i, f, g, o -> i, f, o, g. The permutation is its own inverse."""
+    i, f, g, o = rows.chunk(4)
+    return torch.cat([i, f, o, g])
+
+
+class Cell:
+    """Views of the buffers that one LSTM cell reads and writes for one block of coordinates, taken once and used often.
+
+    Taking a view costs as much as a small product, so the loops below take none.
+
+    Args:
+        column: [input; h; 1], (in + H + 1, w), read.
+        gates: (4H, w); cell_in, cell_out, tanh_cell, hidden_out: (H, w).
+    """
+
+    def __init__(self, column, gates, cell_in, cell_out, tanh_cell, hidden_out):
+        H = cell_in.shape[0]
+        self.column, self.gates, self.sigmoids = column, gates, gates[:3 * H]
+        self.i, self.f, self.o, self.g = gates.split(H)
+        self.cell_in, self.cell_out, self.tanh_cell, self.hidden_out = cell_in, cell_out, tanh_cell, hidden_out
+
+    def run(self, weight, minus_one):
+        """c' = f·c + i·g,  h' = o·tanh(c'), in place."""
+        torch.mm(weight, self.column, out=self.gates).sigmoid_()
+        torch.add(minus_one, self.g, alpha=2, out=self.g)
+        torch.mul(self.f, self.cell_in, out=self.cell_out).addcmul_(self.i, self.g)
+        torch.mul(self.cell_out, 2, out=self.tanh_cell).sigmoid_()
+        torch.add(minus_one, self.tanh_cell, alpha=2, out=self.tanh_cell)
+        torch.mul(self.o, self.tanh_cell, out=self.hidden_out)
+
+
+def step_blocks(packed, features, hidden, cells):
+    """One step of the optimizer for all coordinates, without a graph.
+
+    Args:
+        features: function (start, stop) -> (inputs, width), the preprocessed gradients of those coordinates.
+        hidden, cells: (layers, H, N), the state; not changed.
+
+    Returns:
+        update (N,), hidden and cells of the next step (layers, H, N).
+    """
+    H, N = hidden.shape[1:]
+    update, new_hidden, new_cells = hidden.new_empty(N), torch.empty_like(hidden), torch.empty_like(cells)
+    states = [tensor.unbind() for tensor in (hidden, cells, new_hidden, new_cells)]
+    for start, stop in blocks(N, STEP_BLOCK):
+        below, width = features(start, stop), stop - start
+        gates, tanh_cell, ones = hidden.new_empty(4 * H, width), hidden.new_empty(H, width), hidden.new_ones(1, width)
+        for weight, *layer in zip(packed.forward_weights, *states):
+            h, c, new_h, new_c = [state[:, start:stop] for state in layer]
+            Cell(torch.cat([below, h, ones]), gates, c, new_c, tanh_cell, new_h).run(weight, packed.minus_one)
+            below = new_h
+        torch.mv(below.t(), packed.output_weight, out=update[start:stop])
+    return update.add_(packed.output_bias), new_hidden, new_cells
+
+
+def replay_blocks(packed, features, hidden, cells, adjoint):
+    """Gradient of Σ_t ⟨adjoint_t, update_t⟩ with respect to the packed weights, by a written backward pass.
+
+    Runs the LSTM again over the recorded inputs, block by block, keeping the activations of one block at a time.
+
+    Args:
+        features: function (start, stop) -> (T, inputs, width), the recorded inputs of those coordinates.
+        hidden, cells: (layers, H, N), the state at the first step; not changed.
+        adjoint: (T, N), what the loss's derivative is at each update.
+
+    Returns:
+        gradients of W_l, each (4H, in_l + H + 1) with gates in the order i, f, o, g; of output_weight (H,); of
+        output_bias ().
+    """
+    T, N = adjoint.shape
+    spans = blocks(N, replay_width(packed, T))
+    tape = tape_for(packed, T, spans[0][1])
+    for start, stop in spans:
+        tape.load(features(start, stop), hidden[:, :, start:stop], cells[:, :, start:stop], adjoint[:, start:stop])
+        tape.record()
+        tape.backward()
+    return [grad.clone() for grad in tape.weight_grads], tape.output_grad.clone(), adjoint.sum()
+
+
+_last = threading.local()  # the tape that this thread used last: fresh memory costs as much as the arithmetic on it
+
+
+def tape_for(packed, steps, width):
+    """A tape of that size with its sums at 0: the last one again if it fits, else a new one."""
+    key = packed.inputs, packed.hidden, packed.output_weight.dtype, steps, width
+    if getattr(_last, "key", None) != key:
+        _last.tape = None  # free the old one first
+        _last.key, _last.tape = key, Tape(packed, steps, width)
+    tape = _last.tape
+    tape.packed = packed
+    for total in (*tape.weight_grads, tape.output_grad):
+        total.zero_()
+    return tape
+
+
+def blocks(length, most):
+    """[(start, stop), ...] covering [0, length) in pieces of one size (the last may be smaller), at most `most`."""
+    size = -(-length // -(-length // most))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def replay_width(packed, steps):
+    """Coordinates in a replay block, such that its activations take about REPLAY_BYTES."""
+    rows = sum(inputs + 8 * packed.hidden + 1 for inputs in packed.inputs)
+    width = REPLAY_BYTES // (steps * rows * packed.output_weight.element_size())
+    return int(min(max(width, REPLAY_BLOCK[0]), REPLAY_BLOCK[1]))
+
+
+class Tape:
+    """Activations of one block of coordinates over T steps, and the backward pass over them.
+
+    One tape serves many blocks, one after the other (the last may be narrower: its unused columns have adjoint 0);
+    its weight gradients are sums over all of them.
+    """
+
+    def __init__(self, packed, steps, width):
+        new, H, layers = packed.output_weight.new_zeros, packed.hidden, range(len(packed.inputs))
+        self.packed, self.steps = packed, steps
+        self.columns = [new(steps + 1, inputs + H + 1, width) for inputs in packed.inputs]  # [input; h; 1] of each step
+        self.cell_states = [new(steps + 1, H, width) for _ in layers]
+        self.top = new(steps, H, width)  # hidden state of the last layer, after each step
+        self.adjoint = new(steps, width)
+        self.dhidden, self.dcell = [new(H, width) for _ in layers], [new(H, width) for _ in layers]
+        self.dgates, self.slope = new(4 * H, width), new(4 * H, width)
+        self.dcolumns = [new(inputs + H, width) for inputs in packed.inputs]
+        self.weight_grads = [torch.zeros_like(weight) for weight in packed.weights]
+        self.output_grad = torch.zeros_like(packed.output_weight)
+        for columns in self.columns:
+            columns[:, -1] = 1
+        above = [column[:-1, :H] for column in self.columns[1:]] + [self.top]
+        self.cells = [  # [layer][step]: the cell, the rows that take a copy of h, its column transposed
+            [(Cell(*views), copy, views[0].t()) for *views, copy in zip(
+                self.columns[l], new(steps, 4 * H, width), self.cell_states[l], self.cell_states[l][1:],
+                new(steps, H, width), self.columns[l][1:, packed.inputs[l]:-1], above[l])]
+            for l in layers]
+
+    def load(self, features, hidden, cells, adjoint):
+        """Take a block in: features (T, inputs, w), state (layers, H, w), adjoint (T, w)."""
+        w = adjoint.shape[1]
+        for l, inputs in enumerate(self.packed.inputs):
+            self.columns[l][0, inputs:-1, :w] = hidden[l]
+            self.cell_states[l][0, :, :w] = cells[l]
+        self.columns[0][:-1, :self.packed.inputs[0], :w] = features
+        self.adjoint[:, :w], self.adjoint[:, w:] = adjoint, 0
+
+    def record(self):
+        """The forward pass, keeping all that `backward` reads."""
+        minus_one = self.packed.minus_one
+        for step in zip(*self.cells):
+            for weight, (cell, copy, _) in zip(self.packed.forward_weights, step):
+                cell.run(weight, minus_one)
+                copy.copy_(cell.hidden_out)
+
+    def backward(self):
+        """Backpropagation through the T steps, adding to `weight_grads` and `output_grad`."""
+        packed, H, dgates, slope = self.packed, self.packed.hidden, self.dgates, self.slope
+        one, (di, df, do, dg) = packed.one, dgates.split(H)
+        slope_sigmoids, slope_g = slope[:3 * H], slope[3 * H:]
+        to_hidden = packed.backward_weights[0][packed.inputs[0]:]
+        halves = [column.split([column.shape[0] - H, H]) for column in self.dcolumns]
+        for d in self.dhidden + self.dcell:
+            d.zero_()
+        for t in reversed(range(self.steps)):
+            self.dhidden[-1].addr_(packed.output_weight, self.adjoint[t])
+            self.output_grad.addmv_(self.top[t], self.adjoint[t])
+            for l in reversed(range(len(self.cells))):
+                cell, _, column_t = self.cells[l][t]
+                dh, dc, tanh_cell = self.dhidden[l], self.dcell[l], cell.tanh_cell
+                # slopes: s(1 - s) for the three sigmoids, 1 - g² for the candidate
+                torch.addcmul(cell.sigmoids, cell.sigmoids, cell.sigmoids, value=-1, out=slope_sigmoids)
+                torch.addcmul(one, cell.g, cell.g, value=-1, out=slope_g)
+                # dc += dh · o · (1 - tanh²(c)), with dg and di as scratch
+                torch.addcmul(one, tanh_cell, tanh_cell, value=-1, out=dg)
+                torch.mul(dh, cell.o, out=di)
+                dc.addcmul_(di, dg)
+                torch.mul(dc, cell.g, out=di)
+                torch.mul(dc, cell.cell_in, out=df)
+                torch.mul(dh, tanh_cell, out=do)
+                torch.mul(dc, cell.i, out=dg)
+                dgates.mul_(slope)
+                dc.mul_(cell.f)
+                self.weight_grads[l].addmm_(dgates, column_t)
+                if l:  # the input of this layer is the hidden state of the one below
+                    torch.mm(packed.backward_weights[l], dgates, out=self.dcolumns[l])
+                    self.dhidden[l - 1].add_(halves[l][0])
+                    dh.copy_(halves[l][1])
+                else:
+                    torch.mm(to_hidden, dgates, out=dh)

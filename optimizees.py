@@ -1,0 +1,213 @@
+"""Distributions of functions to optimize ("optimizees"), after Andrychowicz et al. 2016, section 3.
+
+A problem has `sample(meta_batch, generator)`, which draws a meta-batch of B functions: `params`, a dict of initial
+parameters, each (B, ...), and `loss(params, step)`, the loss (B,) of each function on its minibatch of that step.
+All B functions are one computation. Anything with these two serves as a problem in `meta_training`.
+
+Drawing is done on the CPU, so that a seed means the same functions on every device.
+"""
+
+import itertools
+import math
+from typing import Callable, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from mnist_data import load_mnist
+
+__all__ = ["MNISTNet", "MetaBatch", "Quadratics"]
+
+STEPS_PER_DRAW = 32  # minibatches whose indices are drawn at once
+
+
+class MetaBatch(NamedTuple):
+    """B functions: initial `params`, each (B, ...), and `loss(params, step) -> (B,)`, which carries a graph."""
+
+    params: dict
+    loss: Callable
+
+
+def check_positive(**sizes):
+    """Raise unless every argument is a positive int."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_floating(dtype):
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+
+
+class Quadratics:
+    """Random quadratics f(θ) = ‖Wθ − y‖², the elements of W and y from N(0, 1), θ_0 = 0.
+
+    Args:
+        dim: W is dim × dim, y and θ have dim elements; positive. Default 10, the paper's.
+        dtype: of all tensors.
+        device: where the functions live.
+
+    Example:
+        >>> batch = Quadratics().sample(128, generator=torch.Generator().manual_seed(0))
+        >>> batch.loss(batch.params, step=0).shape
+        torch.Size([128])
+
+    Reference: Andrychowicz et al. 2016, section 3.1.
+    """
+
+    def __init__(self, dim=10, dtype=torch.float32, device="cpu"):
+        check_positive(dim=dim)
+        check_floating(dtype)
+        self.dim, self.dtype, self.device = dim, dtype, torch.device(device)
+        self.name = f"Quadratics, {dim} dimensions"
+
+    def to(self, device):
+        """The same distribution on another device."""
+        return Quadratics(self.dim, self.dtype, device)
+
+    def sample(self, meta_batch, generator=None):
+        """Draw `meta_batch` functions; their loss is the same at every step. Returns `MetaBatch`."""
+        check_positive(meta_batch=meta_batch)
+        W = torch.randn(meta_batch, self.dim, self.dim, generator=generator, dtype=self.dtype).to(self.device)
+        y = torch.randn(meta_batch, self.dim, 1, generator=generator, dtype=self.dtype).to(self.device)
+
+        def loss(params, step):
+            return torch.baddbmm(y, W, params["theta"][..., None], beta=-1).square().sum((1, 2))
+
+        return MetaBatch({"theta": torch.zeros(meta_batch, self.dim, dtype=self.dtype, device=self.device)}, loss)
+
+
+ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu, "tanh": torch.tanh}
+
+
+class MNISTNet:
+    """A multilayer perceptron on MNIST from random initial weights: cross-entropy on a fresh minibatch at every step.
+
+    MNIST's training split is halved, by a fixed random order: functions of `split="train"` draw their minibatches from
+    one half, those of `"validation"` from the other, those of `"test"` from MNIST's test split. Meta-training uses
+    the first, choosing an optimizer (or a learning rate) the second, and reported curves the third.
+
+    The data are loaded once per process and lie on the device as tensors; `mnist_data.load_mnist` says where they come
+    from, and what stands in for MNIST offline (`name`, for titles, says which it was).
+
+    Args:
+        hidden_sizes: units of each hidden layer; may be empty (a linear classifier). Default (20,), the paper's.
+        activation: "sigmoid" (the paper's), "relu" or "tanh".
+        batch_size: images in a minibatch, drawn with replacement; positive. Default 128.
+        split: "train", "validation" or "test".
+        root: the data root, see `load_mnist`.
+        init_std: None starts as `nn.Linear` does, uniform on ±1/√inputs (the paper does not say; what others measured
+            and our figures are for this one); a number, from N(0, init_std²), 0.01 in the paper's released code.
+        dtype, device: of all tensors.
+
+    Example:
+        >>> problem = MNISTNet(hidden_sizes=(20, 20), activation="relu", split="test")
+        >>> batch = problem.sample(4, generator=torch.Generator().manual_seed(0))
+        >>> {name: tuple(tensor.shape) for name, tensor in batch.params.items()}["weight0"]  # doctest: +SKIP
+        (4, 784, 20)
+
+    Reference: Andrychowicz et al. 2016, section 3.2.
+    """
+
+    def __init__(self, hidden_sizes=(20,), activation="sigmoid", batch_size=128, split="train", root=None,
+                 init_std=None, dtype=torch.float32, device="cpu"):
+        hidden_sizes = tuple(hidden_sizes)
+        check_positive(batch_size=batch_size, **{f"hidden_sizes[{k}]": size for k, size in enumerate(hidden_sizes)})
+        check_floating(dtype)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
+        if split not in ("train", "validation", "test"):
+            raise ValueError(f'split must be "train", "validation" or "test", got {split!r}')
+        if init_std is not None and not (isinstance(init_std, (int, float)) and 0 <= init_std < math.inf):
+            raise ValueError(f"init_std must be None or a finite number, at least 0, got {init_std!r}")
+        self.options = dict(hidden_sizes=hidden_sizes, activation=activation, batch_size=batch_size, split=split,
+                            root=root, init_std=init_std, dtype=dtype)
+        self.device = torch.device(device)
+        self.images, self.labels = split_on_device(split, root, dtype, self.device)
+        self.sizes = (self.images.shape[1], *hidden_sizes, 10)
+        self.name = f"{load_mnist(root).name} {'-'.join(map(str, self.sizes))} {activation}"
+
+    def to(self, device):
+        """The same distribution on another device."""
+        return MNISTNet(**self.options, device=device)
+
+    def with_split(self, split):
+        """The same networks over another split of the data."""
+        return MNISTNet(**{**self.options, "split": split}, device=self.device)
+
+    def validation_problem(self):
+        """What `meta_train` validates on: the same networks, over images that no training function draws from."""
+        return self.with_split("validation")
+
+    def sample(self, meta_batch, generator=None):
+        """Draw `meta_batch` networks with their sequences of minibatches. Returns `MetaBatch`."""
+        check_positive(meta_batch=meta_batch)
+        params = {}
+        for layer, (inputs, outputs) in enumerate(itertools.pairwise(self.sizes)):
+            for name, shape in ((f"weight{layer}", (inputs, outputs)), (f"bias{layer}", (outputs,))):
+                draw = torch.empty(meta_batch, *shape, dtype=self.options["dtype"])
+                if self.options["init_std"] is None:
+                    draw.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
+                else:
+                    draw.normal_(0, self.options["init_std"], generator=generator)
+                params[name] = draw.to(self.device)
+        seed = int(torch.randint(2**62, (), generator=generator))
+        minibatches = Minibatches(seed, (meta_batch, self.options["batch_size"]), len(self.labels), self.device)
+
+        def loss(params, step):
+            index = minibatches(step)
+            return network_loss(params, self.images[index], self.labels[index], ACTIVATIONS[self.options["activation"]])
+
+        return MetaBatch(params, loss)
+
+
+def network_loss(params, x, labels, activation):
+    """Mean cross-entropy (B,) of B networks, each on its minibatch x (B, batch, inputs)."""
+    last = len(params) // 2 - 1
+    for layer in range(last + 1):
+        x = torch.baddbmm(params[f"bias{layer}"][:, None], x, params[f"weight{layer}"])
+        if layer < last:
+            x = activation(x)
+    return F.cross_entropy(x.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
+
+
+class Minibatches:
+    """Indices of the minibatch of any step: a function of the seed and the step alone, in whatever order they come."""
+
+    def __init__(self, seed, shape, length, device):
+        self.seed, self.shape, self.length, self.device = seed, shape, length, device
+        self.drawn = None, None
+
+    def __call__(self, step):
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"step must be an int, at least 0, got {step!r}")
+        chunk, within = divmod(step, STEPS_PER_DRAW)
+        if self.drawn[0] != chunk:
+            generator = torch.Generator().manual_seed((self.seed + chunk) % 2**63)
+            indices = torch.randint(self.length, (STEPS_PER_DRAW, *self.shape), generator=generator)
+            self.drawn = chunk, indices.to(self.device)
+        return self.drawn[1][within]
+
+
+_on_device = {}
+
+
+def split_on_device(split, root, dtype, device):
+    """(images, labels) of a split as tensors on the device, moved there once per process."""
+    data = load_mnist(root)
+    key = id(data), split, dtype, device
+    if key not in _on_device:
+        images, labels = (data.test_images, data.test_labels) if split == "test" else half(data, split)
+        _on_device[key] = images.to(device, dtype), labels.to(device), data  # data kept, so that its id stays its own
+    return _on_device[key][:2]
+
+
+def half(data, split):
+    """One half of the training images, by a fixed random order."""
+    order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
+    middle = len(order) // 2
+    order = order[:middle] if split == "train" else order[middle:]
+    return data.train_images[order], data.train_labels[order]

@@ -1,0 +1,119 @@
+"""Quadratics and MNIST networks: their formulas, their randomness, their splits."""
+
+import pytest
+import torch
+from torch import nn
+
+from meta_training import Coordinates
+from optimizees import MNISTNet, Quadratics
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_quadratics_follow_their_formula():
+    batch = Quadratics(dim=3, dtype=torch.float64).sample(4, generator())
+    draw = generator()
+    W, y = (torch.randn(4, 3, k, generator=draw, dtype=torch.float64) for k in (3, 1))
+    theta = torch.randn(4, 3, dtype=torch.float64)
+    expected = torch.stack([(W[b] @ theta[b] - y[b, :, 0]).square().sum() for b in range(4)])
+    torch.testing.assert_close(batch.loss({"theta": theta}, 7), expected)
+    assert not batch.params["theta"].any()
+
+
+@pytest.mark.parametrize("hidden_sizes", [(), (20,), (7, 5)])
+@pytest.mark.parametrize("activation", ["sigmoid", "relu", "tanh"])
+def test_network_equals_torch_modules(small_mnist, hidden_sizes, activation):
+    problem = MNISTNet(hidden_sizes, activation, batch_size=16, root=small_mnist, dtype=torch.float64)
+    batch = problem.sample(3, generator())
+    losses = batch.loss(batch.params, 5)
+    images, labels = minibatch_of(batch, problem, 5)
+    for b in range(3):
+        sizes, layers = problem.sizes, []
+        for k in range(len(sizes) - 1):
+            layer = nn.Linear(sizes[k], sizes[k + 1], dtype=torch.float64)
+            layer.weight.data, layer.bias.data = batch.params[f"weight{k}"][b].T, batch.params[f"bias{k}"][b]
+            layers += [layer, {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh}[activation]()]
+        expected = nn.functional.cross_entropy(nn.Sequential(*layers[:-1])(images[b]), labels[b])
+        torch.testing.assert_close(losses[b], expected)
+
+
+def minibatch_of(batch, problem, step):
+    """The images and labels that step `step` reads, through the closure of the loss."""
+    names = batch.loss.__code__.co_freevars
+    minibatches = batch.loss.__closure__[names.index("minibatches")].cell_contents
+    index = minibatches(step)
+    return problem.images[index], problem.labels[index]
+
+
+def test_minibatches_depend_on_seed_and_step_alone(small_mnist):
+    problem = MNISTNet(root=small_mnist, batch_size=8)
+    one, two, other = (problem.sample(2, generator(seed)) for seed in (3, 3, 4))
+    forward = [one.loss(one.params, step) for step in range(70)]
+    backward = [two.loss(two.params, step) for step in reversed(range(70))][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(forward, backward))
+    assert len({tuple(losses.tolist()) for losses in forward}) == 70  # a fresh minibatch at every step
+    assert not torch.equal(one.params["weight0"], other.params["weight0"])
+
+
+def test_splits_do_not_share_images(small_mnist):
+    train, validation, test = (MNISTNet(root=small_mnist, split=split) for split in ("train", "validation", "test"))
+    assert len(train.images) == len(validation.images) == 150 and len(test.images) == 80
+    rows = [set(map(bytes, problem.images.numpy())) for problem in (train, validation, test)]
+    assert not rows[0] & rows[1] and not rows[0] & rows[2] and not rows[1] & rows[2]
+    assert torch.equal(train.validation_problem().images, validation.images)
+
+
+def test_data_are_on_the_device_once(small_mnist):
+    assert MNISTNet(root=small_mnist).images.data_ptr() == MNISTNet((40,), root=small_mnist).images.data_ptr()
+
+
+def test_initial_weights(small_mnist):
+    weight = MNISTNet(root=small_mnist).sample(20, generator()).params["weight0"]
+    assert weight.abs().max() <= 1 / 28 and abs(weight.std() - 1 / 28 / 3**0.5) < 1e-4  # as nn.Linear
+    weight = MNISTNet(root=small_mnist, init_std=0.01).sample(20, generator()).params["weight0"]
+    assert abs(weight.std() - 0.01) < 1e-4
+
+
+def test_offline_network_has_the_digits_size(tmp_path, offline):
+    with pytest.warns(UserWarning, match="digits"):
+        problem = MNISTNet(root=tmp_path / "none")
+    assert problem.sizes == (64, 20, 10) and "MNIST not found" in problem.name
+    assert problem.sample(2).loss(problem.sample(2).params, 0).shape == (2,)
+
+
+@pytest.mark.parametrize("problem", [Quadratics(dim=4), "mnist"])
+def test_functions_of_a_batch_are_independent(problem, small_mnist):
+    problem = MNISTNet((5,), root=small_mnist, batch_size=4) if problem == "mnist" else problem
+    batch = problem.sample(3, generator())
+    coordinates = Coordinates(batch.params)
+    theta = coordinates.join({name: torch.randn_like(tensor) for name, tensor in batch.params.items()})
+    _, gradient = coordinates.losses_and_gradient(batch.loss, theta, 0)
+    changed = {name: tensor.clone() for name, tensor in coordinates.split(theta).items()}
+    for tensor in changed.values():
+        tensor[1] += 1
+    _, after = coordinates.losses_and_gradient(batch.loss, coordinates.join(changed), 0)
+    for before, now in zip(coordinates.split(gradient).values(), coordinates.split(after).values()):
+        torch.testing.assert_close(before[[0, 2]], now[[0, 2]])
+
+
+BAD = [
+    (lambda root: Quadratics(dim=0), ValueError, "dim must be at least 1, got 0"),
+    (lambda root: Quadratics(dim=2.5), TypeError, "dim must be an int, got 2.5"),
+    (lambda root: Quadratics(dtype=torch.int64), TypeError, "dtype must be a floating-point"),
+    (lambda root: Quadratics().sample(0), ValueError, "meta_batch must be at least 1, got 0"),
+    (lambda root: MNISTNet((20, -1), root=root), ValueError, r"hidden_sizes\[1\] must be at least 1, got -1"),
+    (lambda root: MNISTNet(activation="swish", root=root), ValueError, "activation must be one of .*'swish'"),
+    (lambda root: MNISTNet(batch_size=0, root=root), ValueError, "batch_size must be at least 1, got 0"),
+    (lambda root: MNISTNet(split="all", root=root), ValueError, "split must be .*'all'"),
+    (lambda root: MNISTNet(init_std=-1, root=root), ValueError, "init_std must be .* got -1"),
+    (lambda root: MNISTNet(root=root).sample(1).loss(MNISTNet(root=root).sample(1).params, -1), ValueError,
+     "step must be an int, at least 0, got -1"),
+]
+
+
+@pytest.mark.parametrize("call, error, message", BAD)
+def test_bad_input(small_mnist, call, error, message):
+    with pytest.raises(error, match=message):
+        call(small_mnist)
