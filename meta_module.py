@@ -278,7 +278,7 @@ class MetaModule(nn.Module):
             for name, grad in grads.items():
                 tensor = params[name][0]
                 new = tensor - lr * (grad.detach() if first_order else grad)
-                updated[name] = new if new.requires_grad else nn.Parameter(new)
+                updated[name] = new if new.requires_grad else nn.Parameter(new)  # without a graph, yet not frozen
         for name, new in updated.items():
             _put(params[name][1], new)
 
@@ -295,9 +295,10 @@ class MetaModule(nn.Module):
 
         Args:
             other: the module to copy from, meta or plain.
-            same_var: hold `other`'s very parameters, so that updates of this module reach back to them (the inner
-                loop on a second module); buffers are copied. By default values are copied as by `load_state_dict`:
-                leaves in place, graph-carrying parameters into fresh leaves.
+            same_var: hold `other`'s very parameters, with their graph, so that updates of this module reach back to
+                them (an inner loop on a second module). By default the parameters are fresh leaves of this module's
+                dtype and device, frozen where they were; optimizers over the earlier ones do not follow
+                (`load_state_dict` fills those in place). Buffers are copied by value either way.
 
         Raises:
             TypeError: `other` is not a module.
@@ -311,14 +312,17 @@ class MetaModule(nn.Module):
         for name, tensor in mine.items():
             if isinstance(tensor, Tensor) and tensor.shape != theirs[name].shape:
                 raise ValueError(f"'{name}' has shape {tuple(theirs[name].shape)} in other, {tuple(tensor.shape)} here")
-        if not same_var:
-            self.load_state_dict(theirs)
-            return
-        source = dict(other.named_parameters(remove_duplicate=False))
-        for name, (tensor, _) in self._tensors().items():
-            _check_like(name, source[name], tensor)
-        for name, (_, places) in self._tensors().items():
-            _put(places, source[name])
+        source, params = dict(other.named_parameters(remove_duplicate=False)), self._tensors()
+        for name, (tensor, _) in params.items():
+            if name not in source:
+                raise ValueError(f"'{name}' is a buffer in other, a parameter here")
+            if same_var:
+                _check_like(name, source[name], tensor)
+        for name, (tensor, places) in params.items():
+            value = source[name]
+            if not same_var:
+                value = nn.Parameter(value.detach().to(tensor.device, tensor.dtype, copy=True), tensor.requires_grad)
+            _put(places, value)
         self._clone_buffers(dict(other.named_buffers()))
 
     def _tensors(self) -> dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]:
@@ -339,10 +343,11 @@ class MetaModule(nn.Module):
         return bool(carrying)
 
     def _clone_buffers(self, values: dict[str, Tensor]) -> None:
-        for name, _ in list(self.named_buffers()):
+        """Put copies in the place of the buffers: an older graph may hold those."""
+        for name, old in list(self.named_buffers()):
             path, _, last = name.rpartition(".")
             if name in values:
-                self.get_submodule(path)._buffers[last] = values[name].detach().clone()
+                self.get_submodule(path)._buffers[last] = values[name].detach().to(old.device, old.dtype, copy=True)
 
     # ---- ordinary torch life with tensors that carry a graph ---------------------------------------------------
 

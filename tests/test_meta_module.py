@@ -772,16 +772,18 @@ def test_assignment_keeps_the_graph_and_the_type():
 def test_copy_takes_values_or_the_tensors_themselves():
     net, other, x = Net(), Net(), floats(6, 3)
     other(x)  # moves other's running statistics
-    first = net.layer.weight
     net.copy(other)
     same_state(net, other)
-    assert net.layer.weight is first, "leaves are filled in place: optimizers over them stay valid"
+    assert all(p.is_leaf and p.requires_grad == (n != "frozen") for n, p in net.named_params())
     net.update_params(0.1, source_params=list(net.parameters()))
     graph = net.layer.weight
     kept = graph.detach().clone()
     net.copy(other)
     same(graph.detach(), kept)
     assert net.layer.weight.is_leaf and net.layer.weight is not other.layer.weight
+    single = Net().float()
+    single.copy(other)
+    assert single.layer.weight.dtype == single.norm.running_mean.dtype == torch.float32
 
     net.copy(other, same_var=True)
     assert net.layer.weight is other.layer.weight and net.norm.running_mean is not other.norm.running_mean
@@ -791,6 +793,10 @@ def test_copy_takes_values_or_the_tensors_themselves():
         net.update_params(0.1, source_params=gradients(net, (x,), create_graph=True))
         losses.append(total(net(x)))
     sum(losses).backward()
+    kept = other.layer.weight.detach().clone()
+    net.copy(other, same_var=True)
+    net.copy(Net())  # by value: what was shared is let go, not written to
+    same(other.layer.weight.detach(), kept)
     assert other.layer.weight.grad is not None and other.layer.weight.is_leaf
 
 
@@ -805,6 +811,14 @@ def test_to_var():
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def buffers_only():
+    module = nn.Module()
+    module.register_buffer("weight", torch.ones(4, 3))
+    module.register_buffer("bias", torch.ones(4))
+    return module
+
 
 BAD = [
     (lambda n: to_var([1.0]), TypeError, "x is list"),
@@ -834,6 +848,7 @@ BAD = [
     (lambda n: n.copy(MetaLinear(3, 4)), ValueError, "different names.*act.weight"),
     (lambda n: n.layer.copy(MetaLinear(3, 5)), ValueError, r"'weight' has shape \(5, 3\) in other, \(4, 3\) here"),
     (lambda n: n.layer.copy(MetaLinear(3, 4), same_var=True), ValueError, "'weight' has dtype"),
+    (lambda n: n.layer.copy(buffers_only(), same_var=True), ValueError, "'weight' is a buffer in other"),
     (lambda n: n.register_buffer("b", torch.ones(1, requires_grad=True), persistent=False), ValueError, "persistent=False"),
     (lambda n: nn.DataParallel(n)._replicate_for_data_parallel() and n._replicate_for_data_parallel(), NotImplementedError, "Distributed"),
 ]
@@ -1185,3 +1200,20 @@ def test_docstring_examples_run():
 
     results = doctest.testmod(meta_module)
     assert results.attempted >= 10 and results.failed == 0
+
+
+def test_pruning_and_averaging():
+    from torch.nn.utils import prune
+    from torch.optim.swa_utils import AveragedModel
+
+    plain, net, x, _ = twins()
+    for module in (plain, net):
+        prune.l1_unstructured(module[0], "weight", amount=0.5)
+    assert [n for n, _ in net.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    same(net(x), plain(x))
+    net.update_params(0.1, source_params=gradients(net, (x,), create_graph=True))
+    total(net(x)).backward()
+    net = twins()[1].eval()
+    averaged = AveragedModel(net)
+    averaged.update_parameters(net)
+    same(list(averaged.parameters()), list(net.parameters()))
