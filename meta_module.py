@@ -129,7 +129,7 @@ class MetaModule(nn.Module):
     Whatever would be a parameter becomes a *meta-parameter*: an `nn.Parameter` that is assigned, a tensor passed to
     `register_parameter`, or to `register_buffer` while it requires grad. It lives in `_buffers` under its own name;
     `parameters()`, `named_parameters()`, `state_dict()` and every tool built on them treat it as the parameter it
-    stands for, and `buffers()` leaves it out. A tensor may be assigned to it at any time: `net.weight = net.weight - g`.
+    stands for, and `buffers()` leaves it out. A tensor may be assigned at any time: `net.weight = net.weight - g`.
 
     Plain layers inside a MetaModule work as they are; the first update that reaches one makes it meta.
 
@@ -170,7 +170,9 @@ class MetaModule(nn.Module):
         """
         trainable = isinstance(tensor, Tensor) and tensor.requires_grad
         if trainable and not persistent:
-            raise ValueError(f"buffer '{name}' requires grad: a meta-parameter is saved, persistent=False is not accepted")
+            raise ValueError(
+                f"buffer '{name}' requires grad: a meta-parameter is saved, persistent=False is not accepted"
+            )
         super().register_buffer(name, tensor, persistent)
         if trainable:
             self._meta_names[name] = None
@@ -308,7 +310,9 @@ class MetaModule(nn.Module):
             raise TypeError(f"other is {type(other).__name__}; an nn.Module is accepted")
         mine, theirs = self.state_dict(), other.state_dict()
         if mine.keys() != theirs.keys():
-            raise ValueError(f"other has different names; only in one of the two: {sorted(mine.keys() ^ theirs.keys())}")
+            raise ValueError(
+                f"other has different names; only in one of the two: {sorted(mine.keys() ^ theirs.keys())}"
+            )
         for name, tensor in mine.items():
             if isinstance(tensor, Tensor) and tensor.shape != theirs[name].shape:
                 raise ValueError(f"'{name}' has shape {tuple(theirs[name].shape)} in other, {tuple(tensor.shape)} here")
@@ -388,7 +392,9 @@ class MetaModule(nn.Module):
             self._clone_buffers(dict(self.named_buffers()))
         if local_metadata.get("assign_to_params_buffers", False):
             for name, tensor in self._parameters.items():
-                if tensor is not None and not isinstance(tensor, nn.Parameter):  # torch keeps requires_grad of these only
+                if tensor is not None and not isinstance(
+                    tensor, nn.Parameter
+                ):  # torch keeps requires_grad of these only
                     self._buffers[name] = nn.Parameter(tensor.detach(), tensor.requires_grad)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
@@ -456,8 +462,8 @@ def _gradients(source, params: dict[str, Tensor]) -> dict[str, Tensor]:
         missing = [name for name, grad in grads.items() if grad is None]
         if missing:
             raise ValueError(
-                f"no .grad for {', '.join(missing)}; call backward(create_graph=True) before the first update, after it "
-                "pass source_params=torch.autograd.grad(...) (None where the loss does not use a parameter), or freeze it"
+                f"no .grad for {', '.join(missing)}; call backward(create_graph=True) before the first update; after "
+                "it pass source_params=torch.autograd.grad(...), with None where the loss does not use a parameter"
             )
     elif isinstance(source, Mapping):
         unknown, missing = [n for n in source if n not in params], [n for n in trainable if n not in source]
@@ -607,6 +613,7 @@ class _Lazy(MetaModule):
 
 
 # ---- the twins of torch.nn: one line each ----------------------------------------------------------------------------
+
 
 # fmt: off
 class MetaSequential(MetaModule, nn.Sequential): ...

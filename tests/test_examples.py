@@ -73,10 +73,14 @@ def test_readme_snippet_runs(number, tmp_path):
     """Each block on its own, as pasted into a fresh interpreter, with one thread and no network needed."""
     code = "import torch; torch.set_num_threads(1); torch.manual_seed(0)\n" + SNIPPETS[number]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_readme_has_its_snippets():
     text = "".join(SNIPPETS)
-    assert len(SNIPPETS) >= 4 and all(word in text for word in ("to_meta", "update_params", "resnet18", "functional_call"))
+    assert len(SNIPPETS) >= 4 and all(
+        word in text for word in ("to_meta", "update_params", "resnet18", "functional_call")
+    )

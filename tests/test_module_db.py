@@ -1,4 +1,4 @@
-"""Torch's own module database: every entry with parameters, meta against plain, in train and eval, float32 and float64."""
+"""Torch's own module database: every entry with parameters, in train and eval, float32 and float64."""
 
 import pytest
 import torch
