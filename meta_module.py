@@ -1,0 +1,703 @@
+"""Modules whose parameters can carry a graph: every layer of `torch.nn`, and `to_meta` for any other module.
+
+An `nn.Parameter` is a leaf by definition, so an update `theta - lr * grad` stored in one loses its `grad_fn`, and
+the gradient of what was learned with respect to how it was learned is gone. A `MetaModule` keeps the same tensors
+as *buffers*, which take any tensor, and shows them to torch as its parameters. Nothing else changes: `MetaLinear` is
+`class MetaLinear(MetaModule, nn.Linear)` without a body, so signature, initialization, `forward`, `state_dict` and
+`repr` are torch's own.
+
+    net = MetaSequential(MetaLinear(4, 8), nn.Tanh(), MetaLinear(8, 1))    # or to_meta(any_module)
+    grads = torch.autograd.grad(loss(net(x)), list(net.parameters()), create_graph=True)
+    net.update_params(lr_inner=0.1, source_params=grads)                   # theta - lr * grad, with its grad_fn
+    loss(net(x_test)).backward()                                           # reaches the parameters before the update
+
+It does not make torch's kernels twice differentiable where they are not (cuDNN's recurrent layers, for one).
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import inspect
+import math
+import numbers
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+# fmt: off
+__all__ = [
+    "MetaModule", "to_meta", "to_var",
+    "MetaSequential", "MetaModuleList", "MetaModuleDict", "MetaParameterList", "MetaParameterDict",
+    "MetaLinear", "MetaBilinear", "MetaPReLU", "MetaEmbedding", "MetaEmbeddingBag", "MetaAdaptiveLogSoftmaxWithLoss",
+    "MetaConv1d", "MetaConv2d", "MetaConv3d", "MetaConvTranspose1d", "MetaConvTranspose2d", "MetaConvTranspose3d",
+    "MetaBatchNorm1d", "MetaBatchNorm2d", "MetaBatchNorm3d", "MetaSyncBatchNorm",
+    "MetaInstanceNorm1d", "MetaInstanceNorm2d", "MetaInstanceNorm3d", "MetaLayerNorm", "MetaGroupNorm", "MetaRMSNorm",
+    "MetaRNNBase", "MetaRNN", "MetaLSTM", "MetaGRU", "MetaRNNCellBase", "MetaRNNCell", "MetaLSTMCell", "MetaGRUCell",
+    "MetaMultiheadAttention", "MetaTransformer", "MetaTransformerEncoder", "MetaTransformerEncoderLayer",
+    "MetaTransformerDecoder", "MetaTransformerDecoderLayer",
+    "MetaLazyLinear", "MetaLazyConv1d", "MetaLazyConv2d", "MetaLazyConv3d",
+    "MetaLazyConvTranspose1d", "MetaLazyConvTranspose2d", "MetaLazyConvTranspose3d",
+    "MetaLazyBatchNorm1d", "MetaLazyBatchNorm2d", "MetaLazyBatchNorm3d",
+    "MetaLazyInstanceNorm1d", "MetaLazyInstanceNorm2d", "MetaLazyInstanceNorm3d",
+]
+# fmt: on
+
+
+def to_var(x: Tensor, requires_grad: bool = True) -> Tensor:
+    """Return a leaf tensor with the values of `x`, on its device and of its dtype.
+
+    Args:
+        x: a tensor of any shape; floating point or complex where `requires_grad` is true.
+        requires_grad: whether autograd records operations on the result (default: true).
+
+    Returns:
+        A leaf of `x`'s shape that shares its memory and carries no graph.
+
+    Raises:
+        TypeError: `x` is not a tensor.
+        ValueError: `x` holds integers or booleans and `requires_grad` is true.
+
+    >>> weights = to_var(torch.zeros(3))
+    >>> torch.autograd.grad(weights.sum(), weights)
+    (tensor([1., 1., 1.]),)
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is {type(x).__name__}; a torch.Tensor is accepted")
+    if requires_grad and not (x.is_floating_point() or x.is_complex()):
+        raise ValueError(f"x has dtype {x.dtype}; requires_grad=True needs a floating point or complex tensor")
+    return x.detach().requires_grad_(requires_grad)
+
+
+class _MetaParameters(MutableMapping):
+    """What torch finds under `_parameters`: the meta-parameters, read from and written to `_buffers`."""
+
+    def __init__(self, module: MetaModule):
+        self.names, self.buffers = module._meta_names, module._buffers
+
+    def __getitem__(self, name):
+        if name not in self.names:
+            raise KeyError(name)
+        return self.buffers[name]
+
+    def __setitem__(self, name, tensor):
+        self.names[name] = None
+        self.buffers[name] = tensor
+
+    def __delitem__(self, name):
+        del self.names[name]
+        del self.buffers[name]
+
+    discard = __delitem__  # nn.Module.__setattr__ removes names from whatever is not a dict as from a set
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
+class _OncePerTensor:
+    """`fn`, applied once to each graph-carrying tensor, so that tied ones are still one tensor afterwards."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]):
+        self.fn, self.done = fn, {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if tensor.is_leaf:
+            return self.fn(tensor)
+        if id(tensor) not in self.done:
+            moved = self.fn(tensor)
+            if not moved.requires_grad and moved.is_floating_point():  # moved under no_grad
+                moved = nn.Parameter(moved)
+            self.done[id(tensor)] = (tensor, moved)  # the first keeps its id from being reused
+        return self.done[id(tensor)][1]
+
+
+class MetaModule(nn.Module):
+    """An `nn.Module` whose parameters are buffers, so that they may be replaced by tensors that carry a graph.
+
+    Whatever would be a parameter becomes a *meta-parameter*: an `nn.Parameter` that is assigned, a tensor passed to
+    `register_parameter`, or to `register_buffer` while it requires grad. It lives in `_buffers` under its own name;
+    `parameters()`, `named_parameters()`, `state_dict()` and every tool built on them treat it as the parameter it
+    stands for, and `buffers()` leaves it out. A tensor may be assigned to it at any time: `net.weight = net.weight - g`.
+
+    Plain layers inside a MetaModule work as they are; the first update that reaches one makes it meta.
+
+    >>> class Net(MetaModule):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.scale = nn.Parameter(torch.ones(1))
+    ...         self.layer = MetaLinear(2, 1)
+    ...     def forward(self, x):
+    ...         return self.scale * self.layer(x)
+    >>> net = Net()
+    >>> grads = torch.autograd.grad(net(torch.ones(3, 2)).sum(), list(net.parameters()), create_graph=True)
+    >>> net.update_params(0.1, source_params=grads)
+    >>> net.scale.grad_fn is not None
+    True
+    """
+
+    _meta_names: dict[str, None]
+
+    # ---- torch's view of the meta-parameters -------------------------------------------------------------------
+
+    @property
+    def _parameters(self) -> _MetaParameters:
+        return _MetaParameters(self)
+
+    @_parameters.setter
+    def _parameters(self, parameters: dict) -> None:  # nn.Module.__init__ assigns {} before there are any buffers
+        vars(self)["_parameters"] = {}  # stays empty; nn.Module asks whether it is there
+        vars(self)["_meta_names"] = {}
+        for name, tensor in parameters.items():
+            self._parameters[name] = tensor
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Register a buffer as `nn.Module` does; a new one that requires grad is a meta-parameter.
+
+        Raises:
+            ValueError: a tensor that requires grad is registered with `persistent=False`.
+        """
+        trainable = isinstance(tensor, Tensor) and tensor.requires_grad and name not in self._buffers
+        if trainable and not persistent:
+            raise ValueError(f"buffer '{name}' requires grad: a meta-parameter is saved, persistent=False is not accepted")
+        super().register_buffer(name, tensor, persistent)
+        if trainable:
+            self._meta_names[name] = None
+
+    def __setattr__(self, name: str, value) -> None:
+        held = vars(self).get("_buffers", {})
+        if name not in held or isinstance(value, (nn.Parameter, nn.Buffer, nn.Module)):
+            super().__setattr__(name, value)
+            return
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"cannot assign {type(value).__name__} to '{name}'; a torch.Tensor or None is accepted")
+        if value is not None and name in self._meta_names:
+            _check_like(name, value, held[name])
+        held[name] = value
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the buffers that are not meta-parameters, as `nn.Module.named_buffers`."""
+
+        def members(module):
+            metas = vars(module).get("_meta_names", ())
+            return [(name, tensor) for name, tensor in module._buffers.items() if name not in metas]
+
+        yield from self._named_members(members, prefix=prefix, recurse=recurse, remove_duplicate=remove_duplicate)
+
+    def get_parameter(self, target: str) -> Tensor:
+        """Return the parameter of that dotted name, with the graph it carries."""
+        path, _, name = target.rpartition(".")
+        owner = self.get_submodule(path)
+        return owner._parameters[name] if name in owner._parameters else super().get_parameter(target)
+
+    # ---- the updates -------------------------------------------------------------------------------------------
+
+    def named_params(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over names and parameters as they are now: `set_param` may be called in the loop.
+
+        Args and order as in `nn.Module.named_parameters`; the tensors carry whatever graph they have.
+        """
+        return iter(list(self.named_parameters(prefix, recurse, remove_duplicate)))
+
+    def set_param(self, name: str, tensor: Tensor) -> None:
+        """Put `tensor` itself, with its graph and its `requires_grad`, in the place of a parameter.
+
+        Every other name of a tied parameter follows. To set many, `update_params` is faster.
+
+        Args:
+            name: dotted name as in `named_params()`.
+            tensor: of the parameter's shape, dtype and device.
+
+        Raises:
+            ValueError: no parameter has that name, or shape, dtype or device differ.
+            TypeError: `tensor` is not a tensor.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"name is {type(name).__name__}; a str is accepted")
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"tensor for '{name}' is {type(tensor).__name__}; a torch.Tensor is accepted")
+        current = dict(self.named_parameters(remove_duplicate=False))
+        if name not in current:
+            raise ValueError(f"no parameter is named '{name}'; the names are {', '.join(current) or 'none'}")
+        _check_like(name, tensor, current[name])
+        for held, places in self._tensors().values():
+            if held is current[name]:
+                _put(places, tensor)
+
+    def update_params(
+        self,
+        lr_inner: float | Tensor,
+        first_order: bool = False,
+        source_params: Iterable[Tensor | None] | Mapping[str, Tensor | None] | None = None,
+        detach: bool = False,
+    ) -> None:
+        """Replace every parameter θ that requires grad by θ - lr_inner * g, keeping the graph of both.
+
+        Tied parameters are updated once and stay tied; frozen ones (`requires_grad=False`) stay as they are.
+
+        Args:
+            lr_inner: finite step size; a tensor of one element may require grad (a learned step size).
+            first_order: treat the gradients g as constants (default: false).
+            source_params: the gradients g, each with its parameter's shape, dtype and device: one per parameter or
+                one per trainable parameter in the order of `named_params()`, or a dict by its names. An entry for a
+                frozen parameter is not used; None leaves its parameter as it is (`autograd.grad(allow_unused=True)`
+                gives None where the loss does not depend on it). By default each parameter's own `.grad`, which
+                autograd fills for leaves only, that is before the first update.
+            detach: make the new parameters leaves that require grad, without a graph (default: false).
+
+        Raises:
+            ValueError: number, names, shape, dtype or device of the gradients do not fit, or gradients are missing.
+            TypeError: an argument of another type.
+
+        >>> net = MetaLinear(2, 1)
+        >>> net(torch.ones(1, 2)).sum().backward()
+        >>> net.update_params(0.1)
+        >>> net.weight.is_leaf
+        False
+        """
+        lr = _step_size(lr_inner)
+        params = self._tensors()
+        grads = _gradients(source_params, {name: tensor for name, (tensor, _) in params.items()})
+        updated = {}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
+            for name, grad in grads.items():
+                tensor = params[name][0]
+                new = tensor - lr * (grad.detach() if first_order else grad)
+                updated[name] = new if new.requires_grad else nn.Parameter(new)
+        for name, new in updated.items():
+            _put(params[name][1], new)
+
+    def detach_params(self) -> None:
+        """Make every parameter that carries a graph a leaf of the same values that still requires grad.
+
+        Leaves stay the tensors they are, so an optimizer over them stays valid. The new leaves share memory with the
+        tensors they replace: autograd raises if a backward pass through the older graph needs a value changed since.
+        """
+        self._replace_graphs(lambda tensor: nn.Parameter(tensor.detach()))
+
+    def copy(self, other: nn.Module, same_var: bool = False) -> None:
+        """Take over the parameters and buffers of a module with the same names and shapes.
+
+        Args:
+            other: the module to copy from, meta or plain.
+            same_var: hold `other`'s very parameters, so that updates of this module reach back to them (the inner
+                loop on a second module); buffers are copied. By default values are copied as by `load_state_dict`:
+                leaves in place, graph-carrying parameters into fresh leaves.
+
+        Raises:
+            TypeError: `other` is not a module.
+            ValueError: names or shapes differ (and, for `same_var`, dtypes or devices).
+        """
+        if not isinstance(other, nn.Module):
+            raise TypeError(f"other is {type(other).__name__}; an nn.Module is accepted")
+        mine, theirs = self.state_dict(), other.state_dict()
+        if mine.keys() != theirs.keys():
+            raise ValueError(f"other has different names; only in one of the two: {sorted(mine.keys() ^ theirs.keys())}")
+        for name, tensor in mine.items():
+            if isinstance(tensor, Tensor) and tensor.shape != theirs[name].shape:
+                raise ValueError(f"'{name}' has shape {tuple(theirs[name].shape)} in other, {tuple(tensor.shape)} here")
+        if not same_var:
+            self.load_state_dict(theirs)
+            return
+        source = dict(other.named_parameters(remove_duplicate=False))
+        for name, (tensor, _) in self._tensors().items():
+            _check_like(name, source[name], tensor)
+        for name, (_, places) in self._tensors().items():
+            _put(places, source[name])
+        for name, _ in list(self.named_buffers()):  # not in place: an older graph may hold them
+            path, _, last = name.rpartition(".")
+            self.get_submodule(path)._buffers[last] = other.get_buffer(name).detach().clone()
+
+    def _tensors(self) -> dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]:
+        """Each distinct parameter under its first name, with every (module, name) that holds it."""
+        found, first_name = {}, {}
+        for path, module in self.named_modules():
+            for name, tensor in module._parameters.items():
+                if tensor is None:
+                    continue
+                key = first_name.setdefault(id(tensor), f"{path}.{name}" if path else name)
+                found.setdefault(key, (tensor, []))[1].append((module, name))
+        return found
+
+    def _replace_graphs(self, make_leaf: Callable[[Tensor], Tensor]) -> bool:
+        carrying = [(tensor, places) for tensor, places in self._tensors().values() if not tensor.is_leaf]
+        for tensor, places in carrying:
+            _put(places, make_leaf(tensor))
+        return bool(carrying)
+
+    # ---- ordinary torch life with tensors that carry a graph ---------------------------------------------------
+
+    def requires_grad_(self, requires_grad: bool = True) -> MetaModule:
+        """As in `nn.Module`; freezing detaches the parameters that carry a graph."""
+        if not requires_grad:
+            self.detach_params()
+        return super().requires_grad_(requires_grad)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in `nn.Module`, without a warning for the parameters that carry a graph and so have no `.grad`."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            super().zero_grad(set_to_none)
+
+    def _apply(self, fn, recurse=True):
+        """Move leaves as torch moves parameters (in place: optimizers stay valid), the others with their graph."""
+        fn = fn if isinstance(fn, _OncePerTensor) else _OncePerTensor(fn)
+        names, buffers = self._meta_names, self._buffers
+        leaves = nn.Module()
+        vars(leaves)["_parameters"] = {name: buffers[name] for name in names if _is_leaf(buffers[name])}
+        vars(self).update(_meta_names={}, _buffers={name: buf for name, buf in buffers.items() if name not in names})
+        try:
+            super()._apply(fn, recurse)
+            nn.Module._apply(leaves, fn)
+        finally:
+            buffers.update(self._buffers)
+            buffers.update(vars(leaves)["_parameters"])
+            vars(self).update(_meta_names=names, _buffers=buffers)
+        for name in names:
+            if not _is_leaf(buffers[name]):
+                buffers[name] = fn(buffers[name])
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        # loading copies in place; what an older graph may need, running statistics included, is left to it
+        if self._replace_graphs(lambda tensor: nn.Parameter(tensor.detach().clone())):
+            for name, buffer in list(self.named_buffers()):
+                path, _, last = name.rpartition(".")
+                self.get_submodule(path)._buffers[last] = buffer.detach().clone()
+        if local_metadata.get("assign_to_params_buffers", False):
+            for name, tensor in self._parameters.items():
+                if tensor is not None and not isinstance(tensor, nn.Parameter):  # torch keeps requires_grad of these only
+                    self._buffers[name] = nn.Parameter(tensor.detach(), tensor.requires_grad)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def __deepcopy__(self, memo):
+        """A copy of the same values whose parameters are leaves: a graph is not copied."""
+        for tensor in self._parameters.values():
+            if tensor is not None and not isinstance(tensor, nn.Parameter) and id(tensor) not in memo:
+                memo[id(tensor)] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+        if hasattr(super(), "__deepcopy__"):
+            return super().__deepcopy__(memo)
+        replica = type(self).__new__(type(self))
+        memo[id(self)] = replica
+        replica.__setstate__(copy.deepcopy(vars(self), memo))
+        return replica
+
+    def __reduce_ex__(self, protocol):
+        """Pickle the classes that `to_meta` made by the class they were made from."""
+        reduced = super().__reduce_ex__(protocol)
+        plain = vars(type(self)).get("_twin_of")
+        if plain is None or reduced[0] is not copyreg.__newobj__:
+            return reduced
+        return (_new_twin, (plain,), *reduced[2:])
+
+    def _replicate_for_data_parallel(self):
+        raise NotImplementedError("nn.DataParallel does not replicate meta modules; use DistributedDataParallel")
+
+
+def _is_leaf(tensor: Tensor | None) -> bool:
+    return tensor is None or tensor.is_leaf
+
+
+def _check_like(name: str, new: Tensor, old: Tensor | None) -> None:
+    if old is None or is_lazy(old):
+        return
+    for what in ("shape", "dtype", "device"):
+        if getattr(new, what) != getattr(old, what):
+            raise ValueError(f"'{name}' has {what} {getattr(old, what)}; it cannot take {what} {getattr(new, what)}")
+
+
+def _put(places: list[tuple[nn.Module, str]], tensor: Tensor) -> None:
+    for module, name in places:
+        if not isinstance(module, MetaModule):
+            _convert({module: _twin(type(module))})
+        module._buffers[name] = tensor
+
+
+def _step_size(lr_inner: float | Tensor) -> float | Tensor:
+    if isinstance(lr_inner, Tensor):
+        if lr_inner.numel() != 1:
+            raise ValueError(f"lr_inner has shape {tuple(lr_inner.shape)}; a number or one element is accepted")
+        return lr_inner.reshape(())
+    if not isinstance(lr_inner, numbers.Real) or isinstance(lr_inner, bool):
+        raise TypeError(f"lr_inner is {lr_inner!r}; a number or a tensor of one element is accepted")
+    if not math.isfinite(lr_inner):
+        raise ValueError(f"lr_inner is {lr_inner}; a finite number is accepted")
+    return lr_inner
+
+
+def _gradients(source, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients by name of the parameters to update, each checked against its parameter."""
+    trainable = {name: tensor for name, tensor in params.items() if tensor.requires_grad}
+    if source is None:
+        # .grad of a tensor that is not a leaf warns when it is read
+        grads = {name: p.grad if p.is_leaf or p.retains_grad else None for name, p in trainable.items()}
+        missing = [name for name, grad in grads.items() if grad is None]
+        if missing:
+            raise ValueError(
+                f"no .grad for {', '.join(missing)}; call backward(create_graph=True) before the first update, after it "
+                "pass source_params=torch.autograd.grad(...) (None where the loss does not use a parameter), or freeze it"
+            )
+    elif isinstance(source, Mapping):
+        unknown, missing = [n for n in source if n not in params], [n for n in trainable if n not in source]
+        if unknown or missing:
+            raise ValueError(f"source_params has unknown names {unknown} and lacks {missing}")
+        grads = {name: source[name] for name in trainable}
+    elif isinstance(source, Iterable) and not isinstance(source, (Tensor, str)):
+        source = list(source)
+        if len(source) not in (len(params), len(trainable)):
+            raise ValueError(
+                f"source_params has {len(source)} entries; {len(params)} (one per parameter) "
+                f"or {len(trainable)} (one per parameter that requires grad) are accepted"
+            )
+        grads = dict(zip(params if len(source) == len(params) else trainable, source))
+    else:
+        raise TypeError(f"source_params is {type(source).__name__}; gradients in a list, tuple or dict are accepted")
+    grads = {name: grad for name, grad in grads.items() if name in trainable and grad is not None}
+    for name, grad in grads.items():
+        if not isinstance(grad, Tensor):
+            raise TypeError(f"the gradient of '{name}' is {type(grad).__name__}; a torch.Tensor or None is accepted")
+        _check_like(name, grad, params[name])
+    return grads
+
+
+# ---- any module, by the same mechanism -----------------------------------------------------------------------------
+
+
+def to_meta(module: nn.Module, inplace: bool = False) -> MetaModule:
+    """Give the meta version of any module: same tensors' values, same `forward`, every part of it meta.
+
+    Each part that has parameters or children gets the class `MetaX`: the twin below where X is a layer of `torch.nn`,
+    else one made on the spot from `MetaModule` and X. `isinstance(part, X)` stays true; tied parameters stay tied.
+    Where X has a method of its own called `copy`, say, its own is kept and `MetaModule.copy(part, other)` is ours.
+
+    Args:
+        module: a module of torch, of a third party or partly meta. Parametrized layers (`nn.utils.parametrize`) are
+            accepted: their originals become meta-parameters.
+        inplace: convert `module` itself, keeping its parameters' identity (default: convert a deep copy).
+
+    Returns:
+        The meta module; parameters are leaves of a copy, or the module's own if `inplace`.
+
+    Raises:
+        TypeError: not a module; or one that wraps or compiles another (convert the inner module first).
+
+    >>> net = to_meta(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
+    >>> type(net).__name__, type(net[0]).__name__
+    ('MetaSequential', 'MetaLinear')
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is {type(module).__name__}; an nn.Module is accepted")
+    wrappers = (torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
+    for name, part in module.named_modules():
+        if isinstance(part, wrappers) or "_orig_mod" in part._modules:  # the last: torch.compile's OptimizedModule
+            raise TypeError(f"'{name}' is a {type(part).__name__}; convert the module before it is wrapped or compiled")
+    if not inplace:
+        module = copy.deepcopy(module)
+    twins = {}
+    for part in module.modules():
+        if not isinstance(part, MetaModule) and (part is module or part._parameters or part._modules):
+            twins[part] = _twin(type(part))
+    _convert(twins)
+    return module
+
+
+def _convert(twins: dict[nn.Module, type]) -> None:
+    for module, twin in twins.items():
+        parameters = vars(module)["_parameters"]
+        module.__class__ = twin
+        vars(module).pop("_flat_weights", None)  # of recurrent layers; see _Recurrent
+        vars(module).update(_parameters={}, _meta_names=dict.fromkeys(parameters))
+        module._buffers.update(parameters)
+
+
+_made_twins: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
+_FACE = ("named_params", "set_param", "update_params", "detach_params", "copy")
+
+
+def _twin(plain: type) -> type:
+    twin = globals().get(f"Meta{plain.__name__}")
+    if isinstance(twin, type) and twin.__bases__[-1] is plain:
+        return twin
+    twin = _made_twins.get(plain)
+    if twin is None:
+        body = {name: inspect.getattr_static(plain, name) for name in _FACE if hasattr(plain, name)}
+        body.update(__module__=__name__, __doc__=plain.__doc__, _twin_of=plain)
+        if getattr(plain, "cls_to_become", None) is not None:  # a lazy layer
+            body["cls_to_become"] = _twin(plain.cls_to_become)
+        base = _Recurrent if issubclass(plain, nn.RNNBase) else MetaModule
+        try:
+            twin = types.new_class(f"Meta{plain.__name__}", (base, plain), exec_body=lambda space: space.update(body))
+        except TypeError as error:
+            raise TypeError(f"no meta class can be made of {plain.__qualname__}: {error}") from error
+        _made_twins[plain] = twin
+    return twin
+
+
+def _new_twin(plain: type) -> MetaModule:
+    twin = _twin(plain)
+    return twin.__new__(twin)
+
+
+class _Recurrent(MetaModule):
+    """nn.RNN, LSTM and GRU compute from a list of their weights: here it is read off the meta-parameters each time."""
+
+    @property
+    def _flat_weights(self):
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights):
+        pass
+
+    def flatten_parameters(self) -> None:
+        """As in torch, but weights that carry a graph are not moved in memory."""
+        if all(_is_leaf(weight) for weight in self._flat_weights):
+            super().flatten_parameters()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._init_flat_weights()
+        return self
+
+
+def _children_meta(layer: type) -> Callable:
+    """`layer.__init__`, after which the layers it has built inside are meta too."""
+
+    @functools.wraps(layer.__init__)
+    def __init__(self, *args, **kwargs):
+        layer.__init__(self, *args, **kwargs)
+        to_meta(self, inplace=True)
+
+    return __init__
+
+
+# ---- the twins of torch.nn: one line each ----------------------------------------------------------------------------
+
+# fmt: off
+class MetaSequential(MetaModule, nn.Sequential): ...
+class MetaModuleList(MetaModule, nn.ModuleList): ...
+class MetaModuleDict(MetaModule, nn.ModuleDict): ...
+class MetaLinear(MetaModule, nn.Linear): ...
+class MetaBilinear(MetaModule, nn.Bilinear): ...
+class MetaPReLU(MetaModule, nn.PReLU): ...
+class MetaEmbedding(MetaModule, nn.Embedding): ...
+class MetaEmbeddingBag(MetaModule, nn.EmbeddingBag): ...
+class MetaConv1d(MetaModule, nn.Conv1d): ...
+class MetaConv2d(MetaModule, nn.Conv2d): ...
+class MetaConv3d(MetaModule, nn.Conv3d): ...
+class MetaConvTranspose1d(MetaModule, nn.ConvTranspose1d): ...
+class MetaConvTranspose2d(MetaModule, nn.ConvTranspose2d): ...
+class MetaConvTranspose3d(MetaModule, nn.ConvTranspose3d): ...
+class MetaBatchNorm1d(MetaModule, nn.BatchNorm1d): ...
+class MetaBatchNorm2d(MetaModule, nn.BatchNorm2d): ...
+class MetaBatchNorm3d(MetaModule, nn.BatchNorm3d): ...
+class MetaSyncBatchNorm(MetaModule, nn.SyncBatchNorm): ...
+class MetaInstanceNorm1d(MetaModule, nn.InstanceNorm1d): ...
+class MetaInstanceNorm2d(MetaModule, nn.InstanceNorm2d): ...
+class MetaInstanceNorm3d(MetaModule, nn.InstanceNorm3d): ...
+class MetaLayerNorm(MetaModule, nn.LayerNorm): ...
+class MetaGroupNorm(MetaModule, nn.GroupNorm): ...
+class MetaRMSNorm(MetaModule, nn.RMSNorm): ...
+class MetaRNNBase(_Recurrent, nn.RNNBase): ...
+class MetaRNN(_Recurrent, nn.RNN): ...
+class MetaLSTM(_Recurrent, nn.LSTM): ...
+class MetaGRU(_Recurrent, nn.GRU): ...
+class MetaRNNCellBase(MetaModule, nn.RNNCellBase): ...
+class MetaRNNCell(MetaModule, nn.RNNCell): ...
+class MetaLSTMCell(MetaModule, nn.LSTMCell): ...
+class MetaGRUCell(MetaModule, nn.GRUCell): ...
+
+# layers that build others inside
+class MetaAdaptiveLogSoftmaxWithLoss(MetaModule, nn.AdaptiveLogSoftmaxWithLoss):
+    __init__ = _children_meta(nn.AdaptiveLogSoftmaxWithLoss)
+class MetaMultiheadAttention(MetaModule, nn.MultiheadAttention):
+    __init__ = _children_meta(nn.MultiheadAttention)
+class MetaTransformer(MetaModule, nn.Transformer):
+    __init__ = _children_meta(nn.Transformer)
+class MetaTransformerEncoder(MetaModule, nn.TransformerEncoder):
+    __init__ = _children_meta(nn.TransformerEncoder)
+class MetaTransformerEncoderLayer(MetaModule, nn.TransformerEncoderLayer):
+    __init__ = _children_meta(nn.TransformerEncoderLayer)
+class MetaTransformerDecoder(MetaModule, nn.TransformerDecoder):
+    __init__ = _children_meta(nn.TransformerDecoder)
+class MetaTransformerDecoderLayer(MetaModule, nn.TransformerDecoderLayer):
+    __init__ = _children_meta(nn.TransformerDecoderLayer)
+
+# lazy layers: the first forward turns them into the twin they name
+class MetaLazyLinear(MetaModule, nn.LazyLinear):
+    cls_to_become = MetaLinear
+class MetaLazyConv1d(MetaModule, nn.LazyConv1d):
+    cls_to_become = MetaConv1d
+class MetaLazyConv2d(MetaModule, nn.LazyConv2d):
+    cls_to_become = MetaConv2d
+class MetaLazyConv3d(MetaModule, nn.LazyConv3d):
+    cls_to_become = MetaConv3d
+class MetaLazyConvTranspose1d(MetaModule, nn.LazyConvTranspose1d):
+    cls_to_become = MetaConvTranspose1d
+class MetaLazyConvTranspose2d(MetaModule, nn.LazyConvTranspose2d):
+    cls_to_become = MetaConvTranspose2d
+class MetaLazyConvTranspose3d(MetaModule, nn.LazyConvTranspose3d):
+    cls_to_become = MetaConvTranspose3d
+class MetaLazyBatchNorm1d(MetaModule, nn.LazyBatchNorm1d):
+    cls_to_become = MetaBatchNorm1d
+class MetaLazyBatchNorm2d(MetaModule, nn.LazyBatchNorm2d):
+    cls_to_become = MetaBatchNorm2d
+class MetaLazyBatchNorm3d(MetaModule, nn.LazyBatchNorm3d):
+    cls_to_become = MetaBatchNorm3d
+class MetaLazyInstanceNorm1d(MetaModule, nn.LazyInstanceNorm1d):
+    cls_to_become = MetaInstanceNorm1d
+class MetaLazyInstanceNorm2d(MetaModule, nn.LazyInstanceNorm2d):
+    cls_to_become = MetaInstanceNorm2d
+class MetaLazyInstanceNorm3d(MetaModule, nn.LazyInstanceNorm3d):
+    cls_to_become = MetaInstanceNorm3d
+if hasattr(nn, "LinearCrossEntropyLoss"):  # newer than the oldest torch accepted
+    class MetaLinearCrossEntropyLoss(MetaModule, nn.LinearCrossEntropyLoss):
+        __init__ = _children_meta(nn.LinearCrossEntropyLoss)
+    __all__ += ["MetaLinearCrossEntropyLoss"]
+# fmt: on
+
+
+class MetaParameterList(MetaModule, nn.ParameterList):
+    """`nn.ParameterList` whose entries may carry a graph."""
+
+    def __setitem__(self, idx: int, param) -> None:
+        if isinstance(param, Tensor) and not param.is_leaf:  # torch would make it an nn.Parameter, without its graph
+            _set_entry(self, self._get_abs_string_index(idx), param)
+        else:
+            super().__setitem__(idx, param)
+
+
+class MetaParameterDict(MetaModule, nn.ParameterDict):
+    """`nn.ParameterDict` whose entries may carry a graph."""
+
+    def __setitem__(self, key: str, value) -> None:
+        if isinstance(value, Tensor) and not value.is_leaf:
+            _set_entry(self, self._key_to_attr(key), value)
+            self._keys[key] = None
+        else:
+            super().__setitem__(key, value)
+
+    def copy(self, other: nn.Module | None = None, same_var: bool = False):
+        """Without an argument a new dict of the same entries, as in torch; else `MetaModule.copy`."""
+        if other is not None:
+            return super().copy(other, same_var)
+        return MetaParameterDict([(key, self[key]) for key in self])
+
+
+def _set_entry(module: MetaModule, name: str, tensor: Tensor) -> None:
+    if name in module._buffers:
+        setattr(module, name, tensor)
+    else:
+        module.register_buffer(name, tensor)
