@@ -113,6 +113,23 @@ def check_meta_gradient(net, loss, method, second_order):
     assert gradcheck(MetaLoss.apply, weights)
 
 
+def test_partial_replay_is_unbiased(monkeypatch):
+    monkeypatch.setattr("meta_training.SMALLEST_SHARE", 3)
+    net, batch = CoordinatewiseLSTM(hidden_size=4).double(), Quadratics(dim=6, dtype=torch.float64).sample(2, generator())
+    state, draws = net.init_state(12), []
+    arguments = dict(params=batch.params, state=state, unroll=3)
+    whole = torch.cat([grad.flatten() for grad in meta_gradient(net, batch, **arguments)[0].values()])
+    for _ in range(400):
+        grads, _ = meta_gradient(net, batch, replay_fraction=0.3, generator=generator(len(draws)), **arguments)
+        draws.append(torch.cat([grad.flatten() for grad in grads.values()]))
+    draws = torch.stack(draws)
+    error = draws.std(0) / len(draws) ** 0.5
+    assert draws.std(0).max() > 0 and ((draws.mean(0) - whole).abs() <= 5 * error + 1e-12).all()
+    monkeypatch.setattr("meta_training.SMALLEST_SHARE", 12)
+    all_of_it, _ = meta_gradient(net, batch, replay_fraction=0.3, **arguments)
+    torch.testing.assert_close(torch.cat([grad.flatten() for grad in all_of_it.values()]), whole)
+
+
 def test_second_order_differs_where_the_loss_is_curved():
     net, batch = CoordinatewiseLSTM().double(), Quadratics(dtype=torch.float64).sample(2, generator())
     state = net.init_state(20)
@@ -316,6 +333,8 @@ def train(**arguments):
     (lambda: window(unroll=0), ValueError, "unroll must be at least 1, got 0"),
     (lambda: window(step=-1), ValueError, "step must be at least 0, got -1"),
     (lambda: window(method="bptt"), ValueError, "method must be .* got 'bptt'"),
+    (lambda: window(replay_fraction=0), ValueError, "replay_fraction must be a number in .* got 0"),
+    (lambda: window(replay_fraction=0.5, method="autograd"), ValueError, "replay_fraction=0.5 needs method"),
     (lambda: window(second_order=True), ValueError, "second_order=True needs"),
     (lambda: window(weights=[1.0] * 20), ValueError, r"weights must have shape \(21,\)"),
     (lambda: window(params=[1]), TypeError, "params must be a dict"),
