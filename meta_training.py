@@ -23,6 +23,7 @@ from optimizers import NonFiniteError
 __all__ = ["BASELINES", "History", "TunedBaseline", "compare", "evaluate", "evaluate_baseline", "meta_gradient",
            "meta_train", "tune_baseline", "tune_baselines"]
 
+SMALLEST_SHARE = 1024  # coordinates of a tensor that a partial replay reads at least
 FUNCTIONS_AT_ONCE = 32  # functions that evaluation runs as one computation; a seed's functions depend on it
 
 BASELINES = {
@@ -80,6 +81,16 @@ class Coordinates:
             (gradient,) = torch.autograd.grad(losses.sum(), theta)
         return losses.detach(), gradient
 
+    def subset(self, fraction, generator):
+        """A random share of every tensor's coordinates, at least SMALLEST_SHARE of each: indices, and 1 / probability."""
+        indices, weights, start = [], [], 0
+        for size in self.sizes:
+            kept = min(size, max(math.ceil(fraction * size), SMALLEST_SHARE))
+            indices.append(torch.randperm(size, generator=generator)[:kept] + start)
+            weights.append(torch.full((kept,), size / kept))
+            start += size
+        return torch.cat(indices), torch.cat(weights)
+
 
 def map_tensors(function, state):
     """Apply a function to every tensor in a state made of tuples, lists, dicts and tensors."""
@@ -104,7 +115,8 @@ class WindowInfo(NamedTuple):
     state: object
 
 
-def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay", second_order=False, weights=None):
+def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay", second_order=False, weights=None,
+                  replay_fraction=1.0, generator=None):
     """The meta-gradient of one window: `unroll` updates of the optimizee, differentiated with respect to the optimizer.
 
     The meta-loss is the mean over functions of Σ_{t=0..T} w_t f_t(θ_t), the end of the window included. The optimizee's
@@ -126,6 +138,11 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
         method: "replay" or "autograd".
         second_order: let ∇_t carry its own graph; needs "autograd".
         weights: (T + 1,), w_t; default all 1.
+        replay_fraction: in (0, 1]: replay over a random share of the coordinates, drawn anew in every call, each
+            weighted by 1 / its probability. The meta-gradient is a sum over coordinates, so this is an unbiased
+            estimate of it, at that share of the replay's cost. Small tensors keep all their coordinates. Needs
+            "replay" and a network with `coordinatewise = True` (the last axis of its state's tensors is N).
+        generator: a CPU generator for that draw; default torch's own.
 
     Returns:
         grads, a dict like `net.named_parameters()` (those that require grad), and `WindowInfo`. No graph.
@@ -148,6 +165,7 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
         raise ValueError(f'method must be "replay" or "autograd", got {method!r}')
     if second_order and method == "replay":
         raise ValueError('second_order=True needs method="autograd": the replay takes the gradients as constants')
+    check_replay_fraction(replay_fraction, method, net)
     coordinates = Coordinates(params)
     theta = coordinates.join(params).detach()
     weights = torch.ones(unroll + 1) if weights is None else torch.as_tensor(weights)
@@ -155,7 +173,8 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
         raise ValueError(f"weights must have shape ({unroll + 1},) for unroll {unroll}, got {tuple(weights.shape)}")
     weights = weights.to(theta) / coordinates.functions
     if method == "replay":
-        grads, losses, theta, state = replay_window(net, batch.loss, coordinates, theta, state, step, weights)
+        grads, losses, theta, state = replay_window(net, batch.loss, coordinates, theta, state, step, weights,
+                                                    replay_fraction, generator)
     else:
         grads, losses, theta, state = autograd_window(net, batch.loss, coordinates, theta, state, step, weights,
                                                       second_order)
@@ -166,7 +185,7 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
 
 
 @torch.no_grad()
-def replay_window(net, loss, coordinates, theta, state, step, weights):
+def replay_window(net, loss, coordinates, theta, state, step, weights, fraction, generator):
     unroll, start = len(weights) - 1, state
     losses, gradients = theta.new_empty(unroll + 1, coordinates.functions), theta.new_empty(unroll + 1, len(theta))
     for t in range(unroll):
@@ -175,9 +194,13 @@ def replay_window(net, loss, coordinates, theta, state, step, weights):
         theta = theta + update
     losses[-1], gradients[-1] = coordinates.losses_and_gradient(loss, theta, step + unroll)
     # λ_{t+1} = Σ_{s>t} w_s ∇_s: a cumulative sum from the end
-    adjoint = (weights[1:, None] * gradients[1:]).flip(0).cumsum(0).flip(0)
+    adjoint, inputs = (weights[1:, None] * gradients[1:]).flip(0).cumsum(0).flip(0), gradients[:-1]
+    if fraction < 1:
+        kept, factor = (tensor.to(theta.device) for tensor in coordinates.subset(fraction, generator))
+        inputs, adjoint = inputs[:, kept], adjoint[:, kept] * factor.to(theta)
+        start = map_tensors(lambda tensor: tensor[..., kept], start)
     replay = getattr(net, "replay", None) or (lambda *recorded: replay_by_autograd(net, *recorded))
-    return replay(gradients[:-1], start, adjoint), losses, theta, map_tensors(torch.Tensor.detach, state)
+    return replay(inputs, start, adjoint), losses, theta, map_tensors(torch.Tensor.detach, state)
 
 
 @torch.enable_grad()
@@ -235,7 +258,7 @@ class History:
 
 
 def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=1000, lr=0.005, seed=0, device=None, *,
-               warmup=50, clip=1.0, method="replay", second_order=False, validation_every=None,
+               warmup=50, clip=1.0, method="replay", second_order=False, replay_fraction=1.0, validation_every=None,
                validation_functions=64, progress=True):
     """Meta-train a learned optimizer by truncated backpropagation through the unrolled optimization.
 
@@ -257,7 +280,7 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
         device: where to train; default where `net` is.
         warmup: iterations over which the meta-learning rate rises from 0.
         clip: largest norm of the meta-gradient, or None for no clipping.
-        method, second_order: see `meta_gradient`.
+        method, second_order, replay_fraction: see `meta_gradient`.
         validation_every: default a fortieth of `iterations`.
         validation_functions: how many functions a validation takes; the same ones each time.
         progress: show a bar with the meta-loss.
@@ -306,7 +329,8 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
                     batch = problem.sample(meta_batch, generator=generator)
                     params, state = batch.params, net.init_state(Coordinates(batch.params).join(batch.params).numel())
                 with naming_iteration(iteration):
-                    grads, info = meta_gradient(net, batch, params, state, step, unroll, method, second_order)
+                    grads, info = meta_gradient(net, batch, params, state, step, unroll, method, second_order,
+                                                replay_fraction=replay_fraction, generator=generator)
                     norm = torch.linalg.vector_norm(torch.stack([grad.norm() for grad in grads.values()]))
                     if not torch.isfinite(norm):
                         raise NonFiniteError(f"the norm of the meta-gradient is {norm.item()}")
@@ -470,13 +494,14 @@ class TunedBaseline:
 def tune_baseline(optimizer, problem, lrs=None, steps=100, num_functions=32, seed=0, *, options=None, device="cpu"):
     """Search the learning rate of a hand-designed optimizer: the lowest mean loss at the last step.
 
-    The grid grows by itself until the best learning rate does not lie at its edge. Tune on other functions than those
-    reported: another seed, and a problem over other data (`MNISTNet(split="validation")`).
+    The grid grows by itself until the best learning rate does not lie at its edge; the gaps on both sides of the best
+    are then searched once more at their thirds. Tune on other functions than those reported: another seed, and a
+    problem over other data (`MNISTNet(split="validation")`).
 
     Args:
         optimizer: class of a `torch.optim.Optimizer`.
         problem, steps, num_functions, seed, device: see `evaluate`.
-        lrs: at least three positive learning rates; default 10^-4 … 10 with six per decade.
+        lrs: at least three positive learning rates; default 10^-4 … 10, two per decade (six around the best).
         options: its other keyword arguments, such as {"momentum": 0.9}; default none.
 
     Returns:
@@ -490,25 +515,29 @@ def tune_baseline(optimizer, problem, lrs=None, steps=100, num_functions=32, see
         >>> best = tune_baseline(torch.optim.Adam, Quadratics(), lrs=[0.01, 0.1, 1.0], steps=10, num_functions=4)
         >>> losses = best.evaluate(Quadratics(), steps=10, num_functions=4)
     """
-    lrs = [10 ** (k / 6) for k in range(-24, 7)] if lrs is None else sorted(float(lr) for lr in lrs)
+    lrs = [10 ** (k / 2) for k in range(-8, 3)] if lrs is None else sorted(float(lr) for lr in lrs)
     if len(lrs) < 3 or not 0 < lrs[0] <= lrs[-1] < math.inf:
         raise ValueError(f"lrs must be at least three positive learning rates, got {lrs}")
-    final, factor = {}, (lrs[-1] / lrs[0]) ** (1 / (len(lrs) - 1))
-    while True:
-        for lr in lrs:
-            if lr not in final:
-                losses = evaluate_baseline(optimizer, {**(options or {}), "lr": lr}, problem, steps, num_functions,
-                                           seed, device)
-                loss = losses[:, -1].mean().item()
-                final[lr] = loss if math.isfinite(loss) else math.inf
+    options, final = options or {}, {}
+
+    def search(rates):
+        for lr in rates:
+            losses = evaluate_baseline(optimizer, {**options, "lr": lr}, problem, steps, num_functions, seed, device)
+            loss = losses[:, -1].mean().item()
+            final[lr] = loss if math.isfinite(loss) else math.inf
         best = min(final, key=final.get)
         if final[best] == math.inf:
             raise ValueError(f"no learning rate of {sorted(final)} gave a finite loss with {optimizer.__name__}")
-        at_edge = {min(final): best / factor, max(final): best * factor}
-        if best not in at_edge or not 1e-10 < best < 1e6:
-            break
-        lrs = [at_edge[best]]
-    return TunedBaseline(optimizer, {**(options or {}), "lr": best}, dict(sorted(final.items())))
+        return best
+
+    best, factor = search(lrs), (lrs[-1] / lrs[0]) ** (1 / (len(lrs) - 1))
+    while best in (min(final), max(final)) and 1e-10 < best < 1e6:
+        best = search([best / factor if best == min(final) else best * factor])
+    rates = sorted(final)
+    place = rates.index(best)
+    gaps = list(zip(rates, rates[1:]))[max(place - 1, 0):place + 1]
+    best = search([low * (high / low) ** third for low, high in gaps for third in (1 / 3, 2 / 3)])
+    return TunedBaseline(optimizer, {**options, "lr": best}, dict(sorted(final.items())))
 
 
 def tune_baselines(problem, steps=100, num_functions=32, seed=0, *, baselines=BASELINES, lrs=None, device="cpu",
@@ -555,6 +584,13 @@ def check_count(least=1, **counts):
             raise TypeError(f"{name} must be an int, got {value!r}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_replay_fraction(fraction, method, net):
+    if not (isinstance(fraction, (int, float)) and 0 < fraction <= 1):
+        raise ValueError(f"replay_fraction must be a number in (0, 1], got {fraction!r}")
+    if fraction < 1 and (method != "replay" or not getattr(net, "coordinatewise", False)):
+        raise ValueError(f'replay_fraction={fraction} needs method="replay" and a network with coordinatewise = True')
 
 
 def check_positive_number(**numbers):

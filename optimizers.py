@@ -74,6 +74,8 @@ class CoordinatewiseLSTM(nn.Module):
     Reference: Andrychowicz et al. 2016, section 2.1 ("Coordinatewise LSTM optimizer") and appendix A.
     """
 
+    coordinatewise = True  # no coordinate reads another's: any subset of them can be replayed by itself
+
     def __init__(self, hidden_size=20, num_layers=2, preprocess=None, p=10.0, output_scale=1.0):
         super().__init__()
         for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):

@@ -13,6 +13,9 @@ import torch
 import mnist_data
 
 
+torch.set_num_threads(1)  # the tests' tensors are too small for more to help
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -57,3 +60,9 @@ def write_mnist(root, train=300, test=80, compress=True, side=28):
 def small_mnist(tmp_path):
     """A data root with 300 training and 80 test images in MNIST's own file format."""
     return write_mnist(tmp_path / "small")
+
+
+@pytest.fixture
+def tiny_mnist(tmp_path):
+    """The same with images of 8×8 pixels, where a network should be small."""
+    return write_mnist(tmp_path / "tiny", side=8)

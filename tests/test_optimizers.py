@@ -1,0 +1,285 @@
+"""CoordinatewiseLSTM: preprocessing, a hand-computed step, the fast path against nn.LSTM, files."""
+
+import copy
+import json
+import math
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.autograd import gradcheck
+
+import lstm_blocks
+from optimizers import CoordinatewiseLSTM, NonFiniteError, load_optimizer, log_sign, save_optimizer
+
+
+def random_state(net, N):
+    return tuple(0.3 * torch.randn_like(part) for part in net.init_state(N))
+
+
+# Preprocessing (appendix A) -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [1.0, 10.0])
+def test_log_sign_follows_the_formula(p):
+    threshold = math.exp(-p)
+    sizes = [0.0, 1e-30, threshold / 2, threshold * (1 - 1e-9), threshold, threshold * (1 + 1e-9), 0.1, 1.0, 1e20]
+    grad = torch.tensor([sign * size for size in sizes for sign in (1, -1)], dtype=torch.float64)
+    expected = []
+    for g in grad.tolist():
+        if abs(g) >= threshold:
+            expected.append((math.log(abs(g)) / p, math.copysign(1, g)))
+        else:
+            expected.append((-1.0, math.exp(p) * g))
+    torch.testing.assert_close(log_sign(grad, p).T, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_log_sign_by_hand():
+    features = log_sign(torch.tensor([0.5, -math.exp(-5), 1e-6]))
+    torch.testing.assert_close(features, torch.tensor([[math.log(0.5) / 10, -0.5, -1.0],
+                                                       [1.0, -1.0, math.exp(10) * 1e-6]]))
+
+
+# One step -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_by_hand():
+    """One layer of one unit, weights chosen: every gate is written out."""
+    net = CoordinatewiseLSTM(hidden_size=1, num_layers=1, output_scale=0.5).double()
+    with torch.no_grad():
+        net.lstm.weight_ih_l0.copy_(torch.tensor([[0.1], [0.2], [0.3], [0.4]], dtype=torch.float64))
+        net.lstm.weight_hh_l0.copy_(torch.tensor([[0.5], [0.6], [0.7], [0.8]], dtype=torch.float64))
+        net.lstm.bias_ih_l0.copy_(torch.tensor([0.01, 0.02, 0.03, 0.04], dtype=torch.float64))
+        net.lstm.bias_hh_l0.zero_()
+        net.output.weight.fill_(2.0)
+        net.output.bias.fill_(0.25)
+    g, h, c = 1.5, -0.4, 0.9
+
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    i, f = sigmoid(0.1 * g + 0.5 * h + 0.01), sigmoid(0.2 * g + 0.6 * h + 0.02)
+    candidate, o = math.tanh(0.3 * g + 0.7 * h + 0.03), sigmoid(0.4 * g + 0.8 * h + 0.04)
+    cell = f * c + i * candidate
+    hidden = o * math.tanh(cell)
+    state = tuple(torch.full((1, 1, 1), value, dtype=torch.float64) for value in (h, c))
+    for grad_mode in (True, False):
+        with torch.set_grad_enabled(grad_mode):
+            update, (new_h, new_c) = net(torch.tensor([g], dtype=torch.float64), state)
+        assert update.requires_grad == grad_mode
+        assert update.item() == pytest.approx(0.5 * (2 * hidden + 0.25), rel=1e-14)
+        assert (new_h.item(), new_c.item()) == pytest.approx((hidden, cell), rel=1e-14)
+
+
+SHAPES = [(1, 20), (2, 20), (3, 5)]  # layers, hidden
+BORDERS = [1, 15, 16, 17, 31, 37]  # around a block of 16, and a prime
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(lstm_blocks, "STEP_BLOCK", 16)
+    monkeypatch.setattr(lstm_blocks, "REPLAY_BLOCK", (16, 16))
+
+
+@pytest.mark.parametrize("layers, hidden", SHAPES)
+@pytest.mark.parametrize("preprocess", [None, "log_sign"])
+@pytest.mark.parametrize("N", BORDERS)
+def test_fast_step_equals_nn_lstm(small_blocks, layers, hidden, preprocess, N):
+    net = CoordinatewiseLSTM(hidden, layers, preprocess, output_scale=0.1).double()
+    grad, state = torch.randn(N, dtype=torch.float64), random_state(net, N)
+    kept = [part.clone() for part in state]
+    slow, slow_state = net(grad, state)
+    with torch.no_grad():
+        fast, fast_state = net(grad, state)
+    assert slow.requires_grad and not fast.requires_grad and not fast_state[0].requires_grad
+    torch.testing.assert_close(fast, slow.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(fast_state, tuple(part.detach() for part in slow_state), rtol=1e-12, atol=1e-14)
+    assert all(torch.equal(before, after) for before, after in zip(kept, state))  # the given state is left alone
+
+
+@pytest.mark.parametrize("layers, hidden", SHAPES)
+@pytest.mark.parametrize("preprocess", [None, "log_sign"])
+@pytest.mark.parametrize("N, T", [(1, 1), (16, 3), (17, 7), (37, 20)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_written_replay_equals_autograd(small_blocks, layers, hidden, preprocess, N, T, dtype, tolerance):
+    net = CoordinatewiseLSTM(hidden, layers, preprocess, output_scale=0.1).to(dtype)
+    grads, adjoint = torch.randn(2, T, N, dtype=dtype)
+    state = random_state(net, N)
+    for _ in range(2):  # the second time, buffers are used again
+        fast = net.replay(grads, state, adjoint)
+    state64 = tuple(part.double() for part in state)
+    slow = copy.deepcopy(net).double()._replay_with_graph(grads.double(), state64, adjoint.double())
+    assert list(fast) == [name for name, _ in net.named_parameters()]
+    scale = torch.cat([part.flatten() for part in slow.values()]).norm()
+    for name, parameter in net.named_parameters():
+        assert fast[name].shape == parameter.shape and fast[name].dtype == dtype
+        assert (fast[name] - slow[name]).norm() <= tolerance * scale
+
+
+def test_written_replay_passes_gradcheck():
+    """The replay as the backward pass of Σ⟨adjoint, update⟩, checked against finite differences."""
+    net = CoordinatewiseLSTM(hidden_size=3, num_layers=2, preprocess="log_sign", output_scale=0.7).double()
+    grads, adjoint = torch.randn(2, 4, 5, dtype=torch.float64)
+    state = random_state(net, 5)
+    names = [name for name, _ in net.named_parameters()]
+
+    class Replayed(torch.autograd.Function):
+        @staticmethod
+        def forward(context, *weights):
+            put(weights)
+            total, now = 0, state
+            for grad, row in zip(grads, adjoint):
+                update, now = net(grad, now)
+                total = total + update @ row
+            return total.detach()
+
+        @staticmethod
+        def backward(context, upstream):
+            replayed = net.replay(grads, state, adjoint)
+            return tuple(upstream * replayed[name] for name in names)
+
+    def put(weights):
+        with torch.no_grad():
+            for parameter, weight in zip(net.parameters(), weights):
+                parameter.copy_(weight)
+
+    weights = [parameter.detach().clone().requires_grad_() for parameter in net.parameters()]
+    assert gradcheck(Replayed.apply, weights)
+
+
+def test_cuda_replay_path_in_several_blocks(monkeypatch):
+    """The path of other devices, run on the CPU, gives the same sum whatever its blocks."""
+    net = CoordinatewiseLSTM().double()
+    grads, adjoint = torch.randn(2, 5, 23, dtype=torch.float64)
+    whole = net._replay_with_graph(grads, net.init_state(23), adjoint)
+    monkeypatch.setattr("optimizers.GRAPH_BLOCK", 7)
+    parts = net._replay_with_graph(grads, net.init_state(23), adjoint)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_equals_cpu():
+    net = CoordinatewiseLSTM(preprocess="log_sign")
+    grads, adjoint = torch.randn(2, 20, 1000)
+    cpu = net.replay(grads, net.init_state(1000), adjoint)
+    there = copy.deepcopy(net).cuda()
+    cuda = there.replay(grads.cuda(), there.init_state(1000), adjoint.cuda())
+    for name in cpu:
+        torch.testing.assert_close(cuda[name].cpu(), cpu[name], rtol=1e-3, atol=1e-3)
+
+
+def test_frozen_parameters_are_left_out_of_the_replay():
+    net = CoordinatewiseLSTM()
+    net.output.bias.requires_grad_(False)
+    grads = torch.randn(3, 4)
+    replayed = net.replay(grads, net.init_state(4), grads)
+    assert "output.bias" not in replayed and len(replayed) == 9
+
+
+def test_changed_weights_are_seen():
+    net = CoordinatewiseLSTM()
+    grad, state = torch.randn(5), net.init_state(5)
+    with torch.no_grad():
+        before, _ = net(grad, state)
+        net.output.bias.add_(1)
+        after, _ = net(grad, state)
+        net.load_state_dict(CoordinatewiseLSTM().state_dict())
+        loaded, _ = net(grad, state)
+    torch.testing.assert_close(after, before + 1)
+    torch.testing.assert_close(loaded, net(grad, state)[0].detach())
+
+
+def test_copies_and_pickles_stand_alone():
+    net = CoordinatewiseLSTM()
+    grad, state = torch.randn(5), net.init_state(5)
+    with torch.no_grad():
+        before, _ = net(grad, state)
+        for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            twin.output.bias.add_(1)
+            torch.testing.assert_close(twin(grad, state)[0], before + 1)
+        torch.testing.assert_close(net(grad, state)[0], before)
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded(tmp_path):
+    net = CoordinatewiseLSTM(7, 1, "log_sign", p=8.0, output_scale=0.1)
+    save_optimizer(net, tmp_path / "new" / "net.safetensors", problem="a test")
+    again = load_optimizer(tmp_path / "new" / "net.safetensors")
+    assert again.config == net.config
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["net.safetensors"]
+
+
+def test_failed_save_leaves_the_older_file(tmp_path, monkeypatch):
+    path = tmp_path / "net.safetensors"
+    save_optimizer(CoordinatewiseLSTM(), path)
+    content = path.read_bytes()
+    monkeypatch.setattr("optimizers.os.replace", lambda *names: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_optimizer(CoordinatewiseLSTM(), path)
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_are_not_ours(tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_optimizer(CoordinatewiseLSTM(), path)
+    content, weights = path.read_bytes(), CoordinatewiseLSTM().state_dict()
+    path.write_bytes(content[:200])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_optimizer(path)
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="holds no learned optimizer"):
+        load_optimizer(path)
+    good = {"class": "CoordinatewiseLSTM", "config": json.dumps(CoordinatewiseLSTM().config)}
+    save_file(weights, path, {**good, "format": "2"})
+    with pytest.raises(ValueError, match="is of format 2; this version reads up to 1"):
+        load_optimizer(path)
+    save_file({"other": torch.zeros(2)}, path, {**good, "format": "1"})
+    with pytest.raises(ValueError, match="does not describe a CoordinatewiseLSTM"):
+        load_optimizer(path)
+    with pytest.raises(FileNotFoundError, match="no pretrained optimizer of that name"):
+        load_optimizer("no-such-optimizer")
+    with pytest.raises(TypeError, match="got Linear"):
+        save_optimizer(torch.nn.Linear(1, 1), path)
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
+    ({"hidden_size": 2.0}, TypeError, "hidden_size must be an int, got 2.0"),
+    ({"num_layers": -1}, ValueError, "num_layers must be at least 1, got -1"),
+    ({"preprocess": "log"}, ValueError, "preprocess must be None or \"log_sign\", got 'log'"),
+    ({"p": 0}, ValueError, "p must be a number in"),
+    ({"output_scale": float("nan")}, ValueError, "output_scale must be a finite number"),
+])
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        CoordinatewiseLSTM(**arguments)
+
+
+def test_bad_steps():
+    net = CoordinatewiseLSTM()
+    state = net.init_state(4)
+    with pytest.raises(TypeError, match="grad must be a tensor, got list"):
+        net([1.0] * 4, state)
+    with pytest.raises(ValueError, match=r"grad must have shape \(N,\)"):
+        net(torch.zeros(4, 1), state)
+    with pytest.raises(ValueError, match=r"state's hidden must have shape \(2, 20, 5\) for 5 coordinates, got \(2, 20, 4\)"):
+        net(torch.zeros(5), state)
+    with pytest.raises(ValueError, match="grad is torch.float64"):
+        net(torch.zeros(4).double(), state)
+    with pytest.raises(TypeError, match="state must be the pair"):
+        net(torch.zeros(4), state[0])
+    with pytest.raises(NonFiniteError, match="grad must be finite, but holds nan at coordinate 2 .1 of 4"):
+        net(torch.tensor([0.0, 1.0, float("nan"), 2.0]), state)
+    with pytest.raises(ValueError, match="num_coordinates must be a positive int, got 0"):
+        net.init_state(0)
+    with pytest.raises(ValueError, match="adjoint must have the shape of grads"):
+        net.replay(torch.zeros(3, 4), state, torch.zeros(3, 5))
