@@ -81,6 +81,9 @@ class _MetaParameters(MutableMapping):
     def __init__(self, module: MetaModule):
         self.names, self.buffers = module._meta_names, module._buffers
 
+    def __contains__(self, name):
+        return name in self.names
+
     def __getitem__(self, name):
         if name not in self.names:
             raise KeyError(name)
@@ -161,6 +164,15 @@ class MetaModule(nn.Module):
         vars(self)["_meta_names"] = {}
         for name, tensor in parameters.items():
             self._parameters[name] = tensor
+
+    def __getattr__(self, name: str):
+        # torch looks into __dict__["_parameters"] first, empty here; torch 2.6's Dynamo would build the view instead
+        held = self.__dict__
+        if "_buffers" in held and name in held["_buffers"]:
+            return held["_buffers"][name]
+        if "_modules" in held and name in held["_modules"]:
+            return held["_modules"][name]
+        return super().__getattr__(name)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Register a buffer as `nn.Module` does; one that requires grad is a meta-parameter.

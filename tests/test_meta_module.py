@@ -1198,7 +1198,8 @@ def ddp_worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.manual_seed(rank)  # DDP is to make them equal
     net = to_meta(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double()).eval()
-    ddp = nn.parallel.DistributedDataParallel(net)
+    # broadcasting buffers at each forward would write into those the inner step's graph has saved
+    ddp = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     generator = torch.Generator().manual_seed(7)
     x, y = (torch.randn(8, n, generator=generator, dtype=torch.float64) for n in (3, 1))
     mine = slice(rank * 4, rank * 4 + 4)
