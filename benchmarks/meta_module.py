@@ -57,8 +57,9 @@ def compare(label, ours, theirs, device, repeats):
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for run in (ours, theirs):
-        run()
+    results = [run() for run in (ours, theirs)]  # warms up, too
+    if results[0] is not None:
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
     times = []
     for repeat in range(repeats):
         sides = (ours, theirs) if repeat % 2 else (theirs, ours)
@@ -67,7 +68,7 @@ def compare(label, ours, theirs, device, repeats):
     ratio = statistics.median(a / b for a, b in times)
     a, b = (statistics.median(side) * 1e3 for side in zip(*times))
     memory = [peak_bytes(run, device) / 2**20 for run in (ours, theirs)]
-    print(f"| {label} | {a:.1f} | {b:.1f} | {ratio:.3f} | {memory[0]:.1f} | {memory[1]:.1f} |", flush=True)
+    print(f"| {label} | {repeats} | {a:.1f} | {b:.1f} | {ratio:.3f} | {memory[0]:.1f} | {memory[1]:.1f} |", flush=True)
 
 
 def forward_and_backward(model, images, labels):
@@ -130,8 +131,8 @@ def main():
     print(
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, Python {platform.python_version()}, {name}"
     )
-    print(f"ResNet-50: batch {options.batch}, {options.image}x{options.image}; {options.repeats} alternating runs\n")
-    print("| | meta, ms | torch, ms | ratio | meta, MiB | torch, MiB |\n| --- | --- | --- | --- | --- | --- |")
+    print(f"ResNet-50: batch {options.batch}, {options.image}x{options.image}\n")
+    print("| | runs | meta, ms | torch, ms | ratio | meta, MiB | torch, MiB |\n|" + " --- |" * 7)
 
     images = torch.randn(options.batch, 3, options.image, options.image, device=device)
     labels = torch.randint(10, (options.batch,), device=device)
@@ -139,11 +140,11 @@ def main():
     meta = resnet_meta.resnet50(num_classes=10).to(device)
     meta.load_state_dict(plain.state_dict())
     sides = (forward_and_backward(model, images, labels) for model in (meta, plain))
-    compare("ResNet-50, forward and backward", *sides, device, options.repeats)
+    compare("ResNet-50, forward and backward", *sides, device, 4 * options.repeats)
 
     digits = torch.randn(128, 784, device=device), torch.randint(10, (128,), device=device)
     network = nn.Sequential(nn.Linear(784, 20), nn.Sigmoid(), nn.Linear(20, 10)).to(device)
-    compare("10 inner steps, 784-20-10, batch 128", *inner_loops(network, *digits), device, 20 * options.repeats)
+    compare("10 inner steps, 784-20-10, batch 128", *inner_loops(network, *digits), device, 40 * options.repeats)
 
     small = torch.randn(options.batch, 3, 32, 32, device=device)
     network = torchvision.models.resnet18(num_classes=10).to(device)
