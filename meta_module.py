@@ -504,7 +504,7 @@ def _gradients(source, params: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_meta(module: nn.Module, inplace: bool = False) -> MetaModule:
-    """Give the meta version of any module: same tensors' values, same `forward`, every part of it meta.
+    """Give the meta version of any module: the same values and `forward`, every part of it meta.
 
     Each part that has parameters or children gets the class `MetaX`: the twin below where X is a layer of `torch.nn`,
     else one made on the spot from `MetaModule` and X. `isinstance(part, X)` stays true; tied parameters stay tied.
@@ -519,7 +519,8 @@ def to_meta(module: nn.Module, inplace: bool = False) -> MetaModule:
         The meta module; parameters are leaves of a copy, or the module's own if `inplace`.
 
     Raises:
-        TypeError: not a module; or one that wraps or compiles another (convert the inner module first).
+        TypeError: not a module; one that wraps or compiles another (convert the inner module first); or one that
+            holds a layer or tensor by the name of one of our methods.
 
     >>> net = to_meta(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
     >>> type(net).__name__, type(net[0]).__name__
@@ -531,6 +532,9 @@ def to_meta(module: nn.Module, inplace: bool = False) -> MetaModule:
     for name, part in module.named_modules():
         if isinstance(part, wrappers) or "_orig_mod" in part._modules:  # the last: torch.compile's OptimizedModule
             raise TypeError(f"'{name}' is a {type(part).__name__}; convert the module before it is wrapped or compiled")
+        hidden = [n for n in _FACE if n in {*part._modules, *part._parameters, *part._buffers}]
+        if hidden and not isinstance(part, nn.ModuleDict):  # whose entries are reached by key
+            raise TypeError(f"'{name}' holds {hidden}, which the methods of MetaModule would hide; rename them")
     if not inplace:
         module = copy.deepcopy(module)
     twins = {}

@@ -559,6 +559,13 @@ def test_to_meta_refuses_wrapped_modules(build):
         to_meta(build())
 
 
+def test_to_meta_refuses_names_that_it_would_hide():
+    module = nn.Sequential(OrderedDict(first=nn.Identity(), copy=nn.Linear(2, 2)))
+    with pytest.raises(TypeError, match=r"holds \['copy'\]"):
+        to_meta(module, inplace=True)
+    assert type(module) is nn.Sequential and type(module.copy) is nn.Linear
+
+
 def test_to_meta_refuses_what_is_no_module():
     with pytest.raises(TypeError, match="module is builtin_function_or_method"):
         to_meta(torch.tanh)
