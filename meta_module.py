@@ -81,6 +81,9 @@ class _MetaParameters(MutableMapping):
     def __init__(self, module: MetaModule):
         self.names, self.buffers = module._meta_names, module._buffers
 
+    def __contains__(self, name):
+        return name in self.names
+
     def __getitem__(self, name):
         if name not in self.names:
             raise KeyError(name)
@@ -101,6 +104,9 @@ class _MetaParameters(MutableMapping):
 
     def __len__(self):
         return len(self.names)
+
+    def items(self):  # at each of torch's traversals
+        return [(name, self.buffers[name]) for name in self.names]
 
 
 class _OncePerTensor:
@@ -126,7 +132,7 @@ class MetaModule(nn.Module):
     Whatever would be a parameter becomes a *meta-parameter*: an `nn.Parameter` that is assigned, a tensor passed to
     `register_parameter`, or to `register_buffer` while it requires grad. It lives in `_buffers` under its own name;
     `parameters()`, `named_parameters()`, `state_dict()` and every tool built on them treat it as the parameter it
-    stands for, and `buffers()` leaves it out. A tensor may be assigned to it at any time: `net.weight = net.weight - g`.
+    stands for, and `buffers()` leaves it out. A tensor may be assigned at any time: `net.weight = net.weight - g`.
 
     Plain layers inside a MetaModule work as they are; the first update that reaches one makes it meta.
 
@@ -159,15 +165,26 @@ class MetaModule(nn.Module):
         for name, tensor in parameters.items():
             self._parameters[name] = tensor
 
+    def __getattr__(self, name: str):
+        # torch looks into __dict__["_parameters"] first, empty here; torch 2.6's Dynamo would build the view instead
+        held = self.__dict__
+        if "_buffers" in held and name in held["_buffers"]:
+            return held["_buffers"][name]
+        if "_modules" in held and name in held["_modules"]:
+            return held["_modules"][name]
+        return super().__getattr__(name)
+
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Register a buffer as `nn.Module` does; a new one that requires grad is a meta-parameter.
+        """Register a buffer as `nn.Module` does; one that requires grad is a meta-parameter.
 
         Raises:
             ValueError: a tensor that requires grad is registered with `persistent=False`.
         """
-        trainable = isinstance(tensor, Tensor) and tensor.requires_grad and name not in self._buffers
+        trainable = isinstance(tensor, Tensor) and tensor.requires_grad
         if trainable and not persistent:
-            raise ValueError(f"buffer '{name}' requires grad: a meta-parameter is saved, persistent=False is not accepted")
+            raise ValueError(
+                f"buffer '{name}' requires grad: a meta-parameter is saved, persistent=False is not accepted"
+            )
         super().register_buffer(name, tensor, persistent)
         if trainable:
             self._meta_names[name] = None
@@ -275,7 +292,7 @@ class MetaModule(nn.Module):
             for name, grad in grads.items():
                 tensor = params[name][0]
                 new = tensor - lr * (grad.detach() if first_order else grad)
-                updated[name] = new if new.requires_grad else nn.Parameter(new)
+                updated[name] = new if new.requires_grad else nn.Parameter(new)  # without a graph, yet not frozen
         for name, new in updated.items():
             _put(params[name][1], new)
 
@@ -292,9 +309,10 @@ class MetaModule(nn.Module):
 
         Args:
             other: the module to copy from, meta or plain.
-            same_var: hold `other`'s very parameters, so that updates of this module reach back to them (the inner
-                loop on a second module); buffers are copied. By default values are copied as by `load_state_dict`:
-                leaves in place, graph-carrying parameters into fresh leaves.
+            same_var: hold `other`'s very parameters, with their graph, so that updates of this module reach back to
+                them (an inner loop on a second module). By default the parameters are fresh leaves of this module's
+                dtype and device, frozen where they were; optimizers over the earlier ones do not follow
+                (`load_state_dict` fills those in place). Buffers are copied by value either way.
 
         Raises:
             TypeError: `other` is not a module.
@@ -304,21 +322,24 @@ class MetaModule(nn.Module):
             raise TypeError(f"other is {type(other).__name__}; an nn.Module is accepted")
         mine, theirs = self.state_dict(), other.state_dict()
         if mine.keys() != theirs.keys():
-            raise ValueError(f"other has different names; only in one of the two: {sorted(mine.keys() ^ theirs.keys())}")
+            raise ValueError(
+                f"other has different names; only in one of the two: {sorted(mine.keys() ^ theirs.keys())}"
+            )
         for name, tensor in mine.items():
             if isinstance(tensor, Tensor) and tensor.shape != theirs[name].shape:
                 raise ValueError(f"'{name}' has shape {tuple(theirs[name].shape)} in other, {tuple(tensor.shape)} here")
-        if not same_var:
-            self.load_state_dict(theirs)
-            return
-        source = dict(other.named_parameters(remove_duplicate=False))
-        for name, (tensor, _) in self._tensors().items():
-            _check_like(name, source[name], tensor)
-        for name, (_, places) in self._tensors().items():
-            _put(places, source[name])
-        for name, _ in list(self.named_buffers()):  # not in place: an older graph may hold them
-            path, _, last = name.rpartition(".")
-            self.get_submodule(path)._buffers[last] = other.get_buffer(name).detach().clone()
+        source, params = dict(other.named_parameters(remove_duplicate=False)), self._tensors()
+        for name, (tensor, _) in params.items():
+            if name not in source:
+                raise ValueError(f"'{name}' is a buffer in other, a parameter here")
+            if same_var:
+                _check_like(name, source[name], tensor)
+        for name, (tensor, places) in params.items():
+            value = source[name]
+            if not same_var:
+                value = nn.Parameter(value.detach().to(tensor.device, tensor.dtype, copy=True), tensor.requires_grad)
+            _put(places, value)
+        self._clone_buffers(dict(other.named_buffers()))
 
     def _tensors(self) -> dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]:
         """Each distinct parameter under its first name, with every (module, name) that holds it."""
@@ -336,6 +357,13 @@ class MetaModule(nn.Module):
         for tensor, places in carrying:
             _put(places, make_leaf(tensor))
         return bool(carrying)
+
+    def _clone_buffers(self, values: dict[str, Tensor]) -> None:
+        """Put copies in the place of the buffers: an older graph may hold those."""
+        for name, old in list(self.named_buffers()):
+            path, _, last = name.rpartition(".")
+            if name in values:
+                self.get_submodule(path)._buffers[last] = values[name].detach().to(old.device, old.dtype, copy=True)
 
     # ---- ordinary torch life with tensors that carry a graph ---------------------------------------------------
 
@@ -373,12 +401,12 @@ class MetaModule(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         # loading copies in place; what an older graph may need, running statistics included, is left to it
         if self._replace_graphs(lambda tensor: nn.Parameter(tensor.detach().clone())):
-            for name, buffer in list(self.named_buffers()):
-                path, _, last = name.rpartition(".")
-                self.get_submodule(path)._buffers[last] = buffer.detach().clone()
+            self._clone_buffers(dict(self.named_buffers()))
         if local_metadata.get("assign_to_params_buffers", False):
             for name, tensor in self._parameters.items():
-                if tensor is not None and not isinstance(tensor, nn.Parameter):  # torch keeps requires_grad of these only
+                if tensor is not None and not isinstance(
+                    tensor, nn.Parameter
+                ):  # torch keeps requires_grad of these only
                     self._buffers[name] = nn.Parameter(tensor.detach(), tensor.requires_grad)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
@@ -411,7 +439,7 @@ def _is_leaf(tensor: Tensor | None) -> bool:
 
 
 def _check_like(name: str, new: Tensor, old: Tensor | None) -> None:
-    if old is None or is_lazy(old):
+    if old is None or is_lazy(old) or (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device):
         return
     for what in ("shape", "dtype", "device"):
         if getattr(new, what) != getattr(old, what):
@@ -446,8 +474,8 @@ def _gradients(source, params: dict[str, Tensor]) -> dict[str, Tensor]:
         missing = [name for name, grad in grads.items() if grad is None]
         if missing:
             raise ValueError(
-                f"no .grad for {', '.join(missing)}; call backward(create_graph=True) before the first update, after it "
-                "pass source_params=torch.autograd.grad(...) (None where the loss does not use a parameter), or freeze it"
+                f"no .grad for {', '.join(missing)}; call backward(create_graph=True) before the first update; after "
+                "it pass source_params=torch.autograd.grad(...), with None where the loss does not use a parameter"
             )
     elif isinstance(source, Mapping):
         unknown, missing = [n for n in source if n not in params], [n for n in trainable if n not in source]
@@ -534,9 +562,8 @@ def _twin(plain: type) -> type:
     if twin is None:
         body = {name: inspect.getattr_static(plain, name) for name in _FACE if hasattr(plain, name)}
         body.update(__module__=__name__, __doc__=plain.__doc__, _twin_of=plain)
-        if getattr(plain, "cls_to_become", None) is not None:  # a lazy layer
-            body["cls_to_become"] = _twin(plain.cls_to_become)
-        base = _Recurrent if issubclass(plain, nn.RNNBase) else MetaModule
+        kinds = {nn.RNNBase: _Recurrent, nn.modules.lazy.LazyModuleMixin: _Lazy}
+        base = next((kind for layer, kind in kinds.items() if issubclass(plain, layer)), MetaModule)
         try:
             twin = types.new_class(f"Meta{plain.__name__}", (base, plain), exec_body=lambda space: space.update(body))
         except TypeError as error:
@@ -572,18 +599,33 @@ class _Recurrent(MetaModule):
         return self
 
 
-def _children_meta(layer: type) -> Callable:
-    """`layer.__init__`, after which the layers it has built inside are meta too."""
+class _Composite(MetaModule):
+    """Layers that build others inside themselves: those are meta too once `__init__` has run."""
 
-    @functools.wraps(layer.__init__)
-    def __init__(self, *args, **kwargs):
-        layer.__init__(self, *args, **kwargs)
-        to_meta(self, inplace=True)
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if _Composite in cls.__bases__:
+            plain = cls.__bases__[-1]
 
-    return __init__
+            @functools.wraps(plain.__init__)
+            def __init__(self, *args, **kwargs):
+                plain.__init__(self, *args, **kwargs)
+                to_meta(self, inplace=True)
+
+            cls.__init__ = __init__
+
+
+class _Lazy(MetaModule):
+    """Lazy layers: what the first forward turns them into is the twin of what it is in torch."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if _Lazy in cls.__bases__ and cls.cls_to_become is not None:
+            cls.cls_to_become = _twin(cls.cls_to_become)
 
 
 # ---- the twins of torch.nn: one line each ----------------------------------------------------------------------------
+
 
 # fmt: off
 class MetaSequential(MetaModule, nn.Sequential): ...
@@ -620,51 +662,31 @@ class MetaLSTMCell(MetaModule, nn.LSTMCell): ...
 class MetaGRUCell(MetaModule, nn.GRUCell): ...
 
 # layers that build others inside
-class MetaAdaptiveLogSoftmaxWithLoss(MetaModule, nn.AdaptiveLogSoftmaxWithLoss):
-    __init__ = _children_meta(nn.AdaptiveLogSoftmaxWithLoss)
-class MetaMultiheadAttention(MetaModule, nn.MultiheadAttention):
-    __init__ = _children_meta(nn.MultiheadAttention)
-class MetaTransformer(MetaModule, nn.Transformer):
-    __init__ = _children_meta(nn.Transformer)
-class MetaTransformerEncoder(MetaModule, nn.TransformerEncoder):
-    __init__ = _children_meta(nn.TransformerEncoder)
-class MetaTransformerEncoderLayer(MetaModule, nn.TransformerEncoderLayer):
-    __init__ = _children_meta(nn.TransformerEncoderLayer)
-class MetaTransformerDecoder(MetaModule, nn.TransformerDecoder):
-    __init__ = _children_meta(nn.TransformerDecoder)
-class MetaTransformerDecoderLayer(MetaModule, nn.TransformerDecoderLayer):
-    __init__ = _children_meta(nn.TransformerDecoderLayer)
+class MetaAdaptiveLogSoftmaxWithLoss(_Composite, nn.AdaptiveLogSoftmaxWithLoss): ...
+class MetaMultiheadAttention(_Composite, nn.MultiheadAttention): ...
+class MetaTransformer(_Composite, nn.Transformer): ...
+class MetaTransformerEncoder(_Composite, nn.TransformerEncoder): ...
+class MetaTransformerEncoderLayer(_Composite, nn.TransformerEncoderLayer): ...
+class MetaTransformerDecoder(_Composite, nn.TransformerDecoder): ...
+class MetaTransformerDecoderLayer(_Composite, nn.TransformerDecoderLayer): ...
 
-# lazy layers: the first forward turns them into the twin they name
-class MetaLazyLinear(MetaModule, nn.LazyLinear):
-    cls_to_become = MetaLinear
-class MetaLazyConv1d(MetaModule, nn.LazyConv1d):
-    cls_to_become = MetaConv1d
-class MetaLazyConv2d(MetaModule, nn.LazyConv2d):
-    cls_to_become = MetaConv2d
-class MetaLazyConv3d(MetaModule, nn.LazyConv3d):
-    cls_to_become = MetaConv3d
-class MetaLazyConvTranspose1d(MetaModule, nn.LazyConvTranspose1d):
-    cls_to_become = MetaConvTranspose1d
-class MetaLazyConvTranspose2d(MetaModule, nn.LazyConvTranspose2d):
-    cls_to_become = MetaConvTranspose2d
-class MetaLazyConvTranspose3d(MetaModule, nn.LazyConvTranspose3d):
-    cls_to_become = MetaConvTranspose3d
-class MetaLazyBatchNorm1d(MetaModule, nn.LazyBatchNorm1d):
-    cls_to_become = MetaBatchNorm1d
-class MetaLazyBatchNorm2d(MetaModule, nn.LazyBatchNorm2d):
-    cls_to_become = MetaBatchNorm2d
-class MetaLazyBatchNorm3d(MetaModule, nn.LazyBatchNorm3d):
-    cls_to_become = MetaBatchNorm3d
-class MetaLazyInstanceNorm1d(MetaModule, nn.LazyInstanceNorm1d):
-    cls_to_become = MetaInstanceNorm1d
-class MetaLazyInstanceNorm2d(MetaModule, nn.LazyInstanceNorm2d):
-    cls_to_become = MetaInstanceNorm2d
-class MetaLazyInstanceNorm3d(MetaModule, nn.LazyInstanceNorm3d):
-    cls_to_become = MetaInstanceNorm3d
+# lazy layers, which the first forward turns into the twins above
+class MetaLazyLinear(_Lazy, nn.LazyLinear): ...
+class MetaLazyConv1d(_Lazy, nn.LazyConv1d): ...
+class MetaLazyConv2d(_Lazy, nn.LazyConv2d): ...
+class MetaLazyConv3d(_Lazy, nn.LazyConv3d): ...
+class MetaLazyConvTranspose1d(_Lazy, nn.LazyConvTranspose1d): ...
+class MetaLazyConvTranspose2d(_Lazy, nn.LazyConvTranspose2d): ...
+class MetaLazyConvTranspose3d(_Lazy, nn.LazyConvTranspose3d): ...
+class MetaLazyBatchNorm1d(_Lazy, nn.LazyBatchNorm1d): ...
+class MetaLazyBatchNorm2d(_Lazy, nn.LazyBatchNorm2d): ...
+class MetaLazyBatchNorm3d(_Lazy, nn.LazyBatchNorm3d): ...
+class MetaLazyInstanceNorm1d(_Lazy, nn.LazyInstanceNorm1d): ...
+class MetaLazyInstanceNorm2d(_Lazy, nn.LazyInstanceNorm2d): ...
+class MetaLazyInstanceNorm3d(_Lazy, nn.LazyInstanceNorm3d): ...
+
 if hasattr(nn, "LinearCrossEntropyLoss"):  # newer than the oldest torch accepted
-    class MetaLinearCrossEntropyLoss(MetaModule, nn.LinearCrossEntropyLoss):
-        __init__ = _children_meta(nn.LinearCrossEntropyLoss)
+    class MetaLinearCrossEntropyLoss(_Composite, nn.LinearCrossEntropyLoss): ...
     __all__ += ["MetaLinearCrossEntropyLoss"]
 # fmt: on
 
@@ -673,21 +695,16 @@ class MetaParameterList(MetaModule, nn.ParameterList):
     """`nn.ParameterList` whose entries may carry a graph."""
 
     def __setitem__(self, idx: int, param) -> None:
-        if isinstance(param, Tensor) and not param.is_leaf:  # torch would make it an nn.Parameter, without its graph
-            _set_entry(self, self._get_abs_string_index(idx), param)
-        else:
-            super().__setitem__(idx, param)
+        super().__setitem__(idx, param)
+        _keep_graph(self, self._get_abs_string_index(idx), param)
 
 
 class MetaParameterDict(MetaModule, nn.ParameterDict):
     """`nn.ParameterDict` whose entries may carry a graph."""
 
     def __setitem__(self, key: str, value) -> None:
-        if isinstance(value, Tensor) and not value.is_leaf:
-            _set_entry(self, self._key_to_attr(key), value)
-            self._keys[key] = None
-        else:
-            super().__setitem__(key, value)
+        super().__setitem__(key, value)
+        _keep_graph(self, key, value)
 
     def copy(self, other: nn.Module | None = None, same_var: bool = False):
         """Without an argument a new dict of the same entries, as in torch; else `MetaModule.copy`."""
@@ -696,8 +713,6 @@ class MetaParameterDict(MetaModule, nn.ParameterDict):
         return MetaParameterDict([(key, self[key]) for key in self])
 
 
-def _set_entry(module: MetaModule, name: str, tensor: Tensor) -> None:
-    if name in module._buffers:
-        setattr(module, name, tensor)
-    else:
-        module.register_buffer(name, tensor)
+def _keep_graph(module: MetaModule, name: str, value) -> None:
+    if isinstance(value, Tensor) and not value.is_leaf:  # torch has made an nn.Parameter of it, a leaf
+        module._buffers[name] = value

@@ -65,7 +65,9 @@ def _weights_of(name: str, weights, pretrained: bool | None) -> WeightsEnum | No
     if pretrained is not None and not isinstance(pretrained, bool):
         raise TypeError(f"pretrained is {pretrained!r}; True or False is accepted")
     if pretrained and weights is not None:
-        raise ValueError(f"pretrained=True means weights='IMAGENET1K_V1', but weights is {weights!r}; give one of the two")
+        raise ValueError(
+            f"pretrained=True means weights='IMAGENET1K_V1', but weights is {weights!r}; give one of the two"
+        )
     if pretrained:
         return known["IMAGENET1K_V1"]
     accepted = f"{', '.join(repr(member) for member in known.__members__)}, a member of {known.__name__}, or None"

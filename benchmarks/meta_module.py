@@ -79,7 +79,7 @@ def forward_and_backward(model, images, labels):
 
 
 def inner_loops(plain, images, labels, steps=10, lr=0.01):
-    """The same differentiable inner loop twice: ours, and written with functional_call. Both end in the outer gradient."""
+    """One differentiable inner loop, ours and with functional_call. Both give the outer gradient."""
     meta = to_meta(plain)
     start = list(meta.parameters())
     names = [name for name, _ in meta.named_parameters()]
@@ -122,8 +122,14 @@ def main():
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device = torch.device(options.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()}, {options.threads} thread(s)"
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, Python {platform.python_version()}, {name}")
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{platform.processor() or platform.machine()}, {options.threads} thread(s)"
+    )
+    print(
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, Python {platform.python_version()}, {name}"
+    )
     print(f"ResNet-50: batch {options.batch}, {options.image}x{options.image}; {options.repeats} alternating runs\n")
     print("| | meta, ms | torch, ms | ratio | meta, MiB | torch, MiB |\n| --- | --- | --- | --- | --- | --- |")
 

@@ -85,16 +85,28 @@ CASES = [
     ("RNNCell", dict(input_size=3, hidden_size=4), lambda: (floats(2, 3),)),
     ("LSTMCell", dict(input_size=3, hidden_size=4), lambda: (floats(2, 3), (floats(2, 4), floats(2, 4)))),
     ("GRUCell", dict(input_size=3, hidden_size=4), lambda: (floats(2, 3), floats(2, 4))),
-    ("MultiheadAttention", dict(embed_dim=4, num_heads=2, kdim=3, vdim=5), lambda: (floats(2, 1, 4), floats(3, 1, 3), floats(3, 1, 5))),
+    (
+        "MultiheadAttention",
+        dict(embed_dim=4, num_heads=2, kdim=3, vdim=5),
+        lambda: (floats(2, 1, 4), floats(3, 1, 3), floats(3, 1, 5)),
+    ),
     ("MultiheadAttention", dict(embed_dim=4, num_heads=2, add_bias_kv=True), lambda: (floats(2, 1, 4),) * 3),
     ("TransformerEncoderLayer", dict(d_model=4, nhead=2, dim_feedforward=6, dropout=0.0), lambda: (floats(3, 2, 4),)),
-    ("TransformerDecoderLayer", dict(d_model=4, nhead=2, dim_feedforward=6, dropout=0.0), lambda: (floats(3, 2, 4), floats(2, 2, 4))),
+    (
+        "TransformerDecoderLayer",
+        dict(d_model=4, nhead=2, dim_feedforward=6, dropout=0.0),
+        lambda: (floats(3, 2, 4), floats(2, 2, 4)),
+    ),
     (
         "Transformer",
         dict(d_model=4, nhead=2, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=6, dropout=0.0),
         lambda: (floats(3, 2, 4), floats(2, 2, 4)),
     ),
-    ("AdaptiveLogSoftmaxWithLoss", dict(in_features=8, n_classes=6, cutoffs=[2, 4]), lambda: (floats(5, 8), integers(6, 5))),
+    (
+        "AdaptiveLogSoftmaxWithLoss",
+        dict(in_features=8, n_classes=6, cutoffs=[2, 4]),
+        lambda: (floats(5, 8), integers(6, 5)),
+    ),
 ]
 if hasattr(nn, "LinearCrossEntropyLoss"):
     CASES.append(("LinearCrossEntropyLoss", dict(in_features=3, num_classes=4), lambda: (floats(5, 3), integers(4, 5))))
@@ -155,7 +167,11 @@ def same_state(left, right):
 
 
 def twin_classes():
-    return {n: c for n, c in vars(meta_module).items() if inspect.isclass(c) and issubclass(c, MetaModule) and n[:4] == "Meta"}
+    return {
+        n: c
+        for n, c in vars(meta_module).items()
+        if inspect.isclass(c) and issubclass(c, MetaModule) and n[:4] == "Meta"
+    }
 
 
 def test_every_layer_of_torch_nn_with_parameters_has_a_twin():
@@ -304,7 +320,11 @@ def test_lazy_layers_become_their_twin_at_the_first_forward(name, converted):
     arguments, shape = LAZY[name]
     x = torch.randn(*shape)
     plain = getattr(nn, name)(**arguments)
-    meta = to_meta(getattr(nn, name)(**arguments), inplace=True) if converted else getattr(meta_module, f"Meta{name}")(**arguments)
+    meta = (
+        to_meta(getattr(nn, name)(**arguments), inplace=True)
+        if converted
+        else getattr(meta_module, f"Meta{name}")(**arguments)
+    )
     assert list(meta.state_dict()) == list(plain.state_dict())
     torch.manual_seed(2)
     expected = plain(x)
@@ -329,7 +349,9 @@ def test_containers():
     both = meta_module.MetaModuleDict({"list": meta_module.MetaModuleList(layers), "net": net})
     assert len(list(both.parameters())) == 4 and len(list(both.named_parameters(remove_duplicate=False))) == 8
     x = torch.randn(5, 3)
-    both.update_params(0.1, source_params=torch.autograd.grad(net(x).pow(2).sum(), list(both.parameters()), create_graph=True))
+    both.update_params(
+        0.1, source_params=torch.autograd.grad(net(x).pow(2).sum(), list(both.parameters()), create_graph=True)
+    )
     same(net(x), both["list"][2](torch.tanh(both["list"][0](x))))
     assert both["list"][2].weight.grad_fn is not None
 
@@ -546,7 +568,7 @@ def test_to_meta_refuses_what_is_no_module():
 
 
 class Net(MetaModule):
-    """A MetaModule with everything at once: a parameter of its own, plain layers, a norm, a frozen and an unused one."""
+    """A MetaModule with everything at once: a parameter of its own, plain layers, a norm, a frozen one."""
 
     def __init__(self, norm=True):
         super().__init__()
@@ -772,16 +794,18 @@ def test_assignment_keeps_the_graph_and_the_type():
 def test_copy_takes_values_or_the_tensors_themselves():
     net, other, x = Net(), Net(), floats(6, 3)
     other(x)  # moves other's running statistics
-    first = net.layer.weight
     net.copy(other)
     same_state(net, other)
-    assert net.layer.weight is first, "leaves are filled in place: optimizers over them stay valid"
+    assert all(p.is_leaf and p.requires_grad == (n != "frozen") for n, p in net.named_params())
     net.update_params(0.1, source_params=list(net.parameters()))
     graph = net.layer.weight
     kept = graph.detach().clone()
     net.copy(other)
     same(graph.detach(), kept)
     assert net.layer.weight.is_leaf and net.layer.weight is not other.layer.weight
+    single = Net().float()
+    single.copy(other)
+    assert single.layer.weight.dtype == single.norm.running_mean.dtype == torch.float32
 
     net.copy(other, same_var=True)
     assert net.layer.weight is other.layer.weight and net.norm.running_mean is not other.norm.running_mean
@@ -791,6 +815,10 @@ def test_copy_takes_values_or_the_tensors_themselves():
         net.update_params(0.1, source_params=gradients(net, (x,), create_graph=True))
         losses.append(total(net(x)))
     sum(losses).backward()
+    kept = other.layer.weight.detach().clone()
+    net.copy(other, same_var=True)
+    net.copy(Net())  # by value: what was shared is let go, not written to
+    same(other.layer.weight.detach(), kept)
     assert other.layer.weight.grad is not None and other.layer.weight.is_leaf
 
 
@@ -805,6 +833,14 @@ def test_to_var():
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def buffers_only():
+    module = nn.Module()
+    module.register_buffer("weight", torch.ones(4, 3))
+    module.register_buffer("bias", torch.ones(4))
+    return module
+
 
 BAD = [
     (lambda n: to_var([1.0]), TypeError, "x is list"),
@@ -827,15 +863,32 @@ BAD = [
     (lambda n: n.update_params(0.1, source_params=[torch.ones(1)]), ValueError, "1 entries; 9 .*or 8"),
     (lambda n: n.update_params(0.1, source_params=torch.ones(9)), TypeError, "source_params is Tensor"),
     (lambda n: n.update_params(0.1, source_params=[1.0] * 9), TypeError, "gradient of 'scale' is float"),
-    (lambda n: n.update_params(0.1, source_params=[p.float() for p in n.parameters()]), ValueError, "'scale' has dtype"),
+    (
+        lambda n: n.update_params(0.1, source_params=[p.float() for p in n.parameters()]),
+        ValueError,
+        "'scale' has dtype",
+    ),
     (lambda n: n.update_params(0.1, source_params=[p[None] for p in n.parameters()]), ValueError, "'scale' has shape"),
-    (lambda n: n.update_params(0.1, source_params={"scale": n.scale, "x": n.scale}), ValueError, r"\['x'\].*layer.weight"),
+    (
+        lambda n: n.update_params(0.1, source_params={"scale": n.scale, "x": n.scale}),
+        ValueError,
+        r"\['x'\].*layer.weight",
+    ),
     (lambda n: n.copy({}), TypeError, "other is dict"),
     (lambda n: n.copy(MetaLinear(3, 4)), ValueError, "different names.*act.weight"),
     (lambda n: n.layer.copy(MetaLinear(3, 5)), ValueError, r"'weight' has shape \(5, 3\) in other, \(4, 3\) here"),
     (lambda n: n.layer.copy(MetaLinear(3, 4), same_var=True), ValueError, "'weight' has dtype"),
-    (lambda n: n.register_buffer("b", torch.ones(1, requires_grad=True), persistent=False), ValueError, "persistent=False"),
-    (lambda n: nn.DataParallel(n)._replicate_for_data_parallel() and n._replicate_for_data_parallel(), NotImplementedError, "Distributed"),
+    (lambda n: n.layer.copy(buffers_only(), same_var=True), ValueError, "'weight' is a buffer in other"),
+    (
+        lambda n: n.register_buffer("b", torch.ones(1, requires_grad=True), persistent=False),
+        ValueError,
+        "persistent=False",
+    ),
+    (
+        lambda n: nn.DataParallel(n)._replicate_for_data_parallel() and n._replicate_for_data_parallel(),
+        NotImplementedError,
+        "Distributed",
+    ),
 ]
 
 
@@ -1066,7 +1119,9 @@ def test_dir_and_repr_and_summaries():
     rows = []  # what torchsummary and its like do: hooks on every layer, weight.size(), parameter counts
     for name, layer in net.named_modules():
         layer.register_forward_hook(
-            lambda m, i, o, n=name: rows.append((n, type(m).__name__, tuple(o.shape), sum(p.numel() for p in m.parameters(False))))
+            lambda m, i, o, n=name: rows.append(
+                (n, type(m).__name__, tuple(o.shape), sum(p.numel() for p in m.parameters(False)))
+            )
         )
     net(x)
     assert rows[0] == ("0", "MetaLinear", (8, 4), 16) and rows[-1][0] == "" and sum(r[3] for r in rows) == 30
@@ -1113,10 +1168,15 @@ def test_functional_call_vmap_grad_and_jvp():
 def test_compile(backend):
     plain, net, x, y = twins()
     compiled = torch.compile(net, backend=backend, fullgraph=True)
-    assert len(list(compiled.parameters())) == 7 and list(compiled.state_dict()) == ["_orig_mod." + k for k in net.state_dict()]
+    assert len(list(compiled.parameters())) == 7 and list(compiled.state_dict()) == [
+        "_orig_mod." + k for k in net.state_dict()
+    ]
     torch.testing.assert_close(compiled(x), plain(x), rtol=1e-12, atol=1e-12)
     start = list(net.parameters())
-    for p, q in zip(torch.autograd.grad(F.mse_loss(compiled(x), y), start), gradients_of(F.mse_loss(plain(x), y), list(plain.parameters()))):
+    for p, q in zip(
+        torch.autograd.grad(F.mse_loss(compiled(x), y), start),
+        gradients_of(F.mse_loss(plain(x), y), list(plain.parameters())),
+    ):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
     # parameters that carry a graph: first order, since AOT autograd has no double backward
     net.update_params(0.1, first_order=True, source_params=torch.autograd.grad(F.mse_loss(net(x), y), start))
@@ -1138,7 +1198,8 @@ def ddp_worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.manual_seed(rank)  # DDP is to make them equal
     net = to_meta(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double()).eval()
-    ddp = nn.parallel.DistributedDataParallel(net)
+    # broadcasting buffers at each forward would write into those the inner step's graph has saved
+    ddp = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     generator = torch.Generator().manual_seed(7)
     x, y = (torch.randn(8, n, generator=generator, dtype=torch.float64) for n in (3, 1))
     mine = slice(rank * 4, rank * 4 + 4)
@@ -1175,7 +1236,9 @@ def test_distributed_data_parallel(tmp_path):
     expected = []
     for half in (slice(0, 4), slice(4, 8)):
         start = start_over()
-        net.update_params(0.1, source_params=torch.autograd.grad(F.mse_loss(net(x[half]), y[half]), start, create_graph=True))
+        net.update_params(
+            0.1, source_params=torch.autograd.grad(F.mse_loss(net(x[half]), y[half]), start, create_graph=True)
+        )
         expected.append(torch.autograd.grad(F.mse_loss(net(x[half]), y[half]), start))
     torch.testing.assert_close(outer, [(a + b) / 2 for a, b in zip(*expected)])
 
@@ -1185,3 +1248,20 @@ def test_docstring_examples_run():
 
     results = doctest.testmod(meta_module)
     assert results.attempted >= 10 and results.failed == 0
+
+
+def test_pruning_and_averaging():
+    from torch.nn.utils import prune
+    from torch.optim.swa_utils import AveragedModel
+
+    plain, net, x, _ = twins()
+    for module in (plain, net):
+        prune.l1_unstructured(module[0], "weight", amount=0.5)
+    assert [n for n, _ in net.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    same(net(x), plain(x))
+    net.update_params(0.1, source_params=gradients(net, (x,), create_graph=True))
+    total(net(x)).backward()
+    net = twins()[1].eval()
+    averaged = AveragedModel(net)
+    averaged.update_parameters(net)
+    same(list(averaged.parameters()), list(net.parameters()))

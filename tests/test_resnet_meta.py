@@ -14,9 +14,10 @@ import torch.nn.functional as F
 
 torchvision = pytest.importorskip("torchvision")
 
+from torchvision import models  # noqa: E402
+
 import resnet_meta  # noqa: E402
 from meta_module import MetaBatchNorm2d, MetaConv2d, MetaLinear, MetaModule, MetaSequential  # noqa: E402
-from torchvision import models  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [name for name in resnet_meta.__all__ if name != "ResNet"]
@@ -228,7 +229,9 @@ def test_torch_hub_load(hub):
 
 
 def test_torch_hub_load_from_elsewhere(tmp_path):
-    code = f"import torch; print(type(torch.hub.load({str(ROOT)!r}, 'resnet18', source='local', num_classes=2)).__name__)"
+    code = (
+        f"import torch; print(type(torch.hub.load({str(ROOT)!r}, 'resnet18', source='local', num_classes=2)).__name__)"
+    )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "ResNet", done.stderr
@@ -238,6 +241,10 @@ def test_docstring_examples_run():
     import doctest
 
     finder = doctest.DocTestFinder()
-    tests = [t for name in ("resnet18", "resnext50_32x4d") for t in finder.find(getattr(resnet_meta, name), name, globs=vars(resnet_meta).copy())]
+    tests = [
+        t
+        for name in ("resnet18", "resnext50_32x4d")
+        for t in finder.find(getattr(resnet_meta, name), name, globs=vars(resnet_meta).copy())
+    ]
     results = [doctest.DocTestRunner().run(test) for test in tests]
     assert sum(r.attempted for r in results) == 4 and sum(r.failed for r in results) == 0

@@ -1,0 +1,86 @@
+"""The example notebooks, executed from their own folder at the smoke scale, and the code blocks of the README."""
+
+import gzip
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(path.name for path in (ROOT / "examples").glob("*.ipynb"))
+README = ROOT / "README_meta.md"
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory):
+    """`L2O_DATA` where it is set; else scikit-learn's bundled digits, written in MNIST's file format."""
+    if os.environ.get("L2O_DATA"):
+        return os.environ["L2O_DATA"]
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    folder = tmp_path_factory.mktemp("digits") / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    images = (digits.images * 15).astype(np.uint8)
+    for split, part in (("train", slice(0, 1400)), ("t10k", slice(1400, None))):
+        for name, array in (("images-idx3", images[part]), ("labels-idx1", digits.target[part].astype(np.uint8))):
+            header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+            (folder / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+    return str(folder.parent.parent)
+
+
+def test_both_examples_are_here():
+    assert NOTEBOOKS == ["maml_sinusoids.ipynb", "reweight_examples.ipynb"]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_runs_at_smoke_scale(name, data_root, monkeypatch):
+    nbformat = pytest.importorskip("nbformat", reason="jupyter is not installed")
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("L2O_SCALE", "smoke")
+    monkeypatch.setenv("L2O_DATA", data_root)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(ROOT / "examples" / name, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "examples")}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not any("Warning" in output.get("text", "") for output in outputs)
+    figures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(figures) == 2 and "(smoke)" in "".join(c.source for c in notebook.cells).replace("{scale}", "smoke")
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_is_committed_with_the_outputs_of_a_full_run(name):
+    nbformat = pytest.importorskip("nbformat", reason="jupyter is not installed")
+    notebook = nbformat.read(ROOT / "examples" / name, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert not any(output.output_type == "error" for output in outputs)
+    assert not any(str(ROOT) in str(output) or "/home/" in str(output) for output in outputs), "a machine's path"
+
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_readme_snippet_runs(number, tmp_path):
+    """Each block on its own, as pasted into a fresh interpreter, with one thread and no network needed."""
+    code = "import torch; torch.set_num_threads(1); torch.manual_seed(0)\n" + SNIPPETS[number]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_has_its_snippets():
+    text = "".join(SNIPPETS)
+    assert len(SNIPPETS) >= 4 and all(
+        word in text for word in ("to_meta", "update_params", "resnet18", "functional_call")
+    )
