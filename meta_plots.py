@@ -3,7 +3,7 @@
 import torch
 from matplotlib import pyplot as plt
 
-__all__ = ["plot_curves", "plot_history", "summary_table"]
+__all__ = ["plot_curves", "plot_history", "plot_tuning", "summary_table"]
 
 # one colour for each optimizer, the same in every figure; black and thick for ours
 COLORS = {"SGD": "tab:gray", "SGD + momentum": "tab:green", "NAG": "tab:blue", "Adam": "tab:orange",
@@ -81,6 +81,29 @@ def plot_history(history, title, ax=None):
         right.plot(history.best_iteration, history.best_validation, "o", color="black", label="kept")
         right.set(yscale="log", ylabel="validation (sum over the steps)")
         right.legend(loc="upper right")
+    return ax
+
+
+def plot_tuning(tuned, title, ax=None):
+    """The loss at the last step that each learning rate gave, and in the legend the one that was chosen.
+
+    Args:
+        tuned: dict from name to `TunedBaseline`, as `tune_baselines` returns it.
+        title: says the problem and at what scale it was run.
+        ax: axes to draw on; default a new figure.
+
+    Returns:
+        The axes. Losses over a thousand times the best are cut off.
+    """
+    ax = ax or plt.subplots(figsize=(7, 3.5))[1]
+    for name, baseline in tuned.items():
+        ax.loglog(*zip(*baseline.final_losses.items()), ".-", color=COLORS.get(name), linewidth=1.2,
+                  label=f"{name}: {baseline.options['lr']:.3g}")
+    lowest = min(min(baseline.final_losses.values()) for baseline in tuned.values())
+    ax.set(xlabel="learning rate", ylabel="loss at the last step", title=title)
+    ax.set_ylim(top=min(ax.get_ylim()[1], 1e3 * lowest))
+    ax.legend(fontsize=9)
+    ax.grid(alpha=0.3, which="both")
     return ax
 
 

@@ -106,7 +106,7 @@ class MNISTNet:
     Example:
         >>> problem = MNISTNet(hidden_sizes=(20, 20), activation="relu", split="test")
         >>> batch = problem.sample(4, generator=torch.Generator().manual_seed(0))
-        >>> {name: tuple(tensor.shape) for name, tensor in batch.params.items()}["weight0"]  # doctest: +SKIP
+        >>> {name: tuple(tensor.shape) for name, tensor in batch.params.items()}["weight0"]
         (4, 784, 20)
 
     Reference: Andrychowicz et al. 2016, section 3.2.

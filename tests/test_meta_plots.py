@@ -8,8 +8,8 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt  # noqa: E402
 
-from meta_plots import plot_curves, plot_history, summary_table  # noqa: E402
-from meta_training import History  # noqa: E402
+from meta_plots import plot_curves, plot_history, plot_tuning, summary_table  # noqa: E402
+from meta_training import History, TunedBaseline  # noqa: E402
 
 
 @pytest.fixture
@@ -44,4 +44,12 @@ def test_history_marks_what_was_kept():
     assert list(ax.get_lines()[0].get_ydata()) == [3.0, 2.0, 1.0]
     kept = ax.figure.axes[1].get_lines()[1]
     assert (list(kept.get_xdata()), list(kept.get_ydata())) == ([3], [20.0])
+    plt.close("all")
+
+
+def test_tuning_shows_every_rate_and_the_choice():
+    tuned = {"Adam": TunedBaseline(torch.optim.Adam, {"lr": 0.1}, {0.01: 2.0, 0.1: 1.0, 1.0: 5.0})}
+    ax = plot_tuning(tuned, "tuning")
+    assert list(ax.get_lines()[0].get_xdata()) == [0.01, 0.1, 1.0]
+    assert ax.get_legend().get_texts()[0].get_text() == "Adam: 0.1"
     plt.close("all")

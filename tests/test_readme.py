@@ -1,0 +1,60 @@
+"""What the README promises: its snippets run, its modules import where it says they do."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=[snippet.strip().splitlines()[0] for snippet in SNIPPETS])
+def test_snippets_run(snippet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_two_commands_stand_on_a_line_each():
+    setup = r"^python3 -m venv \.venv && \.venv/bin/pip install -q -r requirements\.txt"
+    assert len(re.findall(setup + r" && .*--execute .*Grad_buffer\.ipynb$", README, re.M)) == 1
+    assert len(re.findall(setup + r" pytest && \.venv/bin/python -m pytest$", README, re.M)) == 1
+
+
+def test_every_module_is_packaged_and_in_the_table():
+    packaged = re.search(r"py-modules = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S).group(1)
+    for module in ROOT.glob("*.py"):
+        assert f"`{module.name}`" in README.split("## What lies where")[1] or module.name == "hubconf.py"
+        assert f'"{module.stem}"' in packaged or module.name == "hubconf.py"
+
+
+ALONE = """
+import sys
+sys.modules["torchvision"] = None  # as if it were not installed
+import torch
+import meta_module, optimizers, optimizees, meta_training
+net = optimizers.CoordinatewiseLSTM()
+meta_training.meta_train(net, optimizees.Quadratics(), iterations=2, meta_batch=2, progress=False)
+meta_module.MetaLinear(2, 1)(torch.ones(1, 2))
+assert "matplotlib" not in sys.modules and "sklearn" not in sys.modules
+"""
+
+
+def test_quadratics_work_without_torchvision():
+    subprocess.run([sys.executable, "-c", ALONE], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["optimizers", "optimizees", "meta_training", "mnist_data", "meta_plots"])
+def test_docstring_examples(name, tmp_path, monkeypatch, small_mnist):
+    import doctest
+    import importlib
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("L2O_DATA", str(small_mnist))
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, extraglobs={**vars(importlib.import_module("optimizees")), "torch": __import__("torch")})
+    assert result.failed == 0
+    assert result.attempted or name in ("meta_plots",)
