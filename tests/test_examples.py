@@ -1,17 +1,14 @@
-"""The example notebooks, executed from their own folder at the smoke scale, and the code blocks of the README."""
+"""The example notebooks, executed from their own folder at the smoke scale."""
 
 import gzip
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path.name for path in (ROOT / "examples").glob("*.ipynb"))
-README = ROOT / "README_meta.md"
 
 
 @pytest.fixture(scope="session")
@@ -62,25 +59,3 @@ def test_notebook_is_committed_with_the_outputs_of_a_full_run(name):
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     assert not any(output.output_type == "error" for output in outputs)
     assert not any(str(ROOT) in str(output) or "/home/" in str(output) for output in outputs), "a machine's path"
-
-
-SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
-
-
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_readme_snippet_runs(number, capsys):
-    """Each block on its own, as pasted into a fresh session."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        exec(compile(SNIPPETS[number], f"snippet {number} of {README.name}", "exec"), {"__name__": "__main__"})
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_readme_has_its_snippets():
-    text = "".join(SNIPPETS)
-    assert len(SNIPPETS) >= 4 and all(
-        word in text for word in ("to_meta", "update_params", "resnet18", "functional_call")
-    )

@@ -12,16 +12,24 @@ README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=[snippet.strip().splitlines()[0] for snippet in SNIPPETS])
-def test_snippets_run(snippet, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_snippets_run(number, tmp_path, monkeypatch):
+    """Each block on its own, as pasted into a fresh session."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(SNIPPETS[number], f"snippet {number} of README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_snippets_show_the_public_face():
+    text = "".join(SNIPPETS)
+    assert len(SNIPPETS) == 5
+    assert all(word in text for word in ("to_meta", "update_params", "resnet18", "functional_call", "meta_train"))
 
 
 def test_two_commands_stand_on_a_line_each():
     setup = r"^python3 -m venv \.venv && \.venv/bin/pip install -q -r requirements\.txt"
     assert len(re.findall(setup + r" && .*--execute .*Grad_buffer\.ipynb$", README, re.M)) == 1
-    assert len(re.findall(setup + r" pytest && \.venv/bin/python -m pytest$", README, re.M)) == 1
+    assert len(re.findall(setup + r" pytest pytest-xdist expecttest && \.venv/bin/python -m pytest -n 2$", README, re.M)) == 1
 
 
 def test_every_module_is_packaged_and_in_the_table():
