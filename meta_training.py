@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from optimizers import NonFiniteError
+from argument_checks import NonFiniteError, check_count, check_positive_number
 
 __all__ = ["BASELINES", "History", "TunedBaseline", "compare", "evaluate", "evaluate_baseline", "meta_gradient",
            "meta_train", "tune_baseline", "tune_baselines"]
@@ -578,25 +578,11 @@ def compare(nets, tuned, problem, steps=100, num_functions=100, seed=1, device=N
 # Checks at the door ---------------------------------------------------------------------------------------------------
 
 
-def check_count(least=1, **counts):
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
 def check_replay_fraction(fraction, method, net):
     if not (isinstance(fraction, (int, float)) and 0 < fraction <= 1):
         raise ValueError(f"replay_fraction must be a number in (0, 1], got {fraction!r}")
     if fraction < 1 and (method != "replay" or not getattr(net, "coordinatewise", False)):
         raise ValueError(f'replay_fraction={fraction} needs method="replay" and a network with coordinatewise = True')
-
-
-def check_positive_number(**numbers):
-    for name, value in numbers.items():
-        if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-            raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
 def device_of(net, device):

@@ -14,6 +14,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch.nn import functional as F
 
+from argument_checks import check_count
 from mnist_data import load_mnist
 
 __all__ = ["MNISTNet", "MetaBatch", "Quadratics"]
@@ -26,15 +27,6 @@ class MetaBatch(NamedTuple):
 
     params: dict
     loss: Callable
-
-
-def check_positive(**sizes):
-    """Raise unless every argument is a positive int."""
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def check_floating(dtype):
@@ -59,7 +51,7 @@ class Quadratics:
     """
 
     def __init__(self, dim=10, dtype=torch.float32, device="cpu"):
-        check_positive(dim=dim)
+        check_count(dim=dim)
         check_floating(dtype)
         self.dim, self.dtype, self.device = dim, dtype, torch.device(device)
         self.name = f"Quadratics, {dim} dimensions"
@@ -70,7 +62,7 @@ class Quadratics:
 
     def sample(self, meta_batch, generator=None):
         """Draw `meta_batch` functions; their loss is the same at every step. Returns `MetaBatch`."""
-        check_positive(meta_batch=meta_batch)
+        check_count(meta_batch=meta_batch)
         W = torch.randn(meta_batch, self.dim, self.dim, generator=generator, dtype=self.dtype).to(self.device)
         y = torch.randn(meta_batch, self.dim, 1, generator=generator, dtype=self.dtype).to(self.device)
 
@@ -115,7 +107,7 @@ class MNISTNet:
     def __init__(self, hidden_sizes=(20,), activation="sigmoid", batch_size=128, split="train", root=None,
                  init_std=None, dtype=torch.float32, device="cpu"):
         hidden_sizes = tuple(hidden_sizes)
-        check_positive(batch_size=batch_size, **{f"hidden_sizes[{k}]": size for k, size in enumerate(hidden_sizes)})
+        check_count(batch_size=batch_size, **{f"hidden_sizes[{k}]": size for k, size in enumerate(hidden_sizes)})
         check_floating(dtype)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
@@ -144,7 +136,7 @@ class MNISTNet:
 
     def sample(self, meta_batch, generator=None):
         """Draw `meta_batch` networks with their sequences of minibatches. Returns `MetaBatch`."""
-        check_positive(meta_batch=meta_batch)
+        check_count(meta_batch=meta_batch)
         params = {}
         for layer, (inputs, outputs) in enumerate(itertools.pairwise(self.sizes)):
             for name, shape in ((f"weight{layer}", (inputs, outputs)), (f"bias{layer}", (outputs,))):
@@ -182,8 +174,7 @@ class Minibatches:
         self.drawn = None, None
 
     def __call__(self, step):
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"step must be an int, at least 0, got {step!r}")
+        check_count(least=0, step=step)
         chunk, within = divmod(step, STEPS_PER_DRAW)
         if self.drawn[0] != chunk:
             generator = torch.Generator().manual_seed((self.seed + chunk) % 2**63)

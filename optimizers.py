@@ -16,16 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from argument_checks import NonFiniteError, check_count, check_finite
 from lstm_blocks import PackedLSTM, gates_to_ifog, replay_blocks, step_blocks
 
 __all__ = ["CoordinatewiseLSTM", "NonFiniteError", "load_optimizer", "log_sign", "save_optimizer"]
 
 FILE_FORMAT = 1
 GRAPH_BLOCK = 1 << 16  # coordinates that `replay` runs at once where autograd does the backward pass
-
-
-class NonFiniteError(ValueError):
-    """A gradient, a loss or a meta-gradient is infinite or not a number."""
 
 
 def log_sign(grad, p=10.0):
@@ -78,11 +75,7 @@ class CoordinatewiseLSTM(nn.Module):
 
     def __init__(self, hidden_size=20, num_layers=2, preprocess=None, p=10.0, output_scale=1.0):
         super().__init__()
-        for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_count(hidden_size=hidden_size, num_layers=num_layers)
         if preprocess not in (None, "log_sign"):
             raise ValueError(f'preprocess must be None or "log_sign", got {preprocess!r}')
         if not (isinstance(p, (int, float)) and 0 < p <= 80):
@@ -113,8 +106,7 @@ class CoordinatewiseLSTM(nn.Module):
         Returns:
             (hidden, cell), each (num_layers, hidden_size, N); no graph.
         """
-        if not isinstance(num_coordinates, int) or num_coordinates < 1:
-            raise ValueError(f"num_coordinates must be a positive int, got {num_coordinates!r}")
+        check_count(num_coordinates=num_coordinates)
         weight = self.output.weight
         shape = self.num_layers, self.hidden_size, num_coordinates
         zeros = [torch.zeros(shape, device=device or weight.device, dtype=dtype or weight.dtype) for _ in range(2)]
@@ -247,15 +239,6 @@ class CoordinatewiseLSTM(nn.Module):
 def columns_last(state):
     """(layers, H, N), features along rows, -> (layers, N, H), what `nn.LSTM` wants."""
     return state.mT.contiguous()
-
-
-def check_finite(tensor, name):
-    """Raise NonFiniteError, naming the first coordinate, unless all of `tensor` is finite."""
-    finite = torch.isfinite(tensor)
-    if not finite.all():
-        where = int((~finite).flatten().nonzero()[0])
-        raise NonFiniteError(f"{name} must be finite, but holds {tensor.flatten()[where].item()} at coordinate {where} "
-                             f"({int((~finite).sum())} of {tensor.numel()} are not finite)")
 
 
 # Files --------------------------------------------------------------------------------------------------------------

@@ -31,11 +31,12 @@ def test_runs_top_to_bottom(tmp_path, monkeypatch, small_mnist):
     NotebookClient(notebook, timeout=300, kernel_name="python3",
                    resources={"metadata": {"path": str(tmp_path)}}).execute()
     figures = sum("image/png" in output.get("data", {}) for output in outputs(notebook))
-    assert figures == 9 and "scale 'smoke'" in text_of(notebook)
+    assert figures == 11 and "scale 'smoke'" in text_of(notebook)
     tables = re.findall(r"\| LSTM \| [\d.]+ ± [\d.]+ \|", text_of(notebook))
     assert len(tables) == 6  # quadratics, MNIST, 200 steps, three transfers
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
-        "mnist_smoke.safetensors", "quadratics_smoke.safetensors"]
+        "mnist_refined_smoke.safetensors", "mnist_smoke.safetensors", "quadratics_refined_smoke.safetensors",
+        "quadratics_smoke.safetensors"]
 
 
 def test_is_committed_with_the_outputs_of_a_paper_run():
@@ -45,7 +46,7 @@ def test_is_committed_with_the_outputs_of_a_paper_run():
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # one run, top to bottom
     assert not any(output.output_type == "error" for output in outputs(notebook))
     assert "scale 'paper'" in text_of(notebook) and "MNIST not found" not in text_of(notebook)
-    assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) == 9
+    assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) == 11
 
 
 def test_defines_no_logic():

@@ -109,7 +109,7 @@ BAD = [
     (lambda root: MNISTNet(split="all", root=root), ValueError, "split must be .*'all'"),
     (lambda root: MNISTNet(init_std=-1, root=root), ValueError, "init_std must be .* got -1"),
     (lambda root: MNISTNet(root=root).sample(1).loss(MNISTNet(root=root).sample(1).params, -1), ValueError,
-     "step must be an int, at least 0, got -1"),
+     "step must be at least 0, got -1"),
 ]
 
 

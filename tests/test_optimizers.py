@@ -279,7 +279,7 @@ def test_bad_steps():
         net(torch.zeros(4), state[0])
     with pytest.raises(NonFiniteError, match="grad must be finite, but holds nan at coordinate 2 .1 of 4"):
         net(torch.tensor([0.0, 1.0, float("nan"), 2.0]), state)
-    with pytest.raises(ValueError, match="num_coordinates must be a positive int, got 0"):
+    with pytest.raises(ValueError, match="num_coordinates must be at least 1, got 0"):
         net.init_state(0)
     with pytest.raises(ValueError, match="adjoint must have the shape of grads"):
         net.replay(torch.zeros(3, 4), state, torch.zeros(3, 5))

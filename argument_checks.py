@@ -1,0 +1,36 @@
+"""Checks at the door, shared by the modules: each names the argument, the value received and what is accepted."""
+
+import math
+
+import torch
+
+__all__ = ["NonFiniteError", "check_count", "check_finite", "check_positive_number"]
+
+
+class NonFiniteError(ValueError):
+    """A gradient, a loss or a meta-gradient is infinite or not a number."""
+
+
+def check_count(least=1, **counts):
+    """Raise unless every keyword argument is an int of at least `least`."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_positive_number(**numbers):
+    """Raise unless every keyword argument is a finite number above 0."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def check_finite(tensor, name):
+    """Raise NonFiniteError, naming the first coordinate, unless all of `tensor` is finite."""
+    finite = torch.isfinite(tensor)
+    if not finite.all():
+        where = int((~finite).flatten().nonzero()[0])
+        raise NonFiniteError(f"{name} must be finite, but holds {tensor.flatten()[where].item()} at coordinate {where} "
+                             f"({int((~finite).sum())} of {tensor.numel()} are not finite)")
