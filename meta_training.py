@@ -24,7 +24,8 @@ __all__ = ["BASELINES", "History", "TunedBaseline", "compare", "evaluate", "eval
            "meta_train", "tune_baseline", "tune_baselines"]
 
 SMALLEST_SHARE = 1024  # coordinates of a tensor that a partial replay reads at least
-FUNCTIONS_AT_ONCE = 32  # functions that evaluation runs as one computation; a seed's functions depend on it
+FUNCTIONS_AT_ONCE = 32  # functions that evaluation runs as one computation; a seed's functions depend on both bounds
+COORDINATES_AT_ONCE = 1 << 17  # larger states leave the cache and cost a fresh page of memory at every step
 
 BASELINES = {
     "SGD": (torch.optim.SGD, {}),
@@ -464,8 +465,10 @@ def loss_curves(start, problem, steps, num_functions, seed, device):
     check_count(steps=steps, num_functions=num_functions)
     check_count(least=0, seed=seed)
     problem, generator, curves = on_device(problem, device), torch.Generator().manual_seed(seed), []
-    for first in range(0, num_functions, FUNCTIONS_AT_ONCE):
-        batch = problem.sample(min(FUNCTIONS_AT_ONCE, num_functions - first), generator=generator)
+    size = sum(tensor.numel() for tensor in problem.sample(1, generator=torch.Generator()).params.values())
+    at_once = min(max(COORDINATES_AT_ONCE // size, 1), FUNCTIONS_AT_ONCE)
+    for first in range(0, num_functions, at_once):
+        batch = problem.sample(min(at_once, num_functions - first), generator=generator)
         coordinates = Coordinates(batch.params)
         theta = coordinates.join(batch.params).detach().clone()
         advance, losses = start(coordinates, theta), []
