@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from meta_training import Coordinates
+from meta_gradients import Coordinates
 from optimizees import MNISTNet, Quadratics
 
 

@@ -1,0 +1,237 @@
+"""Loss curves of learned and hand-designed optimizers on the same functions, and the search of learning rates.
+
+The protocol of Andrychowicz et al. 2016 (arXiv 1606.04474), section 3: hand-designed optimizers get the learning rate
+with the lowest final loss, and one seed gives every optimizer the same functions, initial points and minibatches.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+from argument_checks import check_count
+from meta_gradients import Coordinates
+
+__all__ = ["BASELINES", "TunedBaseline", "compare", "evaluate", "evaluate_baseline", "tune_baseline", "tune_baselines"]
+
+FUNCTIONS_AT_ONCE = 32  # functions that evaluation runs as one computation; a seed's functions depend on both bounds
+COORDINATES_AT_ONCE = 1 << 17  # larger states leave the cache and cost a fresh page of memory at every step
+
+BASELINES = {
+    "SGD": (torch.optim.SGD, {}),
+    "SGD + momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "NAG": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "Adam": (torch.optim.Adam, {}),
+    "RMSprop": (torch.optim.RMSprop, {}),
+}
+"""Hand-designed optimizers to compare with: name -> (class, options other than the learning rate)."""
+
+
+def evaluate(net, problem, steps=100, num_functions=100, seed=1, device=None):
+    """Loss curves of a learned optimizer. No graph is recorded.
+
+    Args:
+        net: the learned optimizer.
+        problem: distribution of optimizees.
+        steps: length of the curves; `steps - 1` updates are made.
+        num_functions: how many functions are drawn.
+        seed: the same seed and number of functions give every optimizer, learned or not, the same functions, initial
+            points and minibatches.
+        device: default where `net` is.
+
+    Returns:
+        (num_functions, steps) on the CPU: losses[:, t] is f(θ_t), so column 0 is the loss before any update.
+
+    Example:
+        >>> from optimizees import Quadratics; from optimizers import CoordinatewiseLSTM
+        >>> losses = evaluate(CoordinatewiseLSTM(), Quadratics(), steps=10, num_functions=4)
+    """
+    device = device_of(net, device)
+
+    def start(coordinates, theta):
+        state = net.init_state(theta.numel())
+
+        def advance(theta, gradient):
+            nonlocal state
+            update, state = net(gradient, state)
+            return theta.add_(update)
+
+        return advance
+
+    with torch.no_grad():
+        return loss_curves(start, problem, steps, num_functions, seed, device)
+
+
+def evaluate_baseline(optimizer, options, problem, steps=100, num_functions=100, seed=1, device="cpu"):
+    """Loss curves of a hand-designed optimizer, on the very functions that `evaluate` uses for that seed.
+
+    The functions of a meta-batch are optimized side by side as one vector, so the optimizer must treat every
+    coordinate by itself, as SGD, Adam, RMSprop and most others do (those that take a closure, such as L-BFGS, do not).
+
+    Args:
+        optimizer: class of a `torch.optim.Optimizer`.
+        options: its keyword arguments, `lr` among them.
+        problem, steps, num_functions, seed, device: see `evaluate`.
+
+    Returns:
+        (num_functions, steps) on the CPU. Functions that diverge have infinite or NaN losses.
+
+    Example:
+        >>> from optimizees import Quadratics
+        >>> losses = evaluate_baseline(torch.optim.Adam, {"lr": 0.1}, Quadratics(), steps=10, num_functions=4)
+    """
+    if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
+        raise TypeError(f"optimizer must be a class of torch.optim.Optimizer, got {optimizer!r}")
+    if inspect.signature(optimizer.step).parameters.get("closure", inspect.Parameter("closure", 1)).default is not None:
+        raise ValueError(f"{optimizer.__name__} needs a closure and does not treat coordinates by themselves")
+    if not isinstance(options, dict):
+        raise TypeError(f'options must be a dict such as {{"lr": 0.1}}, got {options!r}')
+
+    def start(coordinates, theta):
+        rule = optimizer([theta], **options)
+
+        def advance(theta, gradient):
+            theta.grad = gradient
+            rule.step()
+            return theta
+
+        return advance
+
+    return loss_curves(start, problem, steps, num_functions, seed, torch.device(device))
+
+
+def loss_curves(start, problem, steps, num_functions, seed, device):
+    """Curves (num_functions, steps) of the rule that start(coordinates, theta) begins for each meta-batch."""
+    check_count(steps=steps, num_functions=num_functions)
+    check_count(least=0, seed=seed)
+    problem, generator, curves = on_device(problem, device), torch.Generator().manual_seed(seed), []
+    size = sum(tensor.numel() for tensor in problem.sample(1, generator=torch.Generator()).params.values())
+    at_once = min(max(COORDINATES_AT_ONCE // size, 1), FUNCTIONS_AT_ONCE)
+    for first in range(0, num_functions, at_once):
+        batch = problem.sample(min(at_once, num_functions - first), generator=generator)
+        coordinates = Coordinates(batch.params)
+        theta = coordinates.join(batch.params).detach().clone()
+        advance, losses = start(coordinates, theta), []
+        for step in range(steps):
+            values, gradient = coordinates.losses_and_gradient(batch.loss, theta, step)
+            losses.append(values)
+            if step + 1 < steps:
+                theta = advance(theta, gradient)
+        curves.append(torch.stack(losses, 1))
+    return torch.cat(curves).cpu()
+
+
+@dataclass
+class TunedBaseline:
+    """A hand-designed optimizer with the learning rate that `tune_baseline` found."""
+
+    optimizer: type
+    options: dict  # `lr` included: what `evaluate_baseline` takes
+    final_losses: dict  # learning rate -> mean final loss (infinite if a function diverged), the whole search
+
+    def evaluate(self, problem, steps=100, num_functions=100, seed=1, device="cpu"):
+        """`evaluate_baseline` with these options."""
+        return evaluate_baseline(self.optimizer, self.options, problem, steps, num_functions, seed, device)
+
+
+def tune_baseline(optimizer, problem, lrs=None, steps=100, num_functions=32, seed=0, *, options=None, device="cpu"):
+    """Search the learning rate of a hand-designed optimizer: the lowest mean loss at the last step.
+
+    The grid grows by itself until the best learning rate does not lie at its edge; the gaps on both sides of the best
+    are then searched once more at their thirds. Tune on other functions than those reported: another seed, and a
+    problem over other data (`MNISTNet(split="validation")`).
+
+    Args:
+        optimizer: class of a `torch.optim.Optimizer`.
+        problem, steps, num_functions, seed, device: see `evaluate`.
+        lrs: at least three positive learning rates; default 10^-4 … 10, two per decade (six around the best).
+        options: its other keyword arguments, such as {"momentum": 0.9}; default none.
+
+    Returns:
+        `TunedBaseline`.
+
+    Raises:
+        ValueError: an argument is not as above, or no learning rate gave a finite loss.
+
+    Example:
+        >>> from optimizees import Quadratics
+        >>> best = tune_baseline(torch.optim.Adam, Quadratics(), lrs=[0.01, 0.1, 1.0], steps=10, num_functions=4)
+        >>> losses = best.evaluate(Quadratics(), steps=10, num_functions=4)
+    """
+    lrs = [10 ** (k / 2) for k in range(-8, 3)] if lrs is None else sorted(float(lr) for lr in lrs)
+    if len(lrs) < 3 or not 0 < lrs[0] <= lrs[-1] < math.inf:
+        raise ValueError(f"lrs must be at least three positive learning rates, got {lrs}")
+    options, final = options or {}, {}
+
+    def search(rates):
+        for lr in rates:
+            losses = evaluate_baseline(optimizer, {**options, "lr": lr}, problem, steps, num_functions, seed, device)
+            loss = losses[:, -1].mean().item()
+            final[lr] = loss if math.isfinite(loss) else math.inf
+        best = min(final, key=final.get)
+        if final[best] == math.inf:
+            raise ValueError(f"no learning rate of {sorted(final)} gave a finite loss with {optimizer.__name__}")
+        return best
+
+    best, factor = search(lrs), (lrs[-1] / lrs[0]) ** (1 / (len(lrs) - 1))
+    while best in (min(final), max(final)) and 1e-10 < best < 1e6:
+        best = search([best / factor if best == min(final) else best * factor])
+    rates = sorted(final)
+    place = rates.index(best)
+    gaps = list(zip(rates, rates[1:]))[max(place - 1, 0):place + 1]
+    best = search([low * (high / low) ** third for low, high in gaps for third in (1 / 3, 2 / 3)])
+    return TunedBaseline(optimizer, {**options, "lr": best}, dict(sorted(final.items())))
+
+
+def tune_baselines(problem, steps=100, num_functions=32, seed=0, *, baselines=BASELINES, lrs=None, device="cpu",
+                   progress=True):
+    """`tune_baseline` for each of `BASELINES` (or a user's own dict like it). Returns a dict from name to result."""
+    tuned = {}
+    for name in (bar := tqdm(baselines, desc="tuning", disable=not progress)):
+        bar.set_postfix_str(name)
+        optimizer, options = baselines[name]
+        tuned[name] = tune_baseline(optimizer, problem, lrs, steps, num_functions, seed, options=options, device=device)
+    return tuned
+
+
+def compare(nets, tuned, problem, steps=100, num_functions=100, seed=1, device=None, progress=True):
+    """Loss curves of learned optimizers and tuned baselines, all on the same functions and minibatches.
+
+    Args:
+        nets: dict from name to learned optimizer.
+        tuned: dict from name to `TunedBaseline`, as `tune_baselines` returns it.
+        problem, steps, num_functions, seed: see `evaluate`.
+        device: default where each network is; the baselines run where the first network does.
+        progress: show a bar.
+
+    Returns:
+        dict from name to losses (num_functions, steps), on the CPU.
+    """
+    curves = {}
+    for name in (bar := tqdm([*nets, *tuned], desc="comparing", disable=not progress)):
+        bar.set_postfix_str(name)
+        if name in nets:
+            curves[name] = evaluate(nets[name], problem, steps, num_functions, seed, device)
+        else:
+            where = device_of(next(iter(nets.values())), device) if nets else device or "cpu"
+            curves[name] = tuned[name].evaluate(problem, steps, num_functions, seed, where)
+    return curves
+
+
+def device_of(net, device):
+    """The device asked for, else the one that the network is on."""
+    if not isinstance(net, torch.nn.Module) or not hasattr(net, "init_state"):
+        raise TypeError(f"net must be a learned optimizer, an nn.Module with init_state, got {type(net).__name__}")
+    if device is not None:
+        return torch.device(device)
+    return next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
+
+
+def on_device(problem, device):
+    """The problem on a device, if it knows how to move there."""
+    if not hasattr(problem, "sample"):
+        raise TypeError(f"problem must have sample(meta_batch, generator), got {type(problem).__name__}")
+    here = getattr(problem, "device", None)
+    return problem.to(device) if hasattr(problem, "to") and here != device else problem

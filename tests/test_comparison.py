@@ -1,0 +1,80 @@
+"""Evaluation, tuning and paired comparisons."""
+
+import pytest
+import torch
+from torch import nn
+
+from comparison import BASELINES, compare, evaluate, evaluate_baseline, tune_baseline, tune_baselines
+from optimizees import MNISTNet, Quadratics
+from optimizers import CoordinatewiseLSTM
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_evaluation_follows_the_optimizer():
+    problem, net = Quadratics(dim=3), CoordinatewiseLSTM()
+    losses = evaluate(net, problem, 5, 40, seed=9)
+    assert losses.shape == (40, 5) and not losses.requires_grad
+    draw = generator(9)
+    batch, rest = problem.sample(32, draw), problem.sample(8, draw)
+    for batch, expected in ((batch, losses[:32]), (rest, losses[32:])):
+        theta, state = batch.params["theta"], net.init_state(batch.params["theta"].numel())
+        for step in range(5):
+            theta = theta.detach().requires_grad_()
+            values = batch.loss({"theta": theta}, step)
+            torch.testing.assert_close(values.detach(), expected[:, step])
+            (gradient,) = torch.autograd.grad(values.sum(), theta)
+            update, state = net(gradient.flatten(), state)
+            theta = theta + update.view_as(theta)
+
+
+@pytest.mark.parametrize("name", list(BASELINES))
+def test_baselines_are_torchs_own_on_each_function(name):
+    optimizer, options = BASELINES[name]
+    losses = evaluate_baseline(optimizer, {**options, "lr": 0.01}, Quadratics(), 6, 3, seed=2)
+    batch = Quadratics().sample(3, generator(2))
+    for function in range(3):
+        theta = torch.zeros(3, 10, requires_grad=True)
+        rule = optimizer([theta], lr=0.01, **options)
+        for step in range(6):
+            rule.zero_grad()
+            value = batch.loss({"theta": theta}, step)[function]
+            assert value.item() == pytest.approx(losses[function, step].item(), rel=1e-5)
+            value.backward()
+            rule.step()
+
+
+def test_comparisons_are_paired(tiny_mnist):
+    """A learned optimizer that is SGD in disguise gives SGD's curves: same functions, starts and minibatches."""
+
+    class PlainSGD(nn.Module):
+        def init_state(self, num_coordinates):
+            return ()
+
+        def forward(self, grad, state):
+            return -0.3 * grad, state
+
+    for problem in (Quadratics(dim=2), MNISTNet((5,), root=tiny_mnist)):
+        learned = evaluate(PlainSGD(), problem, 8, 40, seed=3)
+        torch.testing.assert_close(learned, evaluate_baseline(torch.optim.SGD, {"lr": 0.3}, problem, 8, 40, seed=3))
+        assert torch.equal(learned, evaluate(PlainSGD(), problem, 8, 40, seed=3))
+        assert not torch.equal(learned[:, 0], evaluate(PlainSGD(), problem, 8, 40, seed=4)[:, 0])
+
+
+def test_tuning_finds_the_best_rate_and_leaves_the_edge():
+    tuned = tune_baseline(torch.optim.SGD, Quadratics(), [1e-5, 1e-4, 1e-3], 30, 16)
+    rates = list(tuned.final_losses)
+    assert rates[0] < tuned.options["lr"] < rates[-1] and max(rates) > 1e-3
+    assert tuned.final_losses[tuned.options["lr"]] == min(tuned.final_losses.values())
+    again = tuned.evaluate(Quadratics(), 30, 16, seed=0)[:, -1].mean().item()
+    assert again == pytest.approx(tuned.final_losses[tuned.options["lr"]])
+
+
+def test_compare_gives_every_curve():
+    nets = {"LSTM": CoordinatewiseLSTM()}
+    tuned = tune_baselines(Quadratics(), 5, 4, lrs=[1e-3, 1e-2, 1e-1], progress=False)
+    curves = compare(nets, tuned, Quadratics(), 5, 6, progress=False)
+    assert list(curves) == ["LSTM", *BASELINES] and all(losses.shape == (6, 5) for losses in curves.values())
+    assert all(torch.equal(losses[:, 0], curves["LSTM"][:, 0]) for losses in curves.values())
