@@ -8,7 +8,6 @@ the fast path in `lstm_blocks`.
 
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 
 from argument_checks import NonFiniteError, check_count, check_finite
 from lstm_blocks import PackedLSTM, gates_to_ifog, replay_blocks, step_blocks
+from whole_files import write_whole
 
 __all__ = ["CoordinatewiseLSTM", "NonFiniteError", "load_optimizer", "log_sign", "save_optimizer"]
 
@@ -268,15 +268,8 @@ def save_optimizer(net, path, **notes):
         raise TypeError(f"net must be one of {sorted(LEARNED_OPTIMIZERS)}, got {type(net).__name__}")
     metadata = {"format": str(FILE_FORMAT), "class": type(net).__name__, "config": json.dumps(net.config),
                 **{name: str(note) for name, note in notes.items()}}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(save(tensors, metadata))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, save(tensors, metadata))
 
 
 def load_optimizer(path_or_name):

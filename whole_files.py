@@ -1,0 +1,49 @@
+"""Files that are there whole or not at all: written beside their place, then renamed."""
+
+import contextlib
+import os
+from pathlib import Path
+
+__all__ = ["remove_partial_files", "write_whole"]
+
+
+def write_whole(path, content):
+    """Write a file so that a crash, a kill or a full disk at any moment leaves the older file there as it was.
+
+    Args:
+        path: where to; the folder is made if it is not there.
+        content: bytes.
+
+    Raises:
+        OSError: the file cannot be written; names it and the cause.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before its name is: a power cut may come between
+        os.replace(partial, path)
+        with contextlib.suppress(OSError):  # not every system can open a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        reason = f"could not be written: {error.strerror or error}; a file that was there before is as it was"
+        raise OSError(error.errno, reason, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(path):
+    """Remove what killed processes left beside `path` while they wrote it."""
+    path = Path(path)
+    with contextlib.suppress(OSError):
+        for file in path.parent.iterdir():
+            if file.name.startswith(f".{path.name}.") and file.name.endswith(".partial"):
+                file.unlink(missing_ok=True)
