@@ -64,6 +64,10 @@ class Coordinates:
             (gradient,) = torch.autograd.grad(losses.sum(), theta)
         return losses.detach(), gradient
 
+    def spread(self, values):
+        """One value for each function (..., B) -> one for each coordinate (..., N)."""
+        return torch.cat([values.repeat_interleave(size // self.functions, -1) for size in self.sizes], -1)
+
     def subset(self, fraction, generator):
         """A random share of every tensor's coordinates, at least SMALLEST_SHARE of each: indices, and 1 / probability."""
         indices, weights, start = [], [], 0
@@ -99,7 +103,7 @@ class WindowInfo(NamedTuple):
 
 
 def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay", second_order=False, weights=None,
-                  replay_fraction=1.0, generator=None):
+                  replay_fraction=1.0, generator=None, objective="sum"):
     """The meta-gradient of one window: `unroll` updates of the optimizee, differentiated with respect to the optimizer.
 
     The meta-loss is the mean over functions of Σ_{t=0..T} w_t f_t(θ_t), the end of the window included. The optimizee's
@@ -126,13 +130,15 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
             estimate of it, at that share of the replay's cost. Small tensors keep all their coordinates. Needs
             "replay" and a network with `coordinatewise = True` (the last axis of its state's tensors is N).
         generator: a CPU generator for that draw; default torch's own.
+        objective: "sum" as above; "log" takes Σ_t w_t log f_t(θ_t) instead, so that every function counts by its
+            relative decrease, whatever its scale: in λ, ∇_t becomes ∇_t / f_t. Needs positive losses.
 
     Returns:
         grads, a dict like `net.named_parameters()` (those that require grad), and `WindowInfo`. No graph.
 
     Raises:
         ValueError, TypeError: an argument is not as above.
-        NonFiniteError: a loss in the window is infinite or NaN.
+        NonFiniteError: a loss in the window is infinite or NaN, or with "log" not positive.
 
     Example:
         >>> from optimizees import Quadratics; from optimizers import CoordinatewiseLSTM
@@ -148,6 +154,8 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
         raise ValueError(f'method must be "replay" or "autograd", got {method!r}')
     if second_order and method == "replay":
         raise ValueError('second_order=True needs method="autograd": the replay takes the gradients as constants')
+    if objective not in ("sum", "log"):
+        raise ValueError(f'objective must be "sum" or "log", got {objective!r}')
     check_replay_fraction(replay_fraction, method, net)
     coordinates = Coordinates(params)
     theta = coordinates.join(params).detach()
@@ -157,18 +165,20 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
     weights = weights.to(theta) / coordinates.functions
     if method == "replay":
         grads, losses, theta, state = replay_window(net, batch.loss, coordinates, theta, state, step, weights,
-                                                    replay_fraction, generator)
+                                                    replay_fraction, generator, objective)
     else:
         grads, losses, theta, state = autograd_window(net, batch.loss, coordinates, theta, state, step, weights,
-                                                      second_order)
-    if not torch.isfinite(losses).all():
-        t, function = (~torch.isfinite(losses)).nonzero()[0].tolist()
-        raise NonFiniteError(f"the loss of function {function} at step {step + t} is {losses[t, function].item()}")
+                                                      second_order, objective)
+    bad = ~torch.isfinite(losses) if objective == "sum" else ~torch.isfinite(losses.log())
+    if bad.any():
+        t, function = bad.nonzero()[0].tolist()
+        raise NonFiniteError(f"the loss of function {function} at step {step + t} is {losses[t, function].item()}"
+                             + (', and objective="log" needs a positive one' if objective == "log" else ""))
     return grads, WindowInfo(losses, coordinates.split(theta), state)
 
 
 @torch.no_grad()
-def replay_window(net, loss, coordinates, theta, state, step, weights, fraction, generator):
+def replay_window(net, loss, coordinates, theta, state, step, weights, fraction, generator, objective):
     unroll, start = len(weights) - 1, state
     losses, gradients = theta.new_empty(unroll + 1, coordinates.functions), theta.new_empty(unroll + 1, len(theta))
     for t in range(unroll):
@@ -177,7 +187,10 @@ def replay_window(net, loss, coordinates, theta, state, step, weights, fraction,
         theta = theta + update
     losses[-1], gradients[-1] = coordinates.losses_and_gradient(loss, theta, step + unroll)
     # λ_{t+1} = Σ_{s>t} w_s ∇_s: a cumulative sum from the end
-    adjoint, inputs = (weights[1:, None] * gradients[1:]).flip(0).cumsum(0).flip(0), gradients[:-1]
+    pulls = weights[1:, None] * gradients[1:]
+    if objective == "log":
+        pulls /= coordinates.spread(losses[1:])
+    adjoint, inputs = pulls.flip(0).cumsum(0).flip(0), gradients[:-1]
     if fraction < 1:
         kept, factor = (tensor.to(theta.device) for tensor in coordinates.subset(fraction, generator))
         inputs, adjoint = inputs[:, kept], adjoint[:, kept] * factor.to(theta)
@@ -197,7 +210,7 @@ def replay_by_autograd(net, grads, state, adjoint):
 
 
 @torch.enable_grad()
-def autograd_window(net, loss, coordinates, theta, state, step, weights, second_order):
+def autograd_window(net, loss, coordinates, theta, state, step, weights, second_order, objective):
     unroll, losses = len(weights) - 1, []
     theta, state = theta.requires_grad_(), map_tensors(torch.Tensor.detach, state)
     for t in range(unroll + 1):
@@ -207,7 +220,7 @@ def autograd_window(net, loss, coordinates, theta, state, step, weights, second_
             update, state = net(gradient, state)
             theta = theta + update
     losses = torch.stack(losses)
-    grads = gradients_of((weights[:, None] * losses).sum(), net)
+    grads = gradients_of((weights[:, None] * (losses.log() if objective == "log" else losses)).sum(), net)
     return grads, losses.detach(), theta.detach(), map_tensors(torch.Tensor.detach, state)
 
 

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from meta_gradients import Coordinates, meta_gradient, replay_by_autograd
 from meta_training import evaluate, meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
-from optimizers import CoordinatewiseLSTM
+from optimizers import CoordinatewiseLSTM, NonFiniteError
 
 
 def generator(seed=0):
@@ -57,6 +57,30 @@ def test_weights_of_the_steps():
     two, _ = meta_gradient(net, batch, batch.params, state, unroll=5, weights=weights, method="autograd")
     even, _ = meta_gradient(net, batch, batch.params, state, unroll=5)
     assert relative(one, two) < 1e-10 and relative(one, even) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["quadratics", "mnist"])
+def test_log_of_the_loss(name, tiny_mnist):
+    """By replay, by autograd, and as the sum in which a single function's steps are weighted by 1 / f_t."""
+    problem, net = problems(tiny_mnist)[name]
+    for functions in (3, 1):
+        batch = problem.sample(functions, generator())
+        state = net.init_state(coordinates_of(batch))
+        window = net, batch, batch.params, state
+        one, info = meta_gradient(*window, unroll=5, objective="log")
+        two, _ = meta_gradient(*window, unroll=5, method="autograd", objective="log")
+        assert relative(one, two) < 1e-10
+        assert relative(one, meta_gradient(*window, unroll=5)[0]) > 1e-3
+    weighted, _ = meta_gradient(*window, unroll=5, weights=1 / info.losses[:, 0])
+    assert relative(one, weighted) < 1e-10
+
+
+def test_log_needs_positive_losses():
+    batch = MetaBatch({"x": torch.ones(2, 2)}, lambda params, step: params["x"].sum(1) * torch.tensor([1.0, -1.0]))
+    net = CoordinatewiseLSTM()
+    for method in ("replay", "autograd"):
+        with pytest.raises(NonFiniteError, match='loss of function 1 at step 0 is -2.0, and objective="log" needs a pos'):
+            meta_gradient(net, batch, batch.params, net.init_state(4), unroll=2, objective="log", method=method)
 
 
 def test_replay_equals_autograd_at_full_size(small_mnist):
