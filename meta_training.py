@@ -3,34 +3,48 @@
 Andrychowicz et al. 2016 (arXiv 1606.04474), section 2: L(φ) = E_f Σ_t w_t f(θ_t) is minimized by truncated
 backpropagation through time. Optimizees come from `optimizees` (or are a user's own), learned optimizers from
 `optimizers` (or are a user's own). The meta-gradient of a window is `meta_gradients`, the comparison with hand-designed
-optimizers `comparison`; their public names are here too.
+optimizers `comparison`; their public names are here too. As a program (`python meta_training.py --help`) it is
+`command_line`.
 """
 
-import contextlib
 import copy
 import math
-from dataclasses import dataclass, field
+import sys
+import warnings
+from dataclasses import asdict, dataclass, field
 
 import torch
 from tqdm.auto import tqdm
 
 from argument_checks import NonFiniteError, check_count, check_positive_number
+from checkpoints import as_in, plain, read_checkpoint, regroup, write_checkpoint
 from comparison import (BASELINES, TunedBaseline, compare, device_of, evaluate, evaluate_baseline, on_device,
                         tune_baseline, tune_baselines)
 from meta_gradients import Coordinates, meta_gradient
+from ranks import Ranks, part_of
 
 __all__ = ["BASELINES", "History", "TunedBaseline", "compare", "evaluate", "evaluate_baseline", "meta_gradient",
            "meta_train", "tune_baseline", "tune_baselines"]
+
+VALIDATION_SEED = 1_000_003  # added to the seed of a run, so that its validation functions are not its training ones
 
 
 @dataclass
 class History:
     """What happened in a meta-training run.
 
-    `meta_loss[k]` is the window's loss at iteration k (mean over functions and the window's steps), `grad_norm[k]` the
-    norm of the meta-gradient before clipping, `lr[k]` the meta-learning rate. `validation` holds pairs (iteration, sum
-    of the loss over the steps, mean over the validation functions); `best_iteration` is the one whose optimizer was
-    kept.
+    Lists of one number for each iteration k; NaN in all but `lr` where the window was skipped:
+
+    - `meta_loss`: the window's loss, mean over functions and the window's steps;
+    - `grad_norm`: the norm of the meta-gradient before clipping;
+    - `lr`: the meta-learning rate;
+    - `update_size`: how far the window took the optimizees, ‖θ_T - θ_0‖ / max(‖θ_0‖, ‖θ_T‖), all functions as one
+      vector: near 0 where they stand still, 1 where the step is as large as what it leads to, up to 2.
+
+    `validation` holds pairs (iteration, sum of the loss over the steps, mean over the validation functions), infinite
+    where a function diverged; `best_iteration` is the one whose optimizer was kept (0: the one that training began with).
+    `skipped` holds a pair (iteration, cause) for each window that was skipped because something was not finite.
+    `interrupted` says that Ctrl-C ended the run.
     """
 
     meta_loss: list = field(default_factory=list)
@@ -39,17 +53,26 @@ class History:
     validation: list = field(default_factory=list)
     best_iteration: int = 0
     best_validation: float = math.inf
+    update_size: list = field(default_factory=list)
+    skipped: list = field(default_factory=list)
+    interrupted: bool = False
 
 
 def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=1000, lr=0.005, seed=0, device=None, *,
-               warmup=50, clip=1.0, method="replay", second_order=False, replay_fraction=1.0, validation_every=None,
-               validation_functions=64, progress=True):
+               warmup=50, clip=1.0, method="replay", second_order=False, replay_fraction=1.0, objective="sum",
+               horizons=None, skip_non_finite=0, validation_every=None, validation_functions=64, checkpoint=None,
+               checkpoint_every=None, callback=None, progress=True):
     """Meta-train a learned optimizer by truncated backpropagation through the unrolled optimization.
 
     Functions are drawn anew after every `steps` steps; each window of `unroll` updates gives one meta-update by Adam,
     with the meta-gradient clipped by its norm and the learning rate warmed up, then annealed to 0 on a cosine. Every
     `validation_every` iterations (and at the end) the optimizer is scored on functions that training does not draw:
-    the sum of the loss over `steps` steps. `net` ends with the weights that scored best.
+    the sum of the loss over `steps` steps. `net` ends with the weights that scored best, Ctrl-C included: it ends the
+    run early, with a warning.
+
+    In a process group of `torch.distributed` (`torchrun`), each process takes a slice of every meta-batch and the
+    meta-gradients are summed: N processes train as one does, to rounding (with `replay_fraction`, on other
+    coordinates). `net` starts everywhere from the first process's weights.
 
     Args:
         net: the learned optimizer; trained in place, and moved to `device`.
@@ -57,25 +80,38 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
             else fresh functions of its own.
         steps: horizon, updates of each function; a multiple of `unroll`.
         unroll: updates in a window of truncated backpropagation.
-        meta_batch: functions run together.
+        meta_batch: functions run together; in all processes together, if there are several.
         iterations: meta-updates, each of one window.
         lr: the highest meta-learning rate.
         seed: of the functions; the same seed gives the same run.
         device: where to train; default where `net` is.
         warmup: iterations over which the meta-learning rate rises from 0.
         clip: largest norm of the meta-gradient, or None for no clipping.
-        method, second_order, replay_fraction: see `meta_gradient`.
+        method, second_order, replay_fraction, objective: see `meta_gradient`.
+        horizons: windows until functions are drawn anew, instead of always `steps` / `unroll`: (least, most), drawn
+            uniformly each time, or a function of (iteration, generator) that returns a count.
+        skip_non_finite: how many windows in a row may be skipped because a loss, a gradient or the meta-gradient is not
+            finite: the optimizer stays as it is, `History.skipped` notes it, and functions are drawn anew. Validation
+            functions that diverge then score infinity. Default 0: the first one stops the run.
         validation_every: default a fortieth of `iterations`.
         validation_functions: how many functions a validation takes; the same ones each time.
+        checkpoint: a file to keep the state of the run in. If it is there already the run goes on from it, and ends
+            as if it had never stopped, to the bit (one process, the same machine and torch). For that, a batch's
+            `loss` must depend on nothing but its arguments and what `sample` drew from the generator (or from torch's).
+        checkpoint_every: iterations from one checkpoint to the next; default `validation_every`.
+        callback: called as callback(iterations done, history) after each iteration; in the first process only.
         progress: show a bar with the meta-loss.
 
     Returns:
         `History`.
 
     Raises:
-        ValueError, TypeError: an argument is not as above.
+        ValueError, TypeError: an argument is not as above; `checkpoint` is damaged, no checkpoint, or that of a run
+            with other settings.
+        OSError: `checkpoint` cannot be written; an older one there is as it was.
         NonFiniteError: the meta-loss or the meta-gradient stopped being finite; names the iteration. `net` then has
             the best weights so far.
+        RuntimeError: another process of the group has died.
 
     Example:
         >>> from optimizees import Quadratics; from optimizers import CoordinatewiseLSTM
@@ -88,59 +124,200 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
     """
     check_count(steps=steps, unroll=unroll, meta_batch=meta_batch, iterations=iterations,
                 validation_functions=validation_functions)
-    check_count(least=0, warmup=warmup, seed=seed)
+    check_count(least=0, warmup=warmup, seed=seed, skip_non_finite=skip_non_finite)
     if steps % unroll:
         raise ValueError(f"unroll must divide steps, got unroll={unroll} and steps={steps}")
     check_positive_number(lr=lr)
     if clip is not None:
         check_positive_number(clip=clip)
     validation_every = validation_every or max(1, iterations // 40)
-    check_count(validation_every=validation_every)
+    checkpoint_every = checkpoint_every or validation_every
+    check_count(validation_every=validation_every, checkpoint_every=checkpoint_every)
     device = device_of(net, device)
     net.to(device)
-    problem = on_device(problem, device)
-    validation = problem.validation_problem() if hasattr(problem, "validation_problem") else problem
-    trained = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
-    adam = torch.optim.Adam(trained.values(), lr=lr)
-    generator = torch.Generator().manual_seed(seed)
-    history, best = History(), copy.deepcopy(net.state_dict())
-    bar = tqdm(total=iterations, desc="meta-training", unit="it", disable=not progress)
+    settings = dict(steps=steps, unroll=unroll, meta_batch=meta_batch, iterations=iterations, lr=lr, seed=seed,
+                    warmup=warmup, clip=clip, method=method, second_order=second_order,
+                    replay_fraction=replay_fraction, objective=objective, horizons=describe_horizons(horizons),
+                    validation_every=validation_every, validation_functions=validation_functions,
+                    net=describe_net(net), problem=describe_problem(problem))
+    run = Run(net, on_device(problem, device), settings, horizon_rule(horizons, steps // unroll), skip_non_finite)
     try:
-        with bar:
-            for iteration in range(iterations):
-                step = iteration * unroll % steps
-                if step == 0:
-                    batch = problem.sample(meta_batch, generator=generator)
-                    params, state = batch.params, net.init_state(Coordinates(batch.params).join(batch.params).numel())
-                with naming_iteration(iteration):
-                    grads, info = meta_gradient(net, batch, params, state, step, unroll, method, second_order,
-                                                replay_fraction=replay_fraction, generator=generator)
-                    norm = torch.linalg.vector_norm(torch.stack([grad.norm() for grad in grads.values()]))
-                    if not torch.isfinite(norm):
-                        raise NonFiniteError(f"the norm of the meta-gradient is {norm.item()}")
-                params, state = info.params, info.state
-                rate = schedule(iteration, iterations, warmup) * lr
-                apply_meta_gradient(adam, trained, grads, rate, min(1.0, clip / (norm.item() + 1e-12)) if clip else 1.0)
-                history.meta_loss.append(info.losses.mean().item())
-                history.grad_norm.append(norm.item())
-                history.lr.append(rate)
-                if (iteration + 1) % validation_every == 0 or iteration + 1 == iterations:
-                    with naming_iteration(iteration):
-                        losses = evaluate(net, validation, steps, validation_functions, seed=seed + VALIDATION_SEED)
-                        score = losses.sum(1).mean().item()
-                    history.validation.append((iteration + 1, score))
-                    if score < history.best_validation:
-                        history.best_iteration, history.best_validation = iteration + 1, score
-                        best = copy.deepcopy(net.state_dict())
+        run.begin(checkpoint)
+        with tqdm(total=iterations, initial=run.iteration, desc="meta-training", unit="it",
+                  disable=not progress or run.ranks.rank > 0) as bar:
+            while run.iteration < iterations:
+                run.advance()
+                if run.iteration % validation_every == 0 or run.iteration == iterations:
+                    run.validate()
+                if checkpoint is not None and (run.iteration % checkpoint_every == 0 or run.iteration == iterations):
+                    run.save(checkpoint)
+                if callback is not None and run.ranks.rank == 0:
+                    callback(run.iteration, run.history)
                 bar.update()
-                bar.set_postfix(meta_loss=f"{history.meta_loss[-1]:.3g}", best=f"{history.best_validation:.4g}",
-                                refresh=False)
+                bar.set_postfix(meta_loss=f"{run.history.meta_loss[-1]:.3g}",
+                                best=f"{run.history.best_validation:.4g}", refresh=False)
+    except KeyboardInterrupt:
+        run.history.interrupted = True
+        warnings.warn(f"meta-training was interrupted at iteration {run.iteration} of {iterations}; the optimizer is the "
+                      f"best so far, of iteration {run.history.best_iteration}", stacklevel=2)
     finally:
-        net.load_state_dict(best)
-    return history
+        net.load_state_dict(run.best)
+    return run.history
 
 
-VALIDATION_SEED = 1_000_003  # added to the seed of a run, so that its validation functions are not its training ones
+class Run:
+    """A meta-training run: what changes from window to window, how it goes on, and how it is saved and restored."""
+
+    def __init__(self, net, problem, settings, horizon, skip_non_finite):
+        self.net, self.problem, self.settings = net, problem, settings
+        self.validation = problem.validation_problem() if hasattr(problem, "validation_problem") else problem
+        self.horizon, self.skip_non_finite = horizon, skip_non_finite
+        self.ranks = Ranks()
+        self.first, self.last = self.ranks.share(settings["meta_batch"])
+        self.trained = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+        self.adam = torch.optim.Adam(self.trained.values(), lr=settings["lr"])
+        self.generator = torch.Generator().manual_seed(settings["seed"])
+        self.history, self.iteration, self.best = History(), 0, copy.deepcopy(net.state_dict())
+        self.batch = None  # the functions in hand; None: to be drawn
+
+    def draw(self):
+        """New functions. What it takes to draw these again is kept."""
+        self.drawn_from, self.drawn_at = self.random_state(), self.iteration
+        self.windows = self.horizon(self.iteration, self.generator)
+        check_count(horizons=self.windows)
+        batch = self.problem.sample(self.settings["meta_batch"], generator=self.generator)
+        self.batch = batch if self.ranks.size == 1 else part_of(batch, self.first, self.last)
+        self.params, self.step = self.batch.params, 0
+        self.state = self.net.init_state(Coordinates(self.params).join(self.params).numel())
+
+    def advance(self):
+        """One iteration: a window and the meta-update by its meta-gradient, or the note that it was skipped."""
+        settings, history = self.settings, self.history
+        rate = schedule(self.iteration, settings["iterations"], settings["warmup"]) * settings["lr"]
+        try:
+            grads, (meta_loss, *squares) = self.window()
+            norm = torch.linalg.vector_norm(torch.stack([grad.norm() for grad in grads.values()])).item()
+            if not math.isfinite(norm):
+                raise NonFiniteError(f"the norm of the meta-gradient is {norm}")
+        except NonFiniteError as error:
+            self.skip(error)
+            meta_loss = norm = update_size = math.nan
+        else:
+            change, before, after = (square**0.5 for square in squares)
+            update_size = change / max(before, after, sys.float_info.min)
+            clip = settings["clip"]
+            apply_meta_gradient(self.adam, self.trained, grads, rate, min(1.0, clip / (norm + 1e-12)) if clip else 1.0)
+        for record, value in ((history.meta_loss, meta_loss), (history.grad_norm, norm), (history.lr, rate),
+                              (history.update_size, update_size)):
+            record.append(value)
+        self.iteration += 1
+
+    def window(self):
+        """The meta-gradient of the next window, and [meta-loss, squares of ‖θ_T - θ_0‖, ‖θ_0‖ and ‖θ_T‖]."""
+        if self.batch is None:
+            self.draw()
+        settings, start = self.settings, self.params
+        share = (self.last - self.first) / settings["meta_batch"]
+        grads = figures = failure = None
+        try:
+            grads, info = meta_gradient(
+                self.net, self.batch, start, self.state, self.step, settings["unroll"], settings["method"],
+                settings["second_order"], replay_fraction=settings["replay_fraction"],
+                generator=self.coordinate_generator(), objective=settings["objective"])
+        except NonFiniteError as error:
+            failure = error
+        else:
+            grads = {name: grad * share for name, grad in grads.items()}
+            figures = [info.losses.mean().item() * share, *squares_of_change(start, info.params)]
+            self.params, self.state, self.step = info.params, info.state, self.step + settings["unroll"]
+            if self.step >= self.windows * settings["unroll"]:
+                self.batch = None
+        return self.ranks.sum(grads, figures, failure)
+
+    def coordinate_generator(self):
+        """Draws the coordinates of a partial replay: a generator of its own, so that they leave the functions alone."""
+        if self.settings["replay_fraction"] == 1:
+            return None
+        number = (self.settings["seed"] * 1_000_003 + self.iteration) * self.ranks.size + self.ranks.rank
+        return torch.Generator().manual_seed(number % 2**63)
+
+    def skip(self, error):
+        """Note a window that was not finite, and draw other functions; raise if there have been too many."""
+        skipped, before = self.history.skipped, 0
+        while before < len(skipped) and skipped[-1 - before][0] == self.iteration - 1 - before:
+            before += 1
+        if before >= self.skip_non_finite:
+            after = f" after {before} skipped windows in a row" if before else ""
+            raise stopped(self.iteration, f"{error}{after}") from error
+        skipped.append((self.iteration, str(error)))
+        self.batch = None
+
+    def validate(self):
+        """Score the optimizer (on the first rank, for all), and keep it if it is the best."""
+        def score():
+            try:
+                losses = evaluate(self.net, self.validation, self.settings["steps"],
+                                  self.settings["validation_functions"], self.settings["seed"] + VALIDATION_SEED)
+            except NonFiniteError as error:
+                if not self.skip_non_finite:
+                    raise stopped(self.iteration - 1, f"in validation, {error}") from error
+                return math.inf
+            return losses.sum(1).mean().item()
+
+        score, history = self.ranks.on_first(score), self.history
+        history.validation.append((self.iteration, score))
+        if score < history.best_validation:
+            history.best_iteration, history.best_validation = self.iteration, score
+            self.best = copy.deepcopy(self.net.state_dict())
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def begin(self, checkpoint):
+        """Take up the run where its checkpoint left it, or begin it, every rank from the first rank's weights."""
+        content = None
+        if checkpoint is not None:
+            content = self.ranks.on_first(lambda: read_checkpoint(checkpoint, self.settings))
+        if content is not None:
+            self.restore(content)
+            return
+        if self.ranks.size > 1:
+            self.net.load_state_dict(self.ranks.on_first(lambda: plain(dict(self.net.state_dict()))))
+            self.best = copy.deepcopy(self.net.state_dict())
+        if checkpoint is not None:
+            self.save(checkpoint)  # a place that cannot be written is found out now, not after an hour
+
+    def save(self, checkpoint):
+        content = {"iteration": self.iteration, "history": asdict(self.history), "net": dict(self.net.state_dict()),
+                   "best": dict(self.best), "adam": self.adam.state_dict(), "random": self.random_state(), "window": None}
+        if self.batch is not None:  # in the middle of an unroll
+            parts = self.ranks.gather(plain((self.first, self.last, self.params, self.state)))
+            content["window"] = {"step": self.step, "drawn_at": self.drawn_at, "drawn_from": self.drawn_from,
+                                 "parts": parts}
+        self.ranks.on_first(lambda: write_checkpoint(checkpoint, plain(content), self.settings))
+
+    def restore(self, content):
+        self.net.load_state_dict(content["net"])
+        self.adam.load_state_dict(content["adam"])
+        self.best, self.history = content["best"], History(**content["history"])
+        window = content["window"]
+        if window is not None:
+            carried = regroup(window["parts"], self.first, self.last, getattr(self.net, "coordinatewise", False))
+            if carried is not None:  # else this number of ranks begins with new functions
+                self.set_random_state(window["drawn_from"])
+                self.iteration = window["drawn_at"]
+                self.draw()
+                self.params, self.state = (as_in(template, there, next(iter(self.params.values())).device)
+                                           for template, there in zip((self.params, self.state), carried))
+                self.step = window["step"]
+        self.set_random_state(content["random"])
+        self.iteration = content["iteration"]
+
+    def random_state(self):
+        return self.generator.get_state(), torch.get_rng_state()  # torch's own: for optimizers and problems that use it
+
+    def set_random_state(self, state):
+        self.generator.set_state(state[0])
+        torch.set_rng_state(state[1])
 
 
 def schedule(iteration, iterations, warmup):
@@ -157,11 +334,51 @@ def apply_meta_gradient(adam, trained, grads, lr, factor):
     adam.zero_grad()
 
 
-@contextlib.contextmanager
-def naming_iteration(iteration):
-    """Add the iteration to the message of a NonFiniteError."""
-    try:
-        yield
-    except NonFiniteError as error:
-        raise NonFiniteError(f"meta-training stopped at iteration {iteration}: {error}. Lower lr or clip, or look at "
-                             "the optimizee's loss") from error
+def squares_of_change(start, end):
+    """Squares of ‖end - start‖, ‖start‖ and ‖end‖ of dicts of tensors, as numbers."""
+    start, end = (torch.cat([tensor.flatten() for tensor in params.values()]) for params in (start, end))
+    return [norm * norm for norm in torch.stack([vector.norm() for vector in (end - start, start, end)]).tolist()]
+
+
+def stopped(iteration, cause):
+    return NonFiniteError(f"meta-training stopped at iteration {iteration}: {cause}. Lower lr or clip, look at the "
+                          "optimizee's loss, or let skip_non_finite windows pass")
+
+
+def horizon_rule(horizons, windows):
+    """A function of (iteration, generator) that gives the windows until functions are drawn anew."""
+    if horizons is None:
+        return lambda iteration, generator: windows
+    if callable(horizons):
+        return horizons
+    if not (isinstance(horizons, (tuple, list)) and len(horizons) == 2):
+        raise ValueError(f"horizons must be None, (least, most) or a function of (iteration, generator), got {horizons!r}")
+    least, most = horizons
+    check_count(**{"horizons[0]": least})
+    check_count(least=least, **{"horizons[1]": most})
+    return lambda iteration, generator: int(torch.randint(least, most + 1, (), generator=generator))
+
+
+# What a checkpoint must agree with ------------------------------------------------------------------------------------
+
+
+def describe_horizons(horizons):
+    return getattr(horizons, "__qualname__", type(horizons).__name__) if callable(horizons) else plain(horizons)
+
+
+def describe_net(net):
+    tensors = {name: f"{tuple(parameter.shape)} {parameter.dtype}, {'trained' if parameter.requires_grad else 'frozen'}"
+               for name, parameter in net.named_parameters()}
+    return f"{type(net).__name__} {getattr(net, 'config', '')} with {tensors}"
+
+
+def describe_problem(problem):
+    options = getattr(problem, "options", {})
+    options = {name: value for name, value in options.items() if name != "root"} if isinstance(options, dict) else {}
+    return f"{type(problem).__name__} {getattr(problem, 'name', '')} {options}"
+
+
+if __name__ == "__main__":
+    from command_line import main  # which imports this module under its own name
+
+    sys.exit(main())

@@ -23,10 +23,15 @@ STEPS_PER_DRAW = 32  # minibatches whose indices are drawn at once
 
 
 class MetaBatch(NamedTuple):
-    """B functions: initial `params`, each (B, ...), and `loss(params, step) -> (B,)`, which carries a graph."""
+    """B functions: initial `params`, each (B, ...), and `loss(params, step) -> (B,)`, which carries a graph.
+
+    `part(first, last)`, if there is one, gives functions first … last - 1 as a meta-batch of their own, with the very
+    losses that they have in the whole: what several processes share a meta-batch by.
+    """
 
     params: dict
     loss: Callable
+    part: Callable | None = None
 
 
 def check_floating(dtype):
@@ -66,10 +71,16 @@ class Quadratics:
         W = torch.randn(meta_batch, self.dim, self.dim, generator=generator, dtype=self.dtype).to(self.device)
         y = torch.randn(meta_batch, self.dim, 1, generator=generator, dtype=self.dtype).to(self.device)
 
-        def loss(params, step):
-            return torch.baddbmm(y, W, params["theta"][..., None], beta=-1).square().sum((1, 2))
+        theta = torch.zeros(meta_batch, self.dim, dtype=self.dtype, device=self.device)
 
-        return MetaBatch({"theta": torch.zeros(meta_batch, self.dim, dtype=self.dtype, device=self.device)}, loss)
+        def part(first, last):
+            def loss(params, step):
+                return torch.baddbmm(y[first:last], W[first:last], params["theta"][..., None],
+                                     beta=-1).square().sum((1, 2))
+
+            return MetaBatch({"theta": theta[first:last]}, loss)
+
+        return MetaBatch({"theta": theta}, part(0, meta_batch).loss, part)
 
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu, "tanh": torch.tanh}
@@ -149,11 +160,16 @@ class MNISTNet:
         seed = int(torch.randint(2**62, (), generator=generator))
         minibatches = Minibatches(seed, (meta_batch, self.options["batch_size"]), len(self.labels), self.device)
 
-        def loss(params, step):
-            index = minibatches(step)
-            return network_loss(params, self.images[index], self.labels[index], ACTIVATIONS[self.options["activation"]])
+        activation = ACTIVATIONS[self.options["activation"]]
 
-        return MetaBatch(params, loss)
+        def part(first, last):
+            def loss(params, step):
+                index = minibatches(step)[first:last]
+                return network_loss(params, self.images[index], self.labels[index], activation)
+
+            return MetaBatch({name: tensor[first:last] for name, tensor in params.items()}, loss)
+
+        return MetaBatch(params, part(0, meta_batch).loss, part)
 
 
 def network_loss(params, x, labels, activation):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from meta_training import evaluate, evaluate_baseline, meta_gradient, meta_train, tune_baseline
-from optimizees import MetaBatch, Quadratics
+from optimizees import MetaBatch, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError
 
 
@@ -69,6 +69,141 @@ def test_non_finite_meta_loss_stops_and_names_the_iteration():
     assert all(torch.isfinite(tensor).all() for tensor in net.state_dict().values())
 
 
+class Sometimes:
+    """Losses that are `bad` in the draws listed, from some step on."""
+
+    def __init__(self, draws, bad=math.nan, from_step=0):
+        self.draws, self.bad, self.from_step, self.drawn = draws, bad, from_step, 0
+
+    def sample(self, meta_batch, generator=None):
+        self.drawn += 1
+        bad, scale = self.drawn in self.draws, torch.rand(meta_batch, 2, generator=generator) + 0.5
+
+        def loss(params, step):
+            value = (scale * params["x"]).square().sum(1)
+            return value * self.bad if bad and step >= self.from_step else value
+
+        return MetaBatch({"x": torch.ones(meta_batch, 2)}, loss)
+
+    def validation_problem(self):
+        return Quadratics(dim=2)
+
+
+def small_run(problem, **arguments):
+    torch.manual_seed(0)
+    net = CoordinatewiseLSTM(hidden_size=3)
+    return net, meta_train(net, problem, **{**dict(steps=20, unroll=10, meta_batch=2, iterations=10, progress=False,
+                                                   validation_every=5, validation_functions=3), **arguments})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_windows_are_skipped_and_counted(bad):
+    problem = Sometimes((2, 4, 5), bad, from_step=12)  # these draws fail in their second window
+    net, history = small_run(problem, skip_non_finite=1)
+    assert [iteration for iteration, _ in history.skipped] == [3, 7, 9]
+    assert all("must be finite" in cause or "loss of function" in cause for _, cause in history.skipped)
+    assert problem.drawn == 5  # others are drawn after each
+    for record in (history.meta_loss, history.grad_norm, history.update_size):
+        assert len(record) == 10 and [k for k in range(10) if not math.isfinite(record[k])] == [3, 7, 9]
+    assert all(torch.isfinite(parameter).all() for parameter in net.parameters())
+    with pytest.raises(NonFiniteError, match="stopped at iteration 4: .* after 2 skipped windows in a row. Lower lr"):
+        small_run(Sometimes(range(2, 100), bad), skip_non_finite=2)
+
+
+def test_a_skipped_window_leaves_the_optimizer_alone(monkeypatch):
+    steps = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: steps.append(1) or step(adam))
+    net, history = small_run(Sometimes(range(1, 100)), iterations=3, skip_non_finite=3)
+    torch.manual_seed(0)
+    untrained = CoordinatewiseLSTM(hidden_size=3)
+    assert not steps and all(torch.equal(a, b) for a, b in zip(net.parameters(), untrained.parameters()))
+
+
+class DivergentValidation(Quadratics):
+    def validation_problem(self):
+        return Sometimes(range(2, 100))  # `evaluate` draws the first to see its size
+
+
+def test_divergent_validation_stops_or_scores_infinity():
+    with pytest.raises(NonFiniteError, match="stopped at iteration 4: in validation, "):
+        small_run(DivergentValidation(dim=2))
+    _, history = small_run(DivergentValidation(dim=2), skip_non_finite=1)
+    assert history.validation == [(5, math.inf), (10, math.inf)] and history.best_iteration == 0
+
+
+def test_interrupted_returns_the_best_so_far(tmp_path):
+    def interrupt(done, history):
+        if done == 7:
+            raise KeyboardInterrupt
+
+    net, whole = small_run(Quadratics(dim=2))
+    with pytest.warns(UserWarning, match="interrupted at iteration 7 of 10; the optimizer is the best so far, of iteration 5"):
+        stopped, history = small_run(Quadratics(dim=2), callback=interrupt, checkpoint=tmp_path / "run")
+    assert history.interrupted and not whole.interrupted and len(history.meta_loss) == 7
+    assert history.best_iteration == 5 and history.meta_loss == whole.meta_loss[:7]
+    score = evaluate(stopped, Quadratics(dim=2), 20, 3, seed=1_000_003).sum(1).mean().item()
+    assert score == history.best_validation
+    resumed, history = small_run(Quadratics(dim=2), checkpoint=tmp_path / "run")
+    assert history == whole and all(torch.equal(a, b) for a, b in zip(net.parameters(), resumed.parameters()))
+
+
+def test_update_size_is_relative_to_the_parameters():
+    class Step(nn.Module):
+        """Steps of a tenth of the gradient: x ← x - 0.2 x on f = x²."""
+
+        def __init__(self):
+            super().__init__()
+            self.rate = nn.Parameter(torch.tensor(0.1))
+
+        def init_state(self, num_coordinates):
+            return ()
+
+        def forward(self, grad, state):
+            return -self.rate * grad, state
+
+    history = meta_train(Step(), Sometimes((), from_step=100), 2, 1, meta_batch=1, iterations=1, validation_functions=1,
+                         progress=False)
+    scale = torch.rand(1, 2, generator=generator()) + 0.5
+    change = 0.2 * scale.square()
+    assert history.update_size == [pytest.approx((change.norm() / 2**0.5).item())]
+    history = meta_train(Step(), Quadratics(dim=2), 2, 1, meta_batch=1, iterations=1, validation_functions=1, progress=False)
+    assert history.update_size == [pytest.approx(1.0)]  # from θ = 0
+
+
+def test_horizons_are_drawn():
+    class Lengths:
+        def __init__(self):
+            self.steps = []
+
+        def sample(self, meta_batch, generator=None):
+            batch = Quadratics(dim=2).sample(meta_batch, generator)
+            self.steps.append([])
+            steps = self.steps[-1]
+            return batch._replace(loss=lambda params, step: steps.append(step) or batch.loss(params, step))
+
+        def validation_problem(self):
+            return Quadratics(dim=2)
+
+    def lengths(**arguments):
+        problem = Lengths()
+        small_run(problem, iterations=60, unroll=5, **arguments)
+        return [max(steps) // 5 for steps in problem.steps]
+
+    assert lengths() == [4] * 15
+    drawn = lengths(horizons=(1, 3))
+    assert set(drawn) == {1, 2, 3} and sum(drawn) == 60 and drawn == lengths(horizons=(1, 3)) != lengths(horizons=(1, 3), seed=1)
+    assert lengths(horizons=lambda iteration, generator: 1 + iteration // 10)[:12] == [1] * 10 + [2] * 2
+
+
+def test_functions_do_not_depend_on_the_replay_fraction(tiny_mnist):
+    def first_losses(fraction):
+        problem = MNISTNet(hidden_sizes=(), batch_size=8, root=tiny_mnist)
+        return small_run(problem, iterations=3, lr=1e-12, replay_fraction=fraction, validation_functions=1)[1].meta_loss
+
+    assert first_losses(1.0) == pytest.approx(first_losses(0.1), rel=1e-5)
+
+
 def window(**arguments):
     net, batch = CoordinatewiseLSTM(hidden_size=2), Quadratics(dim=2).sample(2)
     arguments = {"params": batch.params, "state": net.init_state(4), **arguments}
@@ -96,6 +231,13 @@ def train(**arguments):
     (lambda: train(iterations=0), ValueError, "iterations must be at least 1, got 0"),
     (lambda: train(lr=0.0), ValueError, "lr must be a positive number, got 0.0"),
     (lambda: train(clip=-1), ValueError, "clip must be a positive number, got -1"),
+    (lambda: window(objective="product"), ValueError, "objective must be .* got 'product'"),
+    (lambda: train(horizons=3), ValueError, "horizons must be None, .* got 3"),
+    (lambda: train(horizons=(0, 3)), ValueError, r"horizons\[0\] must be at least 1, got 0"),
+    (lambda: train(horizons=(4, 3)), ValueError, r"horizons\[1\] must be at least 4, got 3"),
+    (lambda: train(horizons=lambda iteration, generator: 0), ValueError, "horizons must be at least 1, got 0"),
+    (lambda: train(skip_non_finite=-1), ValueError, "skip_non_finite must be at least 0, got -1"),
+    (lambda: train(checkpoint_every=-2), ValueError, "checkpoint_every must be at least 1, got -2"),
     (lambda: train(meta_batch=1.5), TypeError, "meta_batch must be an int, got 1.5"),
     (lambda: meta_train(nn.Linear(1, 1), Quadratics()), TypeError, "net must be a learned optimizer.*got Linear"),
     (lambda: meta_train(CoordinatewiseLSTM(), "quadratics"), TypeError, "problem must have sample"),

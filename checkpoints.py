@@ -1,0 +1,128 @@
+"""Checkpoints of a meta-training run: one file, written whole or not at all, that loads without running any code.
+
+A file holds plain containers, numbers, text and tensors alone, by `torch.save`, and is read with `weights_only=True`.
+What goes into it is `meta_training`'s; the settings of the run stand beside it, and another run's are refused.
+"""
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from meta_gradients import Coordinates, map_tensors
+from whole_files import remove_partial_files, write_whole
+
+__all__ = ["as_in", "plain", "read_checkpoint", "regroup", "write_checkpoint"]
+
+FILE_FORMAT = 1
+
+
+def write_checkpoint(path, content, settings):
+    """Write a checkpoint; a failure leaves the one before as it was.
+
+    Args:
+        path: where to; the folder is made if it is not there.
+        content, settings: dicts of what `plain` makes.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FILE_FORMAT, "kind": "meta-training", "settings": settings, "content": content}, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def read_checkpoint(path, settings):
+    """The content of a checkpoint of the run with these settings, on the CPU; None if there is no file.
+
+    Raises:
+        ValueError: the file is corrupt, of a later format, no checkpoint, or another run's; names the settings that
+            differ.
+    """
+    path = Path(path)
+    remove_partial_files(path)
+    if not path.exists():
+        return None
+    try:
+        content = io.BytesIO(path.read_bytes())
+        damaged = zipfile.ZipFile(content).testzip()  # torch.load does not look at the checksums
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        content.seek(0)
+        file = torch.load(content, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint, or a damaged one: {error}") from error
+    if not isinstance(file, dict) or file.get("kind") != "meta-training" or not isinstance(file.get("format"), int):
+        raise ValueError(f"{path} holds no checkpoint of a meta-training run")
+    if file["format"] > FILE_FORMAT:
+        raise ValueError(f"{path} is of format {file['format']}; this version reads up to {FILE_FORMAT}: update it")
+    there = file["settings"]
+    different = [f"{name} was {there.get(name)!r} and is {settings.get(name)!r}"
+                 for name in {**there, **settings} if there.get(name) != settings.get(name)]
+    if different:
+        raise ValueError(f"{path} is the checkpoint of another run: {'; '.join(different)}. Go on with its settings, or "
+                         "name another file")
+    return file["content"]
+
+
+def plain(state):
+    """A state in plain containers, its tensors detached and on the CPU: what a checkpoint can hold."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().cpu()
+    if isinstance(state, dict):
+        return {name: plain(part) for name, part in state.items()}
+    if isinstance(state, (tuple, list)):
+        return (list if isinstance(state, list) else tuple)(plain(part) for part in state)
+    if state is None or isinstance(state, (bool, int, float, str)):
+        return state
+    raise TypeError(f"a checkpoint holds tensors, numbers, text and containers of them, got {type(state).__name__}")
+
+
+def as_in(template, state, device):
+    """A plain state on a device, with the named tuples that `template` has in its place."""
+    if isinstance(state, torch.Tensor):
+        return state.to(device)
+    if isinstance(state, dict):
+        inside = template if isinstance(template, dict) else {}
+        return {name: as_in(inside.get(name), part, device) for name, part in state.items()}
+    if isinstance(state, (tuple, list)):
+        inside = template if isinstance(template, (tuple, list)) and len(template) == len(state) else [None] * len(state)
+        parts = [as_in(there, part, device) for there, part in zip(inside, state)]
+        return type(template)(*parts) if hasattr(template, "_fields") else type(state)(parts)
+    return state
+
+
+def regroup(parts, first, last, coordinatewise):
+    """Params and state of functions first … last - 1, from those that each rank of a run had.
+
+    Args:
+        parts: a list of (first, last, params, state), as the ranks' slices of the meta-batch follow each other.
+        first, last: the slice wanted.
+        coordinatewise: whether the last axis of the state's tensors is that of coordinates; only then can states be
+            put together in another way than they were.
+
+    Returns:
+        (params, state), or None where that cannot be done.
+    """
+    for start, end, params, state in parts:
+        if (start, end) == (first, last):
+            return params, state
+    if not coordinatewise:
+        return None
+    sizes = [Coordinates(params) for _, _, params, _ in parts]
+    tensors = []
+    for _, _, _, state in parts:
+        tensors.append([])
+        map_tensors(tensors[-1].append, state)
+    joined = iter([regroup_tensors(same, sizes, first, last) for same in zip(*tensors)])
+    params = {name: torch.cat([part[2][name] for part in parts])[first:last] for name in parts[0][2]}
+    return params, map_tensors(lambda tensor: next(joined), parts[0][3])
+
+
+def regroup_tensors(tensors, coordinates, first, last):
+    """Every rank's (..., N of its functions) -> (..., N of functions first … last - 1)."""
+    pieces = [[piece.unflatten(-1, (part.functions, -1)) for piece in tensor.split(part.sizes, -1)]
+              for tensor, part in zip(tensors, coordinates)]
+    return torch.cat([torch.cat(same, -2)[..., first:last, :].flatten(-2) for same in zip(*pieces)], -1)
