@@ -77,7 +77,8 @@ class Ranks:
                 distributed.all_gather_object(causes, failure and str(failure))
                 raise NonFiniteError("; ".join(f"on rank {rank}, {cause}" for rank, cause in enumerate(causes) if cause))
             parts = [grad.flatten() for grad in grads.values()]
-            vector = torch.cat([part.to(device, torch.float64) for part in (*parts, torch.tensor(figures))])
+            figures = torch.tensor(figures, dtype=torch.float64)
+            vector = torch.cat([part.to(device, torch.float64) for part in (*parts, figures)])
             distributed.all_reduce(vector)
         *sums, figures = vector.split([*(part.numel() for part in parts), len(figures)])
         return {name: part.view(grad.shape).to(grad) for part, (name, grad) in zip(sums, grads.items())}, figures.tolist()

@@ -131,8 +131,9 @@ from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM
 
 torch.set_num_threads(1)
-path, record, every, iterations = sys.argv[1], sys.argv[2], 2, 60
+path, record, every, iterations = sys.argv[1], sys.argv[2], 2, 100
 random.seed(0)
+torch.optim.Adam([torch.zeros(1)]).step()  # imports what every child would import again
 
 def train(**arguments):
     torch.manual_seed(0)
@@ -151,7 +152,7 @@ while True:
     if child == 0:
         train(checkpoint=path, checkpoint_every=every, callback=note)
         os._exit(0)
-    deadline = time.time() + random.uniform(0.02, 0.35)
+    deadline = time.time() + random.uniform(0.02, 0.2)
     while time.time() < deadline and kills < 12:
         time.sleep(0.005)
     if kills < 12:
@@ -169,14 +170,14 @@ resumed, history = train(checkpoint=path, checkpoint_every=every)
 net, whole = train()
 assert history == whole and all(torch.equal(a, b) for a, b in zip(net.parameters(), resumed.parameters()))
 assert os.listdir(os.path.dirname(path)) == ["run"]  # half-written files were cleared away
-print(kills, "kills")
+
 """
 
 
 def test_killed_at_random_moments(tmp_path):
     result = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "there" / "run", tmp_path / "record"], cwd=ROOT,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0 and "kills" in result.stdout, result.stderr
+    assert result.returncode == 0, result.stderr
 
 
 # Files that cannot be written -----------------------------------------------------------------------------------------
