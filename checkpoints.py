@@ -62,8 +62,8 @@ def read_checkpoint(path, settings):
     different = [f"{name} was {there.get(name)!r} and is {settings.get(name)!r}"
                  for name in {**there, **settings} if there.get(name) != settings.get(name)]
     if different:
-        raise ValueError(f"{path} is the checkpoint of another run: {'; '.join(different)}. Go on with its settings, or "
-                         "name another file")
+        raise ValueError(f"{path} is the checkpoint of another run: {'; '.join(different)}. Go on with its settings, "
+                         "name another file, or remove this one")
     return file["content"]
 
 

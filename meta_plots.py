@@ -1,9 +1,11 @@
-"""Figures and tables of the experiments: loss curves with confidence bands, their summary, and a training history."""
+"""Figures and tables of the experiments: loss curves with confidence bands, their summary, a training history, learned updates."""
+
+import math
 
 import torch
 from matplotlib import pyplot as plt
 
-__all__ = ["plot_curves", "plot_history", "plot_tuning", "summary_table"]
+__all__ = ["plot_curves", "plot_history", "plot_tuning", "plot_updates", "summary_table"]
 
 # one colour for each optimizer, the same in every figure; black and thick for ours
 COLORS = {"SGD": "tab:gray", "SGD + momentum": "tab:green", "NAG": "tab:blue", "Adam": "tab:orange",
@@ -62,18 +64,24 @@ def summary_table(curves, steps=100):
 
 
 def plot_history(history, title, ax=None):
-    """Meta-loss of every iteration (dots), and the validation score that chose the optimizer (line, right axis).
+    """What happened in meta-training: is the loss falling, are the meta-gradients sane, do the functions move at all?
+
+    Above, the meta-loss of every iteration (dots) and the validation score that chose the optimizer (line, right axis);
+    skipped windows are red ticks. Below, the norm of the meta-gradient and the size of the window's update relative to
+    the parameters'.
 
     Args:
         history: what `meta_train` returned.
         title: says what was trained.
-        ax: axes to draw on; default a new figure.
+        ax: axes to draw the upper part on, and nothing below; default a new figure with both.
 
     Returns:
-        The axes.
+        The upper axes.
     """
-    ax = ax or plt.subplots(figsize=(7, 3.5))[1]
-    ax.plot(range(1, len(history.meta_loss) + 1), history.meta_loss, ".", markersize=2, alpha=0.4, color="tab:blue")
+    iterations, dots = range(1, len(history.meta_loss) + 1), dict(linestyle="", marker=".", markersize=2, alpha=0.4)
+    grid = None if ax else plt.figure(figsize=(7, 5.5)).add_gridspec(2, hspace=0.3, height_ratios=(3, 2))
+    ax = ax or grid.figure.add_subplot(grid[0])
+    ax.plot(iterations, history.meta_loss, color="tab:blue", **dots)
     ax.set(yscale="log", xlabel="iteration", ylabel="meta-loss (mean over a window)", title=title)
     if history.validation:
         right = ax.twinx()
@@ -81,7 +89,111 @@ def plot_history(history, title, ax=None):
         right.plot(history.best_iteration, history.best_validation, "o", color="black", label="kept")
         right.set(yscale="log", ylabel="validation (sum over the steps)")
         right.legend(loc="upper right")
+    if history.skipped:
+        ax.plot([iteration + 1 for iteration, _ in history.skipped], [0.02] * len(history.skipped), "|", color="tab:red",
+                transform=ax.get_xaxis_transform(), label=f"skipped: {len(history.skipped)}")
+        ax.legend(loc="upper left")
+    if grid:
+        below = grid.figure.add_subplot(grid[1], sharex=ax)
+        for axes, values, color, name in ((below, history.grad_norm, "tab:green", "norm of the meta-gradient"),
+                                          (below.twinx(), history.update_size, "tab:purple", "relative update size")):
+            axes.plot(iterations[:len(values)], values, color=color, **dots)
+            axes.set(yscale="log", xlabel="iteration")
+            axes.set_ylabel(name, color=color)
     return ax
+
+
+def plot_updates(net, title, gradients=None, steps=(1, 10, 50), baselines=None, axes=None):
+    """What the optimizer has learned to do with one coordinate's gradients, beside hand-designed optimizers.
+
+    Left, its updates over time, along a history of gradients. Then for each of `steps`, the update at that step as a
+    function of the gradient there, after the history before it: a straight line for SGD, a saturating one for Adam. The
+    baselines are linear in their learning rate; each is drawn with the one at which its updates along the history are
+    as large as the learned ones (root mean square), so that shapes can be compared.
+
+    Args:
+        net: a coordinatewise learned optimizer.
+        title: says which.
+        gradients: (T,), the history; default 60 noisy gradients that shrink from 1 to 0.05, always the same.
+        steps: which steps to look at, from 1 to T.
+        baselines: dict from name to (class, options other than the learning rate); default SGD and Adam.
+        axes: 1 + len(steps) axes to draw on; default a new figure.
+
+    Returns:
+        List of the axes.
+
+    Raises:
+        ValueError: `net` is not coordinatewise, or a step lies outside the history.
+
+    Reference: Andrychowicz et al. 2016, appendix ("Visualizations of optimizer").
+    """
+    if not getattr(net, "coordinatewise", False):
+        raise ValueError(f"net must treat every coordinate by itself (coordinatewise = True), got {type(net).__name__}")
+    if gradients is None:
+        noise = torch.randn(60, generator=torch.Generator().manual_seed(0))
+        gradients = torch.logspace(0, math.log10(0.05), 60) * (0.7 + noise)
+    if not all(isinstance(step, int) and 1 <= step <= len(gradients) for step in steps):
+        raise ValueError(f"steps must lie in 1 … {len(gradients)}, the history of gradients, got {steps}")
+    parameter = next(net.parameters())
+    gradients = torch.as_tensor(gradients).to(parameter)
+    grid = torch.linspace(-1.5, 1.5, 201).to(parameter) * gradients.abs().max()
+    baselines = {"SGD": (torch.optim.SGD, {}), "Adam": (torch.optim.Adam, {})} if baselines is None else baselines
+    rules = {"learned": learned_rule(net), **{name: torch_rule(*rule) for name, rule in baselines.items()}}
+    along = {name: follow(rule, gradients[:, None])[:, 0].cpu() for name, rule in rules.items()}
+    size = {name: along["learned"].norm() / updates.norm() for name, updates in along.items()}
+    axes = list(axes if axes is not None else plt.subplots(1, 1 + len(steps), figsize=(3.6 * (1 + len(steps)), 3.2),
+                                                           constrained_layout=True)[1])
+    for name, rule in rules.items():
+        look = dict(color=COLORS.get(name, "black"), linewidth=1.2 if name in COLORS else 2.4, label=name)
+        axes[0].plot(range(1, len(gradients) + 1), along[name] * size[name], **look)
+        for ax, step in zip(axes[1:], steps):
+            before = gradients[:step - 1, None].expand(-1, len(grid))
+            ax.plot(grid.cpu(), follow(rule, torch.cat([before, grid[None]]))[-1].cpu() * size[name], **look)
+    axes[0].set(xlabel="step", ylabel="update", title=title)
+    axes[0].legend(fontsize=9)
+    for ax, step in zip(axes[1:], steps):
+        ax.set(xlabel="gradient", title=f"at step {step}")
+        ax.axvline(gradients[step - 1].item(), color="gray", linestyle=":", linewidth=1)  # where the history goes on
+    for ax in axes:
+        ax.axhline(0, color="gray", linewidth=0.5)
+        ax.grid(alpha=0.3)
+    return axes
+
+
+def follow(rule, gradients):
+    """Updates (T, N) of the rule along gradients (T, N)."""
+    advance = rule(gradients[0])
+    return torch.stack([advance(gradient) for gradient in gradients])
+
+
+def learned_rule(net):
+    def start(like):
+        state = net.init_state(len(like))
+
+        @torch.no_grad()
+        def advance(gradient):
+            nonlocal state
+            update, state = net(gradient.contiguous(), state)
+            return update
+
+        return advance
+
+    return start
+
+
+def torch_rule(optimizer, options):
+    def start(like):
+        theta = torch.zeros_like(like)
+        rule = optimizer([theta], lr=1.0, **options)
+
+        def advance(gradient):
+            before, theta.grad = theta.clone(), gradient
+            rule.step()
+            return theta - before
+
+        return advance
+
+    return start
 
 
 def plot_tuning(tuned, title, ax=None):

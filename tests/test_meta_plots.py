@@ -1,5 +1,7 @@
 """Figures and tables: the numbers they show are those they were given."""
 
+import math
+
 import matplotlib
 import pytest
 import torch
@@ -8,8 +10,9 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt  # noqa: E402
 
-from meta_plots import plot_curves, plot_history, plot_tuning, summary_table  # noqa: E402
+from meta_plots import plot_curves, plot_history, plot_tuning, plot_updates, summary_table  # noqa: E402
 from meta_training import History, TunedBaseline  # noqa: E402
+from optimizers import CoordinatewiseLSTM  # noqa: E402
 
 
 @pytest.fixture
@@ -44,6 +47,47 @@ def test_history_marks_what_was_kept():
     assert list(ax.get_lines()[0].get_ydata()) == [3.0, 2.0, 1.0]
     kept = ax.figure.axes[1].get_lines()[1]
     assert (list(kept.get_xdata()), list(kept.get_ydata())) == ([3], [20.0])
+    plt.close("all")
+
+
+def test_history_shows_gradients_update_sizes_and_skips():
+    history = History([3.0, math.nan, 1.0], [1.0, math.nan, 2.0], [0.1] * 3, [(3, 20.0)], 3, 20.0,
+                      [0.5, math.nan, 0.25], [(1, "NaN")])
+    upper = plot_history(history, "training")
+    assert [text.get_text() for text in upper.get_legend().get_texts()] == ["skipped: 1"]
+    assert list(upper.get_lines()[1].get_xdata()) == [2]
+    lower = {ax.get_ylabel(): list(ax.get_lines()[0].get_ydata()) for ax in upper.figure.axes[2:]}
+    assert lower["norm of the meta-gradient"][::2] == [1.0, 2.0] and lower["relative update size"][::2] == [0.5, 0.25]
+    given = plt.subplots()[1]
+    assert plot_history(history, "training", given) is given and len(given.figure.axes) == 2
+    plt.close("all")
+
+
+def test_updates_are_those_of_the_optimizers():
+    net, gradients = CoordinatewiseLSTM(hidden_size=4), torch.tensor([1.0, -0.5, 0.25, 0.5])
+    axes = plot_updates(net, "an optimizer", gradients, steps=(1, 3), baselines={"SGD": (torch.optim.SGD, {}),
+                                                                              "Adam": (torch.optim.Adam, {})})
+    assert [ax.get_title() for ax in axes] == ["an optimizer", "at step 1", "at step 3"]
+    learned, sgd, adam = (torch.as_tensor(line.get_ydata()) for line in axes[0].get_lines()[:3])
+    state, expected = net.init_state(1), []
+    with torch.no_grad():
+        for gradient in gradients:
+            update, state = net(gradient[None], state)
+            expected.append(update)
+    torch.testing.assert_close(learned, torch.cat(expected))
+    torch.testing.assert_close(sgd, -gradients * learned.norm() / gradients.norm())  # as large as the learned ones
+    torch.testing.assert_close(adam.norm(), learned.norm())
+    for step, ax in zip((1, 3), axes[1:]):  # the curve over the gradient goes through the update of the history
+        for line, along in zip(ax.get_lines(), (learned, sgd, adam)):
+            x, y = (torch.as_tensor(data) for data in (line.get_xdata(), line.get_ydata()))
+            assert x.min() == -1.5 and x.max() == 1.5
+            near = (x - gradients[step - 1]).abs().argmin()
+            torch.testing.assert_close(y[near], along[step - 1], rtol=0.1, atol=0.01)
+    assert len(plot_updates(net.double(), "default history")) == 4
+    with pytest.raises(ValueError, match=r"steps must lie in 1 … 4, .* got \(5,\)"):
+        plot_updates(net, "", gradients, steps=(5,))
+    with pytest.raises(ValueError, match="net must treat every coordinate by itself .* got Linear"):
+        plot_updates(torch.nn.Linear(1, 1), "")
     plt.close("all")
 
 

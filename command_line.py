@@ -1,0 +1,347 @@
+"""The command line of `meta_training.py`: train an optimizer, evaluate it, compare it with hand-designed ones.
+
+    python meta_training.py train --problem quadratics --output checkpoints/mine.safetensors
+    python meta_training.py evaluate checkpoints/mine.safetensors
+    python meta_training.py compare checkpoints/mine.safetensors --figure curves.png --table curves.md
+
+Exit status: 0 done; 1 the run failed (not finite, disk full, another process died); 2 the arguments do not go together,
+or a result is there already; 130 interrupted by Ctrl-C, the best so far is saved. Settings that the notebook has too have
+its values at the scale `quick`.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from argument_checks import NonFiniteError
+from meta_training import BASELINES, compare, evaluate, meta_train, tune_baselines
+from optimizees import ACTIVATIONS, MNISTNet, Quadratics
+from optimizers import CoordinatewiseLSTM, load_optimizer, save_optimizer
+from whole_files import write_whole
+
+__all__ = ["main"]
+
+DEFAULTS = {  # what suits each problem
+    "quadratics": dict(meta_batch=64, iterations=1500, lr=0.005, clip=30.0, replay_fraction=1.0,
+                       validation_functions=256, preprocess="none", output_scale=1.0),
+    "mnist": dict(meta_batch=1, iterations=450, lr=0.005, clip=20.0, replay_fraction=1 / 16, validation_functions=4,
+                  preprocess="log_sign", output_scale=0.1),
+}
+FIGURE_FORMATS = (".pdf", ".png", ".svg")
+
+
+def main(arguments=None):
+    """Run the command line; returns the exit status. Default arguments: the program's."""
+    options = make_parser().parse_args(arguments)
+    for name, value in DEFAULTS[options.problem].items():
+        if getattr(options, name, value) is None:
+            setattr(options, name, value)
+    try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and options.run is not run_train:
+            raise ValueError("only train runs in several processes")
+        status = options.run(options)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+        return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (NonFiniteError, RuntimeError) as error:
+        return failed(error, 1)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        return failed(error, 2)
+    except OSError as error:
+        return failed(error, 1)
+
+
+def failed(error, status):
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+# The commands ---------------------------------------------------------------------------------------------------------
+
+
+def run_train(options):
+    first = int(os.environ.get("RANK", 0)) == 0
+    checkpoint = Path(options.checkpoint or f"{options.output}.checkpoint")
+    if first:
+        if not checkpoint.exists():  # else the files may be this very run's, from before it was interrupted
+            refuse_existing(options, "output", "figure", "history")
+        else:
+            print(f"going on from {checkpoint}", file=sys.stderr)
+    scalars = Scalars(options.tensorboard) if options.tensorboard and first else None
+    device = join_processes(options.device)
+    torch.manual_seed(options.seed)
+    net, problem = make_net(options), make_problem(options, "train", device)
+    settings = {name: getattr(options, name) for name in (
+        "steps", "unroll", "meta_batch", "iterations", "lr", "seed", "warmup", "clip", "replay_fraction", "objective",
+        "horizons", "second_order", "skip_non_finite", "validation_every", "validation_functions")}
+    settings["horizons"] = tuple(options.horizons) if options.horizons else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "meta-training was interrupted")  # it is said below
+        try:
+            history = meta_train(net, problem, device=device, method="autograd" if options.second_order else "replay",
+                                 checkpoint=checkpoint, checkpoint_every=options.checkpoint_every, callback=scalars,
+                                 progress=not options.quiet, **settings)
+        finally:
+            if scalars:
+                scalars.close()
+    if not first:
+        return 130 if history.interrupted else 0
+    save_optimizer(net, options.output, problem=problem.name, seed=options.seed, iteration=history.best_iteration,
+                   validation=history.best_validation, settings=settings)
+    if options.history:
+        standard = json.loads(json.dumps(asdict(history)), parse_constant=lambda constant: None)  # JSON has no NaN
+        write_whole(options.history, json.dumps(standard).encode())
+    if options.figure:
+        write_figure(options.figure, lambda plots: plots.plot_history(history, f"Meta-training on {problem.name}"))
+    if history.interrupted:
+        print(f"interrupted after {len(history.meta_loss)} of {options.iterations} iterations; the best optimizer so far "
+              f"(iteration {history.best_iteration}) is in {options.output}. The same command goes on from {checkpoint}",
+              file=sys.stderr)
+        return 130
+    checkpoint.unlink(missing_ok=True)
+    skipped = f"; {len(history.skipped)} windows skipped" if history.skipped else ""
+    print(f"{options.output}: validation score {history.best_validation:.4g} (sum of the loss over {options.steps} steps) "
+          f"at iteration {history.best_iteration}{skipped}")
+    return 0
+
+
+def run_evaluate(options):
+    refuse_existing(options, "figure", "table", "updates")
+    problem, (name, net) = make_problem(options, "test", options.device), *load_nets([options.net]).items()
+    net.to(options.device)
+    losses = evaluate(net, problem, options.steps, options.functions, options.seed)
+    if options.updates:
+        write_figure(options.updates, lambda plots: plots.plot_updates(net, f"updates of {name}")[0])
+    return show({name: losses}, problem, options)
+
+
+def run_compare(options):
+    refuse_existing(options, "figure", "table")
+    nets, test = load_nets(options.nets), make_problem(options, "test", options.device)
+    for net in nets.values():
+        net.to(options.device)
+    baselines = {name: BASELINES[name] for name in options.baselines}
+    tuned = tune_baselines(make_problem(options, "validation", options.device), options.steps, options.tuning_functions,
+                           seed=options.seed + 1, baselines=baselines, device=options.device,
+                           progress=not options.quiet)
+    curves = compare(nets, tuned, test, options.steps, options.functions, options.seed, progress=not options.quiet)
+    return show(curves, test, options)
+
+
+def show(curves, problem, options):
+    from meta_plots import summary_table
+
+    title = f"{problem.name}, {options.functions} functions, seed {options.seed}"
+    table = f"{title}\n\n{summary_table(curves, options.steps)}"
+    print(table)
+    if options.table:
+        write_whole(options.table, f"{table}\n".encode())
+    if options.figure:
+        write_figure(options.figure, lambda plots: plots.plot_curves(curves, title))
+    return 0
+
+
+# What they are made of ------------------------------------------------------------------------------------------------
+
+
+def make_problem(options, split, device):
+    if options.problem == "quadratics":
+        return Quadratics(options.dim, device=device)
+    return MNISTNet(options.hidden, options.activation, options.batch_size, split, options.data, device=device)
+
+
+def make_net(options):
+    if options.start:
+        return load_optimizer(options.start)
+    preprocess = None if options.preprocess == "none" else options.preprocess
+    return CoordinatewiseLSTM(options.units, options.layers, preprocess, output_scale=options.output_scale)
+
+
+def load_nets(paths):
+    nets = {Path(path).stem: load_optimizer(path) for path in paths}
+    if len(nets) < len(paths) or nets.keys() & BASELINES.keys():
+        raise ValueError(f"the optimizers' files must have different names, and none a baseline's, got {paths}")
+    return nets
+
+
+def join_processes(device):
+    """Under torchrun, join its process group; returns this process's device."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return device
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if cuda else "gloo")
+    return device
+
+
+class Scalars:
+    """A callback of `meta_train` that writes TensorBoard's scalars."""
+
+    def __init__(self, folder):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(f"--tensorboard needs the package tensorboard (pip install tensorboard): {error}") from error
+        self.start, self.writer = (lambda iteration: SummaryWriter(folder, purge_step=iteration)), None
+
+    def __call__(self, iteration, history):
+        self.writer = self.writer or self.start(iteration)
+        values = {"meta-loss": history.meta_loss[-1], "meta-gradient norm": history.grad_norm[-1],
+                  "meta-learning rate": history.lr[-1], "update size": history.update_size[-1],
+                  "skipped windows": len(history.skipped)}
+        if history.validation and history.validation[-1][0] == iteration:
+            values["validation"] = history.validation[-1][1]
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, iteration)
+
+    def close(self):
+        if self.writer:
+            self.writer.close()
+
+
+def refuse_existing(options, *names):
+    """Raise before any work if a result would replace a file, unless --force."""
+    for name in names:
+        path = getattr(options, name)
+        if path and name in ("figure", "updates") and Path(path).suffix not in FIGURE_FORMATS:
+            raise ValueError(f"--{name} must end in one of {FIGURE_FORMATS}, got {path!r}")
+        if path and Path(path).exists() and not options.force:
+            raise FileExistsError(f"{path} is there already: --force replaces it")
+
+
+def write_figure(path, draw):
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only: no window, no display needed
+    import meta_plots
+
+    picture = io.BytesIO()
+    figure = draw(meta_plots).figure
+    figure.savefig(picture, format=Path(path).suffix[1:], dpi=150, bbox_inches="tight")
+    matplotlib.pyplot.close(figure)
+    write_whole(path, picture.getvalue())
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        prog="meta_training.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Learning to optimize: train an LSTM to be an optimizer, and race it against SGD, Adam and others.",
+        epilog="first steps (a few minutes on a CPU):\n"
+               "  python meta_training.py train --output mine.safetensors\n"
+               "  python meta_training.py compare mine.safetensors --figure curves.png\n\n"
+               "several processes: torchrun --nproc-per-node=2 meta_training.py train --output mine.safetensors\n"
+               "exit status: 0 done, 1 the run failed, 2 wrong arguments or a result is there already, 130 interrupted")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, run, what in (
+            ("train", run_train, "meta-train a learned optimizer; interrupted or killed, the same command goes on"),
+            ("evaluate", run_evaluate, "run a trained optimizer on functions that it has not seen"),
+            ("compare", run_compare, "race trained optimizers against hand-designed ones with tuned learning rates")):
+        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        command.set_defaults(run=run)
+        if name == "train":
+            add_training(command)
+        else:
+            add_racing(command, name)
+        add_problem(command)
+        add_general(command)
+    return parser
+
+
+def by_problem(name):
+    """The part of a help text that says the default of each problem."""
+    return "default " + ", ".join(f"{defaults[name]:g} ({problem})" if not isinstance(defaults[name], str) else
+                                  f"{defaults[name]} ({problem})" for problem, defaults in DEFAULTS.items())
+
+
+def add_training(command):
+    add = command.add_argument_group("results").add_argument
+    add("--output", metavar="FILE", required=True, help="the trained optimizer, a safetensors file")
+    add("--history", metavar="FILE", help="what happened in each iteration, as JSON")
+    add("--figure", metavar="FILE", help="the same as a figure: .png, .pdf or .svg")
+    add("--tensorboard", metavar="FOLDER", help="write TensorBoard's scalars there; needs the package tensorboard")
+    add("--checkpoint", metavar="FILE", help="keeps the state of an unfinished run; default OUTPUT.checkpoint")
+    add("--checkpoint-every", metavar="N", type=int, help="iterations between two; default as --validation-every")
+
+    add = command.add_argument_group("the learned optimizer").add_argument
+    add("--start", metavar="FILE", help="refine this optimizer (a file or a name in pretrained/) instead of a new one")
+    add("--units", metavar="N", type=int, default=20, help="hidden units of the LSTM; default 20")
+    add("--layers", metavar="N", type=int, default=2, help="layers of the LSTM; default 2")
+    add("--preprocess", choices=("none", "log_sign"), help=f"of the gradients it reads; {by_problem('preprocess')}")
+    add("--output-scale", metavar="X", type=float, help=f"factor on its updates; {by_problem('output_scale')}")
+
+    add = command.add_argument_group("meta-training").add_argument
+    add("--steps", metavar="N", type=int, default=100, help="updates of each function; default 100")
+    add("--unroll", metavar="N", type=int, default=20,
+        help="updates in a window of truncated backpropagation, a divisor of --steps; default 20")
+    add("--horizons", metavar=("LEAST", "MOST"), type=int, nargs=2,
+        help="draw the number of windows at random between these, instead of always steps / unroll")
+    add("--meta-batch", metavar="N", type=int, help=f"functions run together, in all processes; {by_problem('meta_batch')}")
+    add("--iterations", metavar="N", type=int, help=f"updates of the optimizer; {by_problem('iterations')}")
+    add("--lr", metavar="X", type=float, help=f"highest meta-learning rate; {by_problem('lr')}")
+    add("--warmup", metavar="N", type=int, default=50, help="iterations until it is reached; default 50")
+    add("--clip", metavar="X", type=float, help=f"largest norm of the meta-gradient; {by_problem('clip')}")
+    add("--replay-fraction", metavar="X", type=float,
+        help=f"share of the coordinates in the meta-gradient; {by_problem('replay_fraction')}")
+    add("--objective", choices=("sum", "log"), default="sum", help="sum of the losses or of their logs; default sum")
+    add("--second-order", action="store_true", help="keep the second derivatives of the functions: slower")
+    add("--skip-non-finite", metavar="N", type=int, default=0,
+        help="let up to N windows in a row pass that are not finite; default 0: stop")
+    add("--validation-every", metavar="N", type=int, help="iterations between two validations; default iterations / 40")
+    add("--validation-functions", metavar="N", type=int,
+        help=f"functions in each; {by_problem('validation_functions')}")
+    add("--seed", metavar="N", type=int, default=0, help="of the functions and of a new optimizer; default 0")
+
+
+def add_racing(command, name):
+    if name == "evaluate":
+        command.add_argument("net", metavar="OPTIMIZER", help="a trained optimizer: a file, or a name in pretrained/")
+    else:
+        command.add_argument("nets", metavar="OPTIMIZER", nargs="+",
+                             help="trained optimizers: files, or names in pretrained/")
+    add = command.add_argument_group("results (the table is printed as well)").add_argument
+    add("--figure", metavar="FILE", help="loss curves: .png, .pdf or .svg")
+    if name == "evaluate":
+        add("--updates", metavar="FILE", help="its updates as a function of the gradient and of time: .png, .pdf or .svg")
+    add("--table", metavar="FILE", help="the table, as Markdown")
+    add = command.add_argument_group("the race").add_argument
+    add("--steps", metavar="N", type=int, default=100, help="length of the loss curves; default 100")
+    add("--functions", metavar="N", type=int, default=100, help="how many functions; default 100")
+    add("--seed", metavar="N", type=int, default=1, help="of the functions; default 1")
+    if name == "compare":
+        add("--baselines", nargs="+", choices=list(BASELINES), default=list(BASELINES), metavar="NAME",
+            help=f"default all: {', '.join(BASELINES)}")
+        add("--tuning-functions", metavar="N", type=int, default=32,
+            help="other functions, to find each baseline's learning rate; default 32")
+
+
+def add_problem(command):
+    add = command.add_argument_group("the problem").add_argument
+    add("--problem", choices=list(DEFAULTS), default="quadratics", help="functions to optimize; default quadratics")
+    add("--dim", metavar="N", type=int, default=10, help="quadratics: dimensions; default 10")
+    add("--hidden", metavar="N", type=int, nargs="*", default=[20], help="mnist: units of each hidden layer; default 20")
+    add("--activation", choices=sorted(ACTIVATIONS), default="sigmoid", help="mnist: default sigmoid")
+    add("--batch-size", metavar="N", type=int, default=128, help="mnist: images in a minibatch; default 128")
+    add("--data", metavar="FOLDER", help="mnist: where it lies or is downloaded to; default $L2O_DATA, or data")
+
+
+def add_general(command):
+    add = command.add_argument_group("general").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default cuda if present, else cpu")
+    add("--force", action="store_true", help="replace results that are there already")
+    add("--quiet", action="store_true", help="no progress bars")

@@ -1,0 +1,203 @@
+"""The command line: what it writes, what it refuses, and its exit status."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import command_line
+from command_line import main
+from optimizers import CoordinatewiseLSTM, load_optimizer, save_optimizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--dim", "2", "--units", "3", "--layers", "1", "--steps", "20", "--unroll", "5", "--meta-batch", "4",
+         "--iterations", "12", "--validation-functions", "3", "--device", "cpu", "--quiet"]
+RACE = ["--dim", "2", "--steps", "10", "--functions", "4", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def weights(path):
+    return load_optimizer(path).state_dict()
+
+
+def same(one, other):
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_train_evaluate_compare(capsys):
+    assert main(["train", "--output", "out/net.safetensors", "--history", "history.json", "--figure", "history.png", *SMALL]) == 0
+    assert "out/net.safetensors: validation score" in capsys.readouterr().out
+    assert os.listdir("out") == ["net.safetensors"]  # the checkpoint of a finished run is gone
+    history = json.loads(Path("history.json").read_text())
+    assert len(history["meta_loss"]) == 12 and history["skipped"] == []
+    assert Path("history.png").read_bytes().startswith(b"\x89PNG")
+
+    assert main(["evaluate", "out/net.safetensors", "--updates", "updates.svg", "--table", "table.md", *RACE]) == 0
+    printed = capsys.readouterr().out
+    assert "| net | " in printed and "Quadratics, 2 dimensions, 4 functions, seed 1" in printed
+    assert Path("table.md").read_text() == printed and Path("updates.svg").read_text().startswith("<?xml")
+
+    assert main(["compare", "out/net.safetensors", "quadratics", "--figure", "curves.pdf", "--table", "curves.md",
+                 "--baselines", "SGD", "Adam", "--tuning-functions", "2", "--quiet", *RACE]) == 0
+    rows = Path("curves.md").read_text().splitlines()[4:]
+    assert [row.split("|")[1].strip() for row in rows] == ["net", "quadratics", "SGD", "Adam"]
+    assert Path("curves.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_mnist_and_refining(tiny_mnist):
+    assert main(["train", "--problem", "mnist", "--data", str(tiny_mnist), "--hidden", "3", "--batch-size", "8",
+                 "--output", "net.safetensors", "--start", "mnist", "--unroll", "10", "--horizons", "1", "2",
+                 "--steps", "20", "--iterations", "3", "--validation-functions", "1", "--skip-non-finite", "1",
+                 "--objective", "log", "--quiet", "--device", "cpu"]) == 0
+    refined = load_optimizer("net.safetensors")
+    assert refined.config == load_optimizer("mnist").config and not same(weights("mnist"), refined.state_dict())
+
+
+def test_results_are_not_replaced_silently(capsys):
+    train = ["train", "--output", "net.safetensors", *SMALL]
+    assert main(train) == 0
+    content = Path("net.safetensors").read_bytes()
+    assert main([*train, "--seed", "5"]) == 2
+    assert "net.safetensors is there already: --force replaces it" in capsys.readouterr().err
+    assert Path("net.safetensors").read_bytes() == content
+    assert main([*train, "--seed", "5", "--force"]) == 0 and Path("net.safetensors").read_bytes() != content
+    Path("table.md").write_text("mine")
+    assert main(["evaluate", "net.safetensors", "--table", "table.md", *RACE]) == 2
+    assert Path("table.md").read_text() == "mine"
+    assert main(["evaluate", "net.safetensors", "--table", "table.md", "--force", *RACE]) == 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["train", "--output", "x.safetensors", *SMALL, "--unroll", "7"], "unroll must divide steps, got unroll=7"),
+    (["train", "--output", "x.safetensors", *SMALL, "--lr", "-1"], "lr must be a positive number, got -1.0"),
+    (["train", "--output", "x.safetensors", *SMALL, "--start", "nothing"], "no file 'nothing'"),
+    (["train", "--output", "x.safetensors", *SMALL, "--figure", "x.doc"], "--figure must end in one of .* got 'x.doc'"),
+    (["evaluate", "nothing", *RACE], "no file 'nothing', and no pretrained optimizer of that name"),
+    (["compare", "quadratics", "quadratics", *RACE], "files must have different names"),
+])
+def test_wrong_arguments(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and re.search(message, error) and not os.path.exists("x.safetensors")
+
+
+def test_what_argparse_refuses(capsys):
+    for arguments in ([], ["teach"], ["train"], ["train", "--output", "x", "--problem", "cifar"]):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert left.value.code == 2
+    for arguments in (["--help"], ["train", "--help"], ["evaluate", "--help"], ["compare", "--help"]):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert left.value.code == 0
+    assert "default 64 (quadratics), 1 (mnist)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_failed_run_goes_on_and_says_so(monkeypatch, capsys):
+    train = ["train", "--output", "net.safetensors", "--checkpoint-every", "3", *SMALL]
+    assert main(["train", "--output", "whole.safetensors", *SMALL]) == 0
+
+    def fail_at(error, iteration):
+        def meta_train(*arguments, callback=None, **options):
+            def fail(done, history):
+                if done == iteration:
+                    raise error
+
+            return original(*arguments, callback=fail, **options)
+
+        return meta_train
+
+    original = command_line.meta_train
+    for error, iteration, status in ((OSError(28, "No space left on device"), 4, 1),
+                                     (RuntimeError("another process has died"), 7, 1), (KeyboardInterrupt(), 10, 130)):
+        monkeypatch.setattr(command_line, "meta_train", fail_at(error, iteration))
+        assert main(train) == status
+        assert os.path.exists("net.safetensors.checkpoint")
+        assert os.path.exists("net.safetensors") == (status == 130)  # the best so far
+    printed = capsys.readouterr().err
+    assert "No space left on device" in printed and "interrupted after 10 of 12 iterations; the best" in printed
+    monkeypatch.setattr(command_line, "meta_train", original)
+    assert main([*train, "--lr", "0.1"]) == 2
+    assert "another run: lr was 0.005 and is 0.1" in capsys.readouterr().err
+    assert main(train) == 0
+    assert "going on from net.safetensors.checkpoint" in capsys.readouterr().err
+    assert same(weights("whole.safetensors"), weights("net.safetensors"))
+
+
+def test_exploding_training_fails(capsys):
+    net = CoordinatewiseLSTM(2, 1, output_scale=1e30)
+    save_optimizer(net, "explodes.safetensors")
+    train = ["train", "--output", "net.safetensors", "--start", "explodes.safetensors", *SMALL]
+    assert main(train) == 1
+    assert "meta-training stopped at iteration 0: " in capsys.readouterr().err and not os.path.exists("net.safetensors")
+
+
+def test_tensorboard(monkeypatch, capsys):
+    class SummaryWriter:
+        scalars = []
+
+        def __init__(self, folder, purge_step):
+            self.scalars.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            self.scalars.append((name, value, step))
+
+        def close(self):
+            self.scalars.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    assert main(["train", "--output", "net.safetensors", "--tensorboard", "logs", *SMALL]) == 2
+    assert "--tensorboard needs the package tensorboard (pip install tensorboard)" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    assert main(["train", "--output", "net.safetensors", "--tensorboard", "logs", "--history", "h.json", *SMALL]) == 0
+    scalars, history = SummaryWriter.scalars, json.loads(Path("h.json").read_text())
+    assert scalars[0] == ("logs", 1) and scalars[-1] == "closed"
+    losses = [entry[1:] for entry in scalars if entry[0] == "meta-loss"]
+    assert losses == list(zip(history["meta_loss"], range(1, 13)))
+    assert [list(entry[:0:-1]) for entry in scalars if entry[0] == "validation"] == history["validation"]
+
+
+def test_ctrl_c_as_a_program():
+    command = [sys.executable, ROOT / "meta_training.py", "train", "--output", "net.safetensors", *SMALL,
+               "--iterations", "100000", "--validation-every", "5"]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        time.sleep(0.1)
+        if os.path.exists("net.safetensors.checkpoint"):
+            if torch.load("net.safetensors.checkpoint", weights_only=True)["content"]["iteration"] >= 10:
+                break
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, message
+    assert "the best optimizer so far" in message and "The same command goes on" in message
+    assert load_optimizer("net.safetensors").config["hidden_size"] == 3
+
+
+def test_torchrun():
+    """Two gloo processes by torch's own launcher, and what one process makes of the same arguments."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               ROOT / "meta_training.py", "train", "--output", "two.safetensors", *SMALL]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0 and result.stdout.count("two.safetensors: validation score") == 1, result.stderr
+    assert main(["train", "--output", "one.safetensors", *SMALL]) == 0
+    two = weights("two.safetensors")
+    for name, weight in weights("one.safetensors").items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
