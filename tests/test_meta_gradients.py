@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from meta_gradients import Coordinates, meta_gradient, replay_by_autograd
 from meta_training import evaluate, meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
-from optimizers import CoordinatewiseLSTM
+from optimizers import CoordinatewiseLSTM, RNNProp
 
 
 def generator(seed=0):
@@ -22,7 +22,8 @@ def coordinates_of(batch):
 def problems(root):
     return {"quadratics": (Quadratics(dtype=torch.float64), CoordinatewiseLSTM().double()),
             "mnist": (MNISTNet((20,), root=root, dtype=torch.float64),
-                      CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.01).double())}
+                      CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.01).double()),
+            "rnnprop": (MNISTNet((20,), root=root, dtype=torch.float64), RNNProp(output_scale=0.01).double())}
 
 
 def relative(one, other):
@@ -31,7 +32,7 @@ def relative(one, other):
     return max(((one[name] - other[name]).norm() / other[name].norm()).item() for name in one)
 
 
-@pytest.mark.parametrize("name", ["quadratics", "mnist"])
+@pytest.mark.parametrize("name", ["quadratics", "mnist", "rnnprop"])
 @pytest.mark.parametrize("unroll", [1, 3, 20])
 def test_replay_equals_autograd_across_windows(name, unroll, tiny_mnist):
     problem, net = problems(tiny_mnist)[name]
