@@ -42,8 +42,8 @@ class History:
 
 
 def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=1000, lr=0.005, seed=0, device=None, *,
-               warmup=50, clip=1.0, method="replay", second_order=False, replay_fraction=1.0, validation_every=None,
-               validation_functions=64, progress=True):
+               warmup=50, clip=1.0, method="replay", second_order=False, replay_fraction=1.0, sigma=0.01, pairs=1,
+               validation_every=None, validation_functions=64, progress=True):
     """Meta-train a learned optimizer by truncated backpropagation through the unrolled optimization.
 
     Functions are drawn anew after every `steps` steps; each window of `unroll` updates gives one meta-update by Adam,
@@ -64,7 +64,7 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
         device: where to train; default where `net` is.
         warmup: iterations over which the meta-learning rate rises from 0.
         clip: largest norm of the meta-gradient, or None for no clipping.
-        method, second_order, replay_fraction: see `meta_gradient`.
+        method, second_order, replay_fraction, sigma, pairs: see `meta_gradient`.
         validation_every: default a fortieth of `iterations`.
         validation_functions: how many functions a validation takes; the same ones each time.
         progress: show a bar with the meta-loss.
@@ -114,7 +114,8 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
                     params, state = batch.params, net.init_state(Coordinates(batch.params).join(batch.params).numel())
                 with naming_iteration(iteration):
                     grads, info = meta_gradient(net, batch, params, state, step, unroll, method, second_order,
-                                                replay_fraction=replay_fraction, generator=generator)
+                                                replay_fraction=replay_fraction, sigma=sigma, pairs=pairs,
+                                                generator=generator)
                     norm = torch.linalg.vector_norm(torch.stack([grad.norm() for grad in grads.values()]))
                     if not torch.isfinite(norm):
                         raise NonFiniteError(f"the norm of the meta-gradient is {norm.item()}")
