@@ -14,9 +14,10 @@ import torch
 from meta_gradients import Coordinates, map_tensors
 from whole_files import remove_partial_files, write_whole
 
-__all__ = ["as_in", "plain", "read_checkpoint", "regroup", "write_checkpoint"]
+__all__ = ["named_tuples", "plain", "read_checkpoint", "regroup", "unplain", "write_checkpoint"]
 
 FILE_FORMAT = 1
+NAMED_TUPLE = "class of the named tuple"  # the key by which a plain state holds one; files name no classes to load
 
 
 def write_checkpoint(path, content, settings):
@@ -73,6 +74,8 @@ def plain(state):
         return state.detach().cpu()
     if isinstance(state, dict):
         return {name: plain(part) for name, part in state.items()}
+    if hasattr(state, "_fields"):
+        return {NAMED_TUPLE: type(state).__name__, "parts": plain(tuple(state))}
     if isinstance(state, (tuple, list)):
         return (list if isinstance(state, list) else tuple)(plain(part) for part in state)
     if state is None or isinstance(state, (bool, int, float, str)):
@@ -80,17 +83,26 @@ def plain(state):
     raise TypeError(f"a checkpoint holds tensors, numbers, text and containers of them, got {type(state).__name__}")
 
 
-def as_in(template, state, device):
-    """A plain state on a device, with the named tuples that `template` has in its place."""
+def named_tuples(state):
+    """The classes of named tuples in a state."""
+    if isinstance(state, dict):
+        state = list(state.values())
+    if not isinstance(state, (tuple, list)):
+        return []
+    return [type(state)] * hasattr(state, "_fields") + [cls for part in state for cls in named_tuples(part)]
+
+
+def unplain(state, device, classes):
+    """A plain state on a device, its named tuples of these classes again."""
     if isinstance(state, torch.Tensor):
         return state.to(device)
+    if isinstance(state, dict) and NAMED_TUPLE in state:
+        cls = next(cls for cls in classes if cls.__name__ == state[NAMED_TUPLE])
+        return cls(*unplain(state["parts"], device, classes))
     if isinstance(state, dict):
-        inside = template if isinstance(template, dict) else {}
-        return {name: as_in(inside.get(name), part, device) for name, part in state.items()}
+        return {name: unplain(part, device, classes) for name, part in state.items()}
     if isinstance(state, (tuple, list)):
-        inside = template if isinstance(template, (tuple, list)) and len(template) == len(state) else [None] * len(state)
-        parts = [as_in(there, part, device) for there, part in zip(inside, state)]
-        return type(template)(*parts) if hasattr(template, "_fields") else type(state)(parts)
+        return type(state)(unplain(part, device, classes) for part in state)
     return state
 
 

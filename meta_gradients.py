@@ -1,4 +1,4 @@
-"""The unrolled optimization and its meta-gradient, by replay without a graph or by autograd.
+"""The unrolled optimization and its meta-gradient: by replay without a graph, by autograd, or without derivatives (PES).
 
 Andrychowicz et al. 2016 (arXiv 1606.04474), section 2: L(φ) = E_f Σ_t w_t f(θ_t), θ_{t+1} = θ_t + g_t,
 (g_t, h_{t+1}) = m(∇_t, h_t; φ). One window at a time: what strings windows to a training run is `meta_training`.
@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from argument_checks import NonFiniteError, check_count
+from argument_checks import NonFiniteError, check_count, check_positive_number
+from pes import pes_window
 
 __all__ = ["Coordinates", "WindowInfo", "map_tensors", "meta_gradient"]
 
@@ -103,7 +104,7 @@ class WindowInfo(NamedTuple):
 
 
 def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay", second_order=False, weights=None,
-                  replay_fraction=1.0, generator=None, objective="sum"):
+                  replay_fraction=1.0, sigma=0.01, pairs=1, generator=None, objective="sum"):
     """The meta-gradient of one window: `unroll` updates of the optimizee, differentiated with respect to the optimizer.
 
     The meta-loss is the mean over functions of Σ_{t=0..T} w_t f_t(θ_t), the end of the window included. The optimizee's
@@ -113,7 +114,8 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
     "replay" unrolls without a graph and keeps the gradients ∇_t. Since they are constants, the adjoint of θ_{t+1} is
     λ_{t+1} = Σ_{s>t} w_s ∇_s, and dL/dφ = Σ_t ⟨λ_{t+1}, ∂g_t/∂φ⟩: the optimizer is run once more over the recorded
     gradients and λ is pulled back through it. "autograd" differentiates the whole window as one graph; it is exact too,
-    slower, and what the replay is tested against.
+    slower, and what the replay is tested against. "pes" perturbs φ instead of differentiating: a noisy estimate of the
+    gradient through *all* windows so far, all edges included (see `pes`).
 
     Args:
         net: the learned optimizer; its parameters' `.grad` are not touched.
@@ -122,19 +124,22 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
         state: the optimizer's state there (`net.init_state(N)` at the first window); not changed.
         step: number of the window's first step, at least 0.
         unroll: T, updates in the window; positive.
-        method: "replay" or "autograd".
+        method: "replay", "autograd" or "pes".
         second_order: let ∇_t carry its own graph; needs "autograd".
         weights: (T + 1,), w_t; default all 1.
         replay_fraction: in (0, 1]: replay over a random share of the coordinates, drawn anew in every call, each
             weighted by 1 / its probability. The meta-gradient is a sum over coordinates, so this is an unbiased
             estimate of it, at that share of the replay's cost. Small tensors keep all their coordinates. Needs
             "replay" and a network with `coordinatewise = True` (the last axis of its state's tensors is N).
-        generator: a CPU generator for that draw; default torch's own.
+        sigma: of "pes": standard deviation of the perturbations of φ; positive.
+        pairs: of "pes": antithetic pairs, each of which costs two unrolls; positive.
+        generator: a CPU generator for these draws; default torch's own.
         objective: "sum" as above; "log" takes Σ_t w_t log f_t(θ_t) instead, so that every function counts by its
             relative decrease, whatever its scale: in λ, ∇_t becomes ∇_t / f_t. Needs positive losses.
 
     Returns:
-        grads, a dict like `net.named_parameters()` (those that require grad), and `WindowInfo`. No graph.
+        grads, a dict like `net.named_parameters()` (those that require grad), and `WindowInfo`. No graph. With "pes",
+        the info's losses are means over the particles and its state holds them all: give it to the next window.
 
     Raises:
         ValueError, TypeError: an argument is not as above.
@@ -148,12 +153,14 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
 
     Reference: Andrychowicz et al. 2016, section 2 and figure 2.
     """
-    check_count(unroll=unroll)
+    check_count(unroll=unroll, pairs=pairs)
     check_count(least=0, step=step)
-    if method not in ("replay", "autograd"):
-        raise ValueError(f'method must be "replay" or "autograd", got {method!r}')
-    if second_order and method == "replay":
-        raise ValueError('second_order=True needs method="autograd": the replay takes the gradients as constants')
+    check_positive_number(sigma=sigma)
+    if method not in ("replay", "autograd", "pes"):
+        raise ValueError(f'method must be "replay", "autograd" or "pes", got {method!r}')
+    if second_order and method != "autograd":
+        raise ValueError('second_order=True needs method="autograd": the replay takes the gradients as constants, and '
+                         '"pes" takes no derivatives')
     if objective not in ("sum", "log"):
         raise ValueError(f'objective must be "sum" or "log", got {objective!r}')
     check_replay_fraction(replay_fraction, method, net)
@@ -166,6 +173,9 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
     if method == "replay":
         grads, losses, theta, state = replay_window(net, batch.loss, coordinates, theta, state, step, weights,
                                                     replay_fraction, generator, objective)
+    elif method == "pes":
+        grads, losses, theta, state = pes_window(net, batch.loss, coordinates, theta, state, step, weights, sigma,
+                                                 pairs, generator, objective)
     else:
         grads, losses, theta, state = autograd_window(net, batch.loss, coordinates, theta, state, step, weights,
                                                       second_order, objective)

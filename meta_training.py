@@ -17,15 +17,17 @@ import torch
 from tqdm.auto import tqdm
 
 from argument_checks import NonFiniteError, check_count, check_positive_number
-from checkpoints import as_in, plain, read_checkpoint, regroup, write_checkpoint
+from checkpoints import named_tuples, plain, read_checkpoint, regroup, unplain, write_checkpoint
 from comparison import (BASELINES, TunedBaseline, compare, device_of, evaluate, evaluate_baseline, on_device,
                         tune_baseline, tune_baselines)
 from meta_gradients import Coordinates, meta_gradient
+from pes import PESState
 from ranks import Ranks, part_of
 
 __all__ = ["BASELINES", "History", "TunedBaseline", "compare", "evaluate", "evaluate_baseline", "meta_gradient",
            "meta_train", "tune_baseline", "tune_baselines"]
 
+GRADIENT_OPTIONS = ("method", "second_order", "replay_fraction", "sigma", "pairs", "objective")
 VALIDATION_SEED = 1_000_003  # added to the seed of a run, so that its validation functions are not its training ones
 
 
@@ -59,9 +61,9 @@ class History:
 
 
 def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=1000, lr=0.005, seed=0, device=None, *,
-               warmup=50, clip=1.0, method="replay", second_order=False, replay_fraction=1.0, objective="sum",
-               horizons=None, skip_non_finite=0, validation_every=None, validation_functions=64, checkpoint=None,
-               checkpoint_every=None, callback=None, progress=True):
+               warmup=50, clip=1.0, method="replay", second_order=False, replay_fraction=1.0, sigma=0.01, pairs=1,
+               objective="sum", horizons=None, skip_non_finite=0, validation_every=None, validation_functions=64,
+               checkpoint=None, checkpoint_every=None, callback=None, progress=True):
     """Meta-train a learned optimizer by truncated backpropagation through the unrolled optimization.
 
     Functions are drawn anew after every `steps` steps; each window of `unroll` updates gives one meta-update by Adam,
@@ -71,8 +73,8 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
     run early, with a warning.
 
     In a process group of `torch.distributed` (`torchrun`), each process takes a slice of every meta-batch and the
-    meta-gradients are summed: N processes train as one does, to rounding (with `replay_fraction`, on other
-    coordinates). `net` starts everywhere from the first process's weights.
+    meta-gradients are summed: N processes train as one does, to rounding (what the meta-gradient itself draws,
+    coordinates of a partial replay and perturbations of "pes", differs). `net` starts everywhere from the first process's weights.
 
     Args:
         net: the learned optimizer; trained in place, and moved to `device`.
@@ -87,7 +89,7 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
         device: where to train; default where `net` is.
         warmup: iterations over which the meta-learning rate rises from 0.
         clip: largest norm of the meta-gradient, or None for no clipping.
-        method, second_order, replay_fraction, objective: see `meta_gradient`.
+        method, second_order, replay_fraction, sigma, pairs, objective: see `meta_gradient`.
         horizons: windows until functions are drawn anew, instead of always `steps` / `unroll`: (least, most), drawn
             uniformly each time, or a function of (iteration, generator) that returns a count.
         skip_non_finite: how many windows in a row may be skipped because a loss, a gradient or the meta-gradient is not
@@ -137,9 +139,9 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
     net.to(device)
     settings = dict(steps=steps, unroll=unroll, meta_batch=meta_batch, iterations=iterations, lr=lr, seed=seed,
                     warmup=warmup, clip=clip, method=method, second_order=second_order,
-                    replay_fraction=replay_fraction, objective=objective, horizons=describe_horizons(horizons),
-                    validation_every=validation_every, validation_functions=validation_functions,
-                    net=describe_net(net), problem=describe_problem(problem))
+                    replay_fraction=replay_fraction, sigma=sigma, pairs=pairs, objective=objective,
+                    horizons=describe_horizons(horizons), validation_every=validation_every,
+                    validation_functions=validation_functions, net=describe_net(net), problem=describe_problem(problem))
     run = Run(net, on_device(problem, device), settings, horizon_rule(horizons, steps // unroll), skip_non_finite)
     try:
         run.begin(checkpoint)
@@ -220,10 +222,9 @@ class Run:
         share = (self.last - self.first) / settings["meta_batch"]
         grads = figures = failure = None
         try:
-            grads, info = meta_gradient(
-                self.net, self.batch, start, self.state, self.step, settings["unroll"], settings["method"],
-                settings["second_order"], replay_fraction=settings["replay_fraction"],
-                generator=self.coordinate_generator(), objective=settings["objective"])
+            grads, info = meta_gradient(self.net, self.batch, start, self.state, self.step, settings["unroll"],
+                                        generator=self.window_generator(),
+                                        **{name: settings[name] for name in GRADIENT_OPTIONS})
         except NonFiniteError as error:
             failure = error
         else:
@@ -234,10 +235,8 @@ class Run:
                 self.batch = None
         return self.ranks.sum(grads, figures, failure)
 
-    def coordinate_generator(self):
-        """Draws the coordinates of a partial replay: a generator of its own, so that they leave the functions alone."""
-        if self.settings["replay_fraction"] == 1:
-            return None
+    def window_generator(self):
+        """For what the meta-gradient draws: a generator of its own, so that the functions depend on the seed alone."""
         number = (self.settings["seed"] * 1_000_003 + self.iteration) * self.ranks.size + self.ranks.rank
         return torch.Generator().manual_seed(number % 2**63)
 
@@ -262,7 +261,8 @@ class Run:
                 if not self.skip_non_finite:
                     raise stopped(self.iteration - 1, f"in validation, {error}") from error
                 return math.inf
-            return losses.sum(1).mean().item()
+            score = losses.sum(1).mean().item()
+            return score if math.isfinite(score) else math.inf
 
         score, history = self.ranks.on_first(score), self.history
         history.validation.append((self.iteration, score))
@@ -301,13 +301,14 @@ class Run:
         self.best, self.history = content["best"], History(**content["history"])
         window = content["window"]
         if window is not None:
-            carried = regroup(window["parts"], self.first, self.last, getattr(self.net, "coordinatewise", False))
+            carried = regroup(window["parts"], self.first, self.last, self.settings["method"] != "pes"
+                              and getattr(self.net, "coordinatewise", False))
             if carried is not None:  # else this number of ranks begins with new functions
                 self.set_random_state(window["drawn_from"])
                 self.iteration = window["drawn_at"]
                 self.draw()
-                self.params, self.state = (as_in(template, there, next(iter(self.params.values())).device)
-                                           for template, there in zip((self.params, self.state), carried))
+                device = next(iter(self.params.values())).device
+                self.params, self.state = unplain(carried, device, [PESState, *named_tuples(self.state)])
                 self.step = window["step"]
         self.set_random_state(content["random"])
         self.iteration = content["iteration"]
@@ -375,7 +376,8 @@ def describe_net(net):
 def describe_problem(problem):
     options = getattr(problem, "options", {})
     options = {name: value for name, value in options.items() if name != "root"} if isinstance(options, dict) else {}
-    return f"{type(problem).__name__} {getattr(problem, 'name', '')} {options}"
+    inner = f" of {describe_problem(problem.problem)}" if hasattr(problem, "problem") else ""
+    return f"{type(problem).__name__} {getattr(problem, 'name', '')} {options}{inner}"
 
 
 if __name__ == "__main__":

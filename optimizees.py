@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from argument_checks import check_count
 from mnist_data import load_mnist
 
-__all__ = ["MNISTNet", "MetaBatch", "Quadratics"]
+__all__ = ["ConvexTerms", "MNISTNet", "MetaBatch", "Quadratics", "RandomScaling"]
 
 STEPS_PER_DRAW = 32  # minibatches whose indices are drawn at once
 
@@ -81,6 +81,113 @@ class Quadratics:
             return MetaBatch({"theta": theta[first:last]}, loss)
 
         return MetaBatch({"theta": theta}, part(0, meta_batch).loss, part)
+
+
+class Variation:
+    """A problem made of another one's functions: what `RandomScaling` and `ConvexTerms` share.
+
+    Validation, in `meta_train`, is on the other problem's own functions: they are what the optimizer is for.
+    """
+
+    def __init__(self, problem):
+        if not hasattr(problem, "sample"):
+            raise TypeError(f"problem must have sample(meta_batch, generator), got {type(problem).__name__}")
+        self.problem = problem
+
+    @property
+    def device(self):
+        return getattr(self.problem, "device", torch.device("cpu"))
+
+    def validation_problem(self):
+        problem = self.problem
+        return problem.validation_problem() if hasattr(problem, "validation_problem") else problem
+
+
+class RandomScaling(Variation):
+    """The same functions in other coordinates: f_c(θ) = f(c ⊙ θ) from θ_0 / c, every c_i drawn anew for each function.
+
+    An optimizer that is trained on these cannot rely on how large the steps of one architecture are, nor on the signs
+    of its gradients.
+
+    Args:
+        problem: whose functions.
+        radius: c_i = e^u with u uniform on ±radius; not negative; 0 for no scaling.
+        signs: also give each c_i a random sign.
+
+    Example:
+        >>> batch = RandomScaling(Quadratics(), radius=3.0).sample(4)
+
+    Reference: Lv, Jiang and Li 2017 (arXiv 1703.03633), section 4.1; the signs are ours.
+    """
+
+    def __init__(self, problem, radius=3.0, signs=False):
+        super().__init__(problem)
+        if isinstance(radius, bool) or not (isinstance(radius, (int, float)) and 0 <= radius <= 20):
+            raise ValueError(f"radius must be a number in [0, 20], got {radius!r}")
+        self.radius, self.signs = radius, bool(signs)
+        self.options = dict(radius=self.radius, signs=self.signs)
+        self.name = f"{getattr(problem, 'name', type(problem).__name__)}, randomly scaled"
+
+    def to(self, device):
+        """The same distribution on another device."""
+        return RandomScaling(self.problem.to(device), self.radius, self.signs)
+
+    def sample(self, meta_batch, generator=None):
+        """Draw `meta_batch` functions. Returns `MetaBatch`."""
+        batch, scales = self.problem.sample(meta_batch, generator=generator), {}
+        for name, tensor in batch.params.items():
+            scale = torch.empty(tensor.shape, dtype=tensor.dtype).uniform_(-1, 1, generator=generator)
+            scale = scale.mul_(self.radius).exp_()
+            if self.signs:
+                scale *= 2 * torch.randint(2, tensor.shape, generator=generator) - 1
+            scales[name] = scale.to(tensor.device)
+
+        def loss(params, step):
+            return batch.loss({name: scales[name] * tensor for name, tensor in params.items()}, step)
+
+        return MetaBatch({name: tensor / scales[name] for name, tensor in batch.params.items()}, loss)
+
+
+class ConvexTerms(Variation):
+    """The same functions beside an easy one: f(θ) + mean_i (x_i − v_i)², with x_0 and v uniform on [-1, 1].
+
+    Deep networks start with small gradients and little to learn from; the convex term teaches the optimizer, from the
+    first window on, to go downhill.
+
+    Args:
+        problem: whose functions.
+        dim: coordinates of x, positive.
+
+    Example:
+        >>> batch = ConvexTerms(Quadratics()).sample(4)
+
+    Reference: Lv, Jiang and Li 2017 (arXiv 1703.03633), section 4.2.
+    """
+
+    def __init__(self, problem, dim=20):
+        super().__init__(problem)
+        check_count(dim=dim)
+        self.dim, self.options = dim, dict(dim=dim)
+        self.name = f"{getattr(problem, 'name', type(problem).__name__)} and a convex term"
+
+    def to(self, device):
+        """The same distribution on another device."""
+        return ConvexTerms(self.problem.to(device), self.dim)
+
+    def sample(self, meta_batch, generator=None):
+        """Draw `meta_batch` functions. Returns `MetaBatch`; x goes by the name "convex"."""
+        batch = self.problem.sample(meta_batch, generator=generator)
+        if "convex" in batch.params:
+            raise ValueError('the problem has a parameter named "convex" already')
+        like = next(iter(batch.params.values()))
+        start, target = (torch.empty(meta_batch, self.dim, dtype=like.dtype).uniform_(-1, 1, generator=generator)
+                         .to(like.device) for _ in range(2))
+
+        def loss(params, step):
+            own = {name: tensor for name, tensor in params.items() if name != "convex"}
+            return batch.loss(own, step) + (params["convex"] - target).square().mean(1)
+
+        return MetaBatch({**batch.params, "convex": start}, loss)
 
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu, "tanh": torch.tanh}

@@ -1,9 +1,9 @@
 """Learned optimizers: networks that read gradients and write updates.
 
-`CoordinatewiseLSTM` is the optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1 and appendix A). A
-learned optimizer is any `nn.Module` with `init_state(num_coordinates)` and `forward(grad, state) -> (update, state)`;
-`meta_training` takes a user's own as well as these. How it is trained stands in `meta_training`; the arithmetic of
-the fast path in `lstm_blocks`.
+`CoordinatewiseLSTM` is the optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1 and appendix A),
+`RNNProp` that of Lv, Jiang and Li 2017 (arXiv 1703.03633). A learned optimizer is any `nn.Module` with
+`init_state(num_coordinates)` and `forward(grad, state) -> (update, state)`; `meta_training` takes a user's own as well
+as these. How it is trained stands in `meta_training`; the arithmetic of the fast path in `lstm_blocks`.
 """
 
 import json
@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from argument_checks import NonFiniteError, check_count, check_finite
+from argument_checks import NonFiniteError, check_count, check_finite, check_positive_number
 from lstm_blocks import PackedLSTM, gates_to_ifog, replay_blocks, step_blocks
 from whole_files import write_whole
 
-__all__ = ["CoordinatewiseLSTM", "NonFiniteError", "load_optimizer", "log_sign", "save_optimizer"]
+__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "NonFiniteError", "RNNProp", "load_optimizer", "log_sign", "save_optimizer"]
 
 FILE_FORMAT = 1
 GRAPH_BLOCK = 1 << 16  # coordinates that `replay` runs at once where autograd does the backward pass
@@ -43,12 +43,163 @@ def log_sign(grad, p=10.0):
     return torch.stack([size, (grad * math.exp(p)).clamp(-1, 1)])
 
 
-class CoordinatewiseLSTM(nn.Module):
+class LSTMOptimizer(nn.Module):
+    """What the optimizers below share: an LSTM with a linear output that every coordinate runs by itself.
+
+    A subclass says what the LSTM is fed and what its output z becomes, in four steps:
+    `read(grads, memory)` turns gradients into readings, without weights; `embed(readings)` turns those into the LSTM's
+    input, perhaps with weights; the LSTM and `output` give z; `finish(z)` is the update. `memory` is the part of the
+    state that does not belong to the LSTM, a tuple of tensors (..., N).
+
+    What autograd records is up to the caller: under `torch.no_grad()` a step takes the fast path (on a CPU in blocks
+    of coordinates that stay in cache), otherwise it goes through `nn.LSTM` and carries a graph.
+    """
+
+    coordinatewise = True  # no coordinate reads another's: any subset of them can be replayed by itself
+
+    def __init__(self, inputs, hidden_size, num_layers):
+        super().__init__()
+        check_count(hidden_size=hidden_size, num_layers=num_layers)
+        self.hidden_size, self.num_layers = hidden_size, num_layers
+        self.lstm = nn.LSTM(inputs, hidden_size, num_layers)
+        self.output = nn.Linear(hidden_size, 1)
+        self._packed = self._packed_key = None
+
+    @property
+    def config(self):
+        """The constructor's arguments, as a dict: what rebuilds this network, weights apart."""
+        return {name: getattr(self, name) for name in self.arguments}
+
+    def extra_repr(self):
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+
+    def init_state(self, num_coordinates, device=None, dtype=None):
+        """The state before the first step: all zeros.
+
+        Args:
+            num_coordinates: N, positive: coordinates of the optimizee, all functions of a meta-batch together.
+            device, dtype: default to the weights'.
+
+        Returns:
+            (hidden, cell, *memory): hidden and cell (num_layers, hidden_size, N), memory as the class says; no graph.
+        """
+        check_count(num_coordinates=num_coordinates)
+        like = self.output.weight
+        place = dict(device=device or like.device, dtype=dtype or like.dtype)
+        shapes = [(self.num_layers, self.hidden_size)] * 2 + self.memory_shapes
+        return tuple(torch.zeros(*shape, num_coordinates, **place) for shape in shapes)
+
+    def forward(self, grad, state):
+        """One step of the optimizer for all coordinates.
+
+        Args:
+            grad: (N,), the optimizee's gradient, in the weights' dtype and on their device.
+            state: as `init_state` or the previous step returned it; not changed.
+
+        Returns:
+            update (N,), to be added to the parameters, and the next state. Both carry a graph back to the weights, to
+            `grad` and to `state` when grad mode is on and one of them requires grad; under `torch.no_grad()` neither.
+
+        Raises:
+            ValueError: shapes, dtypes or devices do not fit each other.
+            NonFiniteError: `grad` holds an infinity or a NaN.
+        """
+        self._check(grad, state, (grad.numel(),) if isinstance(grad, torch.Tensor) else None)
+        check_finite(grad, "grad")
+        hidden, cell, *memory = state
+        if torch.is_grad_enabled() and any(part.requires_grad for part in (grad, *state, *self.parameters())):
+            readings, memory = self.read(grad[None], memory)
+            features = self.embed(readings).mT  # (1, N, inputs)
+            top, (hidden, cell) = self.lstm(features, (columns_last(hidden), columns_last(cell)))
+            return self.finish(self.output(top)[0, :, 0]), (hidden.mT, cell.mT, *memory)
+        with torch.no_grad():
+            readings, memory = self.read(grad[None], memory)
+            outputs, hidden, cell = step_blocks(self._pack(), lambda a, b: self.embed(readings[0, :, a:b]), hidden, cell)
+            return self.finish(outputs), (hidden, cell, *memory)
+
+    def replay(self, grads, state, adjoint):
+        """Gradient of Σ_t ⟨adjoint_t, update_t⟩ with respect to the weights, over recorded inputs.
+
+        This is the whole meta-gradient when the inputs count as constants (design: "The meta-gradient needs no graph
+        of the optimizee"). The coordinates are independent, so they go in blocks and memory does not grow with N × T.
+
+        Args:
+            grads: (T, N), the gradients fed to the network at steps 0 … T-1.
+            state: the state before step 0; not changed.
+            adjoint: (T, N), the derivative of the loss with respect to each update; constant.
+
+        Returns:
+            dict from name to gradient, for the parameters that require grad; no graph.
+
+        Raises:
+            ValueError: shapes do not fit.
+        """
+        self._check(grads, state, (adjoint.shape[0], state[0].shape[-1]))
+        if adjoint.shape != grads.shape:
+            raise ValueError(f"adjoint must have the shape of grads {tuple(grads.shape)}, got {tuple(adjoint.shape)}")
+        gradients = self._replay(grads, state, adjoint)
+        return {name: gradients[name] for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    # How it is done ---------------------------------------------------------------------------------------------
+
+    def _check(self, grad, state, shape):
+        if not isinstance(grad, torch.Tensor):
+            raise TypeError(f"grad must be a tensor, got {type(grad).__name__}")
+        weight, N = self.output.weight, grad.shape[-1] if grad.dim() else 0
+        if tuple(grad.shape) != shape or N == 0:
+            raise ValueError(f"grad must have shape (N,) with N ≥ 1, or (T, N) in replay; got {tuple(grad.shape)}")
+        names = ["hidden", "cell", *(f"memory[{k}]" for k in range(len(self.memory_shapes)))]
+        if not (isinstance(state, (tuple, list)) and len(state) == len(names)):
+            raise TypeError(f"state must be init_state's tuple of {len(names)} tensors, hidden and cell first")
+        shapes = [(self.num_layers, self.hidden_size)] * 2 + self.memory_shapes
+        for name, tensor, rows in zip(names, state, shapes):
+            if tuple(tensor.shape) != (*rows, N):
+                raise ValueError(f"state's {name} must have shape {(*rows, N)} for {N} coordinates, got "
+                                 f"{tuple(tensor.shape)}")
+        for name, tensor in (("grad", grad), ("state", state[0])):
+            if tensor.dtype != weight.dtype or tensor.device != weight.device:
+                raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, the network {weight.dtype} on "
+                                 f"{weight.device}: move one of them")
+
+    def _pack(self):
+        """The weights as the block kernels want them, packed again only after they have changed."""
+        key = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+        if key != self._packed_key:
+            weights = [[w.detach() for w in layer] for layer in self.lstm.all_weights]
+            self._packed = PackedLSTM([(w, u, b + c) for w, u, b, c in weights],
+                                      self.output.weight.detach()[0], self.output.bias.detach()[0])
+            self._packed_key = key
+        return self._packed
+
+    def _replay(self, grads, state, adjoint):
+        return self._replay_with_graph(grads, state, adjoint)
+
+    @torch.enable_grad()
+    def _replay_with_graph(self, grads, state, adjoint):
+        """The replay by autograd: `nn.LSTM` runs over each block's whole sequence."""
+        parameters = dict(self.named_parameters())
+        total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        wanted = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        for start in range(0, grads.shape[1], GRAPH_BLOCK):
+            block = slice(start, start + GRAPH_BLOCK)
+            hidden, cell, *memory = (part[..., block] for part in state)
+            readings, _ = self.read(grads[:, block], memory)
+            top, _ = self.lstm(self.embed(readings).mT, (columns_last(hidden), columns_last(cell)))
+            updates = self.finish(self.output(top)[..., 0])  # (T, block)
+            parts = torch.autograd.grad((updates * adjoint[:, block]).sum(), list(wanted.values()))
+            for name, part in zip(wanted, parts):
+                total[name] += part
+        return total
+
+    def __getstate__(self):  # packed weights are a cache: not pickled, not copied
+        return {**self.__dict__, "_packed": None, "_packed_key": None}
+
+
+class CoordinatewiseLSTM(LSTMOptimizer):
     """The coordinatewise LSTM optimizer: one small LSTM, shared by all coordinates, each with a state of its own.
 
     (g_t, h_{t+1}) = m(∇_t, h_t; φ) and θ_{t+1} = θ_t + g_t, where m is an LSTM of `num_layers` layers followed by a
-    linear output. What autograd records is up to the caller: under `torch.no_grad()` a step takes the fast path (on a
-    CPU in blocks of coordinates that stay in cache), otherwise it goes through `nn.LSTM` and carries a graph.
+    linear output. Its state is (hidden, cell), each (num_layers, hidden_size, N).
 
     Args:
         hidden_size: units in each layer, positive. Default 20, the paper's.
@@ -71,145 +222,37 @@ class CoordinatewiseLSTM(nn.Module):
     Reference: Andrychowicz et al. 2016, section 2.1 ("Coordinatewise LSTM optimizer") and appendix A.
     """
 
-    coordinatewise = True  # no coordinate reads another's: any subset of them can be replayed by itself
+    arguments = ("hidden_size", "num_layers", "preprocess", "p", "output_scale")
+    memory_shapes = []
 
     def __init__(self, hidden_size=20, num_layers=2, preprocess=None, p=10.0, output_scale=1.0):
-        super().__init__()
-        check_count(hidden_size=hidden_size, num_layers=num_layers)
         if preprocess not in (None, "log_sign"):
             raise ValueError(f'preprocess must be None or "log_sign", got {preprocess!r}')
         if not (isinstance(p, (int, float)) and 0 < p <= 80):
             raise ValueError(f"p must be a number in (0, 80], got {p!r}")
-        if not (isinstance(output_scale, (int, float)) and math.isfinite(output_scale) and output_scale != 0):
-            raise ValueError(f"output_scale must be a finite number other than 0, got {output_scale!r}")
-        self.hidden_size, self.num_layers = hidden_size, num_layers
+        check_scale(output_scale)
+        super().__init__(2 if preprocess else 1, hidden_size, num_layers)
         self.preprocess, self.p, self.output_scale = preprocess, p, output_scale
-        self.lstm = nn.LSTM(2 if preprocess else 1, hidden_size, num_layers)
-        self.output = nn.Linear(hidden_size, 1)
-        self._packed = self._packed_key = None
 
-    @property
-    def config(self):
-        """The constructor's arguments, as a dict: what rebuilds this network, weights apart."""
-        return {name: getattr(self, name) for name in ("hidden_size", "num_layers", "preprocess", "p", "output_scale")}
-
-    def extra_repr(self):
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-
-    def init_state(self, num_coordinates, device=None, dtype=None):
-        """The state before the first step: all zeros.
-
-        Args:
-            num_coordinates: N, positive: coordinates of the optimizee, all functions of a meta-batch together.
-            device, dtype: default to the weights'.
-
-        Returns:
-            (hidden, cell), each (num_layers, hidden_size, N); no graph.
-        """
-        check_count(num_coordinates=num_coordinates)
-        weight = self.output.weight
-        shape = self.num_layers, self.hidden_size, num_coordinates
-        zeros = [torch.zeros(shape, device=device or weight.device, dtype=dtype or weight.dtype) for _ in range(2)]
-        return tuple(zeros)
-
-    def forward(self, grad, state):
-        """One step of the optimizer for all coordinates.
-
-        Args:
-            grad: (N,), the optimizee's gradient, in the weights' dtype and on their device.
-            state: (hidden, cell) as `init_state` or the previous step returned it; not changed.
-
-        Returns:
-            update (N,), to be added to the parameters, and the next state. Both carry a graph back to the weights, to
-            `grad` and to `state` when grad mode is on and one of them requires grad; under `torch.no_grad()` neither.
-
-        Raises:
-            ValueError: shapes, dtypes or devices do not fit each other.
-            NonFiniteError: `grad` holds an infinity or a NaN.
-        """
-        self._check(grad, state, (grad.numel(),) if isinstance(grad, torch.Tensor) else None)
-        check_finite(grad, "grad")
-        hidden, cell = state
-        tensors = (grad, hidden, cell, *self.parameters())
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return self._step_with_graph(grad, hidden, cell)
-        with torch.no_grad():
-            update, hidden, cell = step_blocks(self._pack(), lambda a, b: self._features(grad[a:b]), hidden, cell)
-        return update, (hidden, cell)
-
-    def replay(self, grads, state, adjoint):
-        """Gradient of Σ_t ⟨adjoint_t, update_t⟩ with respect to the weights, over recorded inputs.
-
-        This is the whole meta-gradient when the inputs count as constants (design: "The meta-gradient needs no graph
-        of the optimizee"). The coordinates are independent, so they go in blocks and memory does not grow with N × T.
-        On a CPU the backward pass is written out; elsewhere `nn.LSTM` runs over each block's whole sequence.
-
-        Args:
-            grads: (T, N), the gradients fed to the network at steps 0 … T-1.
-            state: the state before step 0; not changed.
-            adjoint: (T, N), the derivative of the loss with respect to each update; constant.
-
-        Returns:
-            dict from name to gradient, for the parameters that require grad; no graph.
-
-        Raises:
-            ValueError: shapes do not fit.
-        """
-        self._check(grads, state, (adjoint.shape[0], state[0].shape[-1]))
-        if adjoint.shape != grads.shape:
-            raise ValueError(f"adjoint must have the shape of grads {tuple(grads.shape)}, got {tuple(adjoint.shape)}")
-        if grads.device.type == "cpu":
-            gradients = self._replay_blocks(grads, state, adjoint)
-        else:
-            gradients = self._replay_with_graph(grads, state, adjoint)
-        return {name: gradients[name] for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    # How it is done ---------------------------------------------------------------------------------------------
-
-    def _check(self, grad, state, shape):
-        if not isinstance(grad, torch.Tensor):
-            raise TypeError(f"grad must be a tensor, got {type(grad).__name__}")
-        weight, N = self.output.weight, grad.shape[-1] if grad.dim() else 0
-        if tuple(grad.shape) != shape or N == 0:
-            raise ValueError(f"grad must have shape (N,) with N ≥ 1, or (T, N) in replay; got {tuple(grad.shape)}")
-        if not (isinstance(state, (tuple, list)) and len(state) == 2):
-            raise TypeError("state must be the pair (hidden, cell) of init_state")
-        expected = (self.num_layers, self.hidden_size, N)
-        for name, tensor in (("state's hidden", state[0]), ("state's cell", state[1])):
-            if tuple(tensor.shape) != expected:
-                raise ValueError(f"{name} must have shape {expected} for {N} coordinates, got {tuple(tensor.shape)}")
-        for name, tensor in (("grad", grad), ("state", state[0])):
-            if tensor.dtype != weight.dtype or tensor.device != weight.device:
-                raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, the network {weight.dtype} on "
-                                 f"{weight.device}: move one of them")
-
-    def _features(self, grad):
-        """(..., N) -> (..., inputs, N)"""
+    def read(self, grads, memory):
+        """(T, N) -> readings (T, inputs, N), and no memory."""
         if self.preprocess is None:
-            return grad.unsqueeze(-2)
-        return log_sign(grad, self.p).movedim(0, -2)
+            return grads.unsqueeze(-2), ()
+        return log_sign(grads, self.p).movedim(0, -2), ()
 
-    def _step_with_graph(self, grad, hidden, cell):
-        top, (hidden, cell) = self.lstm(self._features(grad).t()[None], (columns_last(hidden), columns_last(cell)))
-        return self.output_scale * self.output(top)[0, :, 0], (hidden.mT, cell.mT)
+    def embed(self, readings):
+        return readings
 
-    def _pack(self):
-        """The weights as the block kernels want them, packed again only after they have changed."""
-        key = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
-        if key != self._packed_key:
-            weights = [[w.detach() for w in layer] for layer in self.lstm.all_weights]
-            self._packed = PackedLSTM([(w, u, b + c) for w, u, b, c in weights],
-                                      self.output.weight.detach()[0] * self.output_scale,
-                                      self.output.bias.detach()[0] * self.output_scale)
-            self._packed_key = key
-        return self._packed
+    def finish(self, outputs):
+        return self.output_scale * outputs
 
     @torch.no_grad()
-    def _replay_blocks(self, grads, state, adjoint):
+    def _replay(self, grads, state, adjoint):
+        if grads.device.type != "cpu":
+            return self._replay_with_graph(grads, state, adjoint)
         weights, output_weight, output_bias = replay_blocks(
-            self._pack(), lambda a, b: self._features(grads[:, a:b]), *state, adjoint)
-        gradients = {"output.weight": output_weight[None] * self.output_scale,
-                     "output.bias": output_bias[None] * self.output_scale}
+            self._pack(), lambda a, b: self.read(grads[:, a:b], ())[0], *state, self.output_scale * adjoint)
+        gradients = {"output.weight": output_weight[None], "output.bias": output_bias[None]}
         for l, weight in enumerate(weights):
             inputs = weight.shape[1] - self.hidden_size - 1
             ih, hh, bias = gates_to_ifog(weight).split([inputs, self.hidden_size, 1], 1)
@@ -217,23 +260,66 @@ class CoordinatewiseLSTM(nn.Module):
                           f"lstm.bias_ih_l{l}": bias[:, 0], f"lstm.bias_hh_l{l}": bias[:, 0].clone()}
         return gradients
 
-    @torch.enable_grad()
-    def _replay_with_graph(self, grads, state, adjoint):
-        parameters = dict(self.named_parameters())
-        total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-        wanted = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-        for block in range(0, grads.shape[1], GRAPH_BLOCK):
-            block = slice(block, block + GRAPH_BLOCK)
-            features = self._features(grads[:, block]).mT  # (T, block, inputs)
-            top, _ = self.lstm(features, tuple(columns_last(tensor[..., block]) for tensor in state))
-            updates = self.output_scale * self.output(top)[..., 0]
-            parts = torch.autograd.grad((updates * adjoint[:, block]).sum(), list(wanted.values()))
-            for name, part in zip(wanted, parts):
-                total[name] += part
-        return total
 
-    def __getstate__(self):  # packed weights are a cache: not pickled, not copied
-        return {**self.__dict__, "_packed": None, "_packed_key": None}
+class RNNProp(LSTMOptimizer):
+    """RNNProp: the coordinatewise LSTM fed with what Adam would do, so that it holds on other scales and longer runs.
+
+    With the bias-corrected moving averages m̂ of ∇ and v̂ of ∇², the network reads m̂/√v̂ and ∇/√v̂, which do not change
+    when the loss is rescaled; an ELU layer makes `hidden_size` features of them; the update is
+    output_scale · tanh(output), so no step exceeds `output_scale`. Its state is (hidden, cell, averages): averages
+    (3, N) of ∇, of ∇² and of 1 (what corrects the bias).
+
+    Args:
+        hidden_size: units in the ELU layer and in each LSTM layer, positive.
+        num_layers: LSTM layers, positive.
+        beta: of both moving averages, in [0, 1). Default 0.95, the paper's.
+        output_scale: the largest step; positive. Default 0.1, the paper's.
+        eps: its square is added to v̂; positive.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
+    Example:
+        >>> net = RNNProp()
+        >>> theta, state = torch.zeros(3), net.init_state(3)
+        >>> with torch.no_grad():
+        ...     update, state = net(2 * theta - 1, state)
+
+    Reference: Lv, Jiang and Li 2017 (arXiv 1703.03633), "Learning Gradient Descent: Better Generalization and Longer
+    Horizons", section 4.
+    """
+
+    arguments = ("hidden_size", "num_layers", "beta", "output_scale", "eps")
+    memory_shapes = [(3,)]
+
+    def __init__(self, hidden_size=20, num_layers=2, beta=0.95, output_scale=0.1, eps=1e-8):
+        if not (isinstance(beta, (int, float)) and 0 <= beta < 1):
+            raise ValueError(f"beta must be a number in [0, 1), got {beta!r}")
+        check_positive_number(output_scale=output_scale, eps=eps)
+        super().__init__(hidden_size, hidden_size, num_layers)
+        self.input = nn.Linear(2, hidden_size)
+        self.beta, self.output_scale, self.eps = beta, output_scale, eps
+
+    def read(self, grads, memory):
+        """(T, N) -> readings (T, 2, N): m̂/√v̂ and ∇/√v̂, and the averages after them."""
+        (averages,), readings = memory, []
+        for grad in grads:
+            fresh = torch.stack([grad, grad * grad, torch.ones_like(grad)])
+            averages = self.beta * averages + (1 - self.beta) * fresh
+            mean, square = averages[:2] / averages[2]
+            readings.append(torch.stack([mean, grad]) / (square + self.eps**2).sqrt())
+        return torch.stack(readings), (averages,)
+
+    def embed(self, readings):
+        return nn.functional.elu(self.input.weight @ readings + self.input.bias[:, None])
+
+    def finish(self, outputs):
+        return self.output_scale * outputs.tanh()
+
+
+def check_scale(output_scale):
+    if not (isinstance(output_scale, (int, float)) and math.isfinite(output_scale) and output_scale != 0):
+        raise ValueError(f"output_scale must be a finite number other than 0, got {output_scale!r}")
 
 
 def columns_last(state):
@@ -243,7 +329,7 @@ def columns_last(state):
 
 # Files --------------------------------------------------------------------------------------------------------------
 
-LEARNED_OPTIMIZERS = {"CoordinatewiseLSTM": CoordinatewiseLSTM}
+LEARNED_OPTIMIZERS = {"CoordinatewiseLSTM": CoordinatewiseLSTM, "RNNProp": RNNProp}
 
 
 def save_optimizer(net, path, **notes):

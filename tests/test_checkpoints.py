@@ -16,8 +16,8 @@ from torch import nn
 import whole_files
 from checkpoints import FILE_FORMAT, plain, read_checkpoint, regroup, write_checkpoint
 from meta_training import meta_train
-from optimizees import MNISTNet, Quadratics
-from optimizers import CoordinatewiseLSTM, save_optimizer
+from optimizees import MNISTNet, Quadratics, RandomScaling
+from optimizers import CoordinatewiseLSTM, RNNProp, save_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,6 +69,9 @@ CASES = {
     "random horizons": (quadratics, dict(horizons=(1, 5))),
     "second order": (quadratics, dict(method="autograd", second_order=True)),
     "a user's optimizer": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)), dict()),
+    "RNNProp": (lambda: (Quadratics(dim=3), lambda: RNNProp(hidden_size=3), dict(meta_batch=4)), dict()),
+    "PES": (quadratics, dict(method="pes", pairs=2, objective="log")),
+    "PES of a user's": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)), dict(method="pes")),
     "MNIST": (mnist, dict()),
 }
 
@@ -299,6 +302,7 @@ def test_damaged_and_foreign_files(stopped, tmp_path, monkeypatch):
     (dict(seed=1, clip=None), "seed was 0 and is 1; clip was 1.0 and is None"),
     (dict(iterations=20), "iterations was 14 and is 20"),
     (dict(horizons=(1, 2)), r"horizons was None and is \(1, 2\)"),
+    (dict(problem=RandomScaling(Quadratics(dim=3), 2.0)), "problem was 'Quad.* and is .RandomScaling .* of Quadratics"),
     (dict(objective="log"), "objective was 'sum' and is 'log'"),
     (dict(make=lambda: CoordinatewiseLSTM(hidden_size=5)), "net was .*'hidden_size': 4.* and is .*'hidden_size': 5"),
     (dict(make=lambda: CoordinatewiseLSTM(hidden_size=4).double(), problem=Quadratics(3, dtype=torch.float64)),

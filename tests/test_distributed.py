@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from meta_training import meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
-from optimizers import CoordinatewiseLSTM
 from ranks import Ranks, part_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +68,8 @@ def settings(**more):
 def first_gradient(name, root):
     torch.manual_seed(0)
     net = CoordinatewiseLSTM(hidden_size=3).double()
-    full = settings(seed=0, clip=None, method="replay", second_order=False, replay_fraction=1.0, objective="sum")
+    full = settings(seed=0, clip=None, method="replay", second_order=False, replay_fraction=1.0, sigma=0.01, pairs=1,
+                    objective="sum")
     run = Run(net, problem(name, root), full, horizon_rule(None, 4), 0)
     return run.window()
 

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from meta_gradients import Coordinates, meta_gradient, replay_by_autograd
 from meta_training import evaluate, meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
-from optimizers import CoordinatewiseLSTM, NonFiniteError
+from optimizers import CoordinatewiseLSTM, NonFiniteError, RNNProp
 
 
 def generator(seed=0):
@@ -22,7 +22,8 @@ def coordinates_of(batch):
 def problems(root):
     return {"quadratics": (Quadratics(dtype=torch.float64), CoordinatewiseLSTM().double()),
             "mnist": (MNISTNet((20,), root=root, dtype=torch.float64),
-                      CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.01).double())}
+                      CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.01).double()),
+            "rnnprop": (MNISTNet((20,), root=root, dtype=torch.float64), RNNProp(output_scale=0.01).double())}
 
 
 def relative(one, other):
@@ -31,7 +32,7 @@ def relative(one, other):
     return max(((one[name] - other[name]).norm() / other[name].norm()).item() for name in one)
 
 
-@pytest.mark.parametrize("name", ["quadratics", "mnist"])
+@pytest.mark.parametrize("name", ["quadratics", "mnist", "rnnprop"])
 @pytest.mark.parametrize("unroll", [1, 3, 20])
 def test_replay_equals_autograd_across_windows(name, unroll, tiny_mnist):
     problem, net = problems(tiny_mnist)[name]
@@ -73,6 +74,31 @@ def test_log_of_the_loss(name, tiny_mnist):
         assert relative(one, meta_gradient(*window, unroll=5)[0]) > 1e-3
     weighted, _ = meta_gradient(*window, unroll=5, weights=1 / info.losses[:, 0])
     assert relative(one, weighted) < 1e-10
+
+
+class Drift(nn.Module):
+    """Updates that do not look at the gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+
+    def init_state(self, num_coordinates):
+        return ()
+
+    def forward(self, grad, state):
+        return self.rate * torch.ones_like(grad), state
+
+
+@pytest.mark.parametrize("method", ["replay", "autograd", "pes"])
+def test_log_of_an_exponential_is_what_was_there_before(method):
+    batch = Quadratics(dim=2, dtype=torch.float64).sample(3, generator())
+    exponential = MetaBatch(batch.params, lambda params, step: batch.loss(params, step).mul(0.1).exp())
+    tenth = MetaBatch(batch.params, lambda params, step: batch.loss(params, step).mul(0.1))
+    (one, _), (two, _) = (meta_gradient(Drift(), problem, batch.params, (), unroll=5, method=method, objective=objective,
+                                        generator=generator())
+                          for problem, objective in ((exponential, "log"), (tenth, "sum")))
+    assert relative(one, two) < 1e-10
 
 
 def test_log_needs_positive_losses():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from meta_gradients import Coordinates
-from optimizees import MNISTNet, Quadratics
+from optimizees import ConvexTerms, MetaBatch, MNISTNet, Quadratics, RandomScaling
 
 
 def generator(seed=0):
@@ -98,7 +98,44 @@ def test_functions_of_a_batch_are_independent(problem, tiny_mnist):
         torch.testing.assert_close(before[[0, 2]], now[[0, 2]])
 
 
+def test_random_scaling_is_a_change_of_coordinates():
+    plain = Quadratics(dtype=torch.float64)
+    start = torch.randn(5, 10, dtype=torch.float64)
+
+    class Started:  # θ_0 = 0 would hide that it is scaled too
+        def sample(self, meta_batch, generator=None):
+            return MetaBatch({"theta": start}, plain.sample(meta_batch, generator=generator).loss)
+
+    one, two = Started().sample(5, generator()), RandomScaling(Started(), 2.0, signs=True).sample(5, generator())
+    scale = one.params["theta"] / two.params["theta"]
+    assert 1e-3 < scale.abs().log().std() and scale.abs().log().abs().max() <= 2 and 10 < (scale < 0).sum() < 40
+    theta = torch.randn(5, 10, dtype=torch.float64)
+    torch.testing.assert_close(two.loss({"theta": theta / scale}, 0), one.loss({"theta": theta}, 0))
+    unscaled = RandomScaling(Started(), 0.0).sample(5, generator())
+    torch.testing.assert_close(unscaled.params["theta"], start)
+
+
+def test_convex_terms_are_beside_the_problem():
+    plain, batch = Quadratics(dim=4).sample(3, generator()), ConvexTerms(Quadratics(dim=4), dim=6).sample(3, generator())
+    theta, x = torch.randn(3, 4), torch.zeros(3, 6, requires_grad=True)
+    difference = batch.loss({"theta": theta, "convex": x}, 0) - plain.loss({"theta": theta}, 0)
+    (gradient,) = torch.autograd.grad(difference.sum(), x)
+    target = -gradient * 6 / 2
+    torch.testing.assert_close(difference, target.square().mean(1), rtol=1e-4, atol=1e-5)
+    assert target.abs().max() <= 1 and batch.params["convex"].abs().max() <= 1
+
+
+def test_variations_validate_on_the_problem_itself(tiny_mnist):
+    problem = ConvexTerms(RandomScaling(MNISTNet((5,), root=tiny_mnist)))
+    assert problem.to("cpu").validation_problem().options["split"] == "validation"
+    assert "randomly scaled" in problem.name and problem.device.type == "cpu"
+
+
 BAD = [
+    (lambda root: RandomScaling("quadratics"), TypeError, r"problem must have sample\(meta_batch, generator\), got str"),
+    (lambda root: RandomScaling(Quadratics(), radius=-1), ValueError, r"radius must be a number in \[0, 20\], got -1"),
+    (lambda root: ConvexTerms(Quadratics(), dim=0), ValueError, "dim must be at least 1, got 0"),
+    (lambda root: ConvexTerms(ConvexTerms(Quadratics())).sample(1), ValueError, 'has a parameter named "convex"'),
     (lambda root: Quadratics(dim=0), ValueError, "dim must be at least 1, got 0"),
     (lambda root: Quadratics(dim=2.5), TypeError, "dim must be an int, got 2.5"),
     (lambda root: Quadratics(dtype=torch.int64), TypeError, "dtype must be a floating-point"),

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch.autograd import gradcheck
 
 import lstm_blocks
-from optimizers import CoordinatewiseLSTM, NonFiniteError, load_optimizer, log_sign, save_optimizer
+from optimizers import CoordinatewiseLSTM, NonFiniteError, RNNProp, load_optimizer, log_sign, save_optimizer
 
 
 def random_state(net, N):
@@ -203,6 +203,54 @@ def test_copies_and_pickles_stand_alone():
         torch.testing.assert_close(net(grad, state)[0], before)
 
 
+# RNNProp (Lv, Jiang and Li 2017) ---------------------------------------------------------------------------------------
+
+
+def test_rnnprop_reads_what_adam_would_do():
+    """Its readings are Adam's own step, and the gradient over the same root, computed by torch's Adam."""
+    net, gradients = RNNProp(beta=0.9).double(), torch.randn(6, 4, dtype=torch.float64)
+    readings, _ = net.read(gradients, net.init_state(4)[2:])
+    theta = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([theta], lr=1.0, betas=(0.9, 0.9), eps=0.0)
+    for gradient, reading in zip(gradients, readings):
+        before, theta.grad = theta.detach().clone(), gradient.clone()
+        adam.step()
+        step = before - theta.detach()
+        torch.testing.assert_close(reading[0], step, rtol=1e-10, atol=1e-12)
+        mean = adam.state[theta]["exp_avg"] / (1 - 0.9 ** adam.state[theta]["step"].item())
+        torch.testing.assert_close(reading[1], step * gradient / mean, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("N", [1, 16, 17, 37])
+def test_rnnprop_fast_step_equals_nn_lstm(small_blocks, N):
+    net = RNNProp(5, 2).double()
+    slow_state = fast_state = net.init_state(N)
+    for grad in torch.randn(4, N, dtype=torch.float64):
+        slow, slow_state = net(grad, slow_state)
+        with torch.no_grad():
+            fast, fast_state = net(grad, fast_state)
+        assert slow.requires_grad and not fast.requires_grad and fast.abs().max() <= 0.1
+        torch.testing.assert_close(fast, slow.detach(), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(fast_state, tuple(part.detach() for part in slow_state), rtol=1e-12, atol=1e-14)
+
+
+def test_rnnprop_does_not_see_the_scale_of_the_loss():
+    net = RNNProp()
+    with torch.no_grad():
+        for scale in (1.0, 1e-4, 1e6):
+            state = net.init_state(8)
+            for grad in torch.randn(5, 8, generator=torch.Generator().manual_seed(0)):
+                update, state = net(scale * grad, state)
+            first = update if scale == 1.0 else first
+            torch.testing.assert_close(update, first, rtol=1e-3, atol=1e-6)
+
+
+def test_rnnprop_bears_gradients_of_zero():
+    net, grad = RNNProp().double(), torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    update, state = net(grad, net.init_state(3))
+    assert all(torch.isfinite(part).all() for part in torch.autograd.grad(update.sum(), [grad, *net.parameters()]))
+
+
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +261,14 @@ def test_saved_and_loaded(tmp_path):
     assert again.config == net.config
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["net.safetensors"]
+
+
+def test_rnnprop_saved_and_loaded(tmp_path):
+    net = RNNProp(7, 1, beta=0.9, output_scale=0.2)
+    save_optimizer(net, tmp_path / "net.safetensors")
+    again = load_optimizer(tmp_path / "net.safetensors")
+    assert type(again) is RNNProp and again.config == net.config
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
 
 
 def test_failed_save_leaves_the_older_file(tmp_path, monkeypatch):
@@ -264,6 +320,17 @@ def test_bad_arguments(arguments, error, message):
         CoordinatewiseLSTM(**arguments)
 
 
+@pytest.mark.parametrize("arguments, error, message", [
+    ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
+    ({"beta": 1.0}, ValueError, r"beta must be a number in \[0, 1\), got 1.0"),
+    ({"output_scale": 0}, ValueError, "output_scale must be a positive number, got 0"),
+    ({"eps": -1.0}, ValueError, "eps must be a positive number, got -1.0"),
+])
+def test_bad_arguments_of_rnnprop(arguments, error, message):
+    with pytest.raises(error, match=message):
+        RNNProp(**arguments)
+
+
 def test_bad_steps():
     net = CoordinatewiseLSTM()
     state = net.init_state(4)
@@ -275,7 +342,7 @@ def test_bad_steps():
         net(torch.zeros(5), state)
     with pytest.raises(ValueError, match="grad is torch.float64"):
         net(torch.zeros(4).double(), state)
-    with pytest.raises(TypeError, match="state must be the pair"):
+    with pytest.raises(TypeError, match="state must be init_state's tuple of 2 tensors"):
         net(torch.zeros(4), state[0])
     with pytest.raises(NonFiniteError, match="grad must be finite, but holds nan at coordinate 2 .1 of 4"):
         net(torch.tensor([0.0, 1.0, float("nan"), 2.0]), state)
