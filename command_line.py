@@ -5,8 +5,8 @@
     python meta_training.py compare checkpoints/mine.safetensors --figure curves.png --table curves.md
 
 Exit status: 0 done; 1 the run failed (not finite, disk full, another process died); 2 the arguments do not go together,
-or a result is there already; 130 interrupted by Ctrl-C, the best so far is saved. Settings that the notebook has too have
-its values at the scale `quick`.
+or a result is there already; 130 interrupted by Ctrl-C, the best so far is saved. Settings that the notebook has too
+have its values at the scale `quick`.
 """
 
 import argparse
@@ -105,14 +105,14 @@ def run_train(options):
     if options.figure:
         write_figure(options.figure, lambda plots: plots.plot_history(history, f"Meta-training on {problem.name}"))
     if history.interrupted:
-        print(f"interrupted after {len(history.meta_loss)} of {options.iterations} iterations; the best optimizer so far "
-              f"(iteration {history.best_iteration}) is in {options.output}. The same command goes on from {checkpoint}",
-              file=sys.stderr)
+        print(f"interrupted after {len(history.meta_loss)} of {options.iterations} iterations; the best optimizer so "
+              f"far (iteration {history.best_iteration}) is in {options.output}. The same command goes on from "
+              f"{checkpoint}", file=sys.stderr)
         return 130
     checkpoint.unlink(missing_ok=True)
     skipped = f"; {len(history.skipped)} windows skipped" if history.skipped else ""
-    print(f"{options.output}: validation score {history.best_validation:.4g} (sum of the loss over {options.steps} steps) "
-          f"at iteration {history.best_iteration}{skipped}")
+    print(f"{options.output}: validation score {history.best_validation:.4g} (sum of the loss over {options.steps} "
+          f"steps) at iteration {history.best_iteration}{skipped}")
     return 0
 
 
@@ -194,7 +194,8 @@ class Scalars:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError(f"--tensorboard needs the package tensorboard (pip install tensorboard): {error}") from error
+            raise ValueError("--tensorboard needs the package tensorboard (pip install tensorboard): "
+                             f"{error}") from error
         self.start, self.writer = (lambda iteration: SummaryWriter(folder, purge_step=iteration)), None
 
     def __call__(self, iteration, history):
@@ -291,7 +292,8 @@ def add_training(command):
         help="updates in a window of truncated backpropagation, a divisor of --steps; default 20")
     add("--horizons", metavar=("LEAST", "MOST"), type=int, nargs=2,
         help="draw the number of windows at random between these, instead of always steps / unroll")
-    add("--meta-batch", metavar="N", type=int, help=f"functions run together, in all processes; {by_problem('meta_batch')}")
+    add("--meta-batch", metavar="N", type=int,
+        help=f"functions run together, in all processes; {by_problem('meta_batch')}")
     add("--iterations", metavar="N", type=int, help=f"updates of the optimizer; {by_problem('iterations')}")
     add("--lr", metavar="X", type=float, help=f"highest meta-learning rate; {by_problem('lr')}")
     add("--warmup", metavar="N", type=int, default=50, help="iterations until it is reached; default 50")
@@ -317,7 +319,7 @@ def add_racing(command, name):
     add = command.add_argument_group("results (the table is printed as well)").add_argument
     add("--figure", metavar="FILE", help="loss curves: .png, .pdf or .svg")
     if name == "evaluate":
-        add("--updates", metavar="FILE", help="its updates as a function of the gradient and of time: .png, .pdf or .svg")
+        add("--updates", metavar="FILE", help="its updates, as a function of the gradient and of time: likewise")
     add("--table", metavar="FILE", help="the table, as Markdown")
     add = command.add_argument_group("the race").add_argument
     add("--steps", metavar="N", type=int, default=100, help="length of the loss curves; default 100")

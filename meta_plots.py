@@ -1,4 +1,4 @@
-"""Figures and tables of the experiments: loss curves with confidence bands, their summary, a training history, learned updates."""
+"""Figures and tables: loss curves with confidence bands and their summary, training histories, learned updates."""
 
 import math
 

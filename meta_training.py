@@ -44,7 +44,7 @@ class History:
       vector: near 0 where they stand still, 1 where the step is as large as what it leads to, up to 2.
 
     `validation` holds pairs (iteration, sum of the loss over the steps, mean over the validation functions), infinite
-    where a function diverged; `best_iteration` is the one whose optimizer was kept (0: the one that training began with).
+    where a function diverged; `best_iteration` is the one whose optimizer was kept (0: the one training began with).
     `skipped` holds a pair (iteration, cause) for each window that was skipped because something was not finite.
     `interrupted` says that Ctrl-C ended the run.
     """
@@ -74,7 +74,8 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
 
     In a process group of `torch.distributed` (`torchrun`), each process takes a slice of every meta-batch and the
     meta-gradients are summed: N processes train as one does, to rounding (what the meta-gradient itself draws,
-    coordinates of a partial replay and perturbations of "pes", differs). `net` starts everywhere from the first process's weights.
+    coordinates of a partial replay and perturbations of "pes", differs). `net` starts everywhere from the first
+    process's weights.
 
     Args:
         net: the learned optimizer; trained in place, and moved to `device`.
@@ -160,8 +161,8 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
                                 best=f"{run.history.best_validation:.4g}", refresh=False)
     except KeyboardInterrupt:
         run.history.interrupted = True
-        warnings.warn(f"meta-training was interrupted at iteration {run.iteration} of {iterations}; the optimizer is the "
-                      f"best so far, of iteration {run.history.best_iteration}", stacklevel=2)
+        warnings.warn(f"meta-training was interrupted at iteration {run.iteration} of {iterations}; the optimizer is "
+                      f"the best so far, of iteration {run.history.best_iteration}", stacklevel=2)
     finally:
         net.load_state_dict(run.best)
     return run.history
@@ -287,8 +288,9 @@ class Run:
             self.save(checkpoint)  # a place that cannot be written is found out now, not after an hour
 
     def save(self, checkpoint):
-        content = {"iteration": self.iteration, "history": asdict(self.history), "net": dict(self.net.state_dict()),
-                   "best": dict(self.best), "adam": self.adam.state_dict(), "random": self.random_state(), "window": None}
+        content = {"iteration": self.iteration, "history": asdict(self.history), "random": self.random_state(),
+                   "net": dict(self.net.state_dict()), "best": dict(self.best), "adam": self.adam.state_dict(),
+                   "window": None}
         if self.batch is not None:  # in the middle of an unroll
             parts = self.ranks.gather(plain((self.first, self.last, self.params, self.state)))
             content["window"] = {"step": self.step, "drawn_at": self.drawn_at, "drawn_from": self.drawn_from,
@@ -353,7 +355,8 @@ def horizon_rule(horizons, windows):
     if callable(horizons):
         return horizons
     if not (isinstance(horizons, (tuple, list)) and len(horizons) == 2):
-        raise ValueError(f"horizons must be None, (least, most) or a function of (iteration, generator), got {horizons!r}")
+        raise ValueError("horizons must be None, (least, most) or a function of (iteration, generator), got "
+                         f"{horizons!r}")
     least, most = horizons
     check_count(**{"horizons[0]": least})
     check_count(least=least, **{"horizons[1]": most})

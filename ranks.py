@@ -92,8 +92,8 @@ class Ranks:
             raise
         except RuntimeError as error:
             raise RuntimeError(f"rank {self.rank} of {self.size}: another process of this job has died or does not "
-                               "answer. Start the job again: with a checkpoint it goes on from there, with any number of "
-                               f"processes ({error})") from error
+                               "answer. Start the job again: with a checkpoint it goes on from there, with any number "
+                               f"of processes ({error})") from error
 
 
 def part_of(batch, first, last):

@@ -22,7 +22,7 @@ def test_snippets_run(number, tmp_path, monkeypatch):
 
 def test_snippets_show_the_public_face():
     text = "".join(SNIPPETS)
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6
     assert all(word in text for word in ("to_meta", "update_params", "resnet18", "functional_call", "meta_train"))
 
 
