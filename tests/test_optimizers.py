@@ -275,7 +275,7 @@ def test_failed_save_leaves_the_older_file(tmp_path, monkeypatch):
     path = tmp_path / "net.safetensors"
     save_optimizer(CoordinatewiseLSTM(), path)
     content = path.read_bytes()
-    monkeypatch.setattr("optimizers.os.replace", lambda *names: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("whole_files.os.replace", lambda *names: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_optimizer(CoordinatewiseLSTM(), path)
     assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
