@@ -152,8 +152,8 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
                 run.advance()
                 if run.iteration % validation_every == 0 or run.iteration == iterations:
                     run.validate()
-                if checkpoint is not None and (run.iteration % checkpoint_every == 0 or run.iteration == iterations):
-                    run.save(checkpoint)
+                if checkpoint is not None and (run.iteration % checkpoint_every == 0 or run.iteration in (1, iterations)):
+                    run.save(checkpoint)  # after the first too: a place that cannot be written is found out early
                 if callback is not None and run.ranks.rank == 0:
                     callback(run.iteration, run.history)
                 bar.update()
@@ -268,8 +268,8 @@ class Run:
         score, history = self.ranks.on_first(score), self.history
         history.validation.append((self.iteration, score))
         if score < history.best_validation:
-            history.best_iteration, history.best_validation = self.iteration, score
-            self.best = copy.deepcopy(self.net.state_dict())
+            best = copy.deepcopy(self.net.state_dict())
+            self.best, history.best_iteration, history.best_validation = best, self.iteration, score
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -280,12 +280,9 @@ class Run:
             content = self.ranks.on_first(lambda: read_checkpoint(checkpoint, self.settings))
         if content is not None:
             self.restore(content)
-            return
-        if self.ranks.size > 1:
+        elif self.ranks.size > 1:
             self.net.load_state_dict(self.ranks.on_first(lambda: plain(dict(self.net.state_dict()))))
             self.best = copy.deepcopy(self.net.state_dict())
-        if checkpoint is not None:
-            self.save(checkpoint)  # a place that cannot be written is found out now, not after an hour
 
     def save(self, checkpoint):
         content = {"iteration": self.iteration, "history": asdict(self.history), "random": self.random_state(),

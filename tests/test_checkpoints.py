@@ -118,7 +118,7 @@ def test_an_interval_is_honoured_and_a_finished_run_stays_as_it_is(tmp_path):
         seen.append(torch.load(path, weights_only=True)["content"]["iteration"])
 
     net, history = train(make, problem, checkpoint=path, checkpoint_every=4, callback=look, **arguments)
-    assert seen == [0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 14]
+    assert seen == [1, 1, 1, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 14]
     content = path.read_bytes()
     again, same = train(make, problem, checkpoint=path, callback=stop_at(14), **arguments)
     assert same == history and path.read_bytes() == content
@@ -244,7 +244,7 @@ def test_a_read_only_folder():
         with read_only(Path(folder)):
             with pytest.raises(PermissionError, match="could not be written: Permission denied; a file that was there"):
                 write_checkpoint(path, {"iteration": 2}, {})
-            with pytest.raises(PermissionError, match="other"):  # before the first iteration
+            with pytest.raises(PermissionError, match="other"):  # after the first iteration
                 train(make, problem, checkpoint=Path(folder) / "other", callback=stop_at(1), **arguments)
             with pytest.raises(PermissionError, match="net.safetensors"):
                 save_optimizer(CoordinatewiseLSTM(), Path(folder) / "net.safetensors")
@@ -316,6 +316,14 @@ def test_another_runs_checkpoint_is_refused(stopped, change, message):
     with pytest.raises(ValueError, match=message):
         train(**arguments)
     assert stopped.read_bytes() == content
+
+
+@pytest.mark.parametrize("wrong", [dict(method="bptt"), dict(replay_fraction=2.0), dict(horizons=lambda *_: 0)])
+def test_a_run_that_could_not_begin_leaves_no_checkpoint(wrong, tmp_path):
+    problem, make, arguments = quadratics()
+    with pytest.raises(ValueError):
+        train(make, problem, checkpoint=tmp_path / "run", **arguments, **wrong)
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_may_change(stopped):
