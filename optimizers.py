@@ -19,7 +19,8 @@ from argument_checks import NonFiniteError, check_count, check_finite, check_pos
 from lstm_blocks import PackedLSTM, gates_to_ifog, replay_blocks, step_blocks
 from whole_files import write_whole
 
-__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "NonFiniteError", "RNNProp", "load_optimizer", "log_sign", "save_optimizer"]
+__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "NonFiniteError", "RNNProp", "load_optimizer", "log_sign", "save_optimizer",
+           "start_as_momentum"]
 
 FILE_FORMAT = 1
 GRAPH_BLOCK = 1 << 16  # coordinates that `replay` runs at once where autograd does the backward pass
@@ -259,6 +260,73 @@ class CoordinatewiseLSTM(LSTMOptimizer):
             gradients |= {f"lstm.weight_ih_l{l}": ih, f"lstm.weight_hh_l{l}": hh,
                           f"lstm.bias_ih_l{l}": bias[:, 0], f"lstm.bias_hh_l{l}": bias[:, 0].clone()}
         return gradients
+
+
+@torch.no_grad()
+def start_as_momentum(net, lr, momentum=0.9, nesterov=True, averages=(0.5, 0.95, 0.99)):
+    """Write weights into a coordinatewise LSTM with which it is SGD with momentum; meta-training then starts from there.
+
+    With "log_sign" an LSTM cell can hold a running sum of gradients: its input gate sigmoid(log|∇|) = |∇| / (1 + |∇|)
+    gives the size, its candidate tanh(3 sgn ∇) the sign, its forget gate the momentum. Some units of every layer do so,
+    each with a forget gate of its own; the output reads the ones that make up the update asked for. The other units,
+    and the units of `averages`, start with output weights of 0: they are there for meta-training to use.
+
+    Where e^-p ≤ |∇| ≪ 1 the updates are those of `torch.optim.SGD(lr, momentum, nesterov)`, to a few per cent; those of
+    larger gradients saturate, those of smaller ones are up to three times too large.
+
+    Args:
+        net: a `CoordinatewiseLSTM` with preprocess="log_sign"; changed in place. Its other units keep their weights.
+        lr: learning rate, positive; best the one that `tune_baseline` finds.
+        momentum: in [0, 1).
+        nesterov: the update reads ∇ + momentum · buffer instead of the buffer.
+        averages: forget gates of further units, each in (0, 1).
+
+    Returns:
+        `net`.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above, or the network has too few units.
+
+    Example:
+        >>> net = start_as_momentum(CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1), lr=1.0)
+
+    Reference: ours; to start from a hand-designed optimizer, by imitation, is Chen et al. 2020 (arXiv 2010.09089).
+    """
+    if not isinstance(net, CoordinatewiseLSTM) or net.preprocess != "log_sign":
+        raise TypeError('net must be a CoordinatewiseLSTM with preprocess="log_sign"')
+    check_positive_number(lr=lr)
+    if not (isinstance(momentum, (int, float)) and 0 <= momentum < 1):
+        raise ValueError(f"momentum must be a number in [0, 1), got {momentum!r}")
+    if not all(isinstance(average, (int, float)) and 0 < average < 1 for average in averages):
+        raise ValueError(f"averages must be numbers in (0, 1), got {averages!r}")
+    forgets, H = (0.0, momentum, *averages), net.hidden_size
+    if len(forgets) > H:
+        raise ValueError(f"the network has {H} units, too few for {len(forgets)} running sums")
+    for layer, (weight, recurrent, bias, bias2) in enumerate(net.lstm.all_weights):
+        for unit, forget in enumerate(forgets):
+            i, f, g, o = rows = [unit + gate * H for gate in range(4)]
+            for tensor in (weight, recurrent, bias, bias2):
+                tensor[rows] = 0
+            bias[o] = OPEN
+            if layer == 0:
+                weight[i, 0], weight[g, 1], bias[f] = net.p, CANDIDATE, logit(forget)
+            else:  # pass on what the layer below holds
+                bias[i], bias[f], weight[g, unit] = OPEN, logit(0), GAIN
+    opened = 1 / (1 + math.exp(-OPEN))
+    passed = math.tanh(CANDIDATE) * opened * (opened * GAIN * opened) ** (net.num_layers - 1)
+    net.output.weight.zero_()
+    net.output.bias.zero_()
+    net.output.weight[0, 1] = -lr * (momentum if nesterov else 1.0) / (net.output_scale * passed)
+    net.output.weight[0, 0] = -lr / (net.output_scale * passed) if nesterov else 0.0
+    return net
+
+
+OPEN, CANDIDATE, GAIN = 4.0, 3.0, 3.0  # an open gate's bias, the candidate's weight on the sign, between layers
+
+
+def logit(probability):
+    """The bias of a gate; a closed one at 0."""
+    return math.log(probability / (1 - probability)) if probability > 0 else -8.0
 
 
 class RNNProp(LSTMOptimizer):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch.autograd import gradcheck
 
 import lstm_blocks
-from optimizers import CoordinatewiseLSTM, NonFiniteError, RNNProp, load_optimizer, log_sign, save_optimizer
+from optimizers import CoordinatewiseLSTM, NonFiniteError, RNNProp, load_optimizer, log_sign, save_optimizer, start_as_momentum
 
 
 def random_state(net, N):
@@ -201,6 +201,49 @@ def test_copies_and_pickles_stand_alone():
             twin.output.bias.add_(1)
             torch.testing.assert_close(twin(grad, state)[0], before + 1)
         torch.testing.assert_close(net(grad, state)[0], before)
+
+
+# A start as momentum --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("momentum, nesterov", [(0.9, True), (0.9, False), (0.5, False), (0.0, False)])
+def test_start_as_momentum(layers, momentum, nesterov):
+    """Its updates are torch's SGD's on gradients between e^-10 and 1, from the first step on."""
+    net = start_as_momentum(CoordinatewiseLSTM(20, layers, "log_sign", output_scale=0.1), 0.3, momentum, nesterov)
+    sizes = torch.logspace(-4, -2.5, 12).repeat(2)
+    theta, state = torch.zeros(24, requires_grad=True), net.init_state(24)
+    sgd = torch.optim.SGD([theta], lr=0.3, momentum=momentum, nesterov=nesterov)
+    for gradient in sizes * (0.5 + torch.rand(30, 24)) * torch.randn(30, 24).sign():
+        before, theta.grad = theta.detach().clone(), gradient
+        sgd.step()
+        with torch.no_grad():
+            update, state = net(gradient, state)
+        step = theta.detach() - before
+        assert ((update - step).abs() <= 0.06 * step.abs() + 0.02 * sizes * 0.3).all()
+
+
+def test_start_as_momentum_leaves_the_other_units_to_training():
+    torch.manual_seed(0)
+    plain = CoordinatewiseLSTM(preprocess="log_sign")
+    net = start_as_momentum(copy.deepcopy(plain), 1.0, averages=(0.5,))
+    kept = [unit + gate * 20 for gate in range(4) for unit in range(3, 20)]
+    for (name, before), after in zip(plain.lstm.named_parameters(), net.lstm.parameters()):
+        assert torch.equal(before[kept], after[kept]), name
+    assert not net.output.weight[0, 2:].any()
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    (dict(net=CoordinatewiseLSTM(), lr=1.0), TypeError, 'CoordinatewiseLSTM with preprocess="log_sign"'),
+    (dict(net=RNNProp(), lr=1.0), TypeError, 'CoordinatewiseLSTM with preprocess="log_sign"'),
+    (dict(net=CoordinatewiseLSTM(preprocess="log_sign"), lr=0), ValueError, "lr must be a positive number, got 0"),
+    (dict(net=CoordinatewiseLSTM(preprocess="log_sign"), lr=1.0, momentum=1.0), ValueError, "momentum must be .* got 1.0"),
+    (dict(net=CoordinatewiseLSTM(preprocess="log_sign"), lr=1.0, averages=(2,)), ValueError, r"averages must be .* got \(2,\)"),
+    (dict(net=CoordinatewiseLSTM(3, preprocess="log_sign"), lr=1.0), ValueError, "3 units, too few for 5 running sums"),
+])
+def test_bad_starts(arguments, error, message):
+    with pytest.raises(error, match=message):
+        start_as_momentum(**arguments)
 
 
 # RNNProp (Lv, Jiang and Li 2017) ---------------------------------------------------------------------------------------
