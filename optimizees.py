@@ -125,6 +125,7 @@ class RandomScaling(Variation):
         if isinstance(radius, bool) or not (isinstance(radius, (int, float)) and 0 <= radius <= 20):
             raise ValueError(f"radius must be a number in [0, 20], got {radius!r}")
         self.radius, self.signs = radius, bool(signs)
+        self.options = {"radius": radius, "signs": self.signs}
         self.options = dict(radius=self.radius, signs=self.signs)
         self.name = f"{getattr(problem, 'name', type(problem).__name__)}, randomly scaled"
 
@@ -141,11 +142,19 @@ class RandomScaling(Variation):
             if self.signs:
                 scale *= 2 * torch.randint(2, tensor.shape, generator=generator) - 1
             scales[name] = scale.to(tensor.device)
+        return scaled_batch(batch, scales)
 
-        def loss(params, step):
-            return batch.loss({name: scales[name] * tensor for name, tensor in params.items()}, step)
 
-        return MetaBatch({name: tensor / scales[name] for name, tensor in batch.params.items()}, loss)
+def scaled_batch(batch, scales):
+    """The functions of a meta-batch in coordinates θ / scales."""
+    def loss(params, step):
+        return batch.loss({name: scales[name] * tensor for name, tensor in params.items()}, step)
+
+    def part(first, last):
+        return scaled_batch(batch.part(first, last), {name: scale[first:last] for name, scale in scales.items()})
+
+    scaled = {name: tensor / scales[name] for name, tensor in batch.params.items()}
+    return MetaBatch(scaled, loss, part if getattr(batch, "part", None) else None)
 
 
 class ConvexTerms(Variation):
@@ -182,12 +191,20 @@ class ConvexTerms(Variation):
         like = next(iter(batch.params.values()))
         start, target = (torch.empty(meta_batch, self.dim, dtype=like.dtype).uniform_(-1, 1, generator=generator)
                          .to(like.device) for _ in range(2))
+        return with_convex_term(batch, start, target)
 
-        def loss(params, step):
-            own = {name: tensor for name, tensor in params.items() if name != "convex"}
-            return batch.loss(own, step) + (params["convex"] - target).square().mean(1)
 
-        return MetaBatch({**batch.params, "convex": start}, loss)
+def with_convex_term(batch, start, target):
+    """The functions of a meta-batch, each with mean_i (x_i − target_i)² from x = start added to it."""
+    def loss(params, step):
+        own = {name: tensor for name, tensor in params.items() if name != "convex"}
+        return batch.loss(own, step) + (params["convex"] - target).square().mean(1)
+
+    def part(first, last):
+        return with_convex_term(batch.part(first, last), start[first:last], target[first:last])
+
+    return MetaBatch({**batch.params, "convex": start}, loss,
+                     part if getattr(batch, "part", None) else None)
 
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu, "tanh": torch.tanh}

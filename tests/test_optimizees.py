@@ -125,6 +125,16 @@ def test_convex_terms_are_beside_the_problem():
     assert target.abs().max() <= 1 and batch.params["convex"].abs().max() <= 1
 
 
+def test_parts_of_variations_have_the_same_losses():
+    problem = ConvexTerms(RandomScaling(Quadratics(dim=4)), dim=3)
+    batch = problem.sample(5, generator())
+    params = {name: torch.randn_like(tensor) for name, tensor in batch.params.items()}
+    part = batch.part(1, 3)
+    torch.testing.assert_close(part.loss({name: tensor[1:3] for name, tensor in params.items()}, 0),
+                               batch.loss(params, 0)[1:3])
+    assert all(torch.equal(part.params[name], tensor[1:3]) for name, tensor in batch.params.items())
+
+
 def test_variations_validate_on_the_problem_itself(tiny_mnist):
     problem = ConvexTerms(RandomScaling(MNISTNet((5,), root=tiny_mnist)))
     assert problem.to("cpu").validation_problem().options["split"] == "validation"
