@@ -13,9 +13,10 @@ import threading
 
 import torch
 
-__all__ = ["PackedLSTM", "step_blocks", "replay_blocks"]
+__all__ = ["PackedLSTM", "step_back_blocks", "step_blocks", "replay_blocks"]
 
 STEP_BLOCK = 4096  # coordinates in a block of one forward step
+STEP_BACK_BLOCK = 2048  # and of one backward step
 REPLAY_BLOCK = (256, 2048)  # bounds on the coordinates in a block of the replay
 REPLAY_BYTES = 48 << 20  # what the activations of one block of the replay should take, between those bounds
 
@@ -77,6 +78,34 @@ class Cell:
         torch.mul(self.o, self.tanh_cell, out=self.hidden_out)
 
 
+    def pull_back(self, dhidden, dcell, into):
+        """Backpropagate: reads dL/dh', turns dL/dc' into dL/dc in place, leaves dL/d(gates before activation)."""
+        tanh_cell, one = self.tanh_cell, into.one
+        # slopes: s(1 - s) for the three sigmoids, 1 - g² for the candidate
+        torch.addcmul(self.sigmoids, self.sigmoids, self.sigmoids, value=-1, out=into.slope_sigmoids)
+        torch.addcmul(one, self.g, self.g, value=-1, out=into.slope_g)
+        # dc += dh · o · (1 - tanh²(c)), with dg and di as scratch
+        torch.addcmul(one, tanh_cell, tanh_cell, value=-1, out=into.g)
+        torch.mul(dhidden, self.o, out=into.i)
+        dcell.addcmul_(into.i, into.g)
+        torch.mul(dcell, self.g, out=into.i)
+        torch.mul(dcell, self.cell_in, out=into.f)
+        torch.mul(dhidden, tanh_cell, out=into.o)
+        torch.mul(dcell, self.i, out=into.g)
+        into.gates.mul_(into.slope)
+        dcell.mul_(self.f)
+
+
+class GateGradients:
+    """Buffers (4H, w) for the derivative by the gates before activation and for their slopes, with views of their bands."""
+
+    def __init__(self, packed, width):
+        new, H = packed.output_weight.new_zeros, packed.hidden
+        self.gates, self.slope, self.one = new(4 * H, width), new(4 * H, width), packed.one
+        self.i, self.f, self.o, self.g = self.gates.split(H)
+        self.slope_sigmoids, self.slope_g = self.slope[:3 * H], self.slope[3 * H:]
+
+
 def step_blocks(packed, features, hidden, cells):
     """One step of the optimizer for all coordinates, without a graph.
 
@@ -99,6 +128,49 @@ def step_blocks(packed, features, hidden, cells):
             below = new_h
         torch.mv(below.t(), packed.output_weight, out=update[start:stop])
     return update.add_(packed.output_bias), new_hidden, new_cells
+
+
+def step_back_blocks(packed, features, hidden, cells, pull, dhidden, dcells):
+    """Backpropagation through one step for all coordinates, which is run again for it.
+
+    Args:
+        features: (inputs, N), what the step was fed.
+        hidden, cells: (layers, H, N), the state before the step; not changed.
+        pull: function (outputs (w,), start, stop) -> (w,), the loss's derivative by the outputs of those coordinates.
+        dhidden, dcells: (layers, H, N), its derivative by the state after the step; becomes that by the state before.
+
+    Returns:
+        its derivative by the features (inputs, N), and as of `replay_blocks` the gradients of W_l, of output_weight and
+        of output_bias.
+    """
+    H, N, layers = packed.hidden, hidden.shape[2], range(len(packed.inputs))
+    dfeatures, weight_grads = torch.empty_like(features), [torch.zeros_like(weight) for weight in packed.weights]
+    output_grad, bias_grad = torch.zeros_like(packed.output_weight), torch.zeros_like(packed.output_bias)
+    for start, stop in blocks(N, STEP_BACK_BLOCK):
+        below, width, run = features[:, start:stop], stop - start, []
+        new, ones, into = hidden.new_empty, hidden.new_ones(1, width), GateGradients(packed, width)
+        for l in layers:
+            column = torch.cat([below, hidden[l, :, start:stop], ones])
+            cell = Cell(column, new(4 * H, width), cells[l, :, start:stop], *(new(H, width) for _ in range(3)))
+            cell.run(packed.forward_weights[l], packed.minus_one)
+            run.append(cell)
+            below = cell.hidden_out
+        outputs = torch.mv(below.t(), packed.output_weight).add_(packed.output_bias)
+        adjoint = pull(outputs, start, stop)
+        output_grad.addmv_(below, adjoint)
+        bias_grad += adjoint.sum()
+        dhidden[-1, :, start:stop].addr_(packed.output_weight, adjoint)
+        for l in reversed(layers):
+            cell, dh = run[l], dhidden[l, :, start:stop]
+            cell.pull_back(dh, dcells[l, :, start:stop], into)
+            weight_grads[l].addmm_(into.gates, cell.column.t())
+            dbelow, dh_before = torch.mm(packed.backward_weights[l], into.gates).split([packed.inputs[l], H])
+            dh.copy_(dh_before)
+            if l:  # the input of this layer is the hidden state of the one below
+                dhidden[l - 1, :, start:stop].add_(dbelow)
+            else:
+                dfeatures[:, start:stop] = dbelow
+    return dfeatures, weight_grads, output_grad, bias_grad
 
 
 def replay_blocks(packed, features, hidden, cells, adjoint):
@@ -169,7 +241,7 @@ class Tape:
         self.top = new(steps, H, width)  # hidden state of the last layer, after each step
         self.adjoint = new(steps, width)
         self.dhidden, self.dcell = [new(H, width) for _ in layers], [new(H, width) for _ in layers]
-        self.dgates, self.slope = new(4 * H, width), new(4 * H, width)
+        self.into = GateGradients(packed, width)
         self.dcolumns = [new(inputs + H, width) for inputs in packed.inputs]
         self.weight_grads = [torch.zeros_like(weight) for weight in packed.weights]
         self.output_grad = torch.zeros_like(packed.output_weight)
@@ -201,10 +273,8 @@ class Tape:
 
     def backward(self):
         """Backpropagation through the T steps, adding to `weight_grads` and `output_grad`."""
-        packed, H, dgates, slope = self.packed, self.packed.hidden, self.dgates, self.slope
-        one, (di, df, do, dg) = packed.one, dgates.split(H)
-        slope_sigmoids, slope_g = slope[:3 * H], slope[3 * H:]
-        to_hidden = packed.backward_weights[0][packed.inputs[0]:]
+        packed, H, into = self.packed, self.packed.hidden, self.into
+        dgates, to_hidden = into.gates, packed.backward_weights[0][packed.inputs[0]:]
         halves = [column.split([column.shape[0] - H, H]) for column in self.dcolumns]
         for d in self.dhidden + self.dcell:
             d.zero_()
@@ -213,20 +283,8 @@ class Tape:
             self.output_grad.addmv_(self.top[t], self.adjoint[t])
             for l in reversed(range(len(self.cells))):
                 cell, _, column_t = self.cells[l][t]
-                dh, dc, tanh_cell = self.dhidden[l], self.dcell[l], cell.tanh_cell
-                # slopes: s(1 - s) for the three sigmoids, 1 - g² for the candidate
-                torch.addcmul(cell.sigmoids, cell.sigmoids, cell.sigmoids, value=-1, out=slope_sigmoids)
-                torch.addcmul(one, cell.g, cell.g, value=-1, out=slope_g)
-                # dc += dh · o · (1 - tanh²(c)), with dg and di as scratch
-                torch.addcmul(one, tanh_cell, tanh_cell, value=-1, out=dg)
-                torch.mul(dh, cell.o, out=di)
-                dc.addcmul_(di, dg)
-                torch.mul(dc, cell.g, out=di)
-                torch.mul(dc, cell.cell_in, out=df)
-                torch.mul(dh, tanh_cell, out=do)
-                torch.mul(dc, cell.i, out=dg)
-                dgates.mul_(slope)
-                dc.mul_(cell.f)
+                dh = self.dhidden[l]
+                cell.pull_back(dh, self.dcell[l], into)
                 self.weight_grads[l].addmm_(dgates, column_t)
                 if l:  # the input of this layer is the hidden state of the one below
                     torch.mm(packed.backward_weights[l], dgates, out=self.dcolumns[l])

@@ -69,6 +69,17 @@ class Coordinates:
         """One value for each function (..., B) -> one for each coordinate (..., N)."""
         return torch.cat([values.repeat_interleave(size // self.functions, -1) for size in self.sizes], -1)
 
+    def hessian_product(self, loss, theta, step, vector):
+        """H v (N,), with H the Hessian of the sum of the functions' losses at theta; no graph."""
+        with torch.enable_grad():
+            theta = theta.detach().requires_grad_()
+            losses = self.losses(loss, theta, step)
+            (gradient,) = torch.autograd.grad(losses.sum(), theta, create_graph=True)
+            if not gradient.requires_grad:  # a linear loss
+                return torch.zeros_like(theta)
+            (product,) = torch.autograd.grad(gradient, theta, vector, allow_unused=True)
+        return torch.zeros_like(vector) if product is None else product
+
     def subset(self, fraction, generator):
         """A random share of every tensor's coordinates, at least SMALLEST_SHARE of each: indices, and 1 / probability."""
         indices, weights, start = [], [], 0
@@ -109,11 +120,13 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
 
     The meta-loss is the mean over functions of Σ_{t=0..T} w_t f_t(θ_t), the end of the window included. The optimizee's
     gradient ∇_t counts as a constant input of the optimizer (the paper drops those edges of the graph), unless
-    `second_order`.
+    `second_order`: then the meta-gradient of the window is the true one.
 
     "replay" unrolls without a graph and keeps the gradients ∇_t. Since they are constants, the adjoint of θ_{t+1} is
     λ_{t+1} = Σ_{s>t} w_s ∇_s, and dL/dφ = Σ_t ⟨λ_{t+1}, ∂g_t/∂φ⟩: the optimizer is run once more over the recorded
-    gradients and λ is pulled back through it. "autograd" differentiates the whole window as one graph; it is exact too,
+    gradients and λ is pulled back through it. With `second_order` ∇_t is not constant, λ_t = λ_{t+1} + w_t ∇_t + H_t d_t
+    with H_t the Hessian of f_t and d_t the adjoint of ∇_t as the optimizer's input: the optimizer is pulled back step by
+    step, from the last to the first, still without a graph of the window. "autograd" differentiates the whole window as one graph; it is exact too,
     slower, and what the replay is tested against. "pes" perturbs φ instead of differentiating: a noisy estimate of the
     gradient through *all* windows so far, all edges included (see `pes`).
 
@@ -125,12 +138,14 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
         step: number of the window's first step, at least 0.
         unroll: T, updates in the window; positive.
         method: "replay", "autograd" or "pes".
-        second_order: let ∇_t carry its own graph; needs "autograd".
+        second_order: keep the dependence of ∇_t on φ, the edges that the paper drops; not with "pes", which always has
+            it. Costs one product with the optimizee's Hessian in each step; the replay keeps every step's state.
         weights: (T + 1,), w_t; default all 1.
         replay_fraction: in (0, 1]: replay over a random share of the coordinates, drawn anew in every call, each
             weighted by 1 / its probability. The meta-gradient is a sum over coordinates, so this is an unbiased
             estimate of it, at that share of the replay's cost. Small tensors keep all their coordinates. Needs
-            "replay" and a network with `coordinatewise = True` (the last axis of its state's tensors is N).
+            "replay" without `second_order`, and a network with `coordinatewise = True` (the last axis of its state's
+            tensors is N).
         sigma: of "pes": standard deviation of the perturbations of φ; positive.
         pairs: of "pes": antithetic pairs, each of which costs two unrolls; positive.
         generator: a CPU generator for these draws; default torch's own.
@@ -158,19 +173,21 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
     check_positive_number(sigma=sigma)
     if method not in ("replay", "autograd", "pes"):
         raise ValueError(f'method must be "replay", "autograd" or "pes", got {method!r}')
-    if second_order and method != "autograd":
-        raise ValueError('second_order=True needs method="autograd": the replay takes the gradients as constants, and '
-                         '"pes" takes no derivatives')
+    if second_order and method == "pes":
+        raise ValueError('second_order=True needs method="replay" or "autograd": "pes" takes no derivatives')
     if objective not in ("sum", "log"):
         raise ValueError(f'objective must be "sum" or "log", got {objective!r}')
-    check_replay_fraction(replay_fraction, method, net)
+    check_replay_fraction(replay_fraction, method, second_order, net)
     coordinates = Coordinates(params)
     theta = coordinates.join(params).detach()
     weights = torch.ones(unroll + 1) if weights is None else torch.as_tensor(weights)
     if weights.shape != (unroll + 1,):
         raise ValueError(f"weights must have shape ({unroll + 1},) for unroll {unroll}, got {tuple(weights.shape)}")
     weights = weights.to(theta) / coordinates.functions
-    if method == "replay":
+    if method == "replay" and second_order:
+        grads, losses, theta, state = second_order_replay_window(net, batch.loss, coordinates, theta, state, step, weights,
+                                                                 objective)
+    elif method == "replay":
         grads, losses, theta, state = replay_window(net, batch.loss, coordinates, theta, state, step, weights,
                                                     replay_fraction, generator, objective)
     elif method == "pes":
@@ -219,6 +236,57 @@ def replay_by_autograd(net, grads, state, adjoint):
     return gradients_of((torch.stack(updates) * adjoint).sum(), net)
 
 
+@torch.no_grad()
+def second_order_replay_window(net, loss, coordinates, theta, state, step, weights, objective):
+    unroll, thetas, gradients, states, losses = len(weights) - 1, [], [], [], []
+    for t in range(unroll + 1):
+        values, gradient = coordinates.losses_and_gradient(loss, theta, step + t)
+        losses.append(values)
+        thetas.append(theta)
+        gradients.append(gradient)
+        states.append(state)
+        if t < unroll:
+            update, state = net(gradient, state)
+            theta = theta + update
+    losses = torch.stack(losses)
+    pulls = weights[:, None] * torch.stack(gradients)
+    if objective == "log":
+        pulls /= coordinates.spread(losses)
+    written = hasattr(net, "pull_back") and theta.device.type == "cpu"
+    pull_back = net.pull_back if written else lambda *step: pull_back_by_autograd(net, *step)
+    adjoint, state_adjoints, total = pulls[-1], [torch.zeros_like(tensor) for tensor in tensors_of(state)], None
+    for t in reversed(range(unroll)):
+        gradient_adjoint, state_adjoints, grads = pull_back(gradients[t], states[t], adjoint, state_adjoints)
+        total = grads if total is None else {name: total[name] + grad for name, grad in grads.items()}
+        if t:  # λ_t = λ_{t+1} + w_t ∇_t + H_t d_t; what is before the window is constant
+            adjoint = adjoint + pulls[t] + coordinates.hessian_product(loss, thetas[t], step + t, gradient_adjoint)
+    return total, losses, theta, map_tensors(torch.Tensor.detach, state)
+
+
+def tensors_of(state):
+    """The tensors of a state, in a list."""
+    tensors = []
+    map_tensors(tensors.append, state)
+    return tensors
+
+
+def pull_back_by_autograd(net, grad, state, adjoint, next_adjoints):
+    """`LSTMOptimizer.pull_back` for any optimizer: run the step again, with a graph."""
+    wanted = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    with torch.enable_grad():
+        grad = grad.detach().requires_grad_()
+        state = map_tensors(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), state)
+        before = tensors_of(state)
+        update, after = net(grad, state)
+        ends = [(end, d) for end, d in zip([update, *tensors_of(after)], [adjoint, *next_adjoints]) if end.requires_grad]
+        leaves = [grad, *before, *wanted.values()]
+        asked = [leaf for leaf in leaves if leaf.requires_grad]
+        found = dict(zip(map(id, asked), torch.autograd.grad([end for end, _ in ends], asked, [d for _, d in ends],
+                                                             allow_unused=True)))
+    pulled = [torch.zeros_like(leaf) if found.get(id(leaf)) is None else found[id(leaf)] for leaf in leaves]
+    return pulled[0], pulled[1:1 + len(before)], dict(zip(wanted, pulled[1 + len(before):]))
+
+
 @torch.enable_grad()
 def autograd_window(net, loss, coordinates, theta, state, step, weights, second_order, objective):
     unroll, losses = len(weights) - 1, []
@@ -242,8 +310,9 @@ def gradients_of(value, net):
             for (name, parameter), grad in zip(wanted.items(), grads)}
 
 
-def check_replay_fraction(fraction, method, net):
+def check_replay_fraction(fraction, method, second_order, net):
     if not (isinstance(fraction, (int, float)) and 0 < fraction <= 1):
         raise ValueError(f"replay_fraction must be a number in (0, 1], got {fraction!r}")
-    if fraction < 1 and (method != "replay" or not getattr(net, "coordinatewise", False)):
-        raise ValueError(f'replay_fraction={fraction} needs method="replay" and a network with coordinatewise = True')
+    if fraction < 1 and (method != "replay" or second_order or not getattr(net, "coordinatewise", False)):
+        raise ValueError(f'replay_fraction={fraction} needs method="replay", second_order=False and a network with '
+                         "coordinatewise = True")

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import nn
 
 from argument_checks import NonFiniteError, check_count, check_finite, check_positive_number
-from lstm_blocks import PackedLSTM, gates_to_ifog, replay_blocks, step_blocks
+from lstm_blocks import PackedLSTM, gates_to_ifog, replay_blocks, step_back_blocks, step_blocks
 from whole_files import write_whole
 
 __all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "NonFiniteError", "RNNProp", "load_optimizer", "log_sign", "save_optimizer",
@@ -141,6 +141,40 @@ class LSTMOptimizer(nn.Module):
         gradients = self._replay(grads, state, adjoint)
         return {name: gradients[name] for name, parameter in self.named_parameters() if parameter.requires_grad}
 
+    def pull_back(self, grad, state, adjoint, next_adjoints):
+        """Backpropagate through one step, on a CPU: what the second-order replay does from the last step to the first.
+
+        Args:
+            grad: (N,), what the step was fed.
+            state: the state before the step; not changed.
+            adjoint: (N,), the derivative of the loss with respect to the update.
+            next_adjoints: list, the derivative with respect to each tensor of the state after the step; overwritten.
+
+        Returns:
+            the derivatives with respect to grad (N,), to each tensor of `state` (list), and to the weights (dict). No
+            graph.
+        """
+        (hidden, cell, *memory), (dhidden, dcell, *dmemory) = state, next_adjoints
+        with torch.enable_grad():
+            grad, *memory = (tensor.detach().requires_grad_() for tensor in (grad, *memory))
+            readings, new_memory = self.read(grad[None], memory)
+            features = self.embed(readings)[0]
+
+        def pull(outputs, start, stop):
+            with torch.enable_grad():
+                outputs.requires_grad_()
+                return torch.autograd.grad(self.finish(outputs), outputs, adjoint[start:stop])[0]
+
+        with torch.no_grad():
+            dfeatures, *parts = step_back_blocks(self._pack(), features.detach(), hidden, cell, pull, dhidden, dcell)
+            gradients = self._unpack(*parts)
+        wanted = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        rest = [name for name in wanted if name not in gradients]  # those of `embed`
+        pulled = torch.autograd.grad([features, *new_memory], [grad, *memory, *(wanted[name] for name in rest)],
+                                     [dfeatures, *dmemory])
+        gradients |= zip(rest, pulled[1 + len(memory):])
+        return pulled[0], [dhidden, dcell, *pulled[1:1 + len(memory)]], {name: gradients[name] for name in wanted}
+
     # How it is done ---------------------------------------------------------------------------------------------
 
     def _check(self, grad, state, shape):
@@ -171,6 +205,16 @@ class LSTMOptimizer(nn.Module):
                                       self.output.weight.detach()[0], self.output.bias.detach()[0])
             self._packed_key = key
         return self._packed
+
+    def _unpack(self, weights, output_weight, output_bias):
+        """Gradients of the packed weights -> dict by the names of the parameters."""
+        gradients = {"output.weight": output_weight[None], "output.bias": output_bias[None]}
+        for l, weight in enumerate(weights):
+            inputs = weight.shape[1] - self.hidden_size - 1
+            ih, hh, bias = gates_to_ifog(weight).split([inputs, self.hidden_size, 1], 1)
+            gradients |= {f"lstm.weight_ih_l{l}": ih, f"lstm.weight_hh_l{l}": hh,
+                          f"lstm.bias_ih_l{l}": bias[:, 0], f"lstm.bias_hh_l{l}": bias[:, 0].clone()}
+        return gradients
 
     def _replay(self, grads, state, adjoint):
         return self._replay_with_graph(grads, state, adjoint)
@@ -251,15 +295,8 @@ class CoordinatewiseLSTM(LSTMOptimizer):
     def _replay(self, grads, state, adjoint):
         if grads.device.type != "cpu":
             return self._replay_with_graph(grads, state, adjoint)
-        weights, output_weight, output_bias = replay_blocks(
-            self._pack(), lambda a, b: self.read(grads[:, a:b], ())[0], *state, self.output_scale * adjoint)
-        gradients = {"output.weight": output_weight[None], "output.bias": output_bias[None]}
-        for l, weight in enumerate(weights):
-            inputs = weight.shape[1] - self.hidden_size - 1
-            ih, hh, bias = gates_to_ifog(weight).split([inputs, self.hidden_size, 1], 1)
-            gradients |= {f"lstm.weight_ih_l{l}": ih, f"lstm.weight_hh_l{l}": hh,
-                          f"lstm.bias_ih_l{l}": bias[:, 0], f"lstm.bias_hh_l{l}": bias[:, 0].clone()}
-        return gradients
+        return self._unpack(*replay_blocks(self._pack(), lambda a, b: self.read(grads[:, a:b], ())[0], *state,
+                                           self.output_scale * adjoint))
 
 
 @torch.no_grad()

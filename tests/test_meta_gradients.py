@@ -50,6 +50,27 @@ def test_replay_equals_autograd_across_windows(name, unroll, tiny_mnist):
         assert not any(tensor.requires_grad for tensor in (*params.values(), *state, info.losses))
 
 
+@pytest.mark.parametrize("name", ["quadratics", "mnist", "rnnprop"])
+@pytest.mark.parametrize("unroll", [1, 3, 20])
+@pytest.mark.parametrize("written", [True, False])
+def test_second_order_replay_equals_autograd(name, unroll, written, tiny_mnist, monkeypatch):
+    problem, net = problems(tiny_mnist)[name]
+    if written:
+        monkeypatch.setattr("lstm_blocks.STEP_BACK_BLOCK", 700)
+    else:  # as for a user's own optimizer
+        monkeypatch.delattr("optimizers.LSTMOptimizer.pull_back")
+    batch = problem.sample(3, generator())
+    params, state = batch.params, net.init_state(coordinates_of(batch))
+    for window in range(2):
+        options = dict(second_order=True, objective=("sum", "log")[window], weights=torch.rand(unroll + 1))
+        replayed, info = meta_gradient(net, batch, params, state, window * unroll, unroll, **options)
+        traced, reference = meta_gradient(net, batch, params, state, window * unroll, unroll, "autograd", **options)
+        assert relative(replayed, traced) < 1e-10
+        torch.testing.assert_close(info.losses, reference.losses, rtol=1e-10, atol=1e-12)
+        params, state = info.params, info.state
+        assert not any(tensor.requires_grad for tensor in (*params.values(), *state, info.losses, *replayed.values()))
+
+
 def test_weights_of_the_steps():
     problem, net = Quadratics(dtype=torch.float64), CoordinatewiseLSTM().double()
     batch = problem.sample(2, generator())
@@ -118,7 +139,7 @@ def test_replay_equals_autograd_at_full_size(small_mnist):
     assert relative(one, two) < 1e-10
 
 
-@pytest.mark.parametrize("method, second_order", [("replay", False), ("autograd", False), ("autograd", True)])
+@pytest.mark.parametrize("method, second_order", [("replay", False), ("replay", True), ("autograd", False), ("autograd", True)])
 def test_meta_gradient_against_finite_differences(method, second_order):
     """gradcheck of the unrolled meta-loss. Constant gradients (a linear loss) make all three exact."""
     net = CoordinatewiseLSTM(hidden_size=3, num_layers=2).double()

@@ -104,7 +104,7 @@ def test_bad_input():
         meta_gradient(net, batch, batch.params, net.init_state(1), method="pes", sigma=0)
     with pytest.raises(ValueError, match="pairs must be at least 1, got 0"):
         meta_gradient(net, batch, batch.params, net.init_state(1), method="pes", pairs=0)
-    with pytest.raises(ValueError, match='second_order=True needs method="autograd"'):
+    with pytest.raises(ValueError, match='second_order=True needs method="replay" or "autograd"'):
         meta_gradient(net, batch, batch.params, net.init_state(1), method="pes", second_order=True)
     _, info = meta_gradient(net, batch, batch.params, net.init_state(1), method="pes", pairs=2)
     with pytest.raises(ValueError, match="pairs must stay what it was in the window before, 2, got 1"):
