@@ -112,29 +112,32 @@ class CoordinatewiseLSTM(nn.Module):
         zeros = [torch.zeros(shape, device=device or weight.device, dtype=dtype or weight.dtype) for _ in range(2)]
         return tuple(zeros)
 
-    def forward(self, grad, state):
+    def forward(self, grad, state, inplace=False):
         """One step of the optimizer for all coordinates.
 
         Args:
             grad: (N,), the optimizee's gradient, in the weights' dtype and on their device.
-            state: (hidden, cell) as `init_state` or the previous step returned it; not changed.
+            state: (hidden, cell) as `init_state` or the previous step returned it; changed only if `inplace`.
+            inplace: write the next state over `state` (the same tensors are returned). Not with a graph.
 
         Returns:
             update (N,), to be added to the parameters, and the next state. Both carry a graph back to the weights, to
             `grad` and to `state` when grad mode is on and one of them requires grad; under `torch.no_grad()` neither.
 
         Raises:
-            ValueError: shapes, dtypes or devices do not fit each other.
+            ValueError: shapes, dtypes or devices do not fit each other, or `inplace` where a graph would be recorded.
             NonFiniteError: `grad` holds an infinity or a NaN.
         """
         self._check(grad, state, (grad.numel(),) if isinstance(grad, torch.Tensor) else None)
         check_finite(grad, "grad")
         hidden, cell = state
-        tensors = (grad, hidden, cell, *self.parameters())
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if torch.is_grad_enabled() and any(part.requires_grad for part in (grad, hidden, cell, *self.parameters())):
+            if inplace:
+                raise ValueError("inplace=True records no graph: call under torch.no_grad(), or leave it False")
             return self._step_with_graph(grad, hidden, cell)
         with torch.no_grad():
-            update, hidden, cell = step_blocks(self._pack(), lambda a, b: self._features(grad[a:b]), hidden, cell)
+            update, hidden, cell = step_blocks(self._pack(), lambda a, b: self._features(grad[a:b]), hidden, cell,
+                                               inplace)
         return update, (hidden, cell)
 
     def replay(self, grads, state, adjoint):
