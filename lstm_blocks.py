@@ -134,14 +134,16 @@ _last = threading.local()  # what this thread used last: fresh memory costs as m
 
 
 def scratch_for(packed):
-    """[(rows, buffer of rows × STEP_BLOCK)] for gates, tanh of the cell and each layer's [input; h; 1] in `step_blocks`."""
+    """[(rows, buffer of rows × STEP_BLOCK)] for `step_blocks`: gates, tanh of the cell, each layer's [input; h; 1]."""
     rows = (4 * packed.hidden, packed.hidden, *(weight.shape[1] for weight in packed.weights))
-    key = rows, packed.one.dtype, packed.one.device, STEP_BLOCK
-    if getattr(_last, "scratch_key", None) != key:
-        _last.scratch = None  # free the old one first
-        with torch.inference_mode(False):  # what is made in that mode cannot be written to outside it
-            _last.scratch_key, _last.scratch = key, [(count, packed.one.new_empty(count * STEP_BLOCK)) for count in rows]
-    return _last.scratch
+    key = rows, packed.one.dtype, STEP_BLOCK
+    if packed.one.device.type == "cpu" and getattr(_last, "scratch_key", None) == key:
+        return _last.scratch
+    with torch.inference_mode(False):  # what is made in that mode cannot be written to outside it
+        scratch = [(count, packed.one.new_empty(count * STEP_BLOCK)) for count in rows]
+    if packed.one.device.type == "cpu":  # elsewhere, two streams could meet in it
+        _last.scratch_key, _last.scratch = key, scratch
+    return scratch
 
 
 def tape_for(packed, steps, width):

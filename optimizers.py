@@ -17,9 +17,10 @@ from safetensors.torch import save
 from torch import nn
 
 from argument_checks import NonFiniteError, check_count, check_finite
+from learned_optimizer import LearnedOptimizer
 from lstm_blocks import PackedLSTM, gates_to_ifog, replay_blocks, step_blocks
 
-__all__ = ["CoordinatewiseLSTM", "NonFiniteError", "load_optimizer", "log_sign", "save_optimizer"]
+__all__ = ["CoordinatewiseLSTM", "LearnedOptimizer", "NonFiniteError", "load_optimizer", "log_sign", "save_optimizer"]
 
 FILE_FORMAT = 1
 GRAPH_BLOCK = 1 << 16  # coordinates that `replay` runs at once where autograd does the backward pass
