@@ -38,6 +38,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     runs parameter by parameter, each with a state of its own in `self.state[parameter]`; any other sees all parameters
     of its group as one vector, whose state lies with the group's first parameter. A network on another device is
     copied to where the parameters are, and again when its weights change; it is not trained, and no graph is recorded.
+    A `forward` with an argument `inplace` is called with `inplace=True` and is to write the next state over the given
+    one, which may be a strided part of a larger tensor: that saves a copy of the state.
 
     A parameter without gradient is left alone, and so is its state (in a group's joint vector its gradient is 0). A
     sparse gradient is made dense: rows that are not in it have gradient 0, which a learned optimizer may answer with a
