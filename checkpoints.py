@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from meta_gradients import Coordinates, map_tensors
+from meta_gradients import Coordinates
+from state_nests import map_tensors
 from whole_files import remove_partial_files, write_whole
 
 __all__ = ["named_tuples", "plain", "read_checkpoint", "regroup", "unplain", "write_checkpoint"]

@@ -99,32 +99,38 @@ class Cell:
 class GateGradients:
     """Buffers (4H, w) for the derivative by the gates before activation and for their slopes, with views of their bands."""
 
-    def __init__(self, packed, width):
-        new, H = packed.output_weight.new_zeros, packed.hidden
-        self.gates, self.slope, self.one = new(4 * H, width), new(4 * H, width), packed.one
+    def __init__(self, packed, gates, slope):
+        H = packed.hidden
+        self.gates, self.slope, self.one = gates, slope, packed.one
         self.i, self.f, self.o, self.g = self.gates.split(H)
         self.slope_sigmoids, self.slope_g = self.slope[:3 * H], self.slope[3 * H:]
 
 
-def step_blocks(packed, features, hidden, cells):
+def step_blocks(packed, features, hidden, cells, inplace=False):
     """One step of the optimizer for all coordinates, without a graph.
 
     Args:
         features: function (start, stop) -> (inputs, width), the preprocessed gradients of those coordinates.
-        hidden, cells: (layers, H, N), the state; not changed.
+        hidden, cells: (layers, H, N), the state; changed only if `inplace`.
+        inplace: write the next state over the given one, which saves its memory and a third of the time at many
+            coordinates.
 
     Returns:
         update (N,), hidden and cells of the next step (layers, H, N).
     """
     H, N = hidden.shape[1:]
-    update, new_hidden, new_cells = hidden.new_empty(N), torch.empty_like(hidden), torch.empty_like(cells)
+    update = hidden.new_empty(N)
+    new_hidden, new_cells = (hidden, cells) if inplace else (torch.empty_like(hidden), torch.empty_like(cells))
     states = [tensor.unbind() for tensor in (hidden, cells, new_hidden, new_cells)]
+    rows = (4 * H, H, *(weight.shape[1] for weight in packed.weights))  # gates, tanh(c), each layer's [input; h; 1]
+    scratch = scratch_for(packed, "step", rows, STEP_BLOCK)
     for start, stop in blocks(N, STEP_BLOCK):
-        below, width = features(start, stop), stop - start
-        gates, tanh_cell, ones = hidden.new_empty(4 * H, width), hidden.new_empty(H, width), hidden.new_ones(1, width)
-        for weight, *layer in zip(packed.forward_weights, *states):
+        gates, tanh_cell, *columns = bands(scratch, rows, stop - start)
+        below = features(start, stop)
+        for weight, column, *layer in zip(packed.forward_weights, columns, *states):
             h, c, new_h, new_c = [state[:, start:stop] for state in layer]
-            Cell(torch.cat([below, h, ones]), gates, c, new_c, tanh_cell, new_h).run(weight, packed.minus_one)
+            torch.cat([below, h, packed.one.expand(1, stop - start)], out=column)
+            Cell(column, gates, c, new_c, tanh_cell, new_h).run(weight, packed.minus_one)
             below = new_h
         torch.mv(below.t(), packed.output_weight, out=update[start:stop])
     return update.add_(packed.output_bias), new_hidden, new_cells
@@ -146,25 +152,30 @@ def step_back_blocks(packed, features, hidden, cells, pull, dhidden, dcells):
     H, N, layers = packed.hidden, hidden.shape[2], range(len(packed.inputs))
     dfeatures, weight_grads = torch.empty_like(features), [torch.zeros_like(weight) for weight in packed.weights]
     output_grad, bias_grad = torch.zeros_like(packed.output_weight), torch.zeros_like(packed.output_bias)
+    # of each layer: [input; h; 1], gates, c', tanh(c'), h', and the derivative by [input; h]; then of the gates, twice
+    rows = [count for weight in packed.weights for count in (weight.shape[1], 4 * H, H, H, H, weight.shape[1] - 1)]
+    rows += [4 * H, 4 * H]
+    scratch = scratch_for(packed, "step back", rows, STEP_BACK_BLOCK)
     for start, stop in blocks(N, STEP_BACK_BLOCK):
-        below, width, run = features[:, start:stop], stop - start, []
-        new, ones, into = hidden.new_empty, hidden.new_ones(1, width), GateGradients(packed, width)
+        *own, dgates, slope = bands(scratch, rows, stop - start)
+        below, run, into = features[:, start:stop], [], GateGradients(packed, dgates, slope)
         for l in layers:
-            column = torch.cat([below, hidden[l, :, start:stop], ones])
-            cell = Cell(column, new(4 * H, width), cells[l, :, start:stop], *(new(H, width) for _ in range(3)))
+            column, gates, new_cell, tanh_cell, new_hidden, dcolumn = own[6 * l:6 * l + 6]
+            torch.cat([below, hidden[l, :, start:stop], packed.one.expand(1, stop - start)], out=column)
+            cell = Cell(column, gates, cells[l, :, start:stop], new_cell, tanh_cell, new_hidden)
             cell.run(packed.forward_weights[l], packed.minus_one)
-            run.append(cell)
-            below = cell.hidden_out
+            run.append((cell, dcolumn))
+            below = new_hidden
         outputs = torch.mv(below.t(), packed.output_weight).add_(packed.output_bias)
         adjoint = pull(outputs, start, stop)
         output_grad.addmv_(below, adjoint)
         bias_grad += adjoint.sum()
         dhidden[-1, :, start:stop].addr_(packed.output_weight, adjoint)
         for l in reversed(layers):
-            cell, dh = run[l], dhidden[l, :, start:stop]
+            (cell, dcolumn), dh = run[l], dhidden[l, :, start:stop]
             cell.pull_back(dh, dcells[l, :, start:stop], into)
-            weight_grads[l].addmm_(into.gates, cell.column.t())
-            dbelow, dh_before = torch.mm(packed.backward_weights[l], into.gates).split([packed.inputs[l], H])
+            weight_grads[l].addmm_(dgates, cell.column.t())
+            dbelow, dh_before = torch.mm(packed.backward_weights[l], dgates, out=dcolumn).split([packed.inputs[l], H])
             dh.copy_(dh_before)
             if l:  # the input of this layer is the hidden state of the one below
                 dhidden[l - 1, :, start:stop].add_(dbelow)
@@ -197,7 +208,24 @@ def replay_blocks(packed, features, hidden, cells, adjoint):
     return [grad.clone() for grad in tape.weight_grads], tape.output_grad.clone(), adjoint.sum()
 
 
-_last = threading.local()  # the tape that this thread used last: fresh memory costs as much as the arithmetic on it
+_last = threading.local()  # what this thread used last: fresh memory costs as much as the arithmetic on it
+
+
+def scratch_for(packed, purpose, rows, width):
+    """Buffers of rows × width, one for each number of rows, the same ones again if nothing has changed since."""
+    key, scratch = (tuple(rows), packed.one.dtype, width), getattr(_last, "scratch", {})
+    if packed.one.device.type == "cpu" and scratch.get(purpose, (None,))[0] == key:
+        return scratch[purpose][1]
+    with torch.inference_mode(False):  # what is made in that mode cannot be written to outside it
+        buffers = [packed.one.new_empty(count * width) for count in rows]
+    if packed.one.device.type == "cpu":  # elsewhere, two streams could meet in it
+        _last.scratch = {**scratch, purpose: (key, buffers)}
+    return buffers
+
+
+def bands(buffers, rows, width):
+    """A matrix (rows, width) in each of the buffers, for one block of coordinates."""
+    return [buffer[:count * width].view(count, width) for count, buffer in zip(rows, buffers)]
 
 
 def tape_for(packed, steps, width):
@@ -241,7 +269,7 @@ class Tape:
         self.top = new(steps, H, width)  # hidden state of the last layer, after each step
         self.adjoint = new(steps, width)
         self.dhidden, self.dcell = [new(H, width) for _ in layers], [new(H, width) for _ in layers]
-        self.into = GateGradients(packed, width)
+        self.into = GateGradients(packed, new(4 * H, width), new(4 * H, width))
         self.dcolumns = [new(inputs + H, width) for inputs in packed.inputs]
         self.weight_grads = [torch.zeros_like(weight) for weight in packed.weights]
         self.output_grad = torch.zeros_like(packed.output_weight)

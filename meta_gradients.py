@@ -14,8 +14,9 @@ import torch
 
 from argument_checks import NonFiniteError, check_count, check_positive_number
 from pes import pes_window
+from state_nests import map_tensors
 
-__all__ = ["Coordinates", "WindowInfo", "map_tensors", "meta_gradient"]
+__all__ = ["Coordinates", "WindowInfo", "meta_gradient"]
 
 SMALLEST_SHARE = 1024  # coordinates of a tensor that a partial replay reads at least
 
@@ -89,18 +90,6 @@ class Coordinates:
             weights.append(torch.full((kept,), size / kept))
             start += size
         return torch.cat(indices), torch.cat(weights)
-
-
-def map_tensors(function, state):
-    """Apply a function to every tensor in a state made of tuples, lists, dicts and tensors."""
-    if isinstance(state, torch.Tensor):
-        return function(state)
-    if isinstance(state, dict):
-        return {name: map_tensors(function, part) for name, part in state.items()}
-    if isinstance(state, (tuple, list)):
-        parts = [map_tensors(function, part) for part in state]
-        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
-    return state
 
 
 # The meta-gradient ----------------------------------------------------------------------------------------------------

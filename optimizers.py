@@ -16,11 +16,12 @@ from safetensors.torch import save
 from torch import nn
 
 from argument_checks import NonFiniteError, check_count, check_finite, check_positive_number
+from learned_optimizer import LearnedOptimizer
 from lstm_blocks import PackedLSTM, gates_to_ifog, replay_blocks, step_back_blocks, step_blocks
 from whole_files import write_whole
 
-__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "NonFiniteError", "RNNProp", "load_optimizer", "log_sign", "save_optimizer",
-           "start_as_momentum"]
+__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LearnedOptimizer", "NonFiniteError", "RNNProp", "load_optimizer",
+           "log_sign", "save_optimizer", "start_as_momentum"]
 
 FILE_FORMAT = 1
 GRAPH_BLOCK = 1 << 16  # coordinates that `replay` runs at once where autograd does the backward pass
@@ -90,32 +91,37 @@ class LSTMOptimizer(nn.Module):
         shapes = [(self.num_layers, self.hidden_size)] * 2 + self.memory_shapes
         return tuple(torch.zeros(*shape, num_coordinates, **place) for shape in shapes)
 
-    def forward(self, grad, state):
+    def forward(self, grad, state, inplace=False):
         """One step of the optimizer for all coordinates.
 
         Args:
             grad: (N,), the optimizee's gradient, in the weights' dtype and on their device.
-            state: as `init_state` or the previous step returned it; not changed.
+            state: as `init_state` or the previous step returned it; changed only if `inplace`.
+            inplace: write the next state over `state` (the same tensors are returned). Not with a graph.
 
         Returns:
             update (N,), to be added to the parameters, and the next state. Both carry a graph back to the weights, to
             `grad` and to `state` when grad mode is on and one of them requires grad; under `torch.no_grad()` neither.
 
         Raises:
-            ValueError: shapes, dtypes or devices do not fit each other.
+            ValueError: shapes, dtypes or devices do not fit each other, or `inplace` where a graph would be recorded.
             NonFiniteError: `grad` holds an infinity or a NaN.
         """
         self._check(grad, state, (grad.numel(),) if isinstance(grad, torch.Tensor) else None)
         check_finite(grad, "grad")
         hidden, cell, *memory = state
         if torch.is_grad_enabled() and any(part.requires_grad for part in (grad, *state, *self.parameters())):
+            if inplace:
+                raise ValueError("inplace=True records no graph: call under torch.no_grad(), or leave it False")
             readings, memory = self.read(grad[None], memory)
             features = self.embed(readings).mT  # (1, N, inputs)
             top, (hidden, cell) = self.lstm(features, (columns_last(hidden), columns_last(cell)))
             return self.finish(self.output(top)[0, :, 0]), (hidden.mT, cell.mT, *memory)
         with torch.no_grad():
-            readings, memory = self.read(grad[None], memory)
-            outputs, hidden, cell = step_blocks(self._pack(), lambda a, b: self.embed(readings[0, :, a:b]), hidden, cell)
+            readings, new_memory = self.read(grad[None], memory)
+            outputs, hidden, cell = step_blocks(self._pack(), lambda a, b: self.embed(readings[0, :, a:b]), hidden, cell,
+                                                inplace)
+            memory = [old.copy_(new) for old, new in zip(memory, new_memory)] if inplace else new_memory
             return self.finish(outputs), (hidden, cell, *memory)
 
     def replay(self, grads, state, adjoint):

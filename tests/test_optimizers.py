@@ -15,7 +15,8 @@ from optimizers import CoordinatewiseLSTM, NonFiniteError, RNNProp, load_optimiz
 
 
 def random_state(net, N):
-    return tuple(0.3 * torch.randn_like(part) for part in net.init_state(N))
+    hidden, cell, *memory = (0.3 * torch.randn_like(part) for part in net.init_state(N))
+    return hidden, cell, *(part.abs() for part in memory)  # averages of squares among them
 
 
 # Preprocessing (appendix A) -------------------------------------------------------------------------------------------
@@ -96,6 +97,34 @@ def test_fast_step_equals_nn_lstm(small_blocks, layers, hidden, preprocess, N):
     torch.testing.assert_close(fast, slow.detach(), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(fast_state, tuple(part.detach() for part in slow_state), rtol=1e-12, atol=1e-14)
     assert all(torch.equal(before, after) for before, after in zip(kept, state))  # the given state is left alone
+
+
+@pytest.mark.parametrize("N", BORDERS)
+@pytest.mark.parametrize("net", [CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1), RNNProp()])
+def test_step_in_place_equals_step(small_blocks, net, N):
+    grad, state = torch.randn(N), random_state(net, N)
+    with torch.no_grad():
+        update, expected = net(grad, state)
+        wide = [torch.cat([part, part], -1) for part in state]  # the state may be a part of larger tensors
+        here = tuple(part[..., N:] for part in wide)
+        found, returned = net(grad, here, inplace=True)
+    assert torch.equal(found, update) and all(map(torch.equal, here, expected))
+    assert all(part is given for part, given in zip(returned, here))
+    assert all(torch.equal(part[..., :N], before) for part, before in zip(wide, state))
+    with pytest.raises(ValueError, match="inplace=True records no graph"):
+        net(grad, state, inplace=True)
+
+
+def test_steps_in_and_out_of_inference_mode():
+    """What one of them leaves behind (scratch memory) must not be in the other's way."""
+    net, grad = CoordinatewiseLSTM(hidden_size=4), torch.randn(5)
+    with torch.inference_mode():
+        first, _ = net(grad, net.init_state(5))
+    with torch.no_grad():
+        second, _ = net(grad, net.init_state(5))
+    with torch.inference_mode():
+        third, _ = net(grad, net.init_state(5))
+    assert torch.equal(first, second) and torch.equal(second, third)
 
 
 @pytest.mark.parametrize("layers, hidden", SHAPES)

@@ -22,8 +22,9 @@ def test_snippets_run(number, tmp_path, monkeypatch):
 
 def test_snippets_show_the_public_face():
     text = "".join(SNIPPETS)
-    assert len(SNIPPETS) == 6
-    assert all(word in text for word in ("to_meta", "update_params", "resnet18", "functional_call", "meta_train"))
+    assert len(SNIPPETS) == 7
+    words = ("to_meta", "update_params", "resnet18", "functional_call", "meta_train", "LearnedOptimizer")
+    assert all(word in text for word in words)
 
 
 def test_two_commands_stand_on_a_line_each():
@@ -55,7 +56,8 @@ def test_quadratics_work_without_torchvision():
     subprocess.run([sys.executable, "-c", ALONE], cwd=ROOT, check=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", ["optimizers", "optimizees", "meta_training", "mnist_data", "meta_plots"])
+@pytest.mark.parametrize("name", ["optimizers", "learned_optimizer", "state_nests", "optimizees", "meta_training",
+                                  "mnist_data", "meta_plots"])
 def test_docstring_examples(name, tmp_path, monkeypatch, small_mnist):
     import doctest
     import importlib

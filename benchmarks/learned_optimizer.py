@@ -1,0 +1,127 @@
+"""Time and memory of `LearnedOptimizer.step` on ResNet-18's parameters, beside the bare products of its LSTM and Adam.
+
+    python benchmarks/learned_optimizer.py            # one core; --threads 2 for two
+"Products" are the matrix products of one forward step of the LSTM for all coordinates, with the shapes and in the
+blocks of `lstm_blocks.step_blocks`, on the same buffers again and again: what no implementation of this LSTM by matrix
+products can save. Medians over alternating repetitions, in one process. Peak memory is measured in a process of its own
+for each optimizer: what three steps add to the resident set that model and gradients have.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+OPTIMIZERS = ("LearnedOptimizer", "LearnedOptimizer, bfloat16 state", "Adam")
+
+
+def parameters(architecture):
+    """That model's parameters, with gradients."""
+    import torch
+    import torchvision
+
+    params = list(getattr(torchvision.models, architecture)(weights=None).parameters())
+    for parameter in params:
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    return params
+
+
+def optimizer_of(name, params):
+    import torch
+
+    from optimizers import LearnedOptimizer, load_optimizer
+
+    if name == "Adam":
+        return torch.optim.Adam(params, lr=1e-5)
+    state_dtype = torch.bfloat16 if "bfloat16" in name else None
+    # lr 0: the parameters stay where they are, and the update is computed and added all the same
+    return LearnedOptimizer(params, load_optimizer("mnist"), lr=0.0, state_dtype=state_dtype)
+
+
+def products(size):
+    """A function that runs the matrix products of one step for `size` coordinates."""
+    import torch
+
+    from lstm_blocks import STEP_BLOCK, blocks
+    from optimizers import load_optimizer
+
+    packed = load_optimizer("mnist")._pack()
+    spans = blocks(size, STEP_BLOCK)
+    width = spans[0][1]
+    columns = [torch.randn(weight.shape[1], width) for weight in packed.forward_weights]
+    gates, update = torch.empty(4 * packed.hidden, width), torch.empty(width)
+    top = torch.randn(packed.hidden, width)
+
+    def run():
+        for _ in spans:
+            for weight, column in zip(packed.forward_weights, columns):
+                torch.mm(weight, column, out=gates)
+            torch.mv(top.t(), packed.output_weight, out=update)
+
+    return run
+
+
+def seconds(runs, repetitions):
+    """Median time of each function, alternating."""
+    times = {name: [] for name in runs}
+    for repetition in range(repetitions + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if repetition:  # the first is a warm-up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_memory(name, architecture, threads):
+    """MB that three steps add to the peak of a fresh process."""
+    command = [sys.executable, __file__, "--memory-of", name, "--architecture", architecture, "--threads", str(threads)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def state_megabytes(optimizer):
+    return sum(part.nbytes for state in optimizer.state.values() for part in state.values()) / 2**20
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="resnet18", help="a torchvision model (default resnet18)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default 1)")
+    parser.add_argument("--repetitions", type=int, default=5, help="repetitions of each case (default 5)")
+    parser.add_argument("--memory-of", choices=OPTIMIZERS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    params = parameters(arguments.architecture)
+    if arguments.memory_of:
+        optimizer = optimizer_of(arguments.memory_of, params)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(3):
+            optimizer.step()
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        return
+    size = sum(parameter.numel() for parameter in params)
+    print(f"torch {torch.__version__}, {platform.machine()}, {arguments.threads} thread(s), {arguments.architecture}, "
+          f"{size:,} coordinates\n")
+    memory = {name: peak_memory(name, arguments.architecture, arguments.threads) for name in OPTIMIZERS}
+    optimizers = {name: optimizer_of(name, params) for name in OPTIMIZERS}
+    times = seconds({"products": products(size), **{name: rule.step for name, rule in optimizers.items()}},
+                    arguments.repetitions)
+    print("| | ms | ratio to the products | state, MB | peak, MB |\n| --- | --- | --- | --- | --- |")
+    print(f"| the LSTM's products alone | {1e3 * times['products']:.0f} | 1 | – | – |")
+    for name, optimizer in optimizers.items():
+        print(f"| {name} | {1e3 * times[name]:.0f} | {times[name] / times['products']:.2f} | "
+              f"{state_megabytes(optimizer):.0f} | {memory[name]:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,485 @@
+"""`LearnedOptimizer`: a trained learned optimizer with the face of `torch.optim`.
+
+θ ← θ + lr · g with (g, h) ← m(∇, h; φ), the update rule of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1),
+for any network m with `init_state(num_coordinates)` and `forward(grad, state) -> (update, state)`. The network is used,
+never trained (that is `meta_training`). The state is most of the memory, 2·layers·hidden numbers for each coordinate
+of an LSTM, so it is kept per parameter and renewed in place, a chunk of coordinates at a time.
+"""
+
+import copy
+import inspect
+import math
+from contextlib import nullcontext
+from functools import reduce
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from argument_checks import check_finite
+from lstm_blocks import blocks
+from state_nests import fill_leaves, map_tensors, named_leaves
+
+__all__ = ["LearnedOptimizer"]
+
+CHUNK = {"cpu": 1 << 14, "elsewhere": 1 << 18}  # coordinates that a coordinatewise network gets at once, at most
+OPTIONS = ("net", "lr", "weight_decay", "maximize", "state_dtype")
+SMALL = 2048  # coordinates of a parameter up to which it runs together with others: a call costs as much as some 1,000
+UNSAVED = ("net", "state_dtype")  # options of a group that belong to the program, not to a checkpoint
+UNSUPPORTED = ("foreach", "fused", "capturable", "differentiable", "momentum", "betas")  # options of torch's optimizers
+STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class LearnedOptimizer(torch.optim.Optimizer):
+    """A trained learned optimizer as a `torch.optim.Optimizer`, with all that goes with one.
+
+    Gradients are cast to the network's dtype, updates added in the parameter's. A network with `coordinatewise = True`
+    runs parameter by parameter, each with a state of its own in `self.state[parameter]`; any other sees all parameters
+    of its group as one vector, whose state lies with the group's first parameter. A network on another device is
+    copied to where the parameters are, and again when its weights change; it is not trained, and no graph is recorded.
+    A `forward` with an argument `inplace` is called with `inplace=True` and is to write the next state over the given
+    one, which may be a strided part of a larger tensor: that saves a copy of the state.
+
+    A parameter without gradient is left alone, and so is its state (in a group's joint vector its gradient is 0). A
+    sparse gradient is made dense: rows that are not in it have gradient 0, which a learned optimizer may answer with a
+    movement as it does to any other gradient.
+
+    `state_dict()` holds tensors and numbers only, so that `torch.load(weights_only=True)` reads it. It does not hold
+    the networks: give the same ones when resuming (`save_optimizer` and `load_optimizer` store them).
+    `load_state_dict` copies, and keeps this optimizer's networks and state dtype.
+
+    Args:
+        params: parameters, named parameters or parameter groups, real and floating-point. A group is a dict with
+            "params" and, where they differ from the arguments below, "net", "lr", "weight_decay", "maximize",
+            "state_dtype".
+        net: the network; None if every group has its own.
+        lr: factor on the update, at least 0; a number or a tensor of one element. Default 1, the network's own scale.
+        weight_decay: λ ≥ 0, coupled as in `torch.optim.SGD`: the network reads ∇ + λθ. Default 0.
+        maximize: the network reads -∇. Default False.
+        state_dtype: store the state in this floating dtype, `torch.bfloat16` for half the memory; the network still
+            computes in its own. Parts with one number per coordinate (moments, step counters) keep their dtype.
+            Default None: the dtype that `init_state` gives.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+        NonFiniteError: from `step`, a gradient holds an infinity or a NaN; no parameter and no state has changed.
+
+    Example:
+        >>> from optimizers import load_optimizer
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = LearnedOptimizer(model.parameters(), load_optimizer("mnist"))
+        >>> model(torch.ones(2, 3)).pow(2).mean().backward()
+        >>> optimizer.step()
+
+    Reference: Andrychowicz et al. 2016, section 2.1 ("Coordinatewise LSTM optimizer").
+    """
+
+    def __init__(self, params, net, lr=1.0, weight_decay=0.0, *, maximize=False, state_dtype=None):
+        self._networks = {}  # (net, device, number of coordinates if it matters) -> Network
+        super().__init__(params, dict(zip(OPTIONS, (net, lr, weight_decay, maximize, state_dtype))))
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.__dict__.setdefault("_networks", {})
+
+    def add_param_group(self, param_group):
+        """Add a group, as `torch.optim.Optimizer.add_param_group` does; the same arguments and checks as above."""
+        if isinstance(param_group, dict):
+            check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        number, group = len(self.param_groups) - 1, self.param_groups[-1]
+        try:
+            for index, parameter in enumerate(group["params"]):
+                if not parameter.is_floating_point():
+                    raise TypeError(f"params must be real floating-point tensors, but {label(group, number, index)} "
+                                    f"is {parameter.dtype}")
+            for members in vectors_of(group):
+                self._network(group["net"], [group["params"][index] for index in members])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the loss again, gradients included, and returns it. Default None.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            NonFiniteError: a gradient is not finite; nothing has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = [vector for number, group in enumerate(self.param_groups) for vector in self._vectors(group, number)]
+        check_gradients(work)
+        by_network = {}
+        for vector in work:
+            vector.prepare(self.state)
+            by_network.setdefault(vector.network, []).append(vector)
+        for network, vectors in by_network.items():
+            network.advance(vectors)
+        for vector in work:
+            vector.apply()
+        return loss
+
+    def state_dict(self):
+        """As `torch.optim.Optimizer.state_dict`, without the networks. The tensors are no copies."""
+
+        def leave_out(_, packed):
+            for group in packed["param_groups"]:
+                for name in UNSAVED:
+                    group.pop(name, None)
+
+        hook = self.register_state_dict_post_hook(leave_out, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def load_state_dict(self, state_dict):
+        """As `torch.optim.Optimizer.load_state_dict`; the networks and the state's dtype stay this optimizer's.
+
+        Args:
+            state_dict: from `state_dict` of an optimizer with the same networks; its tensors are copied.
+
+        Raises:
+            ValueError: it does not fit the parameters or the networks; nothing has changed.
+        """
+        groups, state = self.param_groups, {}
+
+        def take(_, saved):  # after the user's own hooks; torch would cast the state to the parameters' dtype
+            state.update(self._state_from(saved))
+            return {**saved, "state": {}}
+
+        def put(_):  # before the user's own hooks
+            for group, before in zip(self.param_groups, groups):
+                group.update({name: before[name] for name in OPTIONS if name in UNSAVED or name not in group})
+            self.state.update(state)
+
+        hooks = [self.register_load_state_dict_pre_hook(take),
+                 self.register_load_state_dict_post_hook(put, prepend=True)]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    # How it is done ---------------------------------------------------------------------------------------------------
+
+    def _network(self, net, params):
+        """The network where these parameters are, for as many coordinates as they have."""
+        size, devices = sum(map(torch.numel, params)), {parameter.device for parameter in params}
+        if len(devices) > 1:
+            raise ValueError(f"{type(net).__name__} is not coordinatewise, so the parameters of its group must be on "
+                             f"one device, got {sorted(map(str, devices))}")
+        key = net, *devices, None if is_coordinatewise(net) else size
+        network, version = self._networks.get(key), version_of(net)
+        if network is None or network.version != version:
+            network = self._networks[key] = Network(net, *devices, size, version)
+        return network
+
+    def _vectors(self, group, number):
+        """What this group has to do in a step: the vectors with at least one gradient."""
+        lr, networks = float(group["lr"]), {}  # one look at the network's weights for each device
+        for members in vectors_of(group):
+            params = [group["params"][index] for index in members]
+            if any(parameter.grad is not None for parameter in params):
+                device = params[0].device
+                if device not in networks:
+                    networks[device] = self._network(group["net"], params)
+                yield Vector(params, group, networks[device], lr,
+                             lambda place, members=members: label(group, number, members[place]))
+
+    def _state_from(self, saved):
+        """dict from parameter to a copy of its saved state, which must fit. Empty if the groups differ: torch tells."""
+        state, groups = {}, saved["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+            return state
+        for number, (group, keys) in enumerate(zip(self.param_groups, (group["params"] for group in groups))):
+            owners = {members[0]: members for members in vectors_of(group)}
+            for index, key in enumerate(keys):
+                leaves = saved["state"].get(key)
+                if not leaves:
+                    continue
+                where = f"the state of {label(group, number, index)}"
+                if index not in owners:
+                    raise ValueError(f"{where} has no place here: got {sorted(leaves)}, accepted is none")
+                params = [group["params"][member] for member in owners[index]]
+                network = self._network(group["net"], params)
+                state[params[0]] = network.fitting(leaves, sum(map(torch.numel, params)), group["state_dtype"], where)
+        return state
+
+
+# Parameter groups -----------------------------------------------------------------------------------------------------
+
+
+def check_options(options):
+    """Raise unless a group's options are what `LearnedOptimizer` accepts."""
+    net, dtype, lr = options["net"], options["state_dtype"], options["lr"]
+    if not isinstance(net, nn.Module) or not callable(getattr(net, "init_state", None)):
+        raise TypeError(f"net must be a learned optimizer, an nn.Module with init_state, got {type(net).__name__}")
+    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    for name in ("lr", "weight_decay"):
+        value = options[name]
+        if isinstance(value, bool) or not isinstance(value, (Real, torch.Tensor) if name == "lr" else Real):
+            raise TypeError(f"{name} must be a number of at least 0, got {value!r}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+    if not isinstance(options["maximize"], bool):
+        raise TypeError(f"maximize must be True or False, got {options['maximize']!r}")
+    if dtype is not None and dtype not in STATE_DTYPES:
+        raise ValueError(f"state_dtype must be None or one of {STATE_DTYPES}, got {dtype!r}")
+    for name in UNSUPPORTED:
+        if options.get(name):
+            raise ValueError(f"{name}={options[name]!r} is an option that LearnedOptimizer does not have")
+
+
+def is_coordinatewise(net):
+    return bool(getattr(net, "coordinatewise", False))
+
+
+def vectors_of(group):
+    """Which parameters the group's network reads as one vector: lists of their places in the group."""
+    sizes = list(map(torch.numel, group["params"]))
+    if is_coordinatewise(group["net"]):
+        return [[index] for index, size in enumerate(sizes) if size]
+    return [list(range(len(sizes)))] if sum(sizes) else []
+
+
+def label(group, number, index):
+    name = f" ({group['param_names'][index]})" if "param_names" in group else ""
+    return f"parameter {index}{name} of group {number}"
+
+
+def check_gradients(vectors):
+    """Raise NonFiniteError unless all gradients are finite; one synchronization for each device."""
+    flags = {}
+    for vector in vectors:
+        for gradient in vector.gradients:
+            flags.setdefault(gradient.device, []).append(torch.isfinite(gradient).all())
+    if not all(torch.stack(flags_there).all() for flags_there in flags.values()):
+        for vector in vectors:
+            for place, gradient in enumerate(vector.gradients):
+                check_finite(gradient, f"the gradient of {vector.label(place)}")
+
+
+class Vector:
+    """Parameters that a network reads as one vector in one step: their gradients, their state, their update."""
+
+    def __init__(self, params, group, network, lr, label):
+        self.params, self.network, self.lr, self.label = params, network, lr, label
+        self.state_dtype, self.net_name = group["state_dtype"], type(group["net"]).__name__
+        self.gradients = [flat_gradient(parameter, group, network.dtype or params[0].dtype) for parameter in params]
+
+    def prepare(self, states):
+        """Find the state, or begin one."""
+        self.grad = joined(self.gradients)
+        self.size, self.update = len(self.grad), torch.empty_like(self.grad)
+        self.state = states[self.params[0]]
+        if not self.state:
+            self.state.update(self.network.new_state(self.size, self.state_dtype))
+        elif self.state.keys() != self.network.parts.keys():
+            raise ValueError(f"the state of {self.label(0)} has the parts {list(self.state)}, which are not those of "
+                             f"{self.net_name}: {list(self.network.parts)}")
+
+    def apply(self):
+        """θ ← θ + lr · update, where there is a gradient."""
+        for parameter, update in zip(self.params, self.update.split(list(map(torch.numel, self.params)))):
+            if parameter.grad is not None:
+                parameter.add_(update.view(parameter.shape), alpha=self.lr)
+
+
+def flat_gradient(parameter, group, dtype):
+    """(n,), what the network is to read for this parameter, in its dtype. May share memory with `.grad`."""
+    if parameter.grad is None:
+        return torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
+    gradient = parameter.grad.detach().to(dtype)
+    if gradient.layout is not torch.strided:
+        gradient = gradient.to_dense()
+    if group["maximize"]:
+        gradient = -gradient
+    if group["weight_decay"]:
+        gradient = gradient.add(parameter.to(dtype), alpha=group["weight_decay"])
+    return gradient.reshape(-1)
+
+
+def joined(pieces):
+    """Tensors (..., n_i) as one (..., Σ n_i); a single one as it is."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+
+# The network and its state --------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """One leaf of the state, as the network has it."""
+
+    lead: tuple  # the shape before the axis of coordinates; all of the shape if there is no such axis
+    dtype: object  # None for a Python number
+    along: bool  # the last axis is that of the coordinates
+
+    def shape(self, size):
+        return (*self.lead, size) if self.along else self.lead
+
+    def stored_dtype(self, size, state_dtype):
+        vectors = self.dtype.is_floating_point and math.prod(self.shape(size)) > size
+        return state_dtype if state_dtype and vectors else self.dtype
+
+
+class Network:
+    """A learned optimizer's network on one device, and of what parts its state is.
+
+    The state is stored flat, as a dict from the leaf's name to a tensor (..., n) or a number, which is what
+    `torch.optim.Optimizer` and `torch.load(weights_only=True)` handle.
+    """
+
+    def __init__(self, net, device, size, version):
+        elsewhere = any(tensor.device != device for tensor in tensors_of(net))
+        self.net, self.device, self.version = copy.deepcopy(net).to(device) if elsewhere else net, device, version
+        self.options = {"inplace": True} if "inplace" in inspect.signature(net.forward).parameters else {}
+        self.most = CHUNK.get(device.type, CHUNK["elsewhere"]) if is_coordinatewise(net) else math.inf
+        nests = [self.net.init_state(n) for n in ((2, 3) if is_coordinatewise(net) else (size,))]
+        self.parts = parts_of(nests, type(net).__name__)
+        self.nest = map_tensors(lambda leaf: leaf.new_empty(0), nests[0])
+        self.joins = is_coordinatewise(net) and all(part.along for part in self.parts.values())
+        kinds = [tensor.dtype for tensor in tensors_of(net)], [part.dtype for part in self.parts.values() if part.dtype]
+        weights, state = ([kind for kind in some if kind.is_floating_point] for some in kinds)
+        self.dtype = weights[0] if weights else reduce(torch.promote_types, state) if state else None
+
+    def chunks(self, size):
+        return [(0, size)] if size <= self.most else blocks(size, self.most)
+
+    def new_state(self, size, state_dtype):
+        """The state before the first step, for a vector of that size."""
+        state = {name: torch.empty(part.shape(size), dtype=part.stored_dtype(size, state_dtype), device=self.device)
+                 for name, part in self.parts.items() if part.dtype}
+        for start, stop in self.chunks(size):
+            for name, leaf in named_leaves(self.net.init_state(stop - start)).items():
+                if self.parts[name].dtype is None:
+                    state[name] = leaf
+                else:
+                    (state[name][..., start:stop] if self.parts[name].along else state[name]).copy_(leaf)
+        return {name: state[name] for name in self.parts}
+
+    def fitting(self, leaves, size, state_dtype, where):
+        """A copy of saved leaves on this device, or ValueError if they are not this network's."""
+        expected = {name: part.shape(size) if part.dtype else "a number" for name, part in self.parts.items()}
+        found = {name: tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else "a number"
+                 for name, leaf in leaves.items()}
+        if found != expected:
+            raise ValueError(f"{where} must have the parts {expected}, got {found}")
+        return {name: leaves[name].to(self.device, part.stored_dtype(size, state_dtype), copy=True)
+                if part.dtype else leaves[name] for name, part in self.parts.items()}
+
+    def advance(self, vectors):
+        """One step: fills the vectors' updates and renews their states. Small vectors run together, large ones cut."""
+        batch, size = [], 0
+        for vector in vectors:
+            if not self.joins or vector.size > min(SMALL, self.most):
+                for span in self.chunks(vector.size):
+                    self.run([(vector, *span)])
+                continue
+            if size + vector.size > self.most:
+                self.run(batch)
+                batch, size = [], 0
+            batch.append((vector, 0, vector.size))
+            size += vector.size
+        if batch:
+            self.run(batch)
+
+    def run(self, spans):
+        """One call of the network for spans (vector, start, stop) of coordinates."""
+        sizes, kind = [stop - start for _, start, stop in spans], self.device.type
+        grad = joined([vector.grad[start:stop] for vector, start, stop in spans])
+        places = {name: [vector.state[name][..., start:stop] if part.along else vector.state[name]
+                         for vector, start, stop in spans] for name, part in self.parts.items()}
+        given = {name: self.to_compute(name, places[name], spans) for name in self.parts}
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            update, state = self.net(grad, fill_leaves(self.nest, given), **self.options)
+        leaves = self.checked(update, named_leaves(state), grad, given)
+        for (vector, start, stop), piece in zip(spans, update.split(sizes)):
+            vector.update[start:stop] = piece
+        self.store(spans, places, given, leaves)
+
+    def store(self, spans, places, given, leaves):
+        """Write the new state over the old."""
+        old = {place.untyped_storage().data_ptr() for name, part in self.parts.items() if part.dtype
+               for place in places[name]}
+        for name, leaf in leaves.items():  # a network may hand back a part of the old state: out of the way with it
+            if self.parts[name].dtype and leaf.untyped_storage().data_ptr() in old and not same(leaf, given[name]):
+                leaves[name] = leaf.clone()
+        sizes, (vector, _, end) = [stop - start for _, start, stop in spans], spans[-1]
+        for name, part in self.parts.items():
+            if part.along:
+                for place, piece in zip(places[name], leaves[name].split(sizes, -1)):
+                    if not same(place, piece):
+                        place.copy_(piece)
+            elif end == vector.size:  # all chunks of a vector read the old value, and the last one leaves the new
+                if part.dtype:
+                    places[name][0].copy_(leaves[name])
+                else:
+                    vector.state[name] = leaves[name]
+
+    def to_compute(self, name, places, spans):
+        """A part of the state as the network is to get it: the stored memory itself wherever that is possible."""
+        part = self.parts[name]
+        if part.dtype is None:
+            return places[0]
+        if part.along:
+            leaf = joined(places).to(part.dtype)
+            return leaf if self.options else leaf.contiguous()  # a user's network may rely on it
+        return places[0].to(part.dtype, copy=spans[0][2] - spans[0][1] < spans[0][0].size)
+
+    def checked(self, update, leaves, grad, given):
+        """The new state's leaves, or ValueError if the network did not return what was agreed."""
+        if not isinstance(update, torch.Tensor) or update.shape != grad.shape:
+            got = tuple(update.shape) if isinstance(update, torch.Tensor) else type(update).__name__
+            raise ValueError(f"{type(self.net).__name__} must return an update {tuple(grad.shape)}, got {got}")
+        shapes, expected = ({name: getattr(leaf, "shape", None) for name, leaf in parts.items()}
+                            for parts in (leaves, given))
+        if shapes != expected:
+            raise ValueError(f"{type(self.net).__name__} must return a state like the one it got, {expected}; "
+                             f"got {shapes}")
+        return leaves
+
+
+def same(a, b):
+    """Whether two tensors are one and the same memory."""
+    return (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
+
+
+def tensors_of(net):
+    return [*net.parameters(), *net.buffers()]
+
+
+def version_of(net):
+    """Changes when the weights change or move."""
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors_of(net))
+
+
+def parts_of(nests, net_name):
+    """The parts of a state, from `init_state` of two and of three coordinates; or from one nest, taken as it is."""
+    parts = {}
+    for name, leaf in named_leaves(nests[0]).items():
+        twin = named_leaves(nests[-1])[name]
+        if isinstance(leaf, torch.Tensor) and leaf.dim() and len(nests) == 2 and leaf.shape != twin.shape:
+            lead, last = tuple(leaf.shape[:-1]), (leaf.shape[-1], twin.shape[-1])
+            if last != (2, 3) or twin.shape[:-1] != leaf.shape[:-1]:
+                raise ValueError(f"{name} of {net_name} must have the coordinates as its last axis (coordinatewise is "
+                                 f"True), got {tuple(leaf.shape)} for 2 coordinates and {tuple(twin.shape)} for 3")
+            parts[name] = Part(lead, leaf.dtype, True)
+        elif isinstance(leaf, torch.Tensor):
+            parts[name] = Part(tuple(leaf.shape), leaf.dtype, False)
+        elif isinstance(leaf, (int, float)):
+            parts[name] = Part((), None, False)
+        else:
+            raise TypeError(f"{name} of {net_name} must be a tensor or a number, got {type(leaf).__name__}")
+    return parts
