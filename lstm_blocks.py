@@ -16,7 +16,7 @@ import torch
 __all__ = ["PackedLSTM", "step_back_blocks", "step_blocks", "replay_blocks"]
 
 STEP_BLOCK = 4096  # coordinates in a block of one forward step
-STEP_BACK_BLOCK = 2048  # and of one backward step
+STEP_BACK_BLOCK = 4096  # and of one backward step
 REPLAY_BLOCK = (256, 2048)  # bounds on the coordinates in a block of the replay
 REPLAY_BYTES = 48 << 20  # what the activations of one block of the replay should take, between those bounds
 
