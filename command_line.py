@@ -23,8 +23,8 @@ from torch import distributed
 
 from argument_checks import NonFiniteError
 from meta_training import BASELINES, compare, evaluate, meta_train, tune_baselines
-from optimizees import ACTIVATIONS, MNISTNet, Quadratics
-from optimizers import CoordinatewiseLSTM, load_optimizer, save_optimizer
+from optimizees import ACTIVATIONS, MNISTNet, Quadratics, RandomScaling
+from optimizers import CoordinatewiseLSTM, RNNProp, load_optimizer, save_optimizer, start_as_momentum
 from whole_files import write_whole
 
 __all__ = ["main"]
@@ -41,6 +41,8 @@ FIGURE_FORMATS = (".pdf", ".png", ".svg")
 def main(arguments=None):
     """Run the command line; returns the exit status. Default arguments: the program's."""
     options = make_parser().parse_args(arguments)
+    if getattr(options, "second_order", False) and options.replay_fraction is None:
+        options.replay_fraction = 1.0  # Hessian products need every coordinate
     for name, value in DEFAULTS[options.problem].items():
         if getattr(options, name, value) is None:
             setattr(options, name, value)
@@ -82,6 +84,8 @@ def run_train(options):
     device = join_processes(options.device)
     torch.manual_seed(options.seed)
     net, problem = make_net(options), make_problem(options, "train", device)
+    if options.random_scaling is not None or options.random_signs:
+        problem = RandomScaling(problem, options.random_scaling or 0.0, options.random_signs)
     settings = {name: getattr(options, name) for name in (
         "steps", "unroll", "meta_batch", "iterations", "lr", "seed", "warmup", "clip", "replay_fraction", "objective",
         "horizons", "second_order", "skip_non_finite", "validation_every", "validation_functions")}
@@ -89,7 +93,7 @@ def run_train(options):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "meta-training was interrupted")  # it is said below
         try:
-            history = meta_train(net, problem, device=device, method="autograd" if options.second_order else "replay",
+            history = meta_train(net, problem, device=device,
                                  checkpoint=checkpoint, checkpoint_every=options.checkpoint_every, callback=scalars,
                                  progress=not options.quiet, **settings)
         finally:
@@ -165,6 +169,11 @@ def make_net(options):
     if options.start:
         return load_optimizer(options.start)
     preprocess = None if options.preprocess == "none" else options.preprocess
+    if options.network == "rnnprop":
+        return RNNProp(options.units, options.layers)
+    if options.start_as_nag is not None:
+        net = CoordinatewiseLSTM(options.units, options.layers, preprocess, output_scale=options.output_scale)
+        return start_as_momentum(net, options.start_as_nag)
     return CoordinatewiseLSTM(options.units, options.layers, preprocess, output_scale=options.output_scale)
 
 
@@ -281,6 +290,10 @@ def add_training(command):
 
     add = command.add_argument_group("the learned optimizer").add_argument
     add("--start", metavar="FILE", help="refine this optimizer (a file or a name in pretrained/) instead of a new one")
+    add("--network", choices=("lstm", "rnnprop"), default="lstm",
+        help="lstm: Andrychowicz et al. 2016; rnnprop: Lv et al. 2017, which reads what Adam would do; default lstm")
+    add("--start-as-nag", metavar="LR", type=float,
+        help="lstm with log_sign: weights that make the steps of Nesterov momentum with this learning rate")
     add("--units", metavar="N", type=int, default=20, help="hidden units of the LSTM; default 20")
     add("--layers", metavar="N", type=int, default=2, help="layers of the LSTM; default 2")
     add("--preprocess", choices=("none", "log_sign"), help=f"of the gradients it reads; {by_problem('preprocess')}")
@@ -301,7 +314,10 @@ def add_training(command):
     add("--replay-fraction", metavar="X", type=float,
         help=f"share of the coordinates in the meta-gradient; {by_problem('replay_fraction')}")
     add("--objective", choices=("sum", "log"), default="sum", help="sum of the losses or of their logs; default sum")
-    add("--second-order", action="store_true", help="keep the second derivatives of the functions: slower")
+    add("--second-order", action="store_true", help="the exact meta-gradient of each window: slower")
+    add("--random-scaling", metavar="RADIUS", type=float,
+        help="train in other coordinates, each scaled by e^u, u uniform on ±RADIUS")
+    add("--random-signs", action="store_true", help="and each with a random sign")
     add("--skip-non-finite", metavar="N", type=int, default=0,
         help="let up to N windows in a row pass that are not finite; default 0: stop")
     add("--validation-every", metavar="N", type=int, help="iterations between two validations; default iterations / 40")

@@ -335,8 +335,10 @@ def start_as_momentum(net, lr, momentum=0.9, nesterov=True, averages=(0.5, 0.95,
 
     Reference: ours; to start from a hand-designed optimizer, by imitation, is Chen et al. 2020 (arXiv 2010.09089).
     """
-    if not isinstance(net, CoordinatewiseLSTM) or net.preprocess != "log_sign":
-        raise TypeError('net must be a CoordinatewiseLSTM with preprocess="log_sign"')
+    if not isinstance(net, CoordinatewiseLSTM):
+        raise TypeError(f"net must be a CoordinatewiseLSTM, got {type(net).__name__}")
+    if net.preprocess != "log_sign":
+        raise ValueError(f'net must have preprocess="log_sign" to start as momentum, got {net.preprocess!r}')
     check_positive_number(lr=lr)
     if not (isinstance(momentum, (int, float)) and 0 <= momentum < 1):
         raise ValueError(f"momentum must be a number in [0, 1), got {momentum!r}")

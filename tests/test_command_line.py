@@ -15,7 +15,7 @@ import torch
 
 import command_line
 from command_line import main
-from optimizers import CoordinatewiseLSTM, load_optimizer, save_optimizer
+from optimizers import CoordinatewiseLSTM, load_optimizer, save_optimizer, start_as_momentum
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--dim", "2", "--units", "3", "--layers", "1", "--steps", "20", "--unroll", "5", "--meta-batch", "4",
@@ -71,6 +71,19 @@ def test_mnist_and_refining(tiny_mnist):
     assert refined.config == load_optimizer("mnist").config and not same(weights("mnist"), refined.state_dict())
 
 
+def test_starting_as_nag_with_the_true_meta_gradient(tiny_mnist):
+    assert main(["train", "--problem", "mnist", "--data", str(tiny_mnist), "--hidden", "3", "--batch-size", "8",
+                 "--output", "net.safetensors", "--start-as-nag", "0.5", "--second-order", "--random-signs",
+                 "--unroll", "5", "--steps", "10", "--iterations", "2", "--lr", "1e-6", "--quiet", "--device", "cpu"]) == 0
+    started = start_as_momentum(CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1), 0.5)
+    assert torch.allclose(load_optimizer("net.safetensors").output.weight, started.output.weight, atol=1e-4)
+
+
+def test_rnnprop_with_random_scaling():
+    assert main(["train", "--output", "net.safetensors", *SMALL, "--network", "rnnprop", "--random-scaling", "2"]) == 0
+    assert load_optimizer("net.safetensors").config["hidden_size"] == 3
+
+
 def test_results_are_not_replaced_silently(capsys):
     train = ["train", "--output", "net.safetensors", *SMALL]
     assert main(train) == 0
@@ -90,6 +103,8 @@ def test_results_are_not_replaced_silently(capsys):
     (["train", "--output", "x.safetensors", *SMALL, "--lr", "-1"], "lr must be a positive number, got -1.0"),
     (["train", "--output", "x.safetensors", *SMALL, "--start", "nothing"], "no file 'nothing'"),
     (["train", "--output", "x.safetensors", *SMALL, "--figure", "x.doc"], "--figure must end in one of .* got 'x.doc'"),
+    (["train", "--output", "x.safetensors", *SMALL, "--start-as-nag", "1"], 'preprocess="log_sign" to start as momentum'),
+    (["train", "--output", "x.safetensors", *SMALL, "--random-scaling", "-1"], "radius must be a number"),
     (["evaluate", "nothing", *RACE], "no file 'nothing', and no pretrained optimizer of that name"),
     (["compare", "quadratics", "quadratics", *RACE], "files must have different names"),
 ])

@@ -263,8 +263,8 @@ def test_start_as_momentum_leaves_the_other_units_to_training():
 
 
 @pytest.mark.parametrize("arguments, error, message", [
-    (dict(net=CoordinatewiseLSTM(), lr=1.0), TypeError, 'CoordinatewiseLSTM with preprocess="log_sign"'),
-    (dict(net=RNNProp(), lr=1.0), TypeError, 'CoordinatewiseLSTM with preprocess="log_sign"'),
+    (dict(net=CoordinatewiseLSTM(), lr=1.0), ValueError, 'preprocess="log_sign" to start as momentum, got None'),
+    (dict(net=RNNProp(), lr=1.0), TypeError, "CoordinatewiseLSTM, got RNNProp"),
     (dict(net=CoordinatewiseLSTM(preprocess="log_sign"), lr=0), ValueError, "lr must be a positive number, got 0"),
     (dict(net=CoordinatewiseLSTM(preprocess="log_sign"), lr=1.0, momentum=1.0), ValueError, "momentum must be .* got 1.0"),
     (dict(net=CoordinatewiseLSTM(preprocess="log_sign"), lr=1.0, averages=(2,)), ValueError, r"averages must be .* got \(2,\)"),
