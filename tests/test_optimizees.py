@@ -76,6 +76,16 @@ def test_initial_weights(tiny_mnist):
     assert abs(weight.std() - 0.01) < 1e-4
 
 
+def test_smaller_images(small_mnist):
+    full, small = (MNISTNet((3,), root=small_mnist, side=side) for side in (None, 7))
+    assert small.sizes == (49, 3, 10) and "49-3-10" in small.name and small.with_split("test").sizes == small.sizes
+    blocks = full.images[0].view(28, 28).unfold(0, 4, 4).unfold(1, 4, 4).mean((2, 3))
+    torch.testing.assert_close(small.images[0], 4 * blocks.flatten())
+    weight = small.sample(50, generator()).params["weight0"]
+    assert 0.99 / 28 < weight.abs().max() <= 1 / 28  # of 784 inputs, not of 49
+    assert MNISTNet((3,), root=small_mnist, side=28).images.equal(full.images)
+
+
 def test_offline_network_has_the_digits_size(tmp_path, offline):
     with pytest.warns(UserWarning, match="digits"):
         problem = MNISTNet(root=tmp_path / "none")
@@ -154,6 +164,7 @@ BAD = [
     (lambda root: MNISTNet(activation="swish", root=root), ValueError, "activation must be one of .*'swish'"),
     (lambda root: MNISTNet(batch_size=0, root=root), ValueError, "batch_size must be at least 1, got 0"),
     (lambda root: MNISTNet(split="all", root=root), ValueError, "split must be .*'all'"),
+    (lambda root: MNISTNet(side=5, root=root), ValueError, "side must be None or a divisor of 8, got 5"),
     (lambda root: MNISTNet(init_std=-1, root=root), ValueError, "init_std must be .* got -1"),
     (lambda root: MNISTNet(root=root).sample(1).loss(MNISTNet(root=root).sample(1).params, -1), ValueError,
      "step must be at least 0, got -1"),
