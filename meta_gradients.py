@@ -70,6 +70,11 @@ class Coordinates:
         """One value for each function (..., B) -> one for each coordinate (..., N)."""
         return torch.cat([values.repeat_interleave(size // self.functions, -1) for size in self.sizes], -1)
 
+    def norms(self, vectors):
+        """(T, N) -> (T, B), the norm of each function's part."""
+        parts = [part.view(len(vectors), self.functions, -1) for part in vectors.split(self.sizes, 1)]
+        return torch.cat(parts, 2).norm(dim=2)
+
     def hessian_product(self, loss, theta, step, vector):
         """H v (N,), with H the Hessian of the sum of the functions' losses at theta; no graph."""
         with torch.enable_grad():
@@ -104,7 +109,8 @@ class WindowInfo(NamedTuple):
 
 
 def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay", second_order=False, weights=None,
-                  replay_fraction=1.0, sigma=0.01, pairs=1, generator=None, objective="sum"):
+                  replay_fraction=1.0, sigma=0.01, pairs=1, generator=None, objective="sum",
+                  adjoint_bound=None):
     """The meta-gradient of one window: `unroll` updates of the optimizee, differentiated with respect to the optimizer.
 
     The meta-loss is the mean over functions of Σ_{t=0..T} w_t f_t(θ_t), the end of the window included. The optimizee's
@@ -140,6 +146,10 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
         generator: a CPU generator for these draws; default torch's own.
         objective: "sum" as above; "log" takes Σ_t w_t log f_t(θ_t) instead, so that every function counts by its
             relative decrease, whatever its scale: in λ, ∇_t becomes ∇_t / f_t. Needs positive losses.
+        adjoint_bound: positive, or None for no bound: keep each function's ‖λ_t‖ at most that many times what it would
+            be if gradients were constants, by scaling its adjoints down at every step where it is larger. The true
+            meta-gradient of a long window may explode (the optimization is chaotic); this one does not. Needs "replay"
+            with `second_order`, and a network with `coordinatewise = True`.
 
     Returns:
         grads, a dict like `net.named_parameters()` (those that require grad), and `WindowInfo`. No graph. With "pes",
@@ -167,6 +177,11 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
     if objective not in ("sum", "log"):
         raise ValueError(f'objective must be "sum" or "log", got {objective!r}')
     check_replay_fraction(replay_fraction, method, second_order, net)
+    if adjoint_bound is not None:
+        check_positive_number(adjoint_bound=adjoint_bound)
+        if method != "replay" or not second_order or not getattr(net, "coordinatewise", False):
+            raise ValueError(f'adjoint_bound={adjoint_bound} needs method="replay", second_order=True and a network with '
+                             "coordinatewise = True")
     coordinates = Coordinates(params)
     theta = coordinates.join(params).detach()
     weights = torch.ones(unroll + 1) if weights is None else torch.as_tensor(weights)
@@ -175,7 +190,7 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
     weights = weights.to(theta) / coordinates.functions
     if method == "replay" and second_order:
         grads, losses, theta, state = second_order_replay_window(net, batch.loss, coordinates, theta, state, step, weights,
-                                                                 objective)
+                                                                 objective, adjoint_bound)
     elif method == "replay":
         grads, losses, theta, state = replay_window(net, batch.loss, coordinates, theta, state, step, weights,
                                                     replay_fraction, generator, objective)
@@ -226,7 +241,7 @@ def replay_by_autograd(net, grads, state, adjoint):
 
 
 @torch.no_grad()
-def second_order_replay_window(net, loss, coordinates, theta, state, step, weights, objective):
+def second_order_replay_window(net, loss, coordinates, theta, state, step, weights, objective, bound):
     unroll, thetas, gradients, states, losses = len(weights) - 1, [], [], [], []
     for t in range(unroll + 1):
         values, gradient = coordinates.losses_and_gradient(loss, theta, step + t)
@@ -244,11 +259,16 @@ def second_order_replay_window(net, loss, coordinates, theta, state, step, weigh
     written = hasattr(net, "pull_back") and theta.device.type == "cpu"
     pull_back = net.pull_back if written else lambda *step: pull_back_by_autograd(net, *step)
     adjoint, state_adjoints, total = pulls[-1], [torch.zeros_like(tensor) for tensor in tensors_of(state)], None
+    sizes = coordinates.norms(pulls.flip(0).cumsum(0).flip(0)) if bound else None  # of first-order adjoints, (T + 1, B)
     for t in reversed(range(unroll)):
         gradient_adjoint, state_adjoints, grads = pull_back(gradients[t], states[t], adjoint, state_adjoints)
         total = grads if total is None else {name: total[name] + grad for name, grad in grads.items()}
         if t:  # λ_t = λ_{t+1} + w_t ∇_t + H_t d_t; what is before the window is constant
             adjoint = adjoint + pulls[t] + coordinates.hessian_product(loss, thetas[t], step + t, gradient_adjoint)
+            if bound:
+                excess = coordinates.norms(adjoint[None]) / (bound * sizes[t:t + 1])
+                factor = coordinates.spread(1 / excess.clamp(min=1))[0]  # (N,)
+                adjoint, state_adjoints = adjoint * factor, [part * factor for part in state_adjoints]
     return total, losses, theta, map_tensors(torch.Tensor.detach, state)
 
 

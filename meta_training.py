@@ -27,7 +27,7 @@ from ranks import Ranks, part_of
 __all__ = ["BASELINES", "History", "TunedBaseline", "compare", "evaluate", "evaluate_baseline", "meta_gradient",
            "meta_train", "tune_baseline", "tune_baselines"]
 
-GRADIENT_OPTIONS = ("method", "second_order", "replay_fraction", "sigma", "pairs", "objective")
+GRADIENT_OPTIONS = ("method", "second_order", "replay_fraction", "sigma", "pairs", "objective", "adjoint_bound")
 VALIDATION_SEED = 1_000_003  # added to the seed of a run, so that its validation functions are not its training ones
 
 
@@ -62,7 +62,7 @@ class History:
 
 def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=1000, lr=0.005, seed=0, device=None, *,
                warmup=50, clip=1.0, method="replay", second_order=False, replay_fraction=1.0, sigma=0.01, pairs=1,
-               objective="sum", horizons=None, skip_non_finite=0, validation_every=None, validation_functions=64,
+               objective="sum", adjoint_bound=None, horizons=None, skip_non_finite=0, validation_every=None, validation_functions=64,
                checkpoint=None, checkpoint_every=None, callback=None, progress=True):
     """Meta-train a learned optimizer by truncated backpropagation through the unrolled optimization.
 
@@ -90,7 +90,7 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
         device: where to train; default where `net` is.
         warmup: iterations over which the meta-learning rate rises from 0.
         clip: largest norm of the meta-gradient, or None for no clipping.
-        method, second_order, replay_fraction, sigma, pairs, objective: see `meta_gradient`.
+        method, second_order, replay_fraction, sigma, pairs, objective, adjoint_bound: see `meta_gradient`.
         horizons: windows until functions are drawn anew, instead of always `steps` / `unroll`: (least, most), drawn
             uniformly each time, or a function of (iteration, generator) that returns a count.
         skip_non_finite: how many windows in a row may be skipped because a loss, a gradient or the meta-gradient is not
@@ -141,7 +141,7 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
     settings = dict(steps=steps, unroll=unroll, meta_batch=meta_batch, iterations=iterations, lr=lr, seed=seed,
                     warmup=warmup, clip=clip, method=method, second_order=second_order,
                     replay_fraction=replay_fraction, sigma=sigma, pairs=pairs, objective=objective,
-                    horizons=describe_horizons(horizons), validation_every=validation_every,
+                    adjoint_bound=adjoint_bound, horizons=describe_horizons(horizons), validation_every=validation_every,
                     validation_functions=validation_functions, net=describe_net(net), problem=describe_problem(problem))
     run = Run(net, on_device(problem, device), settings, horizon_rule(horizons, steps // unroll), skip_non_finite)
     try:

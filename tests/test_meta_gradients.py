@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from meta_gradients import Coordinates, meta_gradient, replay_by_autograd
 from meta_training import evaluate, meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
-from optimizers import CoordinatewiseLSTM, NonFiniteError, RNNProp
+from optimizers import CoordinatewiseLSTM, RNNProp, start_as_momentum
 
 
 def generator(seed=0):
@@ -69,6 +69,27 @@ def test_second_order_replay_equals_autograd(name, unroll, written, tiny_mnist, 
         torch.testing.assert_close(info.losses, reference.losses, rtol=1e-10, atol=1e-12)
         params, state = info.params, info.state
         assert not any(tensor.requires_grad for tensor in (*params.values(), *state, info.losses, *replayed.values()))
+
+
+def test_adjoint_bound():
+    """A loose bound changes nothing; with a tight one no adjoint is larger than it would be for constant gradients."""
+    problem, net = Quadratics(dtype=torch.float64), CoordinatewiseLSTM(preprocess="log_sign").double()
+    start_as_momentum(net, lr=1.0)  # far too high
+    batch = problem.sample(4, generator())
+    window = dict(net=net, batch=batch, params=batch.params, state=net.init_state(40), unroll=30)
+    exact, info = meta_gradient(**window, second_order=True)
+    loose, _ = meta_gradient(**window, second_order=True, adjoint_bound=1e12)
+    assert relative(loose, exact) < 1e-10
+    seen, pull_back = [], net.pull_back
+    net.pull_back = lambda grad, state, adjoint, after: seen.append(adjoint) or pull_back(grad, state, adjoint, after)
+    meta_gradient(**window, second_order=True)
+    exploding, seen[:] = torch.stack(seen), []
+    meta_gradient(**window, second_order=True, adjoint_bound=1.0)
+    bounded, seen[:] = torch.stack(seen), []
+    net.replay = lambda grads, state, adjoint: seen.append(adjoint.flip(0)) or {}
+    meta_gradient(**window)
+    norms = [adjoints.view(30, 4, 10).norm(dim=2) for adjoints in (exploding, bounded, seen[0])]
+    assert (norms[0] > 10 * norms[2]).any() and (norms[1] <= norms[2] * (1 + 1e-10)).all()
 
 
 def test_weights_of_the_steps():

@@ -222,6 +222,8 @@ def train(**arguments):
     (lambda: window(replay_fraction=0), ValueError, "replay_fraction must be a number in .* got 0"),
     (lambda: window(replay_fraction=0.5, method="autograd"), ValueError, "replay_fraction=0.5 needs method"),
     (lambda: window(second_order=True, replay_fraction=0.5), ValueError, "replay_fraction=0.5 needs"),
+    (lambda: window(adjoint_bound=1.0), ValueError, 'adjoint_bound=1.0 needs method="replay", second_order=True'),
+    (lambda: window(adjoint_bound=0), ValueError, "adjoint_bound must be a positive number, got 0"),
     (lambda: window(weights=[1.0] * 20), ValueError, r"weights must have shape \(21,\)"),
     (lambda: window(params=[1]), TypeError, "params must be a dict"),
     (lambda: window(params={"a": torch.zeros(2), "b": torch.zeros(3)}), ValueError, r"params\['b'\] is \(3,\)"),
