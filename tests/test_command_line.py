@@ -191,10 +191,16 @@ def test_tensorboard(monkeypatch, capsys):
     assert [list(entry[:0:-1]) for entry in scalars if entry[0] == "validation"] == history["validation"]
 
 
+def hear_ctrl_c():
+    """A shell starts what runs in its background deaf to Ctrl-C, the tests and their children included."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_as_a_program():
     command = [sys.executable, ROOT / "meta_training.py", "train", "--output", "net.safetensors", *SMALL,
                "--iterations", "100000", "--validation-every", "5"]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True,
+                               preexec_fn=hear_ctrl_c)
     for _ in range(1200):
         time.sleep(0.1)
         if os.path.exists("net.safetensors.checkpoint"):

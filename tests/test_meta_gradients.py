@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from meta_gradients import Coordinates, meta_gradient, replay_by_autograd
 from meta_training import evaluate, meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
-from optimizers import CoordinatewiseLSTM, RNNProp, start_as_momentum
+from optimizers import CoordinatewiseLSTM, NonFiniteError, RNNProp, start_as_momentum
 
 
 def generator(seed=0):

@@ -42,14 +42,14 @@ def test_no_truncation_bias():
     """f = x²/2, x_t = (1 - r)^t: the derivative of Σ_t f_t by r is known; windows of one step see all of it."""
     net, generator, rate, steps = Rate(), torch.Generator().manual_seed(0), 0.1, 6
     expected = sum(-t * (1 - rate) ** (2 * t - 1) for t in range(1, steps + 1))
-    estimates = torch.stack([windows(net, bowl(), 1, steps, generator)[0] for _ in range(1000)])
+    estimates = torch.stack([windows(net, bowl(), 1, steps, generator)[0] for _ in range(500)])
     error = estimates.std() / len(estimates) ** 0.5
-    assert abs(estimates.mean() - expected) < 4 * error and error < 0.05 * abs(expected)
+    assert abs(estimates.mean() - expected) < 4 * error and error < 0.08 * abs(expected)
     truncated, params, state = 0, bowl().params, net.init_state(1)
     for window in range(steps):
         grads, info = meta_gradient(net, bowl(), params, state, window, 1)
         truncated, params, state = truncated + grads["rate"].item(), info.params, info.state
-    assert abs(truncated - expected) > 10 * error  # what truncated backpropagation would have given
+    assert abs(truncated - expected) > 7 * error  # what truncated backpropagation would have given
 
 
 def test_pairs_are_antithetic_and_average():
