@@ -201,13 +201,16 @@ def test_ctrl_c_as_a_program():
                "--iterations", "100000", "--validation-every", "5"]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True,
                                preexec_fn=hear_ctrl_c)
-    for _ in range(1200):
-        time.sleep(0.1)
-        if os.path.exists("net.safetensors.checkpoint"):
-            if torch.load("net.safetensors.checkpoint", weights_only=True)["content"]["iteration"] >= 10:
-                break
-    process.send_signal(signal.SIGINT)
-    message = process.communicate(timeout=60)[1]
+    try:
+        for _ in range(1200):
+            time.sleep(0.1)
+            if os.path.exists("net.safetensors.checkpoint"):
+                if torch.load("net.safetensors.checkpoint", weights_only=True)["content"]["iteration"] >= 10:
+                    break
+        process.send_signal(signal.SIGINT)
+        message = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
     assert process.returncode == 130, message
     assert "the best optimizer so far" in message and "The same command goes on" in message
     assert load_optimizer("net.safetensors").config["hidden_size"] == 3
