@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from meta_gradients import Coordinates
-from state_nests import map_tensors
+from state_nests import map_tensors, tensors_in
+from unrolling import Coordinates
 from whole_files import remove_partial_files, write_whole
 
 __all__ = ["named_tuples", "plain", "read_checkpoint", "regroup", "unplain", "write_checkpoint"]
@@ -125,10 +125,7 @@ def regroup(parts, first, last, coordinatewise):
     if not coordinatewise:
         return None
     sizes = [Coordinates(params) for _, _, params, _ in parts]
-    tensors = []
-    for _, _, _, state in parts:
-        tensors.append([])
-        map_tensors(tensors[-1].append, state)
+    tensors = [tensors_in(state) for _, _, _, state in parts]
     joined = iter([regroup_tensors(same, sizes, first, last) for same in zip(*tensors)])
     params = {name: torch.cat([part[2][name] for part in parts])[first:last] for name in parts[0][2]}
     return params, map_tensors(lambda tensor: next(joined), parts[0][3])

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from argument_checks import check_count
-from meta_gradients import Coordinates
+from unrolling import Coordinates
 
 __all__ = ["BASELINES", "TunedBaseline", "compare", "evaluate", "evaluate_baseline", "tune_baseline", "tune_baselines"]
 
@@ -49,19 +49,8 @@ def evaluate(net, problem, steps=100, num_functions=100, seed=1, device=None):
         >>> losses = evaluate(CoordinatewiseLSTM(), Quadratics(), steps=10, num_functions=4)
     """
     device = device_of(net, device)
-
-    def start(coordinates, theta):
-        state = net.init_state(theta.numel())
-
-        def advance(theta, gradient):
-            nonlocal state
-            update, state = net(gradient, state)
-            return theta.add_(update)
-
-        return advance
-
     with torch.no_grad():
-        return loss_curves(start, problem, steps, num_functions, seed, device)
+        return loss_curves(learned_rule(net), problem, steps, num_functions, seed, device)
 
 
 def evaluate_baseline(optimizer, options, problem, steps=100, num_functions=100, seed=1, device="cpu"):
@@ -88,22 +77,41 @@ def evaluate_baseline(optimizer, options, problem, steps=100, num_functions=100,
         raise ValueError(f"{optimizer.__name__} needs a closure and does not treat coordinates by themselves")
     if not isinstance(options, dict):
         raise TypeError(f'options must be a dict such as {{"lr": 0.1}}, got {options!r}')
+    return loss_curves(torch_rule(optimizer, options), problem, steps, num_functions, seed, torch.device(device))
 
-    def start(coordinates, theta):
-        rule = optimizer([theta], **options)
 
-        def advance(theta, gradient):
-            theta.grad = gradient
-            rule.step()
-            return theta
+def learned_rule(net):
+    """A rule: rule(theta) begins an optimization, and returns a function of each gradient that changes theta (N,)."""
+    def begin(theta):
+        state = net.init_state(theta.numel())
+
+        @torch.no_grad()
+        def advance(gradient):
+            nonlocal state
+            update, state = net(gradient, state)
+            theta.add_(update)
 
         return advance
 
-    return loss_curves(start, problem, steps, num_functions, seed, torch.device(device))
+    return begin
 
 
-def loss_curves(start, problem, steps, num_functions, seed, device):
-    """Curves (num_functions, steps) of the rule that start(coordinates, theta) begins for each meta-batch."""
+def torch_rule(optimizer, options):
+    """The same of a class of `torch.optim`."""
+    def begin(theta):
+        steps = optimizer([theta], **options)
+
+        def advance(gradient):
+            theta.grad = gradient
+            steps.step()
+
+        return advance
+
+    return begin
+
+
+def loss_curves(rule, problem, steps, num_functions, seed, device):
+    """Curves (num_functions, steps) of a rule, begun anew for each meta-batch."""
     check_count(steps=steps, num_functions=num_functions)
     check_count(least=0, seed=seed)
     problem, generator, curves = on_device(problem, device), torch.Generator().manual_seed(seed), []
@@ -113,12 +121,12 @@ def loss_curves(start, problem, steps, num_functions, seed, device):
         batch = problem.sample(min(at_once, num_functions - first), generator=generator)
         coordinates = Coordinates(batch.params)
         theta = coordinates.join(batch.params).detach().clone()
-        advance, losses = start(coordinates, theta), []
+        advance, losses = rule(theta), []
         for step in range(steps):
             values, gradient = coordinates.losses_and_gradient(batch.loss, theta, step)
             losses.append(values)
             if step + 1 < steps:
-                theta = advance(theta, gradient)
+                advance(gradient)
         curves.append(torch.stack(losses, 1))
     return torch.cat(curves).cpu()
 

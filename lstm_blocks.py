@@ -77,7 +77,6 @@ class Cell:
         torch.add(minus_one, self.tanh_cell, alpha=2, out=self.tanh_cell)
         torch.mul(self.o, self.tanh_cell, out=self.hidden_out)
 
-
     def pull_back(self, dhidden, dcell, into):
         """Backpropagate: reads dL/dh', turns dL/dc' into dL/dc in place, leaves dL/d(gates before activation)."""
         tanh_cell, one = self.tanh_cell, into.one

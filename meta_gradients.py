@@ -1,103 +1,20 @@
 """The unrolled optimization and its meta-gradient: by replay without a graph, by autograd, or without derivatives (PES).
 
 Andrychowicz et al. 2016 (arXiv 1606.04474), section 2: L(φ) = E_f Σ_t w_t f(θ_t), θ_{t+1} = θ_t + g_t,
-(g_t, h_{t+1}) = m(∇_t, h_t; φ). One window at a time: what strings windows to a training run is `meta_training`.
-
-Coordinates: a meta-batch's parameters, a dict of tensors (B, ...), lie one after the other in one vector of N = B × n
-coordinates, each tensor flattened; gradients, updates and states follow that order.
+(g_t, h_{t+1}) = m(∇_t, h_t; φ). One window at a time: what strings windows to a training run is `meta_training`. Vectors
+of coordinates (N,) are as in `unrolling`.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 
 from argument_checks import NonFiniteError, check_count, check_positive_number
 from pes import pes_window
-from state_nests import map_tensors
+from state_nests import map_tensors, tensors_in
+from unrolling import Coordinates, unroll
 
-__all__ = ["Coordinates", "WindowInfo", "meta_gradient"]
-
-SMALLEST_SHARE = 1024  # coordinates of a tensor that a partial replay reads at least
-
-
-# The optimizee as one vector ------------------------------------------------------------------------------------------
-
-
-class Coordinates:
-    """How a dict of parameters (B, ...) lies in one vector (N,)."""
-
-    def __init__(self, params):
-        if not isinstance(params, dict) or not params:
-            raise TypeError(f"params must be a dict from name to tensor (B, ...), got {type(params).__name__}")
-        first = next(iter(params.values()))
-        for name, tensor in params.items():
-            if not isinstance(tensor, torch.Tensor) or tensor.dim() < 1:
-                raise TypeError(f"params[{name!r}] must be a tensor (B, ...), got {tensor!r}")
-            if tensor.shape[0] != first.shape[0] or tensor.dtype != first.dtype or tensor.device != first.device:
-                raise ValueError(f"params[{name!r}] is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; the "
-                                 f"first is {tuple(first.shape)} {first.dtype} on {first.device}")
-        self.functions = first.shape[0]
-        self.shapes = {name: tensor.shape for name, tensor in params.items()}
-        self.sizes = [tensor.numel() for tensor in params.values()]
-
-    def join(self, params):
-        """dict of (B, ...) -> (N,)"""
-        return torch.cat([params[name].reshape(-1) for name in self.shapes])
-
-    def split(self, theta):
-        """(N,) -> dict of (B, ...), views"""
-        parts = theta.split(self.sizes)
-        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
-
-    def losses(self, loss, theta, step):
-        """Losses (B,) of the functions at theta (N,)."""
-        losses = loss(self.split(theta), step)
-        if not isinstance(losses, torch.Tensor) or losses.shape != (self.functions,):
-            raise ValueError(f"loss must return a tensor of shape ({self.functions},), one loss for each function, got "
-                             f"{tuple(losses.shape) if isinstance(losses, torch.Tensor) else losses!r}")
-        return losses
-
-    def losses_and_gradient(self, loss, theta, step):
-        """Losses (B,) and ∇ (N,) of their sum, each function's own gradient; no graph."""
-        with torch.enable_grad():
-            theta = theta.detach().requires_grad_()
-            losses = self.losses(loss, theta, step)
-            (gradient,) = torch.autograd.grad(losses.sum(), theta)
-        return losses.detach(), gradient
-
-    def spread(self, values):
-        """One value for each function (..., B) -> one for each coordinate (..., N)."""
-        return torch.cat([values.repeat_interleave(size // self.functions, -1) for size in self.sizes], -1)
-
-    def norms(self, vectors):
-        """(T, N) -> (T, B), the norm of each function's part."""
-        parts = [part.view(len(vectors), self.functions, -1) for part in vectors.split(self.sizes, 1)]
-        return torch.cat(parts, 2).norm(dim=2)
-
-    def hessian_product(self, loss, theta, step, vector):
-        """H v (N,), with H the Hessian of the sum of the functions' losses at theta; no graph."""
-        with torch.enable_grad():
-            theta = theta.detach().requires_grad_()
-            losses = self.losses(loss, theta, step)
-            (gradient,) = torch.autograd.grad(losses.sum(), theta, create_graph=True)
-            if not gradient.requires_grad:  # a linear loss
-                return torch.zeros_like(theta)
-            (product,) = torch.autograd.grad(gradient, theta, vector, allow_unused=True)
-        return torch.zeros_like(vector) if product is None else product
-
-    def subset(self, fraction, generator):
-        """A random share of every tensor's coordinates, at least SMALLEST_SHARE of each: indices, and 1 / probability."""
-        indices, weights, start = [], [], 0
-        for size in self.sizes:
-            kept = min(size, max(math.ceil(fraction * size), SMALLEST_SHARE))
-            indices.append(torch.randperm(size, generator=generator)[:kept] + start)
-            weights.append(torch.full((kept,), size / kept))
-            start += size
-        return torch.cat(indices), torch.cat(weights)
-
-
-# The meta-gradient ----------------------------------------------------------------------------------------------------
+__all__ = ["WindowInfo", "meta_gradient"]
 
 
 class WindowInfo(NamedTuple):
@@ -109,8 +26,7 @@ class WindowInfo(NamedTuple):
 
 
 def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay", second_order=False, weights=None,
-                  replay_fraction=1.0, sigma=0.01, pairs=1, generator=None, objective="sum",
-                  adjoint_bound=None):
+                  replay_fraction=1.0, sigma=0.01, pairs=1, generator=None, objective="sum", adjoint_bound=None):
     """The meta-gradient of one window: `unroll` updates of the optimizee, differentiated with respect to the optimizer.
 
     The meta-loss is the mean over functions of Σ_{t=0..T} w_t f_t(θ_t), the end of the window included. The optimizee's
@@ -121,9 +37,9 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
     λ_{t+1} = Σ_{s>t} w_s ∇_s, and dL/dφ = Σ_t ⟨λ_{t+1}, ∂g_t/∂φ⟩: the optimizer is run once more over the recorded
     gradients and λ is pulled back through it. With `second_order` ∇_t is not constant, λ_t = λ_{t+1} + w_t ∇_t + H_t d_t
     with H_t the Hessian of f_t and d_t the adjoint of ∇_t as the optimizer's input: the optimizer is pulled back step by
-    step, from the last to the first, still without a graph of the window. "autograd" differentiates the whole window as one graph; it is exact too,
-    slower, and what the replay is tested against. "pes" perturbs φ instead of differentiating: a noisy estimate of the
-    gradient through *all* windows so far, all edges included (see `pes`).
+    step, from the last to the first, still without a graph of the window. "autograd" differentiates the whole window as
+    one graph; it is exact too, slower, and what the replay is tested against. "pes" perturbs φ instead of
+    differentiating: a noisy estimate of the gradient through *all* windows so far, all edges included (see `pes`).
 
     Args:
         net: the learned optimizer; its parameters' `.grad` are not touched.
@@ -210,13 +126,11 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
 
 @torch.no_grad()
 def replay_window(net, loss, coordinates, theta, state, step, weights, fraction, generator, objective):
-    unroll, start = len(weights) - 1, state
-    losses, gradients = theta.new_empty(unroll + 1, coordinates.functions), theta.new_empty(unroll + 1, len(theta))
-    for t in range(unroll):
-        losses[t], gradients[t] = coordinates.losses_and_gradient(loss, theta, step + t)
-        update, state = net(gradients[t], state)
-        theta = theta + update
-    losses[-1], gradients[-1] = coordinates.losses_and_gradient(loss, theta, step + unroll)
+    start = state
+    losses, gradients = (theta.new_empty(len(weights), size) for size in (coordinates.functions, len(theta)))
+    steps = unroll(net, loss, coordinates, theta, state, step, len(weights) - 1)
+    for t, (values, gradient, theta, state) in enumerate(steps):
+        losses[t], gradients[t] = values, gradient
     # λ_{t+1} = Σ_{s>t} w_s ∇_s: a cumulative sum from the end
     pulls = weights[1:, None] * gradients[1:]
     if objective == "log":
@@ -242,25 +156,17 @@ def replay_by_autograd(net, grads, state, adjoint):
 
 @torch.no_grad()
 def second_order_replay_window(net, loss, coordinates, theta, state, step, weights, objective, bound):
-    unroll, thetas, gradients, states, losses = len(weights) - 1, [], [], [], []
-    for t in range(unroll + 1):
-        values, gradient = coordinates.losses_and_gradient(loss, theta, step + t)
-        losses.append(values)
-        thetas.append(theta)
-        gradients.append(gradient)
-        states.append(state)
-        if t < unroll:
-            update, state = net(gradient, state)
-            theta = theta + update
+    updates = len(weights) - 1
+    losses, gradients, thetas, states = zip(*unroll(net, loss, coordinates, theta, state, step, updates))
     losses = torch.stack(losses)
     pulls = weights[:, None] * torch.stack(gradients)
     if objective == "log":
         pulls /= coordinates.spread(losses)
     written = hasattr(net, "pull_back") and theta.device.type == "cpu"
     pull_back = net.pull_back if written else lambda *step: pull_back_by_autograd(net, *step)
-    adjoint, state_adjoints, total = pulls[-1], [torch.zeros_like(tensor) for tensor in tensors_of(state)], None
+    adjoint, state_adjoints, total = pulls[-1], [torch.zeros_like(tensor) for tensor in tensors_in(states[-1])], None
     sizes = coordinates.norms(pulls.flip(0).cumsum(0).flip(0)) if bound else None  # of first-order adjoints, (T + 1, B)
-    for t in reversed(range(unroll)):
+    for t in reversed(range(updates)):
         gradient_adjoint, state_adjoints, grads = pull_back(gradients[t], states[t], adjoint, state_adjoints)
         total = grads if total is None else {name: total[name] + grad for name, grad in grads.items()}
         if t:  # λ_t = λ_{t+1} + w_t ∇_t + H_t d_t; what is before the window is constant
@@ -269,14 +175,7 @@ def second_order_replay_window(net, loss, coordinates, theta, state, step, weigh
                 excess = coordinates.norms(adjoint[None]) / (bound * sizes[t:t + 1])
                 factor = coordinates.spread(1 / excess.clamp(min=1))[0]  # (N,)
                 adjoint, state_adjoints = adjoint * factor, [part * factor for part in state_adjoints]
-    return total, losses, theta, map_tensors(torch.Tensor.detach, state)
-
-
-def tensors_of(state):
-    """The tensors of a state, in a list."""
-    tensors = []
-    map_tensors(tensors.append, state)
-    return tensors
+    return total, losses, thetas[-1], map_tensors(torch.Tensor.detach, states[-1])
 
 
 def pull_back_by_autograd(net, grad, state, adjoint, next_adjoints):
@@ -285,9 +184,9 @@ def pull_back_by_autograd(net, grad, state, adjoint, next_adjoints):
     with torch.enable_grad():
         grad = grad.detach().requires_grad_()
         state = map_tensors(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), state)
-        before = tensors_of(state)
+        before = tensors_in(state)
         update, after = net(grad, state)
-        ends = [(end, d) for end, d in zip([update, *tensors_of(after)], [adjoint, *next_adjoints]) if end.requires_grad]
+        ends = [(end, d) for end, d in zip([update, *tensors_in(after)], [adjoint, *next_adjoints]) if end.requires_grad]
         leaves = [grad, *before, *wanted.values()]
         asked = [leaf for leaf in leaves if leaf.requires_grad]
         found = dict(zip(map(id, asked), torch.autograd.grad([end for end, _ in ends], asked, [d for _, d in ends],
@@ -298,11 +197,11 @@ def pull_back_by_autograd(net, grad, state, adjoint, next_adjoints):
 
 @torch.enable_grad()
 def autograd_window(net, loss, coordinates, theta, state, step, weights, second_order, objective):
-    unroll, losses = len(weights) - 1, []
+    losses = []
     theta, state = theta.requires_grad_(), map_tensors(torch.Tensor.detach, state)
-    for t in range(unroll + 1):
+    for t in range(len(weights)):
         losses.append(coordinates.losses(loss, theta, step + t))
-        if t < unroll:
+        if t + 1 < len(weights):
             (gradient,) = torch.autograd.grad(losses[-1].sum(), theta, create_graph=second_order, retain_graph=True)
             update, state = net(gradient, state)
             theta = theta + update

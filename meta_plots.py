@@ -5,6 +5,8 @@ import math
 import torch
 from matplotlib import pyplot as plt
 
+from comparison import learned_rule, torch_rule
+
 __all__ = ["plot_curves", "plot_history", "plot_tuning", "plot_updates", "summary_table"]
 
 # one colour for each optimizer, the same in every figure; black and thick for ours
@@ -138,7 +140,9 @@ def plot_updates(net, title, gradients=None, steps=(1, 10, 50), baselines=None, 
     gradients = torch.as_tensor(gradients).to(parameter)
     grid = torch.linspace(-1.5, 1.5, 201).to(parameter) * gradients.abs().max()
     baselines = {"SGD": (torch.optim.SGD, {}), "Adam": (torch.optim.Adam, {})} if baselines is None else baselines
-    rules = {"learned": learned_rule(net), **{name: torch_rule(*rule) for name, rule in baselines.items()}}
+    rules = {"learned": learned_rule(net)}
+    for name, (optimizer, options) in baselines.items():
+        rules[name] = torch_rule(optimizer, {**options, "lr": 1.0})
     along = {name: follow(rule, gradients[:, None])[:, 0].cpu() for name, rule in rules.items()}
     size = {name: along["learned"].norm() / updates.norm() for name, updates in along.items()}
     axes = list(axes if axes is not None else plt.subplots(1, 1 + len(steps), figsize=(3.6 * (1 + len(steps)), 3.2),
@@ -161,39 +165,14 @@ def plot_updates(net, title, gradients=None, steps=(1, 10, 50), baselines=None, 
 
 
 def follow(rule, gradients):
-    """Updates (T, N) of the rule along gradients (T, N)."""
-    advance = rule(gradients[0])
-    return torch.stack([advance(gradient) for gradient in gradients])
-
-
-def learned_rule(net):
-    def start(like):
-        state = net.init_state(len(like))
-
-        @torch.no_grad()
-        def advance(gradient):
-            nonlocal state
-            update, state = net(gradient.contiguous(), state)
-            return update
-
-        return advance
-
-    return start
-
-
-def torch_rule(optimizer, options):
-    def start(like):
-        theta = torch.zeros_like(like)
-        rule = optimizer([theta], lr=1.0, **options)
-
-        def advance(gradient):
-            before, theta.grad = theta.clone(), gradient
-            rule.step()
-            return theta - before
-
-        return advance
-
-    return start
+    """Updates (T, N) of a rule of `comparison` along gradients (T, N)."""
+    theta, updates = torch.zeros_like(gradients[0]), []
+    advance = rule(theta)
+    for gradient in gradients:
+        theta.zero_()
+        advance(gradient)
+        updates.append(theta.clone())
+    return torch.stack(updates)
 
 
 def plot_tuning(tuned, title, ax=None):

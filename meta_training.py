@@ -20,9 +20,10 @@ from argument_checks import NonFiniteError, check_count, check_positive_number
 from checkpoints import named_tuples, plain, read_checkpoint, regroup, unplain, write_checkpoint
 from comparison import (BASELINES, TunedBaseline, compare, device_of, evaluate, evaluate_baseline, on_device,
                         tune_baseline, tune_baselines)
-from meta_gradients import Coordinates, meta_gradient
+from meta_gradients import meta_gradient
 from pes import PESState
 from ranks import Ranks, part_of
+from unrolling import Coordinates
 
 __all__ = ["BASELINES", "History", "TunedBaseline", "compare", "evaluate", "evaluate_baseline", "meta_gradient",
            "meta_train", "tune_baseline", "tune_baselines"]

@@ -281,7 +281,8 @@ class CoordinatewiseLSTM(LSTMOptimizer):
             raise ValueError(f'preprocess must be None or "log_sign", got {preprocess!r}')
         if not (isinstance(p, (int, float)) and 0 < p <= 80):
             raise ValueError(f"p must be a number in (0, 80], got {p!r}")
-        check_scale(output_scale)
+        if not (isinstance(output_scale, (int, float)) and math.isfinite(output_scale) and output_scale != 0):
+            raise ValueError(f"output_scale must be a finite number other than 0, got {output_scale!r}")
         super().__init__(2 if preprocess else 1, hidden_size, num_layers)
         self.preprocess, self.p, self.output_scale = preprocess, p, output_scale
 
@@ -428,11 +429,6 @@ class RNNProp(LSTMOptimizer):
 
     def finish(self, outputs):
         return self.output_scale * outputs.tanh()
-
-
-def check_scale(output_scale):
-    if not (isinstance(output_scale, (int, float)) and math.isfinite(output_scale) and output_scale != 0):
-        raise ValueError(f"output_scale must be a finite number other than 0, got {output_scale!r}")
 
 
 def columns_last(state):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from unrolling import unroll
+
 __all__ = ["PESState", "pes_window"]
 
 
@@ -21,8 +23,7 @@ class PESState(NamedTuple):
 
 
 @torch.no_grad()
-def pes_window(net, loss, coordinates, theta, state, step, weights, sigma, pairs, generator,
-               objective="sum"):
+def pes_window(net, loss, coordinates, theta, state, step, weights, sigma, pairs, generator, objective):
     """One window of every particle.
 
     Args:
@@ -52,7 +53,10 @@ def pes_window(net, loss, coordinates, theta, state, step, weights, sigma, pairs
             for sign, (theta, own) in zip((1, -1), starts):
                 for name, parameter in parameters.items():
                     parameter.copy_(kept[name] + sign * fresh[name])
-                losses, theta, own = unroll(net, loss, coordinates, theta, own, step, len(weights) - 1)
+                losses = []
+                for values, _, theta, own in unroll(net, loss, coordinates, theta, own, step, len(weights) - 1):
+                    losses.append(values)
+                losses = torch.stack(losses)
                 scored = losses[1:].log() if objective == "log" else losses[1:]
                 totals.append((weights[1:, None] * scored).sum())
                 ends.append((theta, own))
@@ -66,15 +70,3 @@ def pes_window(net, loss, coordinates, theta, state, step, weights, sigma, pairs
             parameter.copy_(kept[name])
     after = PESState({name: torch.stack(parts) for name, parts in perturbations.items()}, particles)
     return grads, torch.stack(curves).mean(0), particles[0][0][0], after
-
-
-def unroll(net, loss, coordinates, theta, state, step, updates):
-    """(losses (T + 1, B), theta, state) after `updates` steps; no graph."""
-    losses = []
-    for t in range(updates):
-        values, gradient = coordinates.losses_and_gradient(loss, theta, step + t)
-        losses.append(values)
-        update, state = net(gradient, state)
-        theta = theta + update
-    losses.append(coordinates.losses(loss, theta, step + updates))
-    return torch.stack(losses), theta, state

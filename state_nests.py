@@ -5,7 +5,7 @@ Networks choose their own nest (`init_state`); what moves, cuts or stores a stat
 
 import torch
 
-__all__ = ["fill_leaves", "map_tensors", "named_leaves"]
+__all__ = ["fill_leaves", "map_tensors", "named_leaves", "tensors_in"]
 
 
 def map_leaves(function, state, name):
@@ -21,6 +21,13 @@ def map_leaves(function, state, name):
 def map_tensors(function, state):
     """Apply a function to every tensor in a state; leaves that are no tensors stay as they are."""
     return map_leaves(lambda _, leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, state, "state")
+
+
+def tensors_in(state):
+    """The tensors of a state, a list in the nest's order."""
+    tensors = []
+    map_tensors(tensors.append, state)
+    return tensors
 
 
 def named_leaves(state):

@@ -8,14 +8,14 @@ for each optimizer: what three steps add to the resident set that model and grad
 """
 
 import argparse
-import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from memory import peak_megabytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -104,10 +104,10 @@ def main():
     params = parameters(arguments.architecture)
     if arguments.memory_of:
         optimizer = optimizer_of(arguments.memory_of, params)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_megabytes()
         for _ in range(3):
             optimizer.step()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        print(peak_megabytes() - before)
         return
     size = sum(parameter.numel() for parameter in params)
     print(f"torch {torch.__version__}, {platform.machine()}, {arguments.threads} thread(s), {arguments.architecture}, "

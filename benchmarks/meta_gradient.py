@@ -8,12 +8,13 @@ a process of its own for each case: the growth of its resident set over what it 
 import argparse
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from memory import peak_megabytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -70,9 +71,9 @@ def main():
         problem, functions, method = arguments.memory_of
         window(problem, int(functions), 1)(method)
         run = window(problem, int(functions), arguments.unroll)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_megabytes()
         run(method)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        print(peak_megabytes() - before)
         return
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-arguments.threads:])

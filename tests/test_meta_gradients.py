@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-from meta_gradients import Coordinates, meta_gradient, replay_by_autograd
+from meta_gradients import meta_gradient, replay_by_autograd
 from meta_training import evaluate, meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, RNNProp, start_as_momentum
+from unrolling import Coordinates
 
 
 def generator(seed=0):
@@ -201,7 +202,7 @@ def check_meta_gradient(net, loss, method, second_order):
 
 
 def test_partial_replay_is_unbiased(monkeypatch):
-    monkeypatch.setattr("meta_gradients.SMALLEST_SHARE", 3)
+    monkeypatch.setattr("unrolling.SMALLEST_SHARE", 3)
     net, batch = CoordinatewiseLSTM(hidden_size=4).double(), Quadratics(dim=6, dtype=torch.float64).sample(2, generator())
     state, draws = net.init_state(12), []
     arguments = dict(params=batch.params, state=state, unroll=3)
@@ -212,7 +213,7 @@ def test_partial_replay_is_unbiased(monkeypatch):
     draws = torch.stack(draws)
     error = draws.std(0) / len(draws) ** 0.5
     assert draws.std(0).max() > 0 and ((draws.mean(0) - whole).abs() <= 5 * error + 1e-12).all()
-    monkeypatch.setattr("meta_gradients.SMALLEST_SHARE", 12)
+    monkeypatch.setattr("unrolling.SMALLEST_SHARE", 12)
     all_of_it, _ = meta_gradient(net, batch, replay_fraction=0.3, **arguments)
     torch.testing.assert_close(torch.cat([grad.flatten() for grad in all_of_it.values()]), whole)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from meta_gradients import Coordinates
 from optimizees import ConvexTerms, MetaBatch, MNISTNet, Quadratics, RandomScaling
+from unrolling import Coordinates
 
 
 def generator(seed=0):

@@ -1,0 +1,100 @@
+"""The optimizee as one vector of coordinates, and its optimization by a learned optimizer, step by step.
+
+A meta-batch's parameters, a dict of tensors (B, ...), lie one after the other in one vector of N = B × n coordinates,
+each tensor flattened; gradients, updates and states follow that order. θ_{t+1} = θ_t + g_t, (g_t, h_{t+1}) = m(∇_t, h_t; φ)
+is Andrychowicz et al. 2016 (arXiv 1606.04474), section 2. Nothing here carries a graph.
+"""
+
+import math
+
+import torch
+
+__all__ = ["Coordinates", "unroll"]
+
+SMALLEST_SHARE = 1024  # coordinates of a tensor that a partial replay reads at least
+
+
+class Coordinates:
+    """How a dict of parameters (B, ...) lies in one vector (N,)."""
+
+    def __init__(self, params):
+        if not isinstance(params, dict) or not params:
+            raise TypeError(f"params must be a dict from name to tensor (B, ...), got {type(params).__name__}")
+        first = next(iter(params.values()))
+        for name, tensor in params.items():
+            if not isinstance(tensor, torch.Tensor) or tensor.dim() < 1:
+                raise TypeError(f"params[{name!r}] must be a tensor (B, ...), got {tensor!r}")
+            if tensor.shape[0] != first.shape[0] or tensor.dtype != first.dtype or tensor.device != first.device:
+                raise ValueError(f"params[{name!r}] is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; the "
+                                 f"first is {tuple(first.shape)} {first.dtype} on {first.device}")
+        self.functions = first.shape[0]
+        self.shapes = {name: tensor.shape for name, tensor in params.items()}
+        self.sizes = [tensor.numel() for tensor in params.values()]
+
+    def join(self, params):
+        """dict of (B, ...) -> (N,)"""
+        return torch.cat([params[name].reshape(-1) for name in self.shapes])
+
+    def split(self, theta):
+        """(N,) -> dict of (B, ...), views"""
+        parts = theta.split(self.sizes)
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
+
+    def losses(self, loss, theta, step):
+        """Losses (B,) of the functions at theta (N,)."""
+        losses = loss(self.split(theta), step)
+        if not isinstance(losses, torch.Tensor) or losses.shape != (self.functions,):
+            raise ValueError(f"loss must return a tensor of shape ({self.functions},), one loss for each function, got "
+                             f"{tuple(losses.shape) if isinstance(losses, torch.Tensor) else losses!r}")
+        return losses
+
+    def losses_and_gradient(self, loss, theta, step):
+        """Losses (B,) and ∇ (N,) of their sum, each function's own gradient; no graph."""
+        with torch.enable_grad():
+            theta = theta.detach().requires_grad_()
+            losses = self.losses(loss, theta, step)
+            (gradient,) = torch.autograd.grad(losses.sum(), theta)
+        return losses.detach(), gradient
+
+    def spread(self, values):
+        """One value for each function (..., B) -> one for each coordinate (..., N)."""
+        return torch.cat([values.repeat_interleave(size // self.functions, -1) for size in self.sizes], -1)
+
+    def norms(self, vectors):
+        """(T, N) -> (T, B), the norm of each function's part."""
+        parts = [part.view(len(vectors), self.functions, -1) for part in vectors.split(self.sizes, 1)]
+        return torch.cat(parts, 2).norm(dim=2)
+
+    def hessian_product(self, loss, theta, step, vector):
+        """H v (N,), with H the Hessian of the sum of the functions' losses at theta; no graph."""
+        with torch.enable_grad():
+            theta = theta.detach().requires_grad_()
+            losses = self.losses(loss, theta, step)
+            (gradient,) = torch.autograd.grad(losses.sum(), theta, create_graph=True)
+            if not gradient.requires_grad:  # a linear loss
+                return torch.zeros_like(theta)
+            (product,) = torch.autograd.grad(gradient, theta, vector, allow_unused=True)
+        return torch.zeros_like(vector) if product is None else product
+
+    def subset(self, fraction, generator):
+        """A random share of every tensor's coordinates, at least SMALLEST_SHARE of each: indices, and 1 / probability."""
+        indices, weights, start = [], [], 0
+        for size in self.sizes:
+            kept = min(size, max(math.ceil(fraction * size), SMALLEST_SHARE))
+            indices.append(torch.randperm(size, generator=generator)[:kept] + start)
+            weights.append(torch.full((kept,), size / kept))
+            start += size
+        return torch.cat(indices), torch.cat(weights)
+
+
+def unroll(net, loss, coordinates, theta, state, step, updates):
+    """Yield (losses (B,), ∇ (N,), θ (N,), state) at steps step … step + updates, with an update after each but the last.
+
+    Run it under `torch.no_grad()`.
+    """
+    for t in range(updates + 1):
+        losses, gradient = coordinates.losses_and_gradient(loss, theta, step + t)
+        yield losses, gradient, theta, state
+        if t < updates:
+            update, state = net(gradient, state)
+            theta = theta + update
