@@ -23,7 +23,7 @@ from torch import distributed
 
 from argument_checks import NonFiniteError
 from meta_training import BASELINES, compare, evaluate, meta_train, tune_baselines
-from optimizees import ACTIVATIONS, MNISTNet, Quadratics, RandomScaling
+from optimizees import ACTIVATIONS, Mirrored, MNISTNet, Quadratics, RandomScaling
 from optimizers import CoordinatewiseLSTM, RNNProp, load_optimizer, save_optimizer, start_as_momentum
 from whole_files import write_whole
 
@@ -86,9 +86,12 @@ def run_train(options):
     net, problem = make_net(options), make_problem(options, "train", device)
     if options.random_scaling is not None or options.random_signs:
         problem = RandomScaling(problem, options.random_scaling or 0.0, options.random_signs)
+    if options.mirrored:
+        problem = Mirrored(problem)
     settings = {name: getattr(options, name) for name in (
         "steps", "unroll", "meta_batch", "iterations", "lr", "seed", "warmup", "clip", "replay_fraction", "objective",
-        "horizons", "second_order", "skip_non_finite", "validation_every", "validation_functions")}
+        "horizons", "second_order", "adjoint_bound", "averaging", "skip_non_finite", "validation_every",
+        "validation_functions")}
     settings["horizons"] = tuple(options.horizons) if options.horizons else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "meta-training was interrupted")  # it is said below
@@ -171,10 +174,11 @@ def make_net(options):
     preprocess = None if options.preprocess == "none" else options.preprocess
     if options.network == "rnnprop":
         return RNNProp(options.units, options.layers)
+    net = CoordinatewiseLSTM(options.units, options.layers, preprocess, output_scale=options.output_scale,
+                             odd=options.odd)
     if options.start_as_nag is not None:
-        net = CoordinatewiseLSTM(options.units, options.layers, preprocess, output_scale=options.output_scale)
-        return start_as_momentum(net, options.start_as_nag)
-    return CoordinatewiseLSTM(options.units, options.layers, preprocess, output_scale=options.output_scale)
+        start_as_momentum(net, options.start_as_nag, sign_lr=options.sign_lr, sign_fade=options.sign_fade)
+    return net
 
 
 def load_nets(paths):
@@ -294,9 +298,13 @@ def add_training(command):
         help="lstm: Andrychowicz et al. 2016; rnnprop: Lv et al. 2017, which reads what Adam would do; default lstm")
     add("--start-as-nag", metavar="LR", type=float,
         help="lstm with log_sign: weights that make the steps of Nesterov momentum with this learning rate")
+    add("--sign-lr", metavar="X", type=float, default=0.0,
+        help="with --start-as-nag: first steps by sign beside it, of this size; default 0")
+    add("--sign-fade", metavar="N", type=float, default=8, help="steps after which a quarter of that is left; default 8")
     add("--units", metavar="N", type=int, default=20, help="hidden units of the LSTM; default 20")
     add("--layers", metavar="N", type=int, default=2, help="layers of the LSTM; default 2")
     add("--preprocess", choices=("none", "log_sign"), help=f"of the gradients it reads; {by_problem('preprocess')}")
+    add("--odd", action="store_true", help="lstm: keep to LSTMs that answer -gradient with exactly -update")
     add("--output-scale", metavar="X", type=float, help=f"factor on its updates; {by_problem('output_scale')}")
 
     add = command.add_argument_group("meta-training").add_argument
@@ -315,9 +323,15 @@ def add_training(command):
         help=f"share of the coordinates in the meta-gradient; {by_problem('replay_fraction')}")
     add("--objective", choices=("sum", "log"), default="sum", help="sum of the losses or of their logs; default sum")
     add("--second-order", action="store_true", help="the exact meta-gradient of each window: slower")
+    add("--adjoint-bound", metavar="X", type=float,
+        help="with --second-order: keep adjoints within X times what they are without it, so that none explode")
+    add("--averaging", metavar="X", type=float, default=0.0,
+        help="keep a running average of the weights, with this share of itself in each step; default 0: none")
     add("--random-scaling", metavar="RADIUS", type=float,
         help="train in other coordinates, each scaled by e^u, u uniform on ±RADIUS")
     add("--random-signs", action="store_true", help="and each with a random sign")
+    add("--mirrored", action="store_true",
+        help="every function beside its mirror image f(-θ), which takes most of the noise out; an even --meta-batch")
     add("--skip-non-finite", metavar="N", type=int, default=0,
         help="let up to N windows in a row pass that are not finite; default 0: stop")
     add("--validation-every", metavar="N", type=int, help="iterations between two validations; default iterations / 40")

@@ -121,6 +121,8 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
         t, function = bad.nonzero()[0].tolist()
         raise NonFiniteError(f"the loss of function {function} at step {step + t} is {losses[t, function].item()}"
                              + (', and objective="log" needs a positive one' if objective == "log" else ""))
+    if getattr(net, "odd", False):
+        grads = net.symmetrize(grads)
     return grads, WindowInfo(losses, coordinates.split(theta), state)
 
 

@@ -63,8 +63,9 @@ class History:
 
 def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=1000, lr=0.005, seed=0, device=None, *,
                warmup=50, clip=1.0, method="replay", second_order=False, replay_fraction=1.0, sigma=0.01, pairs=1,
-               objective="sum", adjoint_bound=None, horizons=None, skip_non_finite=0, validation_every=None, validation_functions=64,
-               checkpoint=None, checkpoint_every=None, callback=None, progress=True):
+               objective="sum", adjoint_bound=None, averaging=0.0, horizons=None, skip_non_finite=0,
+               validation_every=None, validation_functions=64, checkpoint=None, checkpoint_every=None, callback=None,
+               progress=True):
     """Meta-train a learned optimizer by truncated backpropagation through the unrolled optimization.
 
     Functions are drawn anew after every `steps` steps; each window of `unroll` updates gives one meta-update by Adam,
@@ -92,6 +93,8 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
         warmup: iterations over which the meta-learning rate rises from 0.
         clip: largest norm of the meta-gradient, or None for no clipping.
         method, second_order, replay_fraction, sigma, pairs, objective, adjoint_bound: see `meta_gradient`.
+        averaging: in [0, 1): validate, and keep, a running average of the weights, φ̄ ← a φ̄ + (1 - a) φ with
+            a = min(averaging, k / (k + 10)) after k iterations. It takes the meta-gradient's noise out of what is kept. Default 0: the weights as they are.
         horizons: windows until functions are drawn anew, instead of always `steps` / `unroll`: (least, most), drawn
             uniformly each time, or a function of (iteration, generator) that returns a count.
         skip_non_finite: how many windows in a row may be skipped because a loss, a gradient or the meta-gradient is not
@@ -134,6 +137,8 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
     check_positive_number(lr=lr)
     if clip is not None:
         check_positive_number(clip=clip)
+    if isinstance(averaging, bool) or not (isinstance(averaging, (int, float)) and 0 <= averaging < 1):
+        raise ValueError(f"averaging must be a number in [0, 1), got {averaging!r}")
     validation_every = validation_every or max(1, iterations // 40)
     checkpoint_every = checkpoint_every or validation_every
     check_count(validation_every=validation_every, checkpoint_every=checkpoint_every)
@@ -142,8 +147,9 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
     settings = dict(steps=steps, unroll=unroll, meta_batch=meta_batch, iterations=iterations, lr=lr, seed=seed,
                     warmup=warmup, clip=clip, method=method, second_order=second_order,
                     replay_fraction=replay_fraction, sigma=sigma, pairs=pairs, objective=objective,
-                    adjoint_bound=adjoint_bound, horizons=describe_horizons(horizons), validation_every=validation_every,
-                    validation_functions=validation_functions, net=describe_net(net), problem=describe_problem(problem))
+                    adjoint_bound=adjoint_bound, averaging=averaging, horizons=describe_horizons(horizons),
+                    validation_every=validation_every, validation_functions=validation_functions, net=describe_net(net),
+                    problem=describe_problem(problem))
     run = Run(net, on_device(problem, device), settings, horizon_rule(horizons, steps // unroll), skip_non_finite)
     try:
         run.begin(checkpoint)
@@ -182,6 +188,7 @@ class Run:
         self.adam = torch.optim.Adam(self.trained.values(), lr=settings["lr"])
         self.generator = torch.Generator().manual_seed(settings["seed"])
         self.history, self.iteration, self.best = History(), 0, copy.deepcopy(net.state_dict())
+        self.averaged = copy.deepcopy(net) if settings["averaging"] else net
         self.batch = None  # the functions in hand; None: to be drawn
 
     def draw(self):
@@ -211,10 +218,18 @@ class Run:
             update_size = change / max(before, after, sys.float_info.min)
             clip = settings["clip"]
             apply_meta_gradient(self.adam, self.trained, grads, rate, min(1.0, clip / (norm + 1e-12)) if clip else 1.0)
+            self.average()
         for record, value in ((history.meta_loss, meta_loss), (history.grad_norm, norm), (history.lr, rate),
                               (history.update_size, update_size)):
             record.append(value)
         self.iteration += 1
+
+    @torch.no_grad()
+    def average(self):
+        if self.averaged is not self.net:
+            kept = min(self.settings["averaging"], self.iteration / (self.iteration + 10))
+            for average, now in zip(self.averaged.parameters(), self.net.parameters()):
+                average.lerp_(now, 1 - kept)
 
     def window(self):
         """The meta-gradient of the next window, and [meta-loss, squares of ‖θ_T - θ_0‖, ‖θ_0‖ and ‖θ_T‖]."""
@@ -257,7 +272,7 @@ class Run:
         """Score the optimizer (on the first rank, for all), and keep it if it is the best."""
         def score():
             try:
-                losses = evaluate(self.net, self.validation, self.settings["steps"],
+                losses = evaluate(self.averaged, self.validation, self.settings["steps"],
                                   self.settings["validation_functions"], self.settings["seed"] + VALIDATION_SEED)
             except NonFiniteError as error:
                 if not self.skip_non_finite:
@@ -269,7 +284,7 @@ class Run:
         score, history = self.ranks.on_first(score), self.history
         history.validation.append((self.iteration, score))
         if score < history.best_validation:
-            best = copy.deepcopy(self.net.state_dict())
+            best = copy.deepcopy(self.averaged.state_dict())
             self.best, history.best_iteration, history.best_validation = best, self.iteration, score
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
@@ -284,11 +299,12 @@ class Run:
         elif self.ranks.size > 1:
             self.net.load_state_dict(self.ranks.on_first(lambda: plain(dict(self.net.state_dict()))))
             self.best = copy.deepcopy(self.net.state_dict())
+            self.averaged.load_state_dict(self.best)
 
     def save(self, checkpoint):
         content = {"iteration": self.iteration, "history": asdict(self.history), "random": self.random_state(),
-                   "net": dict(self.net.state_dict()), "best": dict(self.best), "adam": self.adam.state_dict(),
-                   "window": None}
+                   "net": dict(self.net.state_dict()), "averaged": dict(self.averaged.state_dict()),
+                   "best": dict(self.best), "adam": self.adam.state_dict(), "window": None}
         if self.batch is not None:  # in the middle of an unroll
             parts = self.ranks.gather(plain((self.first, self.last, self.params, self.state)))
             content["window"] = {"step": self.step, "drawn_at": self.drawn_at, "drawn_from": self.drawn_from,
@@ -296,6 +312,7 @@ class Run:
         self.ranks.on_first(lambda: write_checkpoint(checkpoint, plain(content), self.settings))
 
     def restore(self, content):
+        self.averaged.load_state_dict(content["averaged"])
         self.net.load_state_dict(content["net"])
         self.adam.load_state_dict(content["adam"])
         self.best, self.history = content["best"], History(**content["history"])

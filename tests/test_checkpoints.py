@@ -70,6 +70,7 @@ CASES = {
     "second order": (quadratics, dict(method="autograd", second_order=True)),
     "a user's optimizer": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)), dict()),
     "RNNProp": (lambda: (Quadratics(dim=3), lambda: RNNProp(hidden_size=3), dict(meta_batch=4)), dict()),
+    "averaging": (quadratics, dict(averaging=0.9)),
     "PES": (quadratics, dict(method="pes", pairs=2, objective="log")),
     "PES of a user's": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)), dict(method="pes")),
     "MNIST": (mnist, dict()),

@@ -73,9 +73,11 @@ def test_mnist_and_refining(tiny_mnist):
 
 def test_starting_as_nag_with_the_true_meta_gradient(tiny_mnist):
     assert main(["train", "--problem", "mnist", "--data", str(tiny_mnist), "--hidden", "3", "--batch-size", "8",
-                 "--output", "net.safetensors", "--start-as-nag", "0.5", "--second-order", "--random-signs",
+                 "--output", "net.safetensors", "--start-as-nag", "0.5", "--sign-lr", "0.1", "--sign-fade", "12",
+                 "--second-order", "--adjoint-bound", "1.5", "--mirrored", "--meta-batch", "2", "--random-signs",
                  "--unroll", "5", "--steps", "10", "--iterations", "2", "--lr", "1e-6", "--quiet", "--device", "cpu"]) == 0
-    started = start_as_momentum(CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1), 0.5)
+    started = start_as_momentum(CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1), 0.5, sign_lr=0.1,
+                                sign_fade=12)
     assert torch.allclose(load_optimizer("net.safetensors").output.weight, started.output.weight, atol=1e-4)
 
 

@@ -68,8 +68,8 @@ def settings(**more):
 def first_gradient(name, root):
     torch.manual_seed(0)
     net = CoordinatewiseLSTM(hidden_size=3).double()
-    full = settings(seed=0, clip=None, method="replay", second_order=False, replay_fraction=1.0, sigma=0.01, pairs=1, adjoint_bound=None,
-                    objective="sum")
+    full = settings(seed=0, clip=None, method="replay", second_order=False, replay_fraction=1.0, sigma=0.01, pairs=1,
+                    adjoint_bound=None, averaging=0.0, objective="sum")
     run = Run(net, problem(name, root), full, horizon_rule(None, 4), 0)
     return run.window()
 

@@ -148,6 +148,25 @@ def test_interrupted_returns_the_best_so_far(tmp_path):
     assert history == whole and all(torch.equal(a, b) for a, b in zip(net.parameters(), resumed.parameters()))
 
 
+def test_the_average_of_the_weights_is_kept():
+    average, trail = None, []
+
+    def follow(done, history):
+        nonlocal average
+        kept = min(0.05, (done - 1) / (done + 9))
+        weights = [parameter.detach().clone() for parameter in net.parameters()]
+        average = weights if done == 1 else [kept * old + (1 - kept) * new for old, new in zip(average, weights)]
+        trail.append(weights)
+
+    net = CoordinatewiseLSTM(hidden_size=3)
+    history = meta_train(net, Quadratics(dim=2), 20, 5, meta_batch=2, iterations=5, lr=0.3, validation_every=5, averaging=0.05,
+                         validation_functions=3, callback=follow, progress=False)
+    assert history.best_iteration == 5 and len(trail) == 5
+    for kept, wanted, last in zip(net.parameters(), average, trail[-1]):
+        torch.testing.assert_close(kept.detach(), wanted)
+        assert not torch.equal(last, wanted)
+
+
 def test_update_size_is_relative_to_the_parameters():
     class Step(nn.Module):
         """Steps of a tenth of the gradient: x ← x - 0.2 x on f = x²."""
@@ -222,6 +241,7 @@ def train(**arguments):
     (lambda: window(replay_fraction=0), ValueError, "replay_fraction must be a number in .* got 0"),
     (lambda: window(replay_fraction=0.5, method="autograd"), ValueError, "replay_fraction=0.5 needs method"),
     (lambda: window(second_order=True, replay_fraction=0.5), ValueError, "replay_fraction=0.5 needs"),
+    (lambda: train(averaging=1), ValueError, r"averaging must be a number in \[0, 1\), got 1"),
     (lambda: window(adjoint_bound=1.0), ValueError, 'adjoint_bound=1.0 needs method="replay", second_order=True'),
     (lambda: window(adjoint_bound=0), ValueError, "adjoint_bound must be a positive number, got 0"),
     (lambda: window(weights=[1.0] * 20), ValueError, r"weights must have shape \(21,\)"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from optimizees import ConvexTerms, MetaBatch, MNISTNet, Quadratics, RandomScaling
+from meta_gradients import meta_gradient
+from optimizees import ConvexTerms, MetaBatch, Mirrored, MNISTNet, Quadratics, RandomScaling
 from unrolling import Coordinates
 
 
@@ -125,6 +126,37 @@ def test_random_scaling_is_a_change_of_coordinates():
     torch.testing.assert_close(unscaled.params["theta"], start)
 
 
+def test_mirrored_functions_come_in_pairs(tiny_mnist):
+    """f(θ) and f(-θ) with the same minibatches: opposite gradients at opposite points."""
+    plain = MNISTNet((5,), root=tiny_mnist, batch_size=4, dtype=torch.float64)
+    batch, upright = Mirrored(plain).sample(6, generator()), plain.sample(3, generator())
+    coordinates = Coordinates(batch.params)
+    for step in (0, 7):
+        losses, gradient = coordinates.losses_and_gradient(batch.loss, coordinates.join(batch.params), step)
+        torch.testing.assert_close(losses, upright.loss(upright.params, step).repeat(2))
+        for tensor in coordinates.split(gradient).values():
+            assert tensor[:3].any()
+            torch.testing.assert_close(tensor[:3], -tensor[3:])
+    assert all(torch.equal(tensor[:3], upright.params[name]) for name, tensor in batch.params.items())
+
+
+def test_mirrored_pairs_cancel_what_a_drift_does():
+    """The meta-gradient with respect to a constant added to all updates is noise on functions, 0 on pairs of them."""
+    net = torch.nn.Linear(1, 1).double()  # update = -0.01 ∇ + drift
+    with torch.no_grad():
+        net.weight.fill_(-0.01)
+        net.bias.zero_()
+    net.init_state = lambda N: ()
+    net.forward = lambda grad, state: (torch.nn.functional.linear(grad[:, None], net.weight, net.bias)[:, 0], state)
+    problem = Quadratics(dim=4, dtype=torch.float64)
+    drifts = []
+    for distribution in (problem, Mirrored(problem)):
+        batch = distribution.sample(2, generator())
+        grads, _ = meta_gradient(net, batch, batch.params, (), unroll=3)
+        drifts.append(grads["bias"].abs().item())
+    assert drifts[0] > 1 and drifts[1] < 1e-12
+
+
 def test_convex_terms_are_beside_the_problem():
     plain, batch = Quadratics(dim=4).sample(3, generator()), ConvexTerms(Quadratics(dim=4), dim=6).sample(3, generator())
     theta, x = torch.randn(3, 4), torch.zeros(3, 6, requires_grad=True)
@@ -135,18 +167,19 @@ def test_convex_terms_are_beside_the_problem():
     assert target.abs().max() <= 1 and batch.params["convex"].abs().max() <= 1
 
 
-def test_parts_of_variations_have_the_same_losses():
-    problem = ConvexTerms(RandomScaling(Quadratics(dim=4)), dim=3)
-    batch = problem.sample(5, generator())
+@pytest.mark.parametrize("first, last", [(0, 2), (1, 3), (1, 5), (3, 4), (4, 6)])
+def test_parts_of_variations_have_the_same_losses(first, last):
+    problem = Mirrored(ConvexTerms(RandomScaling(Quadratics(dim=4)), dim=3))
+    batch = problem.sample(6, generator())
     params = {name: torch.randn_like(tensor) for name, tensor in batch.params.items()}
-    part = batch.part(1, 3)
-    torch.testing.assert_close(part.loss({name: tensor[1:3] for name, tensor in params.items()}, 0),
-                               batch.loss(params, 0)[1:3])
-    assert all(torch.equal(part.params[name], tensor[1:3]) for name, tensor in batch.params.items())
+    part = batch.part(first, last)
+    torch.testing.assert_close(part.loss({name: tensor[first:last] for name, tensor in params.items()}, 0),
+                               batch.loss(params, 0)[first:last])
+    assert all(torch.equal(part.params[name], tensor[first:last]) for name, tensor in batch.params.items())
 
 
 def test_variations_validate_on_the_problem_itself(tiny_mnist):
-    problem = ConvexTerms(RandomScaling(MNISTNet((5,), root=tiny_mnist)))
+    problem = ConvexTerms(Mirrored(RandomScaling(MNISTNet((5,), root=tiny_mnist))))
     assert problem.to("cpu").validation_problem().options["split"] == "validation"
     assert "randomly scaled" in problem.name and problem.device.type == "cpu"
 
@@ -154,6 +187,7 @@ def test_variations_validate_on_the_problem_itself(tiny_mnist):
 BAD = [
     (lambda root: RandomScaling("quadratics"), TypeError, r"problem must have sample\(meta_batch, generator\), got str"),
     (lambda root: RandomScaling(Quadratics(), radius=-1), ValueError, r"radius must be a number in \[0, 20\], got -1"),
+    (lambda root: Mirrored(Quadratics()).sample(3), ValueError, "meta_batch must be even for mirrored pairs, got 3"),
     (lambda root: ConvexTerms(Quadratics(), dim=0), ValueError, "dim must be at least 1, got 0"),
     (lambda root: ConvexTerms(ConvexTerms(Quadratics())).sample(1), ValueError, 'has a parameter named "convex"'),
     (lambda root: Quadratics(dim=0), ValueError, "dim must be at least 1, got 0"),

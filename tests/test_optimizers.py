@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from torch.autograd import gradcheck
 
 import lstm_blocks
+from meta_training import meta_train
+from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, RNNProp, load_optimizer, log_sign, save_optimizer, start_as_momentum
 
 
@@ -252,6 +254,22 @@ def test_start_as_momentum(layers, momentum, nesterov):
         assert ((update - step).abs() <= 0.06 * step.abs() + 0.02 * sizes * 0.3).all()
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_start_with_signs(layers):
+    """Beside momentum, a running mean of signs with a weight that fades; on gradients of any size."""
+    torch.manual_seed(0)
+    net = start_as_momentum(CoordinatewiseLSTM(20, layers, "log_sign", output_scale=0.1), 1e-12, sign_lr=0.3, sign_fade=6)
+    state, mean = net.init_state(60), torch.zeros(60)
+    for t in range(60):
+        gradient = torch.randn(60).sign() * (0.5 + torch.rand(60)) * torch.logspace(-3.5, 1, 60)
+        mean = 0.8 * mean + 0.2 * gradient.sign()
+        with torch.no_grad():
+            update, state = net(gradient, state)
+        wanted = -0.3 * 2 / (1 + math.exp(2 * t / 6)) * mean
+        assert ((update - wanted).abs() <= 0.2 * wanted.abs() + 0.01).all(), t
+    assert update.abs().max() < 1e-3
+
+
 def test_start_as_momentum_leaves_the_other_units_to_training():
     torch.manual_seed(0)
     plain = CoordinatewiseLSTM(preprocess="log_sign")
@@ -268,11 +286,60 @@ def test_start_as_momentum_leaves_the_other_units_to_training():
     (dict(net=CoordinatewiseLSTM(preprocess="log_sign"), lr=0), ValueError, "lr must be a positive number, got 0"),
     (dict(net=CoordinatewiseLSTM(preprocess="log_sign"), lr=1.0, momentum=1.0), ValueError, "momentum must be .* got 1.0"),
     (dict(net=CoordinatewiseLSTM(preprocess="log_sign"), lr=1.0, averages=(2,)), ValueError, r"averages must be .* got \(2,\)"),
+    (dict(net=CoordinatewiseLSTM(preprocess="log_sign"), lr=1.0, sign_lr=-0.1), ValueError, "sign_lr must be .* got -0.1"),
+    (dict(net=CoordinatewiseLSTM(preprocess="log_sign"), lr=1.0, sign_momentum=1), ValueError, "sign_momentum must be .* 1"),
+    (dict(net=CoordinatewiseLSTM(preprocess="log_sign"), lr=1.0, sign_lr=1.0, sign_fade=21), ValueError, "at most 20, got 21"),
+    (dict(net=CoordinatewiseLSTM(6, preprocess="log_sign"), lr=1.0, sign_lr=0.1), ValueError, "6 units, too few for 7"),
     (dict(net=CoordinatewiseLSTM(3, preprocess="log_sign"), lr=1.0), ValueError, "3 units, too few for 5 running sums"),
 ])
 def test_bad_starts(arguments, error, message):
     with pytest.raises(error, match=message):
         start_as_momentum(**arguments)
+
+
+# Odd optimizers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden, layers", [(20, 2), (7, 1), (3, 3), (1, 2)])
+@pytest.mark.parametrize("preprocess", [None, "log_sign"])
+def test_odd_optimizers_answer_opposite_gradients_oppositely(hidden, layers, preprocess):
+    torch.manual_seed(0)
+    net = CoordinatewiseLSTM(hidden, layers, preprocess, odd=True).double()
+    one, other, size = net.init_state(40), net.init_state(40), 0.0
+    with torch.no_grad():
+        for grad in torch.randn(6, 40, dtype=torch.float64) * 10.0 ** -torch.arange(6)[:, None]:
+            update, one = net(grad, one)
+            opposite, other = net(-grad, other)
+            assert (update + opposite).abs().max() < 1e-15
+            size = max(size, update.abs().max())
+    assert size > 1e-6 or hidden == 1
+
+
+def test_symmetrize_is_the_nearest_odd_optimizer():
+    """A projection: linear, idempotent, and what it takes away is orthogonal to what it leaves."""
+    net, plain = CoordinatewiseLSTM(7, 2, "log_sign", odd=True), CoordinatewiseLSTM(7, 2, "log_sign")
+    kept = net.symmetrize(plain.state_dict())
+    again = net.symmetrize(kept)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+    inner = sum((kept[name] * (plain.state_dict()[name] - kept[name])).sum().item() for name in kept)
+    assert abs(inner) < 1e-5 and 0 < sum(tensor.square().sum() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("arguments", [dict(), dict(method="autograd"), dict(second_order=True), dict(method="pes")])
+def test_training_keeps_optimizers_odd(arguments):
+    net = CoordinatewiseLSTM(hidden_size=6, odd=True)
+    meta_train(net, Quadratics(dim=3), 6, 3, 2, iterations=8, lr=0.03, validation_functions=4, progress=False, **arguments)
+    weights = net.state_dict()
+    assert all(torch.equal(tensor, net.symmetrize(weights)[name]) for name, tensor in weights.items())
+
+
+def test_odd_optimizers_come_back_from_their_files(tmp_path):
+    net = start_as_momentum(CoordinatewiseLSTM(preprocess="log_sign", odd=True), 0.5, sign_lr=0.1)
+    assert all(torch.equal(tensor, net.symmetrize(net.state_dict())[name]) for name, tensor in net.state_dict().items())
+    save_optimizer(net, tmp_path / "net.safetensors")
+    assert load_optimizer(tmp_path / "net.safetensors").odd and not load_optimizer("mnist").odd
+    with pytest.raises(ValueError, match="6 odd units, too few for 7 running sums"):
+        start_as_momentum(net, 0.5, sign_lr=0.1, averages=(0.5, 0.9, 0.95, 0.99))
 
 
 # RNNProp (Lv, Jiang and Li 2017) ---------------------------------------------------------------------------------------
