@@ -34,7 +34,7 @@ def test_runs_top_to_bottom(tmp_path, monkeypatch, small_mnist):
     assert figures == 12 and "scale 'smoke'" in text_of(notebook)
     tables = re.findall(r"\| LSTM[^|]*\| [\d.]+ ± [\d.]+ \|", text_of(notebook))
     assert len(tables) == 12  # two optimizers on quadratics, on MNIST for 100 and 200 steps, and on three transfers
-    runs = ("mnist_from_nag", "mnist", "quadratics_refined", "quadratics")
+    runs = ("mnist_from_nag", "mnist", "quadratics_odd", "quadratics")
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted(
         f"{run}_smoke.{kind}" for run in runs for kind in ("run", "safetensors"))
 
