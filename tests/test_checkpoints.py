@@ -71,6 +71,11 @@ CASES = {
     "a user's optimizer": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)), dict()),
     "RNNProp": (lambda: (Quadratics(dim=3), lambda: RNNProp(hidden_size=3), dict(meta_batch=4)), dict()),
     "averaging": (quadratics, dict(averaging=0.9)),
+    "curriculum": (quadratics, dict(curriculum=(5, 10), patience=1, validation_every=2, averaging=0.5)),
+    "imitation": (quadratics, dict(teacher=(torch.optim.Adam, {"lr": 0.1}), imitation=0.6)),
+    "imitation of NAG": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)),
+                         dict(teacher=(torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "nesterov": True}), imitation=1.0)),
+    "imitation of a user's": (quadratics, dict(teacher=Momentum(), imitation=0.6, method="pes", curriculum=(10,))),
     "PES": (quadratics, dict(method="pes", pairs=2, objective="log")),
     "PES of a user's": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)), dict(method="pes")),
     "MNIST": (mnist, dict()),
@@ -102,8 +107,9 @@ def test_resumed_equals_uninterrupted(name, tmp_path, tiny_mnist):
         resumed = make()
         for parameter in resumed.parameters():
             nn.init.normal_(parameter)
-        again = meta_train(resumed, problem, steps=20, unroll=5, iterations=14, lr=0.01, warmup=2, validation_every=5,
-                           validation_functions=3, checkpoint=path, checkpoint_every=2, progress=False, **arguments)
+        again = meta_train(resumed, problem, **{**dict(steps=20, unroll=5, iterations=14, lr=0.01, warmup=2,
+                                                       validation_every=5, validation_functions=3, checkpoint=path,
+                                                       checkpoint_every=2, progress=False), **arguments})
         assert again == history
         assert all(torch.equal(tensor, resumed.state_dict()[key]) for key, tensor in net.state_dict().items())
         ends = [torch.load(file, weights_only=True)["content"] for file in (tmp_path / "whole", path)]
@@ -305,6 +311,9 @@ def test_damaged_and_foreign_files(stopped, tmp_path, monkeypatch):
     (dict(horizons=(1, 2)), r"horizons was None and is \(1, 2\)"),
     (dict(problem=RandomScaling(Quadratics(dim=3), 2.0)), "problem was 'Quad.* and is .RandomScaling .* of Quadratics"),
     (dict(objective="log"), "objective was 'sum' and is 'log'"),
+    (dict(curriculum=(10,), patience=2), r"curriculum was None and is '\(10,\) with patience 2'"),
+    (dict(teacher=(torch.optim.Adam, {"lr": 0.1}), imitation=0.3),
+     "teacher was None and is \"Adam {'lr': 0.1}, 0.3 of the functions, weight 1.0\""),
     (dict(make=lambda: CoordinatewiseLSTM(hidden_size=5)), "net was .*'hidden_size': 4.* and is .*'hidden_size': 5"),
     (dict(make=lambda: CoordinatewiseLSTM(hidden_size=4).double(), problem=Quadratics(3, dtype=torch.float64)),
      "net was .*float32.* and is .*float64"),
