@@ -71,11 +71,11 @@ CASES = {
     "a user's optimizer": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)), dict()),
     "RNNProp": (lambda: (Quadratics(dim=3), lambda: RNNProp(hidden_size=3), dict(meta_batch=4)), dict()),
     "averaging": (quadratics, dict(averaging=0.9)),
-    "curriculum": (quadratics, dict(curriculum=(5, 10), patience=1, validation_every=2, averaging=0.5)),
+    "curriculum": (quadratics, dict(curriculum=(5, 10), patience=1, validation_every=2, averaging=0.2, lr=1.0)),
     "imitation": (quadratics, dict(teacher=(torch.optim.Adam, {"lr": 0.1}), imitation=0.6)),
     "imitation of NAG": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)),
                          dict(teacher=(torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "nesterov": True}), imitation=1.0)),
-    "imitation of a user's": (quadratics, dict(teacher=Momentum(), imitation=0.6, method="pes", curriculum=(10,))),
+    "imitation of a user's": (quadratics, dict(teacher=Momentum(), imitation=0.6, method="pes")),
     "PES": (quadratics, dict(method="pes", pairs=2, objective="log")),
     "PES of a user's": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)), dict(method="pes")),
     "MNIST": (mnist, dict()),
@@ -98,6 +98,7 @@ def test_resumed_equals_uninterrupted(name, tmp_path, tiny_mnist):
     net, history = train(make, problem, checkpoint=tmp_path / "whole", checkpoint_every=3, **arguments)
     without, same = train(make, problem, **arguments)
     assert same == history  # checkpoints change nothing
+    assert len(history.stages) == 3 * (name == "curriculum") and bool(history.imitation) == ("imitation" in name)
     for stops in ([1], [4], [7, 11], [12, 14]):
         path = tmp_path / f"stopped {stops}"
         for stop in stops:
