@@ -389,10 +389,10 @@ class Run:
         self.draws = content.get("draws", 0)  # files from before there was imitation have none
         window = content["window"]
         if window is not None:
-            divisible = self.settings["method"] != "pes" and not window.get("imitates")
-            carried = regroup(window["parts"], self.first, self.last,
-                              divisible and getattr(self.net, "coordinatewise", False))
-            if carried is not None:  # else this number of ranks begins with new functions
+            parts, divisible = window["parts"], getattr(self.net, "coordinatewise", False)
+            divisible = divisible and self.settings["method"] != "pes" and not window.get("imitates")
+            if divisible or len(parts) == self.ranks.size:  # else these ranks begin with new functions
+                carried = regroup(parts, self.first, self.last, divisible)
                 self.set_random_state(window["drawn_from"])
                 self.iteration, self.draws = window["drawn_at"], self.draws - 1
                 self.draw()

@@ -337,6 +337,21 @@ def test_a_run_that_could_not_begin_leaves_no_checkpoint(wrong, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_another_number_of_processes_draws_new_functions_in_the_middle_of_an_imitation(tmp_path):
+    """The teacher's state cannot be cut, so all ranks draw, also one whose slice is as it was."""
+    problem, make, arguments = quadratics(teacher=(torch.optim.Adam, {"lr": 0.1}), imitation=1.0)
+    path, draws = tmp_path / "run", []
+    with pytest.raises(Stop):
+        train(make, problem, checkpoint=path, checkpoint_every=3, callback=stop_at(6), **arguments)
+    file = torch.load(path, weights_only=True)
+    file["content"]["window"]["parts"] *= 2  # as two ranks would have left it
+    write_checkpoint(path, file["content"], file["settings"])
+    sample = problem.sample
+    problem.sample = lambda *given, **more: draws.append(given) or sample(*given, **more)
+    _, history = train(make, problem, checkpoint=path, callback=lambda done, _: draws.append(done), **arguments)
+    assert draws[:2] == [(4,), 7] and len(history.meta_loss) == len(history.imitation) == 14
+
+
 def test_what_may_change(stopped):
     problem, make, arguments = quadratics()
     _, history = train(make, problem, **arguments)
