@@ -120,8 +120,8 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
         imitation: in (0, 1] with a teacher: share of the draws of functions, spread evenly over the run, that it
             optimizes, in all their windows, while `net` reads the gradients and learns to write its updates. Nothing
             else is learned from these. Default 0.
-        imitation_weight: positive factor on the imitation loss, ½‖g - ĝ‖² summed over a window, mean over functions. Its
-            gradients go through the same clipping and Adam as meta-gradients, which are often larger by far.
+        imitation_weight: positive factor on the imitation loss, ½‖g - ĝ‖² summed over a window, mean over functions.
+            Its gradients go through the same clipping and Adam as meta-gradients, which are often larger by far.
         skip_non_finite: how many windows in a row may be skipped because a loss, a gradient or the meta-gradient is not
             finite: the optimizer stays as it is, `History.skipped` notes it, and functions are drawn anew. Validation
             functions that diverge then score infinity. Default 0: the first one stops the run.
@@ -280,7 +280,7 @@ class Run:
                 average.lerp_(now, 1 - kept)
 
     def window(self):
-        """The meta-gradient of the next window, and [meta-loss, squares of ‖θ_T - θ_0‖, ‖θ_0‖, ‖θ_T‖, imitation loss]."""
+        """The next window's meta-gradient, and [meta-loss, squares of ‖θ_T - θ_0‖, ‖θ_0‖, ‖θ_T‖, imitation loss]."""
         if self.batch is None:
             self.draw()
         settings, start = self.settings, self.params

@@ -74,7 +74,7 @@ CASES = {
     "curriculum": (quadratics, dict(curriculum=(5, 10), patience=1, validation_every=2, averaging=0.2, lr=1.0)),
     "imitation": (quadratics, dict(teacher=(torch.optim.Adam, {"lr": 0.1}), imitation=0.6)),
     "imitation of NAG": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)),
-                         dict(teacher=(torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "nesterov": True}), imitation=1.0)),
+                         dict(teacher=(torch.optim.SGD, dict(lr=0.01, momentum=0.9, nesterov=True)), imitation=1.0)),
     "imitation of a user's": (quadratics, dict(teacher=Momentum(), imitation=0.6, method="pes")),
     "PES": (quadratics, dict(method="pes", pairs=2, objective="log")),
     "PES of a user's": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)), dict(method="pes")),

@@ -84,8 +84,8 @@ def test_the_gradient_equals_autograds(student, name):
         (params,), state = info.params.values(), info.state
         torch.testing.assert_close(params, theta, rtol=1e-12, atol=0)
         assert not params.requires_grad and info.losses.shape == (5, 3)
-    heavier, _ = imitation_gradient(net, batch, Demonstration(*teacher, batch.params), net.init_state(12), 0, 5, weight=3.0)
-    once, _ = imitation_gradient(net, batch, Demonstration(*teacher, batch.params), net.init_state(12), 0, 5)
+    once, heavier = (imitation_gradient(net, batch, Demonstration(*teacher, batch.params), net.init_state(12), 0, 5,
+                                        weight)[0] for weight in (1.0, 3.0))
     for key, grad in once.items():
         torch.testing.assert_close(heavier[key], 3 * grad)
 
@@ -141,8 +141,8 @@ def test_a_student_approaches_its_teacher():
 def test_a_share_of_the_draws_imitates():
     def run(**arguments):
         torch.manual_seed(0)
-        return meta_train(CoordinatewiseLSTM(3, 1), Quadratics(dim=2), 20, 10, meta_batch=2, iterations=40, progress=False,
-                          validation_functions=2, validation_every=40, **arguments)
+        return meta_train(CoordinatewiseLSTM(3, 1), Quadratics(dim=2), 20, 10, meta_batch=2, iterations=40,
+                          progress=False, validation_functions=2, validation_every=40, **arguments)
 
     teacher = CoordinatewiseLSTM(3, 1)
     before = [parameter.clone() for parameter in teacher.parameters()]
@@ -157,7 +157,7 @@ def test_a_share_of_the_draws_imitates():
 
 
 def test_a_diverging_teacher_is_told():
-    with pytest.raises(NonFiniteError, match="stopped at iteration 0: .*(teacher's way is not finite|grad must be finite)"):
+    with pytest.raises(NonFiniteError, match="stopped at iteration 0: .*(teacher's way is not|grad must be) finite"):
         train(teacher=(torch.optim.SGD, {"lr": 1e30}), imitation=1.0)
     history = train(teacher=(torch.optim.SGD, {"lr": 1e30}), imitation=0.5, skip_non_finite=3, iterations=8)
     assert history.skipped and history.imitation == []
@@ -167,8 +167,8 @@ def test_a_diverging_teacher_is_told():
 
 
 def train(net=None, **arguments):
-    return meta_train(net or CoordinatewiseLSTM(hidden_size=2), Quadratics(dim=2), progress=False, validation_functions=2,
-                      **{"iterations": 1, "meta_batch": 2, **arguments})
+    return meta_train(net or CoordinatewiseLSTM(hidden_size=2), Quadratics(dim=2), progress=False,
+                      validation_functions=2, **{"iterations": 1, "meta_batch": 2, **arguments})
 
 
 def own_teacher():
@@ -194,7 +194,7 @@ def window(**arguments):
     (lambda: train(teacher="adam", imitation=0.3), TypeError, "teacher must be .* got 'adam'"),
     (lambda: train(teacher=nn.Linear(1, 1), imitation=0.3), TypeError, "teacher must be .* got Linear"),
     (lambda: train(teacher=(nn.Linear, {}), imitation=0.3), TypeError, r"teacher\[0\] must be a class of torch.optim"),
-    (lambda: train(teacher=(torch.optim.Adam, 0.1), imitation=0.3), TypeError, r"teacher\[1\] must be a dict .* got 0.1"),
+    (lambda: train(teacher=(torch.optim.Adam, 0.1), imitation=0.3), TypeError, r"teacher\[1\] must be .* got 0.1"),
     (lambda: train(teacher=(torch.optim.LBFGS, {}), imitation=0.3), ValueError, "LBFGS needs a closure"),
     (lambda: train(teacher=(torch.optim.Adam, {"lr": -1.0}), imitation=0.3), ValueError, "Invalid learning rate"),
     (lambda: train(teacher=ADAM, imitation=1.0, method="bptt"), ValueError, "method must be .* got 'bptt'"),
