@@ -15,7 +15,8 @@ from state_nests import map_tensors, tensors_in
 from unrolling import Coordinates
 from whole_files import remove_partial_files, write_whole
 
-__all__ = ["named_tuples", "plain", "read_checkpoint", "regroup", "unplain", "write_checkpoint"]
+__all__ = ["describe_net", "describe_problem", "named_tuples", "plain", "read_checkpoint", "regroup", "unplain",
+           "write_checkpoint"]
 
 FILE_FORMAT = 1
 NAMED_TUPLE = "class of the named tuple"  # the key by which a plain state holds one; files name no classes to load
@@ -136,3 +137,19 @@ def regroup_tensors(tensors, coordinates, first, last):
     pieces = [[piece.unflatten(-1, (part.functions, -1)) for piece in tensor.split(part.sizes, -1)]
               for tensor, part in zip(tensors, coordinates)]
     return torch.cat([torch.cat(same, -2)[..., first:last, :].flatten(-2) for same in zip(*pieces)], -1)
+
+
+# What a checkpoint must agree with ------------------------------------------------------------------------------------
+
+
+def describe_net(net):
+    tensors = {name: f"{tuple(parameter.shape)} {parameter.dtype}, {'trained' if parameter.requires_grad else 'frozen'}"
+               for name, parameter in net.named_parameters()}
+    return f"{type(net).__name__} {getattr(net, 'config', '')} with {tensors}"
+
+
+def describe_problem(problem):
+    options = getattr(problem, "options", {})
+    options = {name: value for name, value in options.items() if name != "root"} if isinstance(options, dict) else {}
+    inner = f" of {describe_problem(problem.problem)}" if hasattr(problem, "problem") else ""
+    return f"{type(problem).__name__} {getattr(problem, 'name', '')} {options}{inner}"

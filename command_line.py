@@ -90,13 +90,14 @@ def run_train(options):
         problem = Mirrored(problem)
     settings = {name: getattr(options, name) for name in (
         "steps", "unroll", "meta_batch", "iterations", "lr", "seed", "warmup", "clip", "replay_fraction", "objective",
-        "horizons", "second_order", "adjoint_bound", "averaging", "skip_non_finite", "validation_every",
-        "validation_functions")}
-    settings["horizons"] = tuple(options.horizons) if options.horizons else None
+        "horizons", "curriculum", "patience", "imitation", "imitation_weight", "second_order", "adjoint_bound",
+        "averaging", "skip_non_finite", "validation_every", "validation_functions")}
+    for name in ("horizons", "curriculum"):
+        settings[name] = tuple(settings[name]) if settings[name] else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "meta-training was interrupted")  # it is said below
         try:
-            history = meta_train(net, problem, device=device,
+            history = meta_train(net, problem, device=device, teacher=make_teacher(options),
                                  checkpoint=checkpoint, checkpoint_every=options.checkpoint_every, callback=scalars,
                                  progress=not options.quiet, **settings)
         finally:
@@ -104,6 +105,8 @@ def run_train(options):
                 scalars.close()
     if not first:
         return 130 if history.interrupted else 0
+    if options.teacher:
+        settings |= dict(teacher=options.teacher, teacher_lr=options.teacher_lr)
     save_optimizer(net, options.output, problem=problem.name, seed=options.seed, iteration=history.best_iteration,
                    validation=history.best_validation, settings=settings)
     if options.history:
@@ -118,8 +121,9 @@ def run_train(options):
         return 130
     checkpoint.unlink(missing_ok=True)
     skipped = f"; {len(history.skipped)} windows skipped" if history.skipped else ""
-    print(f"{options.output}: validation score {history.best_validation:.4g} (sum of the loss over {options.steps} "
-          f"steps) at iteration {history.best_iteration}{skipped}")
+    steps = history.stages[-1][1] if history.stages else options.steps
+    print(f"{options.output}: validation score {history.best_validation:.4g} (sum of the loss over {steps} steps) "
+          f"at iteration {history.best_iteration}{skipped}")
     return 0
 
 
@@ -179,6 +183,21 @@ def make_net(options):
     if options.start_as_nag is not None:
         start_as_momentum(net, options.start_as_nag, sign_lr=options.sign_lr, sign_fade=options.sign_fade)
     return net
+
+
+def make_teacher(options):
+    """What to imitate: one of the baselines, by its name in lower case, or a learned optimizer; None if nothing."""
+    if options.teacher is None:
+        return None
+    baselines = {name.lower(): baseline for name, baseline in BASELINES.items()}
+    if options.teacher.lower() not in baselines:
+        if options.teacher_lr is not None:
+            raise ValueError(f"--teacher-lr is for {sorted(baselines)}, got --teacher {options.teacher}")
+        return load_optimizer(options.teacher)
+    if options.teacher_lr is None:
+        raise ValueError(f"--teacher {options.teacher} needs --teacher-lr")
+    optimizer, more = baselines[options.teacher.lower()]
+    return optimizer, {**more, "lr": options.teacher_lr}
 
 
 def load_nets(paths):
@@ -313,6 +332,17 @@ def add_training(command):
         help="updates in a window of truncated backpropagation, a divisor of --steps; default 20")
     add("--horizons", metavar=("LEAST", "MOST"), type=int, nargs=2,
         help="draw the number of windows at random between these, instead of always steps / unroll")
+    add("--curriculum", metavar="N", type=int, nargs="+",
+        help="horizons to train at before --steps, multiples of --unroll; each until its validation stands still")
+    add("--patience", metavar="N", type=int, default=3,
+        help="with --curriculum: validations without improvement, after which it goes on; default 3")
+    add("--teacher", metavar="NAME", help="imitate this optimizer: one of "
+        f"{', '.join(name.lower() for name in BASELINES)}, or a learned one (a file or a name in pretrained/)")
+    add("--teacher-lr", metavar="X", type=float, help="learning rate of a hand-designed teacher")
+    add("--imitation", metavar="X", type=float, default=0.0,
+        help="with --teacher: share of the training that imitates, the rest lowers the loss; default 0")
+    add("--imitation-weight", metavar="X", type=float, default=1.0,
+        help="factor on the imitation loss, beside the functions' own; default 1")
     add("--meta-batch", metavar="N", type=int,
         help=f"functions run together, in all processes; {by_problem('meta_batch')}")
     add("--iterations", metavar="N", type=int, help=f"updates of the optimizer; {by_problem('iterations')}")

@@ -71,13 +71,17 @@ def evaluate_baseline(optimizer, options, problem, steps=100, num_functions=100,
         >>> from optimizees import Quadratics
         >>> losses = evaluate_baseline(torch.optim.Adam, {"lr": 0.1}, Quadratics(), steps=10, num_functions=4)
     """
+    check_baseline(optimizer, options)
+    return loss_curves(torch_rule(optimizer, options), problem, steps, num_functions, seed, torch.device(device))
+
+
+def check_baseline(optimizer, options, names=("optimizer", "options")):
     if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
-        raise TypeError(f"optimizer must be a class of torch.optim.Optimizer, got {optimizer!r}")
+        raise TypeError(f"{names[0]} must be a class of torch.optim.Optimizer, got {optimizer!r}")
     if inspect.signature(optimizer.step).parameters.get("closure", inspect.Parameter("closure", 1)).default is not None:
         raise ValueError(f"{optimizer.__name__} needs a closure and does not treat coordinates by themselves")
     if not isinstance(options, dict):
-        raise TypeError(f'options must be a dict such as {{"lr": 0.1}}, got {options!r}')
-    return loss_curves(torch_rule(optimizer, options), problem, steps, num_functions, seed, torch.device(device))
+        raise TypeError(f'{names[1]} must be a dict such as {{"lr": 0.1}}, got {options!r}')
 
 
 def learned_rule(net):

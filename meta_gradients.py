@@ -83,21 +83,9 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
 
     Reference: Andrychowicz et al. 2016, section 2 and figure 2.
     """
-    check_count(unroll=unroll, pairs=pairs)
+    check_count(unroll=unroll)
     check_count(least=0, step=step)
-    check_positive_number(sigma=sigma)
-    if method not in ("replay", "autograd", "pes"):
-        raise ValueError(f'method must be "replay", "autograd" or "pes", got {method!r}')
-    if second_order and method == "pes":
-        raise ValueError('second_order=True needs method="replay" or "autograd": "pes" takes no derivatives')
-    if objective not in ("sum", "log"):
-        raise ValueError(f'objective must be "sum" or "log", got {objective!r}')
-    check_replay_fraction(replay_fraction, method, second_order, net)
-    if adjoint_bound is not None:
-        check_positive_number(adjoint_bound=adjoint_bound)
-        if method != "replay" or not second_order or not getattr(net, "coordinatewise", False):
-            raise ValueError(f'adjoint_bound={adjoint_bound} needs method="replay", second_order=True and a network with '
-                             "coordinatewise = True")
+    check_gradient_options(net, method, second_order, replay_fraction, sigma, pairs, objective, adjoint_bound)
     coordinates = Coordinates(params)
     theta = coordinates.join(params).detach()
     weights = torch.ones(unroll + 1) if weights is None else torch.as_tensor(weights)
@@ -138,12 +126,21 @@ def replay_window(net, loss, coordinates, theta, state, step, weights, fraction,
     if objective == "log":
         pulls /= coordinates.spread(losses[1:])
     adjoint, inputs = pulls.flip(0).cumsum(0).flip(0), gradients[:-1]
+    grads = replay_recorded(net, coordinates, inputs, start, adjoint, fraction, generator)
+    return grads, losses, theta, map_tensors(torch.Tensor.detach, state)
+
+
+def replay_recorded(net, coordinates, inputs, start, adjoint, fraction, generator):
+    """Gradient of Σ_t ⟨adjoint_t, update_t⟩ over recorded inputs (T, N), from the state `start` on.
+
+    With a fraction below 1 an estimate of it, from that share of the coordinates.
+    """
     if fraction < 1:
-        kept, factor = (tensor.to(theta.device) for tensor in coordinates.subset(fraction, generator))
-        inputs, adjoint = inputs[:, kept], adjoint[:, kept] * factor.to(theta)
+        kept, factor = (tensor.to(inputs.device) for tensor in coordinates.subset(fraction, generator))
+        inputs, adjoint = inputs[:, kept], adjoint[:, kept] * factor.to(inputs)
         start = map_tensors(lambda tensor: tensor[..., kept], start)
     replay = getattr(net, "replay", None) or (lambda *recorded: replay_by_autograd(net, *recorded))
-    return replay(inputs, start, adjoint), losses, theta, map_tensors(torch.Tensor.detach, state)
+    return replay(inputs, start, adjoint)
 
 
 @torch.enable_grad()
@@ -218,6 +215,23 @@ def gradients_of(value, net):
     grads = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
     return {name: torch.zeros_like(parameter) if grad is None else grad
             for (name, parameter), grad in zip(wanted.items(), grads)}
+
+
+def check_gradient_options(net, method, second_order, replay_fraction, sigma, pairs, objective, adjoint_bound):
+    check_count(pairs=pairs)
+    check_positive_number(sigma=sigma)
+    if method not in ("replay", "autograd", "pes"):
+        raise ValueError(f'method must be "replay", "autograd" or "pes", got {method!r}')
+    if second_order and method == "pes":
+        raise ValueError('second_order=True needs method="replay" or "autograd": "pes" takes no derivatives')
+    if objective not in ("sum", "log"):
+        raise ValueError(f'objective must be "sum" or "log", got {objective!r}')
+    check_replay_fraction(replay_fraction, method, second_order, net)
+    if adjoint_bound is not None:
+        check_positive_number(adjoint_bound=adjoint_bound)
+        if method != "replay" or not second_order or not getattr(net, "coordinatewise", False):
+            raise ValueError(f'adjoint_bound={adjoint_bound} needs method="replay", second_order=True and a network with '
+                             "coordinatewise = True")
 
 
 def check_replay_fraction(fraction, method, second_order, net):

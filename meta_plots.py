@@ -91,6 +91,8 @@ def plot_history(history, title, ax=None):
         right.plot(history.best_iteration, history.best_validation, "o", color="black", label="kept")
         right.set(yscale="log", ylabel="validation (sum over the steps)")
         right.legend(loc="upper right")
+    for iteration, _ in history.stages[1:]:  # a curriculum's: from here on scores are over more steps
+        ax.axvline(iteration, color="gray", linestyle=":", linewidth=1)
     if history.skipped:
         ax.plot([iteration + 1 for iteration, _ in history.skipped], [0.02] * len(history.skipped), "|", color="tab:red",
                 transform=ax.get_xaxis_transform(), label=f"skipped: {len(history.skipped)}")

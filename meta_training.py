@@ -17,10 +17,13 @@ import torch
 from tqdm.auto import tqdm
 
 from argument_checks import NonFiniteError, check_count, check_positive_number
-from checkpoints import named_tuples, plain, read_checkpoint, regroup, unplain, write_checkpoint
+from checkpoints import (describe_net, describe_problem, named_tuples, plain, read_checkpoint, regroup, unplain,
+                         write_checkpoint)
 from comparison import (BASELINES, TunedBaseline, compare, device_of, evaluate, evaluate_baseline, on_device,
                         tune_baseline, tune_baselines)
-from meta_gradients import meta_gradient
+from horizons import check_curriculum, describe_horizons, horizon_rule
+from imitation import Imitation, imitation_gradient
+from meta_gradients import check_gradient_options, meta_gradient
 from pes import PESState
 from ranks import Ranks, part_of
 from unrolling import Coordinates
@@ -38,7 +41,7 @@ class History:
 
     Lists of one number for each iteration k; NaN in all but `lr` where the window was skipped:
 
-    - `meta_loss`: the window's loss, mean over functions and the window's steps;
+    - `meta_loss`: the window's loss, mean over functions and the window's steps; along the teacher's way in imitation;
     - `grad_norm`: the norm of the meta-gradient before clipping;
     - `lr`: the meta-learning rate;
     - `update_size`: how far the window took the optimizees, ‖θ_T - θ_0‖ / max(‖θ_0‖, ‖θ_T‖), all functions as one
@@ -47,7 +50,12 @@ class History:
     `validation` holds pairs (iteration, sum of the loss over the steps, mean over the validation functions), infinite
     where a function diverged; `best_iteration` is the one whose optimizer was kept (0: the one training began with).
     `skipped` holds a pair (iteration, cause) for each window that was skipped because something was not finite.
-    `interrupted` says that Ctrl-C ended the run.
+    `interrupted` says that Ctrl-C ended the run. `imitation` holds a pair (iteration, imitation loss) for each window
+    that imitated a teacher.
+
+    With a curriculum `stages` holds a pair for each stage reached: (iterations done when it began, its horizon). Scores
+    are over the horizon of their stage. A stage but the first begins with the score of the weights it begins with, and
+    `best_iteration` and `best_validation` are those of the last stage. Without a curriculum `stages` is empty.
     """
 
     meta_loss: list = field(default_factory=list)
@@ -59,13 +67,15 @@ class History:
     update_size: list = field(default_factory=list)
     skipped: list = field(default_factory=list)
     interrupted: bool = False
+    stages: list = field(default_factory=list)
+    imitation: list = field(default_factory=list)
 
 
 def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=1000, lr=0.005, seed=0, device=None, *,
                warmup=50, clip=1.0, method="replay", second_order=False, replay_fraction=1.0, sigma=0.01, pairs=1,
-               objective="sum", adjoint_bound=None, averaging=0.0, horizons=None, skip_non_finite=0,
-               validation_every=None, validation_functions=64, checkpoint=None, checkpoint_every=None, callback=None,
-               progress=True):
+               objective="sum", adjoint_bound=None, averaging=0.0, horizons=None, curriculum=None,
+               patience=3, teacher=None, imitation=0.0, imitation_weight=1.0, skip_non_finite=0, validation_every=None,
+               validation_functions=64, checkpoint=None, checkpoint_every=None, callback=None, progress=True):
     """Meta-train a learned optimizer by truncated backpropagation through the unrolled optimization.
 
     Functions are drawn anew after every `steps` steps; each window of `unroll` updates gives one meta-update by Adam,
@@ -94,9 +104,24 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
         clip: largest norm of the meta-gradient, or None for no clipping.
         method, second_order, replay_fraction, sigma, pairs, objective, adjoint_bound: see `meta_gradient`.
         averaging: in [0, 1): validate, and keep, a running average of the weights, φ̄ ← a φ̄ + (1 - a) φ with
-            a = min(averaging, k / (k + 10)) after k iterations. It takes the meta-gradient's noise out of what is kept. Default 0: the weights as they are.
+            a = min(averaging, k / (k + 10)) after k iterations. It takes the
+            meta-gradient's noise out of what is kept. Default 0: the weights as they are.
         horizons: windows until functions are drawn anew, instead of always `steps` / `unroll`: (least, most), drawn
             uniformly each time, or a function of (iteration, generator) that returns a count.
+        curriculum: horizons to train at before `steps`, such as (20, 50): increasing multiples of `unroll`. Where
+            validation, at the present horizon, has not improved `patience` times in a row, training returns to the best
+            weights of that horizon and goes on at the next. What is kept is the best of the last horizon reached, which
+            is not `steps` if `iterations` end before. Adam's state and the schedule of the meta-learning rate go on.
+            Only with `horizons=None`.
+        patience: validations in a row without improvement, after which a curriculum goes on.
+        teacher: imitate this optimizer: (class of a `torch.optim.Optimizer`, its options), such as
+            (torch.optim.Adam, {"lr": 0.01}), or a learned optimizer. See `imitation_gradient`; `method`, `second_order`
+            and `objective` are of no concern there.
+        imitation: in (0, 1] with a teacher: share of the draws of functions, spread evenly over the run, that it
+            optimizes, in all their windows, while `net` reads the gradients and learns to write its updates. Nothing
+            else is learned from these. Default 0.
+        imitation_weight: positive factor on the imitation loss, ½‖g - ĝ‖² summed over a window, mean over functions.
+            Its gradients go through the same clipping and Adam as meta-gradients, which are often larger by far.
         skip_non_finite: how many windows in a row may be skipped because a loss, a gradient or the meta-gradient is not
             finite: the optimizer stays as it is, `History.skipped` notes it, and functions are drawn anew. Validation
             functions that diverge then score infinity. Default 0: the first one stops the run.
@@ -127,10 +152,10 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
         >>> len(history.meta_loss)
         20
 
-    Reference: Andrychowicz et al. 2016, section 3.
+    Reference: Andrychowicz et al. 2016, section 3; curriculum and imitation: Chen et al. 2020 (arXiv 2010.09089).
     """
     check_count(steps=steps, unroll=unroll, meta_batch=meta_batch, iterations=iterations,
-                validation_functions=validation_functions)
+                validation_functions=validation_functions, patience=patience)
     check_count(least=0, warmup=warmup, seed=seed, skip_non_finite=skip_non_finite)
     if steps % unroll:
         raise ValueError(f"unroll must divide steps, got unroll={unroll} and steps={steps}")
@@ -139,18 +164,26 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
         check_positive_number(clip=clip)
     if isinstance(averaging, bool) or not (isinstance(averaging, (int, float)) and 0 <= averaging < 1):
         raise ValueError(f"averaging must be a number in [0, 1), got {averaging!r}")
+    check_curriculum(curriculum, steps, unroll, horizons)
     validation_every = validation_every or max(1, iterations // 40)
     checkpoint_every = checkpoint_every or validation_every
     check_count(validation_every=validation_every, checkpoint_every=checkpoint_every)
     device = device_of(net, device)
     net.to(device)
+    if teacher is None and imitation != 0:
+        raise ValueError(f"imitation needs a teacher, got imitation={imitation!r} and teacher=None")
+    imitation = None if teacher is None else Imitation(teacher, imitation, imitation_weight, net)
     settings = dict(steps=steps, unroll=unroll, meta_batch=meta_batch, iterations=iterations, lr=lr, seed=seed,
                     warmup=warmup, clip=clip, method=method, second_order=second_order,
                     replay_fraction=replay_fraction, sigma=sigma, pairs=pairs, objective=objective,
                     adjoint_bound=adjoint_bound, averaging=averaging, horizons=describe_horizons(horizons),
+                    curriculum=curriculum and f"{tuple(curriculum)} with patience {patience}",
+                    teacher=imitation and imitation.describe(),
                     validation_every=validation_every, validation_functions=validation_functions, net=describe_net(net),
                     problem=describe_problem(problem))
-    run = Run(net, on_device(problem, device), settings, horizon_rule(horizons, steps // unroll), skip_non_finite)
+    check_gradient_options(net, **{name: settings[name] for name in GRADIENT_OPTIONS})
+    run = Run(net, on_device(problem, device), settings, horizon_rule(horizons, steps // unroll), skip_non_finite,
+              curriculum, patience, imitation)
     try:
         run.begin(checkpoint)
         with tqdm(total=iterations, initial=run.iteration, desc="meta-training", unit="it",
@@ -178,7 +211,7 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
 class Run:
     """A meta-training run: what changes from window to window, how it goes on, and how it is saved and restored."""
 
-    def __init__(self, net, problem, settings, horizon, skip_non_finite):
+    def __init__(self, net, problem, settings, horizon, skip_non_finite, curriculum=None, patience=1, imitation=None):
         self.net, self.problem, self.settings = net, problem, settings
         self.validation = problem.validation_problem() if hasattr(problem, "validation_problem") else problem
         self.horizon, self.skip_non_finite = horizon, skip_non_finite
@@ -187,26 +220,39 @@ class Run:
         self.trained = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
         self.adam = torch.optim.Adam(self.trained.values(), lr=settings["lr"])
         self.generator = torch.Generator().manual_seed(settings["seed"])
+        self.curriculum, self.patience, self.imitation = (*(curriculum or ()), settings["steps"]), patience, imitation
         self.history, self.iteration, self.best = History(), 0, copy.deepcopy(net.state_dict())
+        if curriculum:
+            self.history.stages.append((0, curriculum[0]))
         self.averaged = copy.deepcopy(net) if settings["averaging"] else net
-        self.batch = None  # the functions in hand; None: to be drawn
+        self.batch, self.draws = None, 0  # the functions in hand (None: to be drawn), how many draws there were
+
+    @property
+    def steps(self):
+        """The present horizon."""
+        return self.history.stages[-1][1] if self.history.stages else self.settings["steps"]
 
     def draw(self):
         """New functions. What it takes to draw these again is kept."""
         self.drawn_from, self.drawn_at = self.random_state(), self.iteration
         self.windows = self.horizon(self.iteration, self.generator)
+        if self.history.stages:
+            self.windows = self.steps // self.settings["unroll"]
         check_count(horizons=self.windows)
         batch = self.problem.sample(self.settings["meta_batch"], generator=self.generator)
         self.batch = batch if self.ranks.size == 1 else part_of(batch, self.first, self.last)
         self.params, self.step = self.batch.params, 0
         self.state = self.net.init_state(Coordinates(self.params).join(self.params).numel())
+        imitates = self.imitation is not None and self.imitation.comes(self.draws)
+        self.demonstration = self.imitation.begin(self.params) if imitates else None
+        self.draws += 1
 
     def advance(self):
         """One iteration: a window and the meta-update by its meta-gradient, or the note that it was skipped."""
         settings, history = self.settings, self.history
         rate = schedule(self.iteration, settings["iterations"], settings["warmup"]) * settings["lr"]
         try:
-            grads, (meta_loss, *squares) = self.window()
+            grads, (meta_loss, *squares, imitation) = self.window()
             norm = torch.linalg.vector_norm(torch.stack([grad.norm() for grad in grads.values()])).item()
             if not math.isfinite(norm):
                 raise NonFiniteError(f"the norm of the meta-gradient is {norm}")
@@ -219,6 +265,8 @@ class Run:
             clip = settings["clip"]
             apply_meta_gradient(self.adam, self.trained, grads, rate, min(1.0, clip / (norm + 1e-12)) if clip else 1.0)
             self.average()
+            if self.demonstration is not None:
+                history.imitation.append((self.iteration, imitation))
         for record, value in ((history.meta_loss, meta_loss), (history.grad_norm, norm), (history.lr, rate),
                               (history.update_size, update_size)):
             record.append(value)
@@ -232,21 +280,27 @@ class Run:
                 average.lerp_(now, 1 - kept)
 
     def window(self):
-        """The meta-gradient of the next window, and [meta-loss, squares of ‖θ_T - θ_0‖, ‖θ_0‖ and ‖θ_T‖]."""
+        """The next window's meta-gradient, and [meta-loss, squares of ‖θ_T - θ_0‖, ‖θ_0‖, ‖θ_T‖, imitation loss]."""
         if self.batch is None:
             self.draw()
         settings, start = self.settings, self.params
         share = (self.last - self.first) / settings["meta_batch"]
         grads = figures = failure = None
         try:
-            grads, info = meta_gradient(self.net, self.batch, start, self.state, self.step, settings["unroll"],
-                                        generator=self.window_generator(),
-                                        **{name: settings[name] for name in GRADIENT_OPTIONS})
+            if self.demonstration is None:
+                grads, info = meta_gradient(self.net, self.batch, start, self.state, self.step, settings["unroll"],
+                                            generator=self.window_generator(),
+                                            **{name: settings[name] for name in GRADIENT_OPTIONS})
+            else:
+                grads, info = imitation_gradient(self.net, self.batch, self.demonstration, self.state, self.step,
+                                                 settings["unroll"], self.imitation.weight, settings["replay_fraction"],
+                                                 self.window_generator())
         except NonFiniteError as error:
             failure = error
         else:
             grads = {name: grad * share for name, grad in grads.items()}
-            figures = [info.losses.mean().item() * share, *squares_of_change(start, info.params)]
+            imitation = 0.0 if self.demonstration is None else info.imitation.item() * share
+            figures = [info.losses.mean().item() * share, *squares_of_change(start, info.params), imitation]
             self.params, self.state, self.step = info.params, info.state, self.step + settings["unroll"]
             if self.step >= self.windows * settings["unroll"]:
                 self.batch = None
@@ -269,11 +323,24 @@ class Run:
         self.batch = None
 
     def validate(self):
-        """Score the optimizer (on the first rank, for all), and keep it if it is the best."""
+        """Score the optimizer; where the best of a curriculum's stage has stood long enough, go on to the next."""
+        self.score()
+        history, later = self.history, [steps for steps in self.curriculum if steps > self.steps]
+        waited = sum(iteration > history.best_iteration for iteration, _ in history.validation)
+        if later and waited >= self.patience and self.iteration < self.settings["iterations"]:
+            for net in (self.net, self.averaged):
+                net.load_state_dict(self.best)
+            history.stages.append((self.iteration, later[0]))
+            history.best_iteration, history.best_validation = self.iteration, math.inf
+            self.batch = None
+            self.score()
+
+    def score(self):
+        """Score the optimizer at the present horizon (on the first rank, for all), and keep it if it is the best."""
         def score():
             try:
-                losses = evaluate(self.averaged, self.validation, self.settings["steps"],
-                                  self.settings["validation_functions"], self.settings["seed"] + VALIDATION_SEED)
+                losses = evaluate(self.averaged, self.validation, self.steps, self.settings["validation_functions"],
+                                  self.settings["seed"] + VALIDATION_SEED)
             except NonFiniteError as error:
                 if not self.skip_non_finite:
                     raise stopped(self.iteration - 1, f"in validation, {error}") from error
@@ -304,11 +371,14 @@ class Run:
     def save(self, checkpoint):
         content = {"iteration": self.iteration, "history": asdict(self.history), "random": self.random_state(),
                    "net": dict(self.net.state_dict()), "averaged": dict(self.averaged.state_dict()),
-                   "best": dict(self.best), "adam": self.adam.state_dict(), "window": None}
+                   "best": dict(self.best), "adam": self.adam.state_dict(), "draws": self.draws, "window": None}
         if self.batch is not None:  # in the middle of an unroll
-            parts = self.ranks.gather(plain((self.first, self.last, self.params, self.state)))
+            state, imitates = self.state, self.demonstration is not None
+            if imitates:
+                state = state, self.demonstration.state_dict()
+            parts = self.ranks.gather(plain((self.first, self.last, self.params, state)))
             content["window"] = {"step": self.step, "drawn_at": self.drawn_at, "drawn_from": self.drawn_from,
-                                 "parts": parts}
+                                 "imitates": imitates, "parts": parts}
         self.ranks.on_first(lambda: write_checkpoint(checkpoint, plain(content), self.settings))
 
     def restore(self, content):
@@ -316,16 +386,22 @@ class Run:
         self.net.load_state_dict(content["net"])
         self.adam.load_state_dict(content["adam"])
         self.best, self.history = content["best"], History(**content["history"])
+        self.draws = content.get("draws", 0)  # files from before there was imitation have none
         window = content["window"]
         if window is not None:
-            carried = regroup(window["parts"], self.first, self.last, self.settings["method"] != "pes"
-                              and getattr(self.net, "coordinatewise", False))
-            if carried is not None:  # else this number of ranks begins with new functions
+            parts, divisible = window["parts"], getattr(self.net, "coordinatewise", False)
+            divisible = divisible and self.settings["method"] != "pes" and not window.get("imitates")
+            if divisible or len(parts) == self.ranks.size:  # else these ranks begin with new functions
+                carried = regroup(parts, self.first, self.last, divisible)
                 self.set_random_state(window["drawn_from"])
-                self.iteration = window["drawn_at"]
+                self.iteration, self.draws = window["drawn_at"], self.draws - 1
                 self.draw()
                 device = next(iter(self.params.values())).device
-                self.params, self.state = unplain(carried, device, [PESState, *named_tuples(self.state)])
+                params, state = carried
+                if self.demonstration is not None:
+                    state, taught = state
+                    self.demonstration.go_on(params, taught)
+                self.params, self.state = unplain((params, state), device, [PESState, *named_tuples(self.state)])
                 self.step = window["step"]
         self.set_random_state(content["random"])
         self.iteration = content["iteration"]
@@ -361,41 +437,6 @@ def squares_of_change(start, end):
 def stopped(iteration, cause):
     return NonFiniteError(f"meta-training stopped at iteration {iteration}: {cause}. Lower lr or clip, look at the "
                           "optimizee's loss, or let skip_non_finite windows pass")
-
-
-def horizon_rule(horizons, windows):
-    """A function of (iteration, generator) that gives the windows until functions are drawn anew."""
-    if horizons is None:
-        return lambda iteration, generator: windows
-    if callable(horizons):
-        return horizons
-    if not (isinstance(horizons, (tuple, list)) and len(horizons) == 2):
-        raise ValueError("horizons must be None, (least, most) or a function of (iteration, generator), got "
-                         f"{horizons!r}")
-    least, most = horizons
-    check_count(**{"horizons[0]": least})
-    check_count(least=least, **{"horizons[1]": most})
-    return lambda iteration, generator: int(torch.randint(least, most + 1, (), generator=generator))
-
-
-# What a checkpoint must agree with ------------------------------------------------------------------------------------
-
-
-def describe_horizons(horizons):
-    return getattr(horizons, "__qualname__", type(horizons).__name__) if callable(horizons) else plain(horizons)
-
-
-def describe_net(net):
-    tensors = {name: f"{tuple(parameter.shape)} {parameter.dtype}, {'trained' if parameter.requires_grad else 'frozen'}"
-               for name, parameter in net.named_parameters()}
-    return f"{type(net).__name__} {getattr(net, 'config', '')} with {tensors}"
-
-
-def describe_problem(problem):
-    options = getattr(problem, "options", {})
-    options = {name: value for name, value in options.items() if name != "root"} if isinstance(options, dict) else {}
-    inner = f" of {describe_problem(problem.problem)}" if hasattr(problem, "problem") else ""
-    return f"{type(problem).__name__} {getattr(problem, 'name', '')} {options}{inner}"
 
 
 if __name__ == "__main__":

@@ -71,6 +71,11 @@ CASES = {
     "a user's optimizer": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)), dict()),
     "RNNProp": (lambda: (Quadratics(dim=3), lambda: RNNProp(hidden_size=3), dict(meta_batch=4)), dict()),
     "averaging": (quadratics, dict(averaging=0.9)),
+    "curriculum": (quadratics, dict(curriculum=(5, 10), patience=1, validation_every=2, averaging=0.2, lr=1.0)),
+    "imitation": (quadratics, dict(teacher=(torch.optim.Adam, {"lr": 0.1}), imitation=0.6)),
+    "imitation of NAG": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)),
+                         dict(teacher=(torch.optim.SGD, dict(lr=0.01, momentum=0.9, nesterov=True)), imitation=1.0)),
+    "imitation of a user's": (quadratics, dict(teacher=Momentum(), imitation=0.6, method="pes")),
     "PES": (quadratics, dict(method="pes", pairs=2, objective="log")),
     "PES of a user's": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)), dict(method="pes")),
     "MNIST": (mnist, dict()),
@@ -93,6 +98,7 @@ def test_resumed_equals_uninterrupted(name, tmp_path, tiny_mnist):
     net, history = train(make, problem, checkpoint=tmp_path / "whole", checkpoint_every=3, **arguments)
     without, same = train(make, problem, **arguments)
     assert same == history  # checkpoints change nothing
+    assert len(history.stages) == 3 * (name == "curriculum") and bool(history.imitation) == ("imitation" in name)
     for stops in ([1], [4], [7, 11], [12, 14]):
         path = tmp_path / f"stopped {stops}"
         for stop in stops:
@@ -102,8 +108,9 @@ def test_resumed_equals_uninterrupted(name, tmp_path, tiny_mnist):
         resumed = make()
         for parameter in resumed.parameters():
             nn.init.normal_(parameter)
-        again = meta_train(resumed, problem, steps=20, unroll=5, iterations=14, lr=0.01, warmup=2, validation_every=5,
-                           validation_functions=3, checkpoint=path, checkpoint_every=2, progress=False, **arguments)
+        again = meta_train(resumed, problem, **{**dict(steps=20, unroll=5, iterations=14, lr=0.01, warmup=2,
+                                                       validation_every=5, validation_functions=3, checkpoint=path,
+                                                       checkpoint_every=2, progress=False), **arguments})
         assert again == history
         assert all(torch.equal(tensor, resumed.state_dict()[key]) for key, tensor in net.state_dict().items())
         ends = [torch.load(file, weights_only=True)["content"] for file in (tmp_path / "whole", path)]
@@ -305,6 +312,9 @@ def test_damaged_and_foreign_files(stopped, tmp_path, monkeypatch):
     (dict(horizons=(1, 2)), r"horizons was None and is \(1, 2\)"),
     (dict(problem=RandomScaling(Quadratics(dim=3), 2.0)), "problem was 'Quad.* and is .RandomScaling .* of Quadratics"),
     (dict(objective="log"), "objective was 'sum' and is 'log'"),
+    (dict(curriculum=(10,), patience=2), r"curriculum was None and is '\(10,\) with patience 2'"),
+    (dict(teacher=(torch.optim.Adam, {"lr": 0.1}), imitation=0.3),
+     "teacher was None and is \"Adam {'lr': 0.1}, 0.3 of the functions, weight 1.0\""),
     (dict(make=lambda: CoordinatewiseLSTM(hidden_size=5)), "net was .*'hidden_size': 4.* and is .*'hidden_size': 5"),
     (dict(make=lambda: CoordinatewiseLSTM(hidden_size=4).double(), problem=Quadratics(3, dtype=torch.float64)),
      "net was .*float32.* and is .*float64"),
@@ -325,6 +335,21 @@ def test_a_run_that_could_not_begin_leaves_no_checkpoint(wrong, tmp_path):
     with pytest.raises(ValueError):
         train(make, problem, checkpoint=tmp_path / "run", **arguments, **wrong)
     assert os.listdir(tmp_path) == []
+
+
+def test_another_number_of_processes_draws_new_functions_in_the_middle_of_an_imitation(tmp_path):
+    """The teacher's state cannot be cut, so all ranks draw, also one whose slice is as it was."""
+    problem, make, arguments = quadratics(teacher=(torch.optim.Adam, {"lr": 0.1}), imitation=1.0)
+    path, draws = tmp_path / "run", []
+    with pytest.raises(Stop):
+        train(make, problem, checkpoint=path, checkpoint_every=3, callback=stop_at(6), **arguments)
+    file = torch.load(path, weights_only=True)
+    file["content"]["window"]["parts"] *= 2  # as two ranks would have left it
+    write_checkpoint(path, file["content"], file["settings"])
+    sample = problem.sample
+    problem.sample = lambda *given, **more: draws.append(given) or sample(*given, **more)
+    _, history = train(make, problem, checkpoint=path, callback=lambda done, _: draws.append(done), **arguments)
+    assert draws[:2] == [(4,), 7] and len(history.meta_loss) == len(history.imitation) == 14
 
 
 def test_what_may_change(stopped):

@@ -86,6 +86,16 @@ def test_rnnprop_with_random_scaling():
     assert load_optimizer("net.safetensors").config["hidden_size"] == 3
 
 
+def test_curriculum_and_imitation(capsys):
+    train = ["train", *SMALL, "--curriculum", "5", "10", "--patience", "1", "--validation-every", "1", "--lr", "1"]
+    assert main([*train, "--output", "one.safetensors", "--history", "one.json", "--teacher", "nag",
+                 "--teacher-lr", "0.01", "--imitation", "0.3", "--imitation-weight", "10"]) == 0
+    history = json.loads(Path("one.json").read_text())
+    assert 0 < len(history["imitation"]) < 12 and len(history["stages"]) > 1
+    assert f"(sum of the loss over {history['stages'][-1][1]} steps)" in capsys.readouterr().out
+    assert main([*train, "--output", "other.safetensors", "--teacher", "one.safetensors", "--imitation", "1"]) == 0
+
+
 def test_results_are_not_replaced_silently(capsys):
     train = ["train", "--output", "net.safetensors", *SMALL]
     assert main(train) == 0
@@ -106,6 +116,11 @@ def test_results_are_not_replaced_silently(capsys):
     (["train", "--output", "x.safetensors", *SMALL, "--start", "nothing"], "no file 'nothing'"),
     (["train", "--output", "x.safetensors", *SMALL, "--figure", "x.doc"], "--figure must end in one of .* got 'x.doc'"),
     (["train", "--output", "x.safetensors", *SMALL, "--start-as-nag", "1"], 'preprocess="log_sign" to start as momentum'),
+    (["train", "--output", "x.safetensors", *SMALL, "--curriculum", "7"], "multiples of unroll=5 below steps=20"),
+    (["train", "--output", "x.safetensors", *SMALL, "--teacher", "adam", "--imitation", "1"], "needs --teacher-lr"),
+    (["train", "--output", "x.safetensors", *SMALL, "--teacher", "mnist", "--teacher-lr", "1"], "--teacher-lr is for"),
+    (["train", "--output", "x.safetensors", *SMALL, "--teacher", "nobody", "--imitation", "1"], "no file 'nobody'"),
+    (["train", "--output", "x.safetensors", *SMALL, "--imitation", "1"], "imitation needs a teacher"),
     (["train", "--output", "x.safetensors", *SMALL, "--random-scaling", "-1"], "radius must be a number"),
     (["evaluate", "nothing", *RACE], "no file 'nothing', and no pretrained optimizer of that name"),
     (["compare", "quadratics", "quadratics", *RACE], "files must have different names"),

@@ -84,6 +84,11 @@ def job(root, folder):
                              norm=history.grad_norm, size=history.update_size, validation=history.validation,
                              random=torch.load(f"{folder}/{name}", weights_only=True)["content"]["random"][0])
     net = network()
+    history = meta_train(net, problem("quadratics", root), teacher=(torch.optim.Adam, {"lr": 0.1}), imitation=0.5,
+                         curriculum=(10,), patience=1, **settings(lr=0.5, validation_every=2))
+    results["guided"] = dict(weights=dict(net.state_dict()), stages=history.stages, imitation=history.imitation,
+                             loss=history.meta_loss)
+    net = network()
     history = meta_train(net, problem("failing", root), skip_non_finite=1, **settings())
     results["failing"] = dict(weights=dict(net.state_dict()), skipped=history.skipped, loss=history.meta_loss)
     try:
@@ -222,6 +227,20 @@ def test_two_processes_train_as_one_does(results, name):
             torch.testing.assert_close(result["weights"][key], weight, rtol=1e-8, atol=1e-10)
             assert torch.equal(result["weights"][key], many[0]["weights"][key])  # the ranks do not drift apart
         assert torch.equal(result["random"], one["random"])  # as many draws
+
+
+def test_two_processes_follow_one_curriculum_and_one_teacher(results):
+    (one,), many = [results[1][0]["guided"]], [result["guided"] for result in results[2]]
+    assert len(one["stages"]) == 2 and 0 < len(one["imitation"]) < 10
+    for result in many:
+        assert result["stages"] == one["stages"]
+        assert [at for at, _ in result["imitation"]] == [at for at, _ in one["imitation"]]
+        (_, losses), (_, expected) = zip(*result["imitation"]), zip(*one["imitation"])
+        assert losses == pytest.approx(expected, rel=1e-8)
+        assert result["loss"] == pytest.approx(one["loss"], rel=1e-8)
+        for key, weight in one["weights"].items():
+            torch.testing.assert_close(result["weights"][key], weight, rtol=1e-7, atol=1e-9)
+            assert torch.equal(result["weights"][key], many[0]["weights"][key])
 
 
 def test_a_window_that_fails_on_one_rank_is_skipped_on_all(results):

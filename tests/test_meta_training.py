@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import meta_training
 from meta_training import evaluate, evaluate_baseline, meta_gradient, meta_train, tune_baseline
 from optimizees import MetaBatch, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError
@@ -215,6 +216,56 @@ def test_horizons_are_drawn():
     assert lengths(horizons=lambda iteration, generator: 1 + iteration // 10)[:12] == [1] * 10 + [2] * 2
 
 
+@pytest.mark.parametrize("averaging", [0.0, 0.5])
+def test_a_curriculum_goes_on_from_the_best_weights_of_each_stage(averaging, monkeypatch):
+    scores = iter([5.0, 4.0, 6.0, 4.5,  # 10 steps: the second stays the best for two validations
+                   9.0, 9.5, 8.0, 8.0, math.inf,  # 20 steps, the first with those weights; the third is the best
+                   30.0, 31.0, 29.0, 32.0])  # 40 steps: the last, whatever the scores
+    scored, horizons = [], []
+
+    def score(net, problem, steps, functions, seed):
+        scored.append((steps, [parameter.detach().clone() for parameter in net.parameters()]))
+        return torch.full((functions, 1), next(scores))
+
+    class Longest(Quadratics):
+        def sample(self, meta_batch, generator=None):
+            batch = super().sample(meta_batch, generator)
+            horizons.append(0)
+
+            def loss(params, step):
+                horizons[-1] = max(horizons[-1], step)
+                return batch.loss(params, step)
+
+            return batch._replace(loss=loss)
+
+    monkeypatch.setattr(meta_training, "evaluate", score)
+    net, history = small_run(Longest(dim=2), steps=40, curriculum=(10, 20), patience=2, averaging=averaging,
+                             iterations=22, validation_every=2)
+    assert history.stages == [(0, 10), (8, 20), (16, 40)]
+    assert [steps for steps, _ in scored] == [10] * 4 + [20] * 5 + [40] * 4
+    assert [at for at, _ in history.validation] == [2, 4, 6, 8, 8, 10, 12, 14, 16, 16, 18, 20, 22]
+    assert (history.best_iteration, history.best_validation) == (20, 29.0)
+    weights = [weights for _, weights in scored]
+
+    def same(one, other):
+        return all(torch.equal(a, b) for a, b in zip(one, other))
+
+    assert same(weights[4], weights[1]) and same(weights[9], weights[6]) and same(net.parameters(), weights[11])
+    assert not same(weights[4], weights[3]) and not same(weights[5], weights[4])
+    assert horizons == [10] * 8 + [20] * 4 + [40] * 1 + [20]  # 22 windows: the last functions are cut short
+
+
+def test_a_curriculum_that_ends_early_and_one_that_diverges():
+    _, history = small_run(Quadratics(dim=2), curriculum=(10,), patience=10)
+    assert history.stages == [(0, 10)] and all(score < math.inf for _, score in history.validation)
+    _, history = small_run(DivergentValidation(dim=2), curriculum=(10,), patience=1, skip_non_finite=1,
+                           validation_every=3)
+    assert history.stages == [(0, 10), (3, 20)] and history.best_iteration == 3
+    assert [at for at, _ in history.validation] == [3, 3, 6, 9, 10]
+    _, history = small_run(DivergentValidation(dim=2), curriculum=(10,), patience=2, skip_non_finite=1)
+    assert history.stages == [(0, 10)]  # nothing is left to train at the end
+
+
 def test_functions_do_not_depend_on_the_replay_fraction(tiny_mnist):
     def first_losses(fraction):
         problem = MNISTNet(hidden_sizes=(), batch_size=8, root=tiny_mnist)
@@ -258,6 +309,15 @@ def train(**arguments):
     (lambda: train(horizons=(0, 3)), ValueError, r"horizons\[0\] must be at least 1, got 0"),
     (lambda: train(horizons=(4, 3)), ValueError, r"horizons\[1\] must be at least 4, got 3"),
     (lambda: train(horizons=lambda iteration, generator: 0), ValueError, "horizons must be at least 1, got 0"),
+    (lambda: train(curriculum=(20,), horizons=(1, 3)), ValueError, r"curriculum=\(20,\) needs horizons=None"),
+    (lambda: train(curriculum=20), ValueError, "curriculum must be None or a tuple of horizons, .* got 20"),
+    (lambda: train(curriculum=()), ValueError, r"curriculum must be None or .* got \(\)"),
+    (lambda: train(curriculum=(20, 0)), ValueError, r"curriculum\[1\] must be at least 1, got 0"),
+    (lambda: train(curriculum=(20.0,)), TypeError, r"curriculum\[0\] must be an int, got 20.0"),
+    (lambda: train(curriculum=(20, 50)), ValueError, r"multiples of unroll=20 below steps=100, got \(20, 50\)"),
+    (lambda: train(curriculum=(40, 20)), ValueError, "curriculum must be increasing"),
+    (lambda: train(curriculum=(20, 100)), ValueError, "below steps=100"),
+    (lambda: train(curriculum=(20,), patience=0), ValueError, "patience must be at least 1, got 0"),
     (lambda: train(skip_non_finite=-1), ValueError, "skip_non_finite must be at least 0, got -1"),
     (lambda: train(checkpoint_every=-2), ValueError, "checkpoint_every must be at least 1, got -2"),
     (lambda: train(meta_batch=1.5), TypeError, "meta_batch must be an int, got 1.5"),

@@ -57,7 +57,7 @@ def test_quadratics_work_without_torchvision():
 
 
 @pytest.mark.parametrize("name", ["optimizers", "learned_optimizer", "state_nests", "optimizees", "meta_training",
-                                  "mnist_data", "meta_plots"])
+                                  "mnist_data", "meta_plots", "imitation"])
 def test_docstring_examples(name, tmp_path, monkeypatch, small_mnist):
     import doctest
     import importlib

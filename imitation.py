@@ -1,0 +1,168 @@
+"""Imitation: a learned optimizer learns to write the updates that another, its teacher, makes of the same gradients.
+
+The off-policy imitation of Chen et al. 2020 (arXiv 2010.09089): the teacher optimizes the functions, the student reads
+the gradients along that trajectory, and the loss is ½‖g_t - ĝ_t‖² between their updates, summed over the window.
+Nothing of the optimizee is differentiated. How imitation and meta-loss take turns in a run is `meta_training`'s.
+"""
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import torch
+
+from argument_checks import NonFiniteError, check_count, check_positive_number
+from comparison import check_baseline
+from learned_optimizer import LearnedOptimizer
+from meta_gradients import check_replay_fraction, replay_recorded
+from unrolling import Coordinates
+
+__all__ = ["Demonstration", "Imitation", "ImitationInfo", "imitation_gradient"]
+
+
+class ImitationInfo(NamedTuple):
+    """What a window of imitation leaves behind; nothing carries a graph."""
+
+    losses: torch.Tensor  # (unroll, B): f(θ_0) … f(θ_{T-1}) along the teacher's trajectory
+    imitation: torch.Tensor  # (): the imitation loss, mean over functions, without the weight
+    params: dict  # where the teacher is at the end of the window
+    state: object  # the student's there
+
+
+class Imitation:
+    """Whom to imitate, and how often: the options of `meta_train`, checked.
+
+    Args:
+        teacher: (class of a `torch.optim.Optimizer`, its options), or a learned optimizer.
+        share: in (0, 1]: how much of the training imitates.
+        weight: positive factor on the imitation loss.
+        net: the student, which cannot be its own teacher.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above, or the class refuses the options.
+    """
+
+    def __init__(self, teacher, share, weight, net):
+        if isinstance(share, bool) or not (isinstance(share, (int, float)) and 0 < share <= 1):
+            raise ValueError(f"imitation must be a number in (0, 1] where there is a teacher, got {share!r}")
+        check_positive_number(imitation_weight=weight)
+        if teacher is net:
+            raise ValueError("teacher must be another optimizer than net, which changes as it learns: give a copy")
+        if isinstance(teacher, torch.nn.Module) and hasattr(teacher, "init_state"):
+            teacher = LearnedOptimizer, {"net": teacher}
+        if not (isinstance(teacher, tuple) and len(teacher) == 2):
+            raise TypeError("teacher must be (class of torch.optim, dict of its options), or a learned optimizer, got "
+                            f"{teacher!r}")
+        check_baseline(*teacher, names=("teacher[0]", "teacher[1]"))
+        (self.optimizer, self.options), self.share, self.weight = teacher, share, weight
+        self.begin({"probe": torch.zeros(1, 1)})
+
+    def begin(self, params):
+        """The teacher at the start of its way from `params`, a dict of (B, ...)."""
+        return Demonstration(self.optimizer, self.options, params)
+
+    def comes(self, draw):
+        """Whether functions are for imitation, by the number of draws before them: the first are, the share is even."""
+        return math.ceil((draw + 1) * self.share) > math.ceil(draw * self.share)
+
+    def describe(self):
+        """What a checkpoint must agree with, as text."""
+        options = {name: fingerprint(option) if isinstance(option, torch.nn.Module) else option
+                   for name, option in self.options.items()}
+        return f"{self.optimizer.__name__} {options}, {self.share} of the functions, weight {self.weight}"
+
+
+class Demonstration:
+    """A teacher at work on one meta-batch: where it is, and its state, from window to window.
+
+    Args:
+        optimizer, options: a class of `torch.optim`, or `LearnedOptimizer`, that treats coordinates by themselves.
+        params: dict of (B, ...), where it starts; copied.
+    """
+
+    def __init__(self, optimizer, options, params):
+        self.coordinates = Coordinates(params)
+        self.theta = self.coordinates.join(params).detach().clone()
+        self.optimizer = optimizer([self.theta], **options)
+
+    def update(self, gradient):
+        """The teacher's update (N,) for this gradient, which it may overwrite; it has taken that step."""
+        before = self.theta.clone()
+        self.theta.grad = gradient
+        self.optimizer.step()
+        return self.theta - before
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def go_on(self, params, state):
+        """Take up the way at these params, with what `state_dict` gave there."""
+        self.theta.copy_(self.coordinates.join(params))
+        self.optimizer.load_state_dict(state)
+
+
+@torch.no_grad()
+def imitation_gradient(net, batch, demonstration, state, step=0, unroll=20, weight=1.0, replay_fraction=1.0,
+                       generator=None):
+    """The gradient of the imitation loss over one window of the teacher's trajectory.
+
+    The loss is the mean over functions, as in the meta-loss, of Σ_t ½‖g_t - ĝ_t‖² over the window's updates: g_t the
+    student's, ĝ_t the teacher's, both for the gradient at the teacher's θ_t. It knows of g_t alone, so its adjoint is
+    (g_t - ĝ_t) / B, and the replay over the recorded gradients is the exact gradient, the student's state included.
+
+    Args:
+        net: the student; its parameters' `.grad` are not touched.
+        batch: a meta-batch, with `loss(params, step) -> (B,)`.
+        demonstration: the teacher on these functions; goes `unroll` steps further.
+        state: the student's (`net.init_state(N)` at the first window); not changed.
+        step: number of the window's first step, at least 0.
+        unroll: T, updates in the window; positive.
+        weight: factor on the loss; positive. Squared updates are small beside losses, and so are the gradients.
+        replay_fraction, generator: see `meta_gradient`.
+
+    Returns:
+        grads, a dict like `net.named_parameters()` (those that require grad), and `ImitationInfo`. No graph.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+        NonFiniteError: a loss along the trajectory, or an update of the student or the teacher, is infinite or NaN.
+
+    Example:
+        >>> from optimizees import Quadratics; from optimizers import CoordinatewiseLSTM
+        >>> net, batch = CoordinatewiseLSTM(), Quadratics(dim=10).sample(16)
+        >>> demonstration = Demonstration(torch.optim.Adam, {"lr": 0.1}, batch.params)
+        >>> grads, info = imitation_gradient(net, batch, demonstration, net.init_state(160))
+        >>> grads, info = imitation_gradient(net, batch, demonstration, info.state, step=20)
+
+    Reference: Chen et al. 2020, "Training Stronger Baselines for Learning to Optimize", off-policy imitation learning.
+    """
+    check_count(unroll=unroll)
+    check_count(least=0, step=step)
+    check_positive_number(weight=weight)
+    check_replay_fraction(replay_fraction, "replay", False, net)
+    coordinates, start = demonstration.coordinates, state
+    losses = demonstration.theta.new_empty(unroll, coordinates.functions)
+    inputs, errors = demonstration.theta.new_empty(2, unroll, demonstration.theta.numel())
+    for t in range(unroll):
+        losses[t], gradient = coordinates.losses_and_gradient(batch.loss, demonstration.theta, step + t)
+        inputs[t] = gradient
+        update, state = net(gradient, state)
+        errors[t] = update - demonstration.update(gradient)
+    for name, values in (("loss", losses), ("difference of the updates", errors)):
+        if not torch.isfinite(values).all():
+            raise NonFiniteError(f"a {name} at steps {step} … {step + unroll - 1} of the teacher's way is not finite")
+    errors /= coordinates.functions
+    grads = replay_recorded(net, coordinates, inputs, start, weight * errors, replay_fraction, generator)
+    if getattr(net, "odd", False):
+        grads = net.symmetrize(grads)
+    imitation = 0.5 * coordinates.functions * errors.square().sum()
+    return grads, ImitationInfo(losses, imitation, coordinates.split(demonstration.theta.clone()), state)
+
+
+def fingerprint(net):
+    """Text that tells a network from others, its weights included."""
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return f"{type(net).__name__} {getattr(net, 'config', '')} {digest.hexdigest()[:16]}"
