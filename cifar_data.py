@@ -46,10 +46,11 @@ def check_color_images(data):
     for split in ("train", "test"):
         images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
         if images.dtype != torch.uint8 or labels.dtype != torch.int64:
-            raise TypeError(f"{split}_images must be uint8 tensors with int64 labels, got {images.dtype} and {labels.dtype}")
+            raise TypeError(f"{split}_images must be uint8 tensors with int64 labels, got {images.dtype} and "
+                            f"{labels.dtype}")
         if images.shape != (len(labels), 3, side, side) or labels.dim() != 1 or not len(labels):
-            raise ValueError(f"{split}_images must be (n, 3, {side}, {side}) with n labels, got {tuple(images.shape)} with "
-                             f"{len(labels)} labels")
+            raise ValueError(f"{split}_images must be (n, 3, {side}, {side}) with n labels, got {tuple(images.shape)} "
+                             f"with {len(labels)} labels")
         if not 0 <= labels.min() <= labels.max() <= 9:
             raise ValueError(f"{split}_labels must be 0 … 9, got {labels.min()} … {labels.max()}")
 
@@ -126,8 +127,8 @@ def read_splits(root):
         return None
     for split, found in sources.items():
         if not found:
-            raise ValueError(f"{root / 'cifar10'} holds a part of CIFAR-10 only: the folder {split} (or {split}.zip) is "
-                             "missing")
+            raise ValueError(f"{root / 'cifar10'} holds a part of CIFAR-10 only: the folder {split} (or {split}.zip) "
+                             "is missing")
     return [read_images(*found[:1]) for found in sources.values()]
 
 

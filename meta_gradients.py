@@ -12,7 +12,7 @@ import torch
 from argument_checks import NonFiniteError, check_count, check_positive_number
 from pes import pes_window
 from state_nests import map_tensors, tensors_in
-from unrolling import Coordinates, unroll
+from unrolling import Coordinates, bound, unroll
 
 __all__ = ["WindowInfo", "meta_gradient"]
 
@@ -45,7 +45,8 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
         net: the learned optimizer; its parameters' `.grad` are not touched.
         batch: a meta-batch, with `loss(params, step) -> (B,)`.
         params: dict of (B, ...), where the window starts; not changed.
-        state: the optimizer's state there (`net.init_state(N)` at the first window); not changed.
+        state: the optimizer's state there (`net.init_state(N)` at the first window, of a network with `bind`
+            `net.bind(Coordinates(params)).init_state(N)`); not changed.
         step: number of the window's first step, at least 0.
         unroll: T, updates in the window; positive.
         method: "replay", "autograd" or "pes".
@@ -99,7 +100,7 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
             raise ValueError(f'adjoint_bound={adjoint_bound} needs method="replay", second_order=True and a network with '
                              "coordinatewise = True")
     coordinates = Coordinates(params)
-    theta = coordinates.join(params).detach()
+    net, theta = bound(net, coordinates), coordinates.join(params).detach()
     weights = torch.ones(unroll + 1) if weights is None else torch.as_tensor(weights)
     if weights.shape != (unroll + 1,):
         raise ValueError(f"weights must have shape ({unroll + 1},) for unroll {unroll}, got {tuple(weights.shape)}")

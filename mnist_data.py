@@ -122,7 +122,7 @@ def download(root):
 
 
 def fetch(root, dataset, folder):
-    """A data set by torchvision into <root>/<folder>, whole or not at all. Raises ValueError if nothing can be written."""
+    """A data set by torchvision into <root>/<folder>, whole or not at all. Raises ValueError where it can't write."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=root, prefix=f".{dataset.lower()}-download-")

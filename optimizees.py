@@ -373,11 +373,16 @@ def network_loss(params, x, labels, activation):
         x = torch.baddbmm(params[f"bias{layer}"][:, None], x, params[f"weight{layer}"])
         if layer < last:
             x = activation(x)
-    return F.cross_entropy(x.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
+    return mean_cross_entropy(x, labels)
+
+
+def mean_cross_entropy(scores, labels):
+    """(B, batch, classes) and (B, batch) -> (B,)"""
+    return F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
 
 
 class CIFAR10Net:
-    """A convolutional network on CIFAR-10 from random initial weights: cross-entropy on a fresh minibatch at every step.
+    """A convolutional network on CIFAR-10 from random initial weights: cross-entropy, a fresh minibatch at each step.
 
     Convolutions of 5×5, each followed by max pooling over 2×2, then a fully connected layer and a linear classifier;
     ReLU and batch normalization throughout. Normalization is by the mean and variance of the minibatch at hand, in
@@ -385,9 +390,9 @@ class CIFAR10Net:
     layer have no bias, since normalization takes it out and brings a shift of its own.
 
     Parameters are named "conv0.weight" (B, channels, 3, 5, 5), "conv0.scale", "conv0.shift" (B, channels), "conv1. …",
-    then "fc0.weight" (B, inputs, fc_size), "fc0.scale", "fc0.shift", and "fc1.weight" (B, fc_size, classes), "fc1.bias";
-    weights start as `nn.Conv2d` and `nn.Linear` do, uniform on ±1/√inputs. A `PerKind` optimizer tells the two kinds
-    apart by these names.
+    then "fc0.weight" (B, inputs, fc_size), "fc0.scale", "fc0.shift", and "fc1.weight" (B, fc_size, classes),
+    "fc1.bias"; weights start as `nn.Conv2d` and `nn.Linear` do, uniform on ±1/√inputs. A `PerKind` optimizer tells the
+    two kinds apart by these names.
 
     The data's splits are as in `MNISTNet`: "train" and "validation" are halves of CIFAR-10's training images by a fixed
     random order. They lie on the device as bytes; a minibatch's pixels are scaled to [-1, 1].
@@ -479,7 +484,7 @@ class CIFAR10Net:
                 index = minibatches(step)[first:last]
                 labels = self.labels[index]
                 scores = function_by_function(params, self.pixels(self.images[index]))
-                return F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
+                return mean_cross_entropy(scores, labels)
 
             return MetaBatch({name: tensor[first:last] for name, tensor in params.items()}, loss)
 
@@ -499,9 +504,10 @@ class CIFAR10Net:
         Returns:
             (B,), in [0, 1], in the parameters' dtype.
         """
-        if not isinstance(params, dict) or {name: tuple(tensor.shape[1:]) for name, tensor in params.items()} != self.shapes:
-            got = {name: tuple(tensor.shape) for name, tensor in params.items()} if isinstance(params, dict) else params
-            raise ValueError(f"params must be this problem's, (B, ...) with ... of {self.shapes}, got {got}")
+        shapes = {name: tuple(tensor.shape) for name, tensor in params.items()} if isinstance(params, dict) else {}
+        if {name: shape[1:] for name, shape in shapes.items()} != self.shapes:
+            raise ValueError(f"params must be this problem's, (B, ...) with ... of {self.shapes}, got "
+                             f"{shapes or type(params).__name__}")
         if images is not None:
             check_count(least=2, images=images)
         labels, right = self.test_labels[:images], 0
@@ -544,7 +550,8 @@ def convolutional_scores(params, x):
 
 def normalized(x, params, layer):
     """Batch normalization by the minibatch's own mean and variance; x is (batch, B · channels, ...)."""
-    return F.batch_norm(x, None, None, params[f"{layer}.scale"].flatten(), params[f"{layer}.shift"].flatten(), training=True)
+    scale, shift = (params[f"{layer}.{name}"].flatten() for name in ("scale", "shift"))
+    return F.batch_norm(x, None, None, scale, shift, training=True)
 
 
 def check_classes(classes):

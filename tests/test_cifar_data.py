@@ -77,9 +77,9 @@ def test_damaged_pickles_name_the_file(tmp_path, no_cifar, damage, message):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda folder: (folder / "train/cat/1.png").write_bytes(png()[:-30]), r"cat/1.png in .*train is truncated or corrupt"),
-    (lambda folder: (folder / "train/cat/1.png").write_bytes(b"no image"), r"cat/1.png in .*train is truncated or corrupt"),
-    (lambda folder: (folder / "train/cat/1.png").write_bytes(png(9)), r"cat/1.png .* is 9×9 pixels; .* the first is 8×8"),
+    (lambda folder: (folder / "train/cat/1.png").write_bytes(png()[:-30]), "cat/1.png in .*train is trunc"),
+    (lambda folder: (folder / "train/cat/1.png").write_bytes(b"no image"), "cat/1.png in .*train is trunc"),
+    (lambda folder: (folder / "train/cat/1.png").write_bytes(png(9)), "cat/1.png .* 9×9 pixels; .* first is 8×8"),
     (lambda folder: (folder / "train/cat").rename(folder / "train/lion"), r"missing: \['cat'\], not known: \['lion'\]"),
     (lambda folder: (folder / "test").rename(folder / "other"), r"the folder test \(or test.zip\) is missing"),
 ])

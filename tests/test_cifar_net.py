@@ -44,7 +44,8 @@ def torch_network(params, b):
     inputs, units, outputs = *params["fc0.weight"].shape[1:], params["fc1.bias"].shape[1]
     layers += [nn.Flatten(), filled(nn.Linear(inputs, units, bias=False), weight=params["fc0.weight"].mT),
                filled(nn.BatchNorm1d(units, track_running_stats=False), weight=params["fc0.scale"],
-                      bias=params["fc0.shift"]), nn.ReLU(), filled(nn.Linear(units, outputs), weight=params["fc1.weight"].mT, bias=params["fc1.bias"])]
+                      bias=params["fc0.shift"]), nn.ReLU(),
+               filled(nn.Linear(units, outputs), weight=params["fc1.weight"].mT, bias=params["fc1.bias"])]
     return nn.Sequential(*layers)
 
 
@@ -126,7 +127,8 @@ def test_replay_equals_autograd(second_order):
 def test_initial_parameters():
     params = CIFAR10Net(root=generated_images(40, 20)).sample(2, generator()).params
     assert sum(tensor[0].numel() for tensor in params.values()) == 22682
-    assert not torch.equal(*params["conv1.weight"]) and params["fc0.scale"].eq(1).all() and not params["fc0.shift"].any()
+    assert params["fc0.scale"].eq(1).all() and not params["fc0.shift"].any()
+    assert not torch.equal(*params["conv1.weight"])
     for name, inputs in (("conv0.weight", 75), ("conv1.weight", 400), ("fc0.weight", 256), ("fc1.weight", 32)):
         assert 0.98 < params[name].abs().max() * inputs**0.5 <= 1
 
@@ -193,8 +195,8 @@ BAD = [
     (dict(fc_size=2.5), TypeError, "fc_size must be an int, got 2.5"),
     (dict(dtype=torch.int8), TypeError, "dtype must be a floating-point"),
     (dict(root=3), TypeError, "root must be a path or None, got 3"),
-    (dict(root=IMAGES._replace(test_images=IMAGES.test_images.float())), TypeError, "test_images must be uint8 tensors"),
-    (dict(root=IMAGES._replace(train_labels=IMAGES.train_labels[1:])), ValueError, "train_images must be .* 119 labels"),
+    (dict(root=IMAGES._replace(test_images=IMAGES.test_images.float())), TypeError, "test_images must be uint8"),
+    (dict(root=IMAGES._replace(train_labels=IMAGES.train_labels[1:])), ValueError, "train_images must .* 119 labels"),
     (dict(root=IMAGES._replace(train_labels=IMAGES.train_labels + 1)), ValueError, "train_labels must be 0 … 9"),
 ]
 
