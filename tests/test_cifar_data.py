@@ -51,7 +51,8 @@ def test_pickles_run_no_code(tmp_path, no_cifar):
 def test_pickles_of_python_2(tmp_path):
     """The original files: Python 2 wrote them, its text is read as bytes."""
     pixels = bytes(range(256)) * 12
-    array = (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\n"
+    array = (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
+             b"(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\n"
              b"(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
              + len(pixels).to_bytes(4, "little") + pixels + b"tb")
     (tmp_path / "batch").write_bytes(b"\x80\x02}(U\x06labels](K\x07eU\x04data" + array + b"u.")
