@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from argument_checks import check_count
-from unrolling import Coordinates
+from unrolling import Coordinates, bound
 
 __all__ = ["BASELINES", "TunedBaseline", "compare", "evaluate", "evaluate_baseline", "tune_baseline", "tune_baselines"]
 
@@ -85,14 +85,16 @@ def check_baseline(optimizer, options, names=("optimizer", "options")):
 
 
 def learned_rule(net):
-    """A rule: rule(theta) begins an optimization, and returns a function of each gradient that changes theta (N,)."""
-    def begin(theta):
-        state = net.init_state(theta.numel())
+    """A rule: rule(theta, coordinates) begins an optimization, and returns a function of each gradient that changes
+    theta (N,), in which parameters lie as `Coordinates` say (None: one parameter without a name)."""
+    def begin(theta, coordinates=None):
+        own = net if coordinates is None else bound(net, coordinates)
+        state = own.init_state(theta.numel())
 
         @torch.no_grad()
         def advance(gradient):
             nonlocal state
-            update, state = net(gradient, state)
+            update, state = own(gradient, state)
             theta.add_(update)
 
         return advance
@@ -102,7 +104,7 @@ def learned_rule(net):
 
 def torch_rule(optimizer, options):
     """The same of a class of `torch.optim`."""
-    def begin(theta):
+    def begin(theta, coordinates=None):
         steps = optimizer([theta], **options)
 
         def advance(gradient):
@@ -125,7 +127,7 @@ def loss_curves(rule, problem, steps, num_functions, seed, device):
         batch = problem.sample(min(at_once, num_functions - first), generator=generator)
         coordinates = Coordinates(batch.params)
         theta = coordinates.join(batch.params).detach().clone()
-        advance, losses = rule(theta), []
+        advance, losses = rule(theta, coordinates), []
         for step in range(steps):
             values, gradient = coordinates.losses_and_gradient(batch.loss, theta, step)
             losses.append(values)

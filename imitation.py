@@ -15,7 +15,7 @@ from argument_checks import NonFiniteError, check_count, check_positive_number
 from comparison import check_baseline
 from learned_optimizer import LearnedOptimizer
 from meta_gradients import check_replay_fraction, replay_recorded
-from unrolling import Coordinates
+from unrolling import Coordinates, bound
 
 __all__ = ["Demonstration", "Imitation", "ImitationInfo", "imitation_gradient"]
 
@@ -141,6 +141,7 @@ def imitation_gradient(net, batch, demonstration, state, step=0, unroll=20, weig
     check_positive_number(weight=weight)
     check_replay_fraction(replay_fraction, "replay", False, net)
     coordinates, start = demonstration.coordinates, state
+    net = bound(net, coordinates)
     losses = demonstration.theta.new_empty(unroll, coordinates.functions)
     inputs, errors = demonstration.theta.new_empty(2, unroll, demonstration.theta.numel())
     for t in range(unroll):

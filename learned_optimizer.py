@@ -38,6 +38,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     runs parameter by parameter, each with a state of its own in `self.state[parameter]`; any other sees all parameters
     of its group as one vector, whose state lies with the group's first parameter. A network on another device is
     copied to where the parameters are, and again when its weights change; it is not trained, and no graph is recorded.
+    A network with `network_for(name)`, such as `PerKind`, says which network runs a parameter; it needs named ones.
     A `forward` with an argument `inplace` is called with `inplace=True` and is to write the next state over the given
     one, which may be a strided part of a larger tensor: that saves a copy of the state.
 
@@ -94,8 +95,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 if not parameter.is_floating_point():
                     raise TypeError(f"params must be real floating-point tensors, but {label(group, number, index)} "
                                     f"is {parameter.dtype}")
-            for members in vectors_of(group):
-                self._network(group["net"], [group["params"][index] for index in members])
+            for net, members in vectors_of(group):
+                self._network(net, [group["params"][index] for index in members])
         except Exception:
             self.param_groups.pop()
             raise
@@ -187,14 +188,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _vectors(self, group, number):
         """What this group has to do in a step: the vectors with at least one gradient."""
-        lr, networks = float(group["lr"]), {}  # one look at the network's weights for each device
-        for members in vectors_of(group):
+        lr, networks = float(group["lr"]), {}  # one look at a network's weights for each device
+        for net, members in vectors_of(group):
             params = [group["params"][index] for index in members]
             if any(parameter.grad is not None for parameter in params):
-                device = params[0].device
-                if device not in networks:
-                    networks[device] = self._network(group["net"], params)
-                yield Vector(params, group, networks[device], lr,
+                key = net, params[0].device
+                if key not in networks:
+                    networks[key] = self._network(net, params)
+                yield Vector(params, group, networks[key], lr,
                              lambda place, members=members: label(group, number, members[place]))
 
     def _state_from(self, saved):
@@ -203,7 +204,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             return state
         for number, (group, keys) in enumerate(zip(self.param_groups, (group["params"] for group in groups))):
-            owners = {members[0]: members for members in vectors_of(group)}
+            owners = {members[0]: (net, members) for net, members in vectors_of(group)}
             for index, key in enumerate(keys):
                 leaves = saved["state"].get(key)
                 if not leaves:
@@ -211,8 +212,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 where = f"the state of {label(group, number, index)}"
                 if index not in owners:
                     raise ValueError(f"{where} has no place here: got {sorted(leaves)}, accepted is none")
-                params = [group["params"][member] for member in owners[index]]
-                network = self._network(group["net"], params)
+                net, members = owners[index]
+                params = [group["params"][member] for member in members]
+                network = self._network(net, params)
                 state[params[0]] = network.fitting(leaves, sum(map(torch.numel, params)), group["state_dtype"], where)
         return state
 
@@ -247,11 +249,27 @@ def is_coordinatewise(net):
 
 
 def vectors_of(group):
-    """Which parameters the group's network reads as one vector: lists of their places in the group."""
-    sizes = list(map(torch.numel, group["params"]))
-    if is_coordinatewise(group["net"]):
-        return [[index] for index, size in enumerate(sizes) if size]
-    return [list(range(len(sizes)))] if sum(sizes) else []
+    """Which network reads which parameters as one vector: pairs of a network and a list of places in the group."""
+    vectors, places_of, sizes = [], {}, list(map(torch.numel, group["params"]))
+    for index in range(len(sizes)):
+        places_of.setdefault(network_of(group, index), []).append(index)
+    for net, places in places_of.items():
+        if is_coordinatewise(net):
+            vectors += [(net, [index]) for index in places if sizes[index]]
+        elif any(sizes[index] for index in places):
+            vectors.append((net, places))
+    return vectors
+
+
+def network_of(group, index):
+    """The network that runs a parameter of the group."""
+    net = group["net"]
+    if not hasattr(net, "network_for"):
+        return net
+    if "param_names" not in group:
+        raise ValueError(f"{type(net).__name__} tells parameters apart by their names: params must be named, such as "
+                         "model.named_parameters()")
+    return net.network_for(group["param_names"][index])
 
 
 def label(group, number, index):
@@ -276,7 +294,7 @@ class Vector:
 
     def __init__(self, params, group, network, lr, label):
         self.params, self.network, self.lr, self.label = params, network, lr, label
-        self.state_dtype, self.net_name = group["state_dtype"], type(group["net"]).__name__
+        self.state_dtype, self.net_name = group["state_dtype"], type(network.net).__name__
         self.gradients = [flat_gradient(parameter, group, network.dtype or params[0].dtype) for parameter in params]
 
     def prepare(self, states):

@@ -12,7 +12,7 @@ import torch
 from argument_checks import NonFiniteError, check_count, check_positive_number
 from pes import pes_window
 from state_nests import map_tensors, tensors_in
-from unrolling import Coordinates, unroll
+from unrolling import Coordinates, bound, unroll
 
 __all__ = ["WindowInfo", "meta_gradient"]
 
@@ -45,7 +45,8 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
         net: the learned optimizer; its parameters' `.grad` are not touched.
         batch: a meta-batch, with `loss(params, step) -> (B,)`.
         params: dict of (B, ...), where the window starts; not changed.
-        state: the optimizer's state there (`net.init_state(N)` at the first window); not changed.
+        state: the optimizer's state there (`net.init_state(N)` at the first window, of a network with `bind`
+            `net.bind(Coordinates(params)).init_state(N)`); not changed.
         step: number of the window's first step, at least 0.
         unroll: T, updates in the window; positive.
         method: "replay", "autograd" or "pes".
@@ -87,7 +88,7 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
     check_count(least=0, step=step)
     check_gradient_options(net, method, second_order, replay_fraction, sigma, pairs, objective, adjoint_bound)
     coordinates = Coordinates(params)
-    theta = coordinates.join(params).detach()
+    net, theta = bound(net, coordinates), coordinates.join(params).detach()
     weights = torch.ones(unroll + 1) if weights is None else torch.as_tensor(weights)
     if weights.shape != (unroll + 1,):
         raise ValueError(f"weights must have shape ({unroll + 1},) for unroll {unroll}, got {tuple(weights.shape)}")
@@ -154,7 +155,7 @@ def replay_by_autograd(net, grads, state, adjoint):
 
 
 @torch.no_grad()
-def second_order_replay_window(net, loss, coordinates, theta, state, step, weights, objective, bound):
+def second_order_replay_window(net, loss, coordinates, theta, state, step, weights, objective, limit):
     updates = len(weights) - 1
     losses, gradients, thetas, states = zip(*unroll(net, loss, coordinates, theta, state, step, updates))
     losses = torch.stack(losses)
@@ -164,14 +165,14 @@ def second_order_replay_window(net, loss, coordinates, theta, state, step, weigh
     written = hasattr(net, "pull_back") and theta.device.type == "cpu"
     pull_back = net.pull_back if written else lambda *step: pull_back_by_autograd(net, *step)
     adjoint, state_adjoints, total = pulls[-1], [torch.zeros_like(tensor) for tensor in tensors_in(states[-1])], None
-    sizes = coordinates.norms(pulls.flip(0).cumsum(0).flip(0)) if bound else None  # of first-order adjoints, (T + 1, B)
+    sizes = coordinates.norms(pulls.flip(0).cumsum(0).flip(0)) if limit else None  # of first-order adjoints, (T + 1, B)
     for t in reversed(range(updates)):
         gradient_adjoint, state_adjoints, grads = pull_back(gradients[t], states[t], adjoint, state_adjoints)
         total = grads if total is None else {name: total[name] + grad for name, grad in grads.items()}
         if t:  # λ_t = λ_{t+1} + w_t ∇_t + H_t d_t; what is before the window is constant
             adjoint = adjoint + pulls[t] + coordinates.hessian_product(loss, thetas[t], step + t, gradient_adjoint)
-            if bound:
-                excess = coordinates.norms(adjoint[None]) / (bound * sizes[t:t + 1])
+            if limit:
+                excess = coordinates.norms(adjoint[None]) / (limit * sizes[t:t + 1])
                 factor = coordinates.spread(1 / excess.clamp(min=1))[0]  # (N,)
                 adjoint, state_adjoints = adjoint * factor, [part * factor for part in state_adjoints]
     return total, losses, thetas[-1], map_tensors(torch.Tensor.detach, states[-1])

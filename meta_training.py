@@ -26,7 +26,7 @@ from imitation import Imitation, imitation_gradient
 from meta_gradients import check_gradient_options, meta_gradient
 from pes import PESState
 from ranks import Ranks, part_of
-from unrolling import Coordinates
+from unrolling import Coordinates, bound
 
 __all__ = ["BASELINES", "History", "TunedBaseline", "compare", "evaluate", "evaluate_baseline", "meta_gradient",
            "meta_train", "tune_baseline", "tune_baselines"]
@@ -242,7 +242,8 @@ class Run:
         batch = self.problem.sample(self.settings["meta_batch"], generator=self.generator)
         self.batch = batch if self.ranks.size == 1 else part_of(batch, self.first, self.last)
         self.params, self.step = self.batch.params, 0
-        self.state = self.net.init_state(Coordinates(self.params).join(self.params).numel())
+        coordinates = Coordinates(self.params)
+        self.state = bound(self.net, coordinates).init_state(sum(coordinates.sizes))
         imitates = self.imitation is not None and self.imitation.comes(self.draws)
         self.demonstration = self.imitation.begin(self.params) if imitates else None
         self.draws += 1

@@ -118,24 +118,28 @@ def read_idx(path):
 
 
 def download(root):
-    """MNIST by torchvision into <root>/MNIST, whole or not at all."""
+    fetch(root, "MNIST", Path("MNIST", "raw"))
+
+
+def fetch(root, dataset, folder):
+    """A data set by torchvision into <root>/<folder>, whole or not at all. Raises ValueError where it can't write."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=root, prefix=".mnist-download-")
+        scratch = tempfile.TemporaryDirectory(dir=root, prefix=f".{dataset.lower()}-download-")
     except OSError as error:
-        raise ValueError(f"the data root {root} holds no MNIST and can't be written to ({error}): name another by the "
-                         "argument root or the environment variable L2O_DATA") from error
-    from torchvision.datasets import MNIST
-
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+        raise ValueError(f"the data root {root} holds no {dataset} and can't be written to ({error}): name another by "
+                         "the argument root or the environment variable L2O_DATA") from error
     with scratch:
+        from torchvision import datasets
+
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
         try:
-            MNIST(scratch.name, download=True)
+            getattr(datasets, dataset)(scratch.name, download=True)
         finally:
             socket.setdefaulttimeout(timeout)
-        (root / "MNIST").mkdir(exist_ok=True)
-        os.replace(Path(scratch.name) / "MNIST" / "raw", root / "MNIST" / "raw")
+        (root / folder).parent.mkdir(exist_ok=True)
+        os.replace(Path(scratch.name) / folder, root / folder)
 
 
 def load_digits():

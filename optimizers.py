@@ -18,10 +18,11 @@ from torch import nn
 from argument_checks import NonFiniteError, check_count, check_finite, check_positive_number
 from learned_optimizer import LearnedOptimizer
 from lstm_blocks import PackedLSTM, gates_to_ifog, replay_blocks, step_back_blocks, step_blocks
+from per_kind import PerKind
 from whole_files import write_whole
 
-__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LearnedOptimizer", "NonFiniteError", "RNNProp", "load_optimizer",
-           "log_sign", "save_optimizer", "start_as_momentum"]
+__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LearnedOptimizer", "NonFiniteError", "PerKind", "RNNProp",
+           "load_optimizer", "log_sign", "save_optimizer", "start_as_momentum"]
 
 FILE_FORMAT = 1
 GRAPH_BLOCK = 1 << 16  # coordinates that `replay` runs at once where autograd does the backward pass
@@ -508,7 +509,7 @@ def columns_last(state):
 
 # Files --------------------------------------------------------------------------------------------------------------
 
-LEARNED_OPTIMIZERS = {"CoordinatewiseLSTM": CoordinatewiseLSTM, "RNNProp": RNNProp}
+LEARNED_OPTIMIZERS = {"CoordinatewiseLSTM": CoordinatewiseLSTM, "PerKind": PerKind, "RNNProp": RNNProp}
 
 
 def save_optimizer(net, path, **notes):
@@ -517,20 +518,23 @@ def save_optimizer(net, path, **notes):
     The file is written beside its place and then renamed, so that a failure leaves an older file as it was.
 
     Args:
-        net: one of this module's learned optimizers.
+        net: one of this module's learned optimizers; or a `PerKind` of some, whose rule is a dict.
         path: where to; the folder is made if it is not there.
         notes: what else the metadata should say (problem, seed, result …), kept as text.
 
     Raises:
-        TypeError: `net` is not one of this module's classes.
+        TypeError: `net` is not one of this module's classes, or its rule is a function.
         OSError: the file cannot be written.
 
     Example:
         >>> save_optimizer(CoordinatewiseLSTM(), "checkpoints/new.safetensors", problem="none yet")
         >>> net = load_optimizer("checkpoints/new.safetensors")
     """
-    if type(net).__name__ not in LEARNED_OPTIMIZERS:
-        raise TypeError(f"net must be one of {sorted(LEARNED_OPTIMIZERS)}, got {type(net).__name__}")
+    for part in (net, *(net.networks.values() if isinstance(net, PerKind) else ())):
+        if type(part).__name__ not in LEARNED_OPTIMIZERS:
+            raise TypeError(f"net must be one of {sorted(LEARNED_OPTIMIZERS)}, got {type(part).__name__}")
+    if isinstance(net, PerKind) and not isinstance(net.rule, dict):
+        raise TypeError(f"the rule of a PerKind must be a dict to be written to a file, got {net.rule!r}")
     metadata = {"format": str(FILE_FORMAT), "class": type(net).__name__, "config": json.dumps(net.config),
                 **{name: str(note) for name, note in notes.items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
@@ -569,8 +573,15 @@ def load_optimizer(path_or_name):
     if int(metadata["format"]) > FILE_FORMAT:
         raise ValueError(f"{path} is of format {metadata['format']}; this version reads up to {FILE_FORMAT}: update it")
     try:
-        net = LEARNED_OPTIMIZERS[metadata["class"]](**json.loads(metadata["config"]))
+        net = rebuilt(metadata["class"], json.loads(metadata["config"]))
         net.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
     except (KeyError, StopIteration, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not describe a {metadata['class']}: {error}") from error
     return net
+
+
+def rebuilt(name, config):
+    """A learned optimizer from the name of its class and its `config`."""
+    if name == "PerKind":
+        config = {**config, "networks": {kind: rebuilt(*part) for kind, part in config["networks"].items()}}
+    return LEARNED_OPTIMIZERS[name](**config)

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-__all__ = ["Coordinates", "unroll"]
+__all__ = ["Coordinates", "bound", "unroll"]
 
 SMALLEST_SHARE = 1024  # coordinates of a tensor that a partial replay reads at least
 
@@ -85,6 +85,11 @@ class Coordinates:
             weights.append(torch.full((kept,), size / kept))
             start += size
         return torch.cat(indices), torch.cat(weights)
+
+
+def bound(net, coordinates):
+    """The network for parameters that lie like this, if it tells them apart (see `per_kind`); else as it is."""
+    return net.bind(coordinates) if hasattr(net, "bind") else net
 
 
 def unroll(net, loss, coordinates, theta, state, step, updates):

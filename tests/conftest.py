@@ -5,11 +5,15 @@ on files that they write themselves, and never on the network.
 """
 
 import gzip
+import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import cifar_data
 import mnist_data
 
 
@@ -66,3 +70,56 @@ def small_mnist(tmp_path):
 def tiny_mnist(tmp_path):
     """The same with images of 8×8 pixels, where a network should be small."""
     return write_mnist(tmp_path / "tiny", side=8)
+
+
+@pytest.fixture
+def no_cifar(monkeypatch):
+    """No network, for CIFAR-10. Counts the calls."""
+    calls = []
+
+    def refuse(root):
+        calls.append(root)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(cifar_data, "download", refuse)
+    return calls
+
+
+def image_of(label, side, random):
+    """(side, side, 3): noise, and a corner that tells the label and the color."""
+    image = random.integers(0, 256, (side, side, 3)).astype(np.uint8)
+    image[0, 0] = 20 * label + np.arange(3)
+    return image
+
+
+def write_cifar10(root, train=6, test=2, side=8, form="folder"):
+    """A small CIFAR-10 in image files (PNG, so that they are exact) under root, or in zips of them."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        for label, name in enumerate(cifar_data.CIFAR10_CLASSES):
+            folder = root / "cifar10" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(image_of(label, side, random)).save(folder / f"{number}.png")
+        if form == "zip":
+            shutil.make_archive(root / "cifar10" / split, "zip", root / "cifar10", split)
+            shutil.rmtree(root / "cifar10" / split)
+    return root
+
+
+def write_cifar10_pickles(root, count=10):
+    """A small CIFAR-10 in the form of the original: one image of each class in every batch."""
+    random, folder = np.random.default_rng(0), root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        images = np.stack([image_of(label % 10, 32, random) for label in range(count)])
+        batch = {b"batch_label": name.encode(), b"labels": [label % 10 for label in range(count)],
+                 b"data": images.transpose(0, 3, 1, 2).reshape(count, -1), b"filenames": [b"x.png"] * count}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    return root
+
+
+@pytest.fixture
+def small_cifar(tmp_path):
+    """A data root with 60 training and 20 test images of 8×8 pixels."""
+    return write_cifar10(tmp_path / "cifar")

@@ -22,8 +22,9 @@ def test_snippets_run(number, tmp_path, monkeypatch):
 
 def test_snippets_show_the_public_face():
     text = "".join(SNIPPETS)
-    assert len(SNIPPETS) == 7
-    words = ("to_meta", "update_params", "resnet18", "functional_call", "meta_train", "LearnedOptimizer")
+    assert len(SNIPPETS) == 8
+    words = ("to_meta", "update_params", "resnet18", "functional_call", "meta_train", "LearnedOptimizer",
+             "PerKind", "CIFAR10Net")
     assert all(word in text for word in words)
 
 
