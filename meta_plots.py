@@ -37,7 +37,7 @@ def plot_curves(curves, title, ax=None, marks=()):
         ax.fill_between(range(len(mean)), lower, mean + 1.96 * error, color=line.get_color(), alpha=0.15, linewidth=0)
     for step, text in marks:
         ax.axvline(step, color="gray", linestyle=":", linewidth=1)
-        ax.annotate(text, (step, 0.98), xycoords=("data", "axes fraction"), fontsize=8, ha="left", va="top",
+        ax.annotate(text, (step, 0.02), xycoords=("data", "axes fraction"), fontsize=8, ha="left", va="bottom",
                     xytext=(3, 0), textcoords="offset points")
     ax.set(yscale="log", xlabel="step", ylabel="loss (mean over functions, 95 % band)", title=title)
     ax.legend(fontsize=9)
