@@ -6,7 +6,6 @@ into a data root that holds no CIFAR-10 yet.
 
 import functools
 import io
-import os
 import pickle
 import warnings
 import zipfile
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from argument_checks import check_count
-from mnist_data import fetch
+from mnist_data import data_root, fetch
 
 __all__ = ["CIFAR10_CLASSES", "ColorImages", "check_color_images", "generated_images", "load_cifar10"]
 
@@ -79,9 +78,7 @@ def load_cifar10(root=None):
         >>> data = load_cifar10()
         >>> images, labels = data.train_images[:128], data.train_labels[:128]
     """
-    if root is not None and not isinstance(root, (str, os.PathLike)):
-        raise TypeError(f"root must be a path or None, got {root!r}")
-    return _load(Path(root or os.environ.get("L2O_DATA") or "data").resolve())
+    return _load(data_root(root))
 
 
 @functools.lru_cache(maxsize=4)

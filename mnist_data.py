@@ -57,9 +57,14 @@ def load_mnist(root=None):
         >>> data = load_mnist()
         >>> images, labels = data.train_images[:128], data.train_labels[:128]
     """
+    return _load(data_root(root))
+
+
+def data_root(root):
+    """Where data lie: `root`, else what `L2O_DATA` names, else `data` in the working folder. A whole path."""
     if root is not None and not isinstance(root, (str, os.PathLike)):
         raise TypeError(f"root must be a path or None, got {root!r}")
-    return _load(Path(root or os.environ.get("L2O_DATA") or "data").resolve())
+    return Path(root or os.environ.get("L2O_DATA") or "data").resolve()
 
 
 @functools.lru_cache(maxsize=4)

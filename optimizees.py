@@ -273,7 +273,23 @@ def with_convex_term(batch, start, target):
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu, "tanh": torch.tanh}
 
 
-class MNISTNet:
+class ImageNets:
+    """What the networks on images below share: their `options` rebuild them, on another device or split."""
+
+    def to(self, device):
+        """The same distribution on another device."""
+        return type(self)(**self.options, device=device)
+
+    def with_split(self, split):
+        """The same networks over another split of the data."""
+        return type(self)(**{**self.options, "split": split}, device=self.device)
+
+    def validation_problem(self):
+        """What `meta_train` validates on: the same networks, over images that no training function draws from."""
+        return self.with_split("validation")
+
+
+class MNISTNet(ImageNets):
     """A multilayer perceptron on MNIST from random initial weights: cross-entropy on a fresh minibatch at every step.
 
     MNIST's training split is halved, by a fixed random order: functions of `split="train"` draw their minibatches from
@@ -326,18 +342,6 @@ class MNISTNet:
         self.sizes = (self.images.shape[1], *hidden_sizes, 10)
         self.name = f"{load_mnist(root).name} {'-'.join(map(str, self.sizes))} {activation}"
 
-    def to(self, device):
-        """The same distribution on another device."""
-        return MNISTNet(**self.options, device=device)
-
-    def with_split(self, split):
-        """The same networks over another split of the data."""
-        return MNISTNet(**{**self.options, "split": split}, device=self.device)
-
-    def validation_problem(self):
-        """What `meta_train` validates on: the same networks, over images that no training function draws from."""
-        return self.with_split("validation")
-
     def sample(self, meta_batch, generator=None):
         """Draw `meta_batch` networks with their sequences of minibatches. Returns `MetaBatch`."""
         check_count(meta_batch=meta_batch)
@@ -381,7 +385,7 @@ def mean_cross_entropy(scores, labels):
     return F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
 
 
-class CIFAR10Net:
+class CIFAR10Net(ImageNets):
     """A convolutional network on CIFAR-10 from random initial weights: cross-entropy, a fresh minibatch at each step.
 
     Convolutions of 5×5, each followed by max pooling over 2×2, then a fully connected layer and a linear classifier;
@@ -451,18 +455,6 @@ class CIFAR10Net:
                         "fc1.weight": (fc_size, outputs), "fc1.bias": (outputs,)}
         some = f", labels {' '.join(map(str, classes))}" if classes else ""
         self.name = f"{data.name}{some}, {'-'.join(map(str, channels))} channels and {fc_size} units"
-
-    def to(self, device):
-        """The same distribution on another device."""
-        return CIFAR10Net(**self.options, device=device)
-
-    def with_split(self, split):
-        """The same networks over another split of the data."""
-        return CIFAR10Net(**{**self.options, "split": split}, device=self.device)
-
-    def validation_problem(self):
-        """What `meta_train` validates on: the same networks, over images that no training function draws from."""
-        return self.with_split("validation")
 
     def sample(self, meta_batch, generator=None):
         """Draw `meta_batch` networks with their sequences of minibatches. Returns `MetaBatch`."""

@@ -25,17 +25,21 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    """No network: torchvision's download fails as it does without one. Counts the calls."""
+def refuse_downloads(monkeypatch, module):
+    """Torchvision's download fails as it does without a network. Returns the list of calls."""
     calls = []
 
     def refuse(root):
         calls.append(root)
         raise OSError("no network in this test")
 
-    monkeypatch.setattr(mnist_data, "download", refuse)
+    monkeypatch.setattr(module, "download", refuse)
     return calls
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    return refuse_downloads(monkeypatch, mnist_data)
 
 
 def idx_bytes(array):
@@ -74,15 +78,7 @@ def tiny_mnist(tmp_path):
 
 @pytest.fixture
 def no_cifar(monkeypatch):
-    """No network, for CIFAR-10. Counts the calls."""
-    calls = []
-
-    def refuse(root):
-        calls.append(root)
-        raise OSError("no network in this test")
-
-    monkeypatch.setattr(cifar_data, "download", refuse)
-    return calls
+    return refuse_downloads(monkeypatch, cifar_data)
 
 
 def image_of(label, side, random):
