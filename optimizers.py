@@ -424,17 +424,23 @@ def start_as_momentum(net, lr, momentum=0.9, nesterov=True, averages=(0.5, 0.95,
     net.output.weight[0, 1] = -lr * (momentum if nesterov else 1.0) / scale
     net.output.weight[0, 0] = -lr / scale if nesterov else 0.0
     if sign_lr:
-        sign, clock = len(forgets) - 2, len(forgets) - 1
-        weight, recurrent, bias, _ = net.lstm.all_weights[0]
-        for unit, amount in ((sign, SMALL), (clock, SMALL / 5)):  # what a step adds, whatever the gradient's size
-            weight[unit, 0], bias[unit] = 0, logit(amount)
-        weight[clock + 2 * H, 1], bias[clock + 2 * H] = 0, CANDIDATE
-        # the clock's output rises by `tick` in a step at first; it closes the sign's output gate, half open at first
-        tick = opened * math.tanh(SMALL / 5 * math.tanh(CANDIDATE))
-        bias[sign + 3 * H], recurrent[sign + 3 * H, clock] = 0, -2 / (sign_fade * tick)
-        held = SMALL * math.tanh(CANDIDATE) / (1 - sign_momentum)  # what the cell holds where all signs agree
-        net.output.weight[0, sign] = -2 * sign_lr / (net.output_scale * passed / opened * math.tanh(held))
+        add_steps_by_sign(net, len(forgets) - 2, sign_lr, sign_momentum, sign_fade)
     return net
+
+
+def add_steps_by_sign(net, sign, lr, momentum, fade):
+    """Turn the running sum of unit `sign` into one of signs, whose output gate the next unit, a clock, closes."""
+    H, clock, opened = net.hidden_size, sign + 1, 1 / (1 + math.exp(-OPEN))
+    weight, recurrent, bias, _ = net.lstm.all_weights[0]
+    for unit, amount in ((sign, SMALL), (clock, SMALL / 5)):  # what a step adds, whatever the gradient's size
+        weight[unit, 0], bias[unit] = 0, logit(amount)
+    weight[clock + 2 * H, 1], bias[clock + 2 * H] = 0, CANDIDATE
+    # the clock's output rises by `tick` in a step at first; the sign's output gate is half open at first
+    tick = opened * math.tanh(SMALL / 5 * math.tanh(CANDIDATE))
+    bias[sign + 3 * H], recurrent[sign + 3 * H, clock] = 0, -2 / (fade * tick)
+    held = SMALL * math.tanh(CANDIDATE) / (1 - momentum)  # what the cell holds where all signs agree
+    passed = (opened * GAIN * opened) ** (net.num_layers - 1)
+    net.output.weight[0, sign] = -2 * lr / (net.output_scale * passed * math.tanh(held))
 
 
 OPEN, CANDIDATE, GAIN = 4.0, 3.0, 3.0  # an open gate's bias, the candidate's weight on the sign, between layers
