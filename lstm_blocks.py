@@ -45,6 +45,18 @@ class PackedLSTM:
         self.output_weight, self.output_bias = output_weight, output_bias
         self.one, self.minus_one = output_weight.new_tensor(1.0), output_weight.new_tensor(-1.0)
 
+    def gradients(self, weights, output_weight, output_bias):
+        """Gradients of the matrices W_l, of output_weight and of output_bias -> as the constructor takes them."""
+        layers = []
+        for weight, inputs in zip(weights, self.inputs):
+            w, u, bias = gates_to_ifog(weight).split([inputs, self.hidden, 1], 1)
+            layers.append((w, u, bias[:, 0]))
+        return layers, output_weight.clone(), output_bias
+
+    def slopes(self, outputs):
+        """The derivative of tanh at the outputs."""
+        return 1 - outputs.tanh().square()
+
 
 def gates_to_ifog(rows):
     """(4H, ...) in torch's order i, f, g, o -> i, f, o, g. The permutation is its own inverse."""
@@ -135,18 +147,17 @@ def step_blocks(packed, features, hidden, cells, inplace=False):
     return update.add_(packed.output_bias), new_hidden, new_cells
 
 
-def step_back_blocks(packed, features, hidden, cells, pull, dhidden, dcells):
+def step_back_blocks(packed, features, hidden, cells, adjoint, dhidden, dcells, squash=False):
     """Backpropagation through one step for all coordinates, which is run again for it.
 
     Args:
         features: (inputs, N), what the step was fed.
         hidden, cells: (layers, H, N), the state before the step; not changed.
-        pull: function (outputs (w,), start, stop) -> (w,), the loss's derivative by the outputs of those coordinates.
+        adjoint: (N,), the loss's derivative by the outputs; with `squash` by their tanh.
         dhidden, dcells: (layers, H, N), its derivative by the state after the step; becomes that by the state before.
 
     Returns:
-        its derivative by the features (inputs, N), and as of `replay_blocks` the gradients of W_l, of output_weight and
-        of output_bias.
+        its derivative by the features (inputs, N), and the gradients by the weights as of `replay_blocks`.
     """
     H, N, layers = packed.hidden, hidden.shape[2], range(len(packed.inputs))
     dfeatures, weight_grads = torch.empty_like(features), [torch.zeros_like(weight) for weight in packed.weights]
@@ -165,11 +176,12 @@ def step_back_blocks(packed, features, hidden, cells, pull, dhidden, dcells):
             cell.run(packed.forward_weights[l], packed.minus_one)
             run.append((cell, dcolumn))
             below = new_hidden
-        outputs = torch.mv(below.t(), packed.output_weight).add_(packed.output_bias)
-        adjoint = pull(outputs, start, stop)
-        output_grad.addmv_(below, adjoint)
-        bias_grad += adjoint.sum()
-        dhidden[-1, :, start:stop].addr_(packed.output_weight, adjoint)
+        pull = adjoint[start:stop]
+        if squash:
+            pull = pull * packed.slopes(torch.mv(below.t(), packed.output_weight).add_(packed.output_bias))
+        output_grad.addmv_(below, pull)
+        bias_grad += pull.sum()
+        dhidden[-1, :, start:stop].addr_(packed.output_weight, pull)
         for l in reversed(layers):
             (cell, dcolumn), dh = run[l], dhidden[l, :, start:stop]
             cell.pull_back(dh, dcells[l, :, start:stop], into)
@@ -180,31 +192,39 @@ def step_back_blocks(packed, features, hidden, cells, pull, dhidden, dcells):
                 dhidden[l - 1, :, start:stop].add_(dbelow)
             else:
                 dfeatures[:, start:stop] = dbelow
-    return dfeatures, weight_grads, output_grad, bias_grad
+    return dfeatures, *packed.gradients(weight_grads, output_grad, bias_grad)
 
 
-def replay_blocks(packed, features, hidden, cells, adjoint):
-    """Gradient of Σ_t ⟨adjoint_t, update_t⟩ with respect to the packed weights, by a written backward pass.
+def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled=None):
+    """Gradient of Σ_t ⟨adjoint_t, output_t⟩ with respect to the packed weights, by a written backward pass.
 
     Runs the LSTM again over the recorded inputs, block by block, keeping the activations of one block at a time.
 
     Args:
         features: function (start, stop) -> (T, inputs, width), the recorded inputs of those coordinates.
         hidden, cells: (layers, H, N), the state at the first step; not changed.
-        adjoint: (T, N), what the loss's derivative is at each update.
+        adjoint: (T, N), the loss's derivative by each output; with `squash` by its tanh.
+        pulled: function (start, stop, dfeatures (T, inputs, width)), called with the derivatives by the features.
 
     Returns:
-        gradients of W_l, each (4H, in_l + H + 1) with gates in the order i, f, o, g; of output_weight (H,); of
-        output_bias ().
+        gradients of the layers' weights, of output_weight and of output_bias, as the constructor of `PackedLSTM` takes
+        them.
     """
     T, N = adjoint.shape
     spans = blocks(N, replay_width(packed, T))
     tape = tape_for(packed, T, spans[0][1])
     for start, stop in spans:
-        tape.load(features(start, stop), hidden[:, :, start:stop], cells[:, :, start:stop], adjoint[:, start:stop])
+        inputs = features(start, stop)
+        tape.load(inputs, hidden[:, :, start:stop], cells[:, :, start:stop], adjoint[:, start:stop])
         tape.record()
-        tape.backward()
-    return [grad.clone() for grad in tape.weight_grads], tape.output_grad.clone(), adjoint.sum()
+        if squash:
+            outputs = torch.einsum("h,thn->tn", packed.output_weight, tape.top) + packed.output_bias
+            tape.adjoint *= packed.slopes(outputs)
+        dfeatures = inputs.new_empty(*inputs.shape[:2], tape.adjoint.shape[1]) if pulled else None
+        tape.backward(dfeatures)
+        if pulled:
+            pulled(start, stop, dfeatures[..., :stop - start])
+    return packed.gradients(tape.weight_grads, tape.output_grad, tape.bias_grad.clone())
 
 
 _last = threading.local()  # what this thread used last: fresh memory costs as much as the arithmetic on it
@@ -235,7 +255,7 @@ def tape_for(packed, steps, width):
         _last.key, _last.tape = key, Tape(packed, steps, width)
     tape = _last.tape
     tape.packed = packed
-    for total in (*tape.weight_grads, tape.output_grad):
+    for total in (*tape.weight_grads, tape.output_grad, tape.bias_grad):
         total.zero_()
     return tape
 
@@ -271,7 +291,7 @@ class Tape:
         self.into = GateGradients(packed, new(4 * H, width), new(4 * H, width))
         self.dcolumns = [new(inputs + H, width) for inputs in packed.inputs]
         self.weight_grads = [torch.zeros_like(weight) for weight in packed.weights]
-        self.output_grad = torch.zeros_like(packed.output_weight)
+        self.output_grad, self.bias_grad = torch.zeros_like(packed.output_weight), new(())
         for columns in self.columns:
             columns[:, -1] = 1
         above = [column[:-1, :H] for column in self.columns[1:]] + [self.top]
@@ -298,13 +318,17 @@ class Tape:
                 cell.run(weight, minus_one)
                 copy.copy_(cell.hidden_out)
 
-    def backward(self):
-        """Backpropagation through the T steps, adding to `weight_grads` and `output_grad`."""
+    def backward(self, dfeatures=None):
+        """Backpropagation through the T steps, adding to `weight_grads`, `output_grad` and `bias_grad`.
+
+        dfeatures: (T, inputs, width), filled if given.
+        """
         packed, H, into = self.packed, self.packed.hidden, self.into
         dgates, to_hidden = into.gates, packed.backward_weights[0][packed.inputs[0]:]
         halves = [column.split([column.shape[0] - H, H]) for column in self.dcolumns]
         for d in self.dhidden + self.dcell:
             d.zero_()
+        self.bias_grad += self.adjoint.sum()
         for t in reversed(range(self.steps)):
             self.dhidden[-1].addr_(packed.output_weight, self.adjoint[t])
             self.output_grad.addmv_(self.top[t], self.adjoint[t])
@@ -317,5 +341,9 @@ class Tape:
                     torch.mm(packed.backward_weights[l], dgates, out=self.dcolumns[l])
                     self.dhidden[l - 1].add_(halves[l][0])
                     dh.copy_(halves[l][1])
-                else:
+                elif dfeatures is None:
                     torch.mm(to_hidden, dgates, out=dh)
+                else:
+                    torch.mm(packed.backward_weights[0], dgates, out=self.dcolumns[0])
+                    dfeatures[t] = halves[0][0]
+                    dh.copy_(halves[0][1])

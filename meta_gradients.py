@@ -157,7 +157,7 @@ def replay_by_autograd(net, grads, state, adjoint):
 @torch.no_grad()
 def second_order_replay_window(net, loss, coordinates, theta, state, step, weights, objective, limit):
     updates = len(weights) - 1
-    losses, gradients, thetas, states = zip(*unroll(net, loss, coordinates, theta, state, step, updates))
+    losses, gradients, thetas, states = zip(*unroll(net, loss, coordinates, theta, state, step, updates, True))
     losses = torch.stack(losses)
     pulls = weights[:, None] * torch.stack(gradients)
     if objective == "log":

@@ -6,8 +6,12 @@
 as these. How it is trained stands in `meta_training`; the arithmetic of the fast path in `lstm_blocks`.
 """
 
+import functools
 import json
 import math
+import os
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+import lstm_blocks
 from argument_checks import NonFiniteError, check_count, check_finite, check_positive_number
 from learned_optimizer import LearnedOptimizer
-from lstm_blocks import PackedLSTM, gates_to_ifog, replay_blocks, step_back_blocks, step_blocks
 from per_kind import PerKind
 from whole_files import write_whole
 
@@ -51,14 +55,16 @@ class LSTMOptimizer(nn.Module):
 
     A subclass says what the LSTM is fed and what its output z becomes, in four steps:
     `read(grads, memory)` turns gradients into readings, without weights; `embed(readings)` turns those into the LSTM's
-    input, perhaps with weights; the LSTM and `output` give z; `finish(z)` is the update. `memory` is the part of the
-    state that does not belong to the LSTM, a tuple of tensors (..., N).
+    input, perhaps with weights; the LSTM and `output` give z; the update is output_scale · z, or output_scale · tanh(z)
+    where the class says `squash`. `memory` is the part of the state that does not belong to the LSTM, a tuple of tensors
+    (..., N).
 
     What autograd records is up to the caller: under `torch.no_grad()` a step takes the fast path (on a CPU in blocks
     of coordinates that stay in cache), otherwise it goes through `nn.LSTM` and carries a graph.
     """
 
     coordinatewise = True  # no coordinate reads another's: any subset of them can be replayed by itself
+    squash = False  # whether the output goes through a tanh
 
     def __init__(self, inputs, hidden_size, num_layers):
         super().__init__()
@@ -120,8 +126,9 @@ class LSTMOptimizer(nn.Module):
             return self.finish(self.output(top)[0, :, 0]), (hidden.mT, cell.mT, *memory)
         with torch.no_grad():
             readings, new_memory = self.read(grad[None], memory)
-            outputs, hidden, cell = step_blocks(self._pack(), lambda a, b: self.embed(readings[0, :, a:b]), hidden, cell,
-                                                inplace)
+            kernels, packed = self._packed_kernels()
+            outputs, hidden, cell = kernels.step_blocks(packed, lambda a, b: self.embed(readings[0, :, a:b]), hidden, cell,
+                                                        inplace)
             memory = [old.copy_(new) for old, new in zip(memory, new_memory)] if inplace else new_memory
             return self.finish(outputs), (hidden, cell, *memory)
 
@@ -166,21 +173,20 @@ class LSTMOptimizer(nn.Module):
             grad, *memory = (tensor.detach().requires_grad_() for tensor in (grad, *memory))
             readings, new_memory = self.read(grad[None], memory)
             features = self.embed(readings)[0]
-
-        def pull(outputs, start, stop):
-            with torch.enable_grad():
-                outputs.requires_grad_()
-                return torch.autograd.grad(self.finish(outputs), outputs, adjoint[start:stop])[0]
-
         with torch.no_grad():
-            dfeatures, *parts = step_back_blocks(self._pack(), features.detach(), hidden, cell, pull, dhidden, dcell)
-            gradients = self._unpack(*parts)
+            kernels, packed = self._packed_kernels()
+            dfeatures, *parts = kernels.step_back_blocks(packed, features.detach(), hidden, cell, self.output_scale * adjoint,
+                                                         dhidden, dcell, self.squash)
+            gradients = names_of(*parts)
         wanted = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         rest = [name for name in wanted if name not in gradients]  # those of `embed`
         pulled = torch.autograd.grad([features, *new_memory], [grad, *memory, *(wanted[name] for name in rest)],
                                      [dfeatures, *dmemory])
         gradients |= zip(rest, pulled[1 + len(memory):])
         return pulled[0], [dhidden, dcell, *pulled[1:1 + len(memory)]], {name: gradients[name] for name in wanted}
+
+    def finish(self, outputs):
+        return self.output_scale * (outputs.tanh() if self.squash else outputs)
 
     # How it is done ---------------------------------------------------------------------------------------------
 
@@ -203,28 +209,38 @@ class LSTMOptimizer(nn.Module):
                 raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, the network {weight.dtype} on "
                                  f"{weight.device}: move one of them")
 
-    def _pack(self):
-        """The weights as the block kernels want them, packed again only after they have changed."""
-        key = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+    def _packed_kernels(self):
+        """The module that runs the LSTM, and the weights as it wants them, packed again only after they have changed."""
+        kernels = kernels_for(self.output.weight)
+        weights = *self.lstm._flat_weights, self.output.weight, self.output.bias
+        key = kernels, *((weight.data_ptr(), weight._version) for weight in weights)
         if key != self._packed_key:
             weights = [[w.detach() for w in layer] for layer in self.lstm.all_weights]
-            self._packed = PackedLSTM([(w, u, b + c) for w, u, b, c in weights],
-                                      self.output.weight.detach()[0], self.output.bias.detach()[0])
+            self._packed = kernels.PackedLSTM([(w, u, b + c) for w, u, b, c in weights],
+                                              self.output.weight.detach()[0], self.output.bias.detach()[0])
             self._packed_key = key
-        return self._packed
+        return kernels, self._packed
 
-    def _unpack(self, weights, output_weight, output_bias):
-        """Gradients of the packed weights -> dict by the names of the parameters."""
-        gradients = {"output.weight": output_weight[None], "output.bias": output_bias[None]}
-        for l, weight in enumerate(weights):
-            inputs = weight.shape[1] - self.hidden_size - 1
-            ih, hh, bias = gates_to_ifog(weight).split([inputs, self.hidden_size, 1], 1)
-            gradients |= {f"lstm.weight_ih_l{l}": ih, f"lstm.weight_hh_l{l}": hh,
-                          f"lstm.bias_ih_l{l}": bias[:, 0], f"lstm.bias_hh_l{l}": bias[:, 0].clone()}
-        return gradients
-
+    @torch.no_grad()
     def _replay(self, grads, state, adjoint):
-        return self._replay_with_graph(grads, state, adjoint)
+        if grads.device.type != "cpu":
+            return self._replay_with_graph(grads, state, adjoint)
+        hidden, cell, *memory = state
+        kernels, packed = self._packed_kernels()
+        own = {name: parameter for name, parameter in self.named_parameters()  # those of `embed`
+               if parameter.requires_grad and not name.startswith(("lstm.", "output."))}
+        pieces = []
+
+        def readings(start, stop):
+            return self.read(grads[:, start:stop], [part[..., start:stop] for part in memory])[0]
+
+        def pulled(start, stop, dfeatures):
+            with torch.enable_grad():
+                pieces.append(torch.autograd.grad(self.embed(readings(start, stop)), list(own.values()), dfeatures))
+
+        parts = kernels.replay_blocks(packed, lambda a, b: self.embed(readings(a, b)), hidden, cell,
+                                      self.output_scale * adjoint, self.squash, pulled if own else None)
+        return names_of(*parts) | {name: sum(piece) for name, piece in zip(own, zip(*pieces))}
 
     @torch.enable_grad()
     def _replay_with_graph(self, grads, state, adjoint):
@@ -335,16 +351,6 @@ class CoordinatewiseLSTM(LSTMOptimizer):
 
     def embed(self, readings):
         return readings
-
-    def finish(self, outputs):
-        return self.output_scale * outputs
-
-    @torch.no_grad()
-    def _replay(self, grads, state, adjoint):
-        if grads.device.type != "cpu":
-            return self._replay_with_graph(grads, state, adjoint)
-        return self._unpack(*replay_blocks(self._pack(), lambda a, b: self.read(grads[:, a:b], ())[0], *state,
-                                           self.output_scale * adjoint))
 
 
 @torch.no_grad()
@@ -482,6 +488,7 @@ class RNNProp(LSTMOptimizer):
 
     arguments = ("hidden_size", "num_layers", "beta", "output_scale", "eps")
     memory_shapes = [(3,)]
+    squash = True
 
     def __init__(self, hidden_size=20, num_layers=2, beta=0.95, output_scale=0.1, eps=1e-8):
         if not (isinstance(beta, (int, float)) and 0 <= beta < 1):
@@ -504,8 +511,36 @@ class RNNProp(LSTMOptimizer):
     def embed(self, readings):
         return nn.functional.elu(self.input.weight @ readings + self.input.bias[:, None])
 
-    def finish(self, outputs):
-        return self.output_scale * outputs.tanh()
+
+def kernels_for(weight):
+    """The module that runs the LSTM without a graph where that weight is: `lstm_numba` if numba can be had, else
+    `lstm_blocks`, which is slower, does the same and also runs on CUDA. L2O_KERNELS=torch in the environment asks for it.
+    """
+    wanted = os.environ.get("L2O_KERNELS", "auto")
+    if wanted not in ("auto", "numba", "torch"):
+        raise ValueError(f'L2O_KERNELS must be "auto", "numba" or "torch", got {wanted!r}')
+    if wanted == "torch" or weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+        return lstm_blocks
+    return compiled_kernels() if wanted == "numba" or has_numba() else lstm_blocks
+
+
+@functools.cache
+def has_numba():
+    return find_spec("numba") is not None
+
+
+@functools.cache
+def compiled_kernels():
+    return import_module("lstm_numba")  # only now: importing numba takes a second
+
+
+def names_of(layers, output_weight, output_bias):
+    """Gradients as the kernels give them -> dict by the names of an `LSTMOptimizer`'s parameters."""
+    gradients = {"output.weight": output_weight[None], "output.bias": output_bias[None]}
+    for l, (ih, hh, bias) in enumerate(layers):
+        gradients |= {f"lstm.weight_ih_l{l}": ih, f"lstm.weight_hh_l{l}": hh,
+                      f"lstm.bias_ih_l{l}": bias, f"lstm.bias_hh_l{l}": bias.clone()}
+    return gradients
 
 
 def columns_last(state):

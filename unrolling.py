@@ -5,6 +5,7 @@ each tensor flattened; gradients, updates and states follow that order. θ_{t+1}
 is Andrychowicz et al. 2016 (arXiv 1606.04474), section 2. Nothing here carries a graph.
 """
 
+import inspect
 import math
 
 import torch
@@ -92,14 +93,16 @@ def bound(net, coordinates):
     return net.bind(coordinates) if hasattr(net, "bind") else net
 
 
-def unroll(net, loss, coordinates, theta, state, step, updates):
+def unroll(net, loss, coordinates, theta, state, step, updates, keep_states=False):
     """Yield (losses (B,), ∇ (N,), θ (N,), state) at steps step … step + updates, with an update after each but the last.
 
-    Run it under `torch.no_grad()`.
+    The state given is not changed. Those yielded are overwritten by the next step, where the network can do that, unless
+    `keep_states`. Run it under `torch.no_grad()`.
     """
+    overwrites = not keep_states and "inplace" in inspect.signature(net.forward).parameters
     for t in range(updates + 1):
         losses, gradient = coordinates.losses_and_gradient(loss, theta, step + t)
         yield losses, gradient, theta, state
         if t < updates:
-            update, state = net(gradient, state)
+            update, state = net(gradient, state, inplace=True) if overwrites and t else net(gradient, state)
             theta = theta + update

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch.autograd import gradcheck
 
 import lstm_blocks
+import optimizers
 from meta_training import meta_train
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, RNNProp, load_optimizer, log_sign, save_optimizer, start_as_momentum
@@ -75,14 +76,25 @@ def test_a_step_by_hand():
         assert (new_h.item(), new_c.item()) == pytest.approx((hidden, cell), rel=1e-14)
 
 
+@pytest.fixture(params=["torch", "numba"], autouse=True)
+def kernels(request, monkeypatch):
+    """Every test of this file with both ways to run the LSTM."""
+    if request.param == "numba":
+        pytest.importorskip("numba", reason="numba is not installed")
+    monkeypatch.setenv("L2O_KERNELS", request.param)
+
+
 SHAPES = [(1, 20), (2, 20), (3, 5)]  # layers, hidden
-BORDERS = [1, 15, 16, 17, 31, 37]  # around a block of 16, and a prime
+BORDERS = [1, 15, 16, 17, 37, 63, 64, 65, 131]  # around a block of 16 and a tile of 64, and primes
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(lstm_blocks, "STEP_BLOCK", 16)
     monkeypatch.setattr(lstm_blocks, "REPLAY_BLOCK", (16, 16))
+    if optimizers.has_numba():
+        for chunk in ("STEP_CHUNK", "REPLAY_CHUNK"):
+            monkeypatch.setattr(optimizers.compiled_kernels(), chunk, 64)
 
 
 @pytest.mark.parametrize("layers, hidden", SHAPES)
