@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+import lstm_blocks
 from argument_checks import NonFiniteError, check_count, check_finite, check_positive_number
 from learned_optimizer import LearnedOptimizer
-from lstm_blocks import PackedLSTM, gates_to_ifog, replay_blocks, step_back_blocks, step_blocks
+from lstm_blocks import PackedLSTM, gates_to_ifog, step_back_blocks
 from per_kind import PerKind
 from whole_files import write_whole
 
@@ -46,6 +47,16 @@ def log_sign(grad, p=10.0):
     return torch.stack([size, (grad * math.exp(p)).clamp(-1, 1)])
 
 
+def kernels_for(packed):
+    """The module whose `step_blocks` and `replay_blocks` run these weights where they lie."""
+    if packed.output_weight.is_cuda:
+        import lstm_triton  # here: who has no GPU need not wait for triton
+
+        if lstm_triton.supports(packed):
+            return lstm_triton
+    return lstm_blocks
+
+
 class LSTMOptimizer(nn.Module):
     """What the optimizers below share: an LSTM with a linear output that every coordinate runs by itself.
 
@@ -55,7 +66,7 @@ class LSTMOptimizer(nn.Module):
     state that does not belong to the LSTM, a tuple of tensors (..., N).
 
     What autograd records is up to the caller: under `torch.no_grad()` a step takes the fast path (on a CPU in blocks
-    of coordinates that stay in cache), otherwise it goes through `nn.LSTM` and carries a graph.
+    of coordinates that stay in cache, on CUDA one kernel), otherwise it goes through `nn.LSTM` and carries a graph.
     """
 
     coordinatewise = True  # no coordinate reads another's: any subset of them can be replayed by itself
@@ -119,9 +130,7 @@ class LSTMOptimizer(nn.Module):
             top, (hidden, cell) = self.lstm(features, (columns_last(hidden), columns_last(cell)))
             return self.finish(self.output(top)[0, :, 0]), (hidden.mT, cell.mT, *memory)
         with torch.no_grad():
-            readings, new_memory = self.read(grad[None], memory)
-            outputs, hidden, cell = step_blocks(self._pack(), lambda a, b: self.embed(readings[0, :, a:b]), hidden, cell,
-                                                inplace)
+            outputs, hidden, cell, new_memory = self._step(grad, hidden, cell, memory, inplace)
             memory = [old.copy_(new) for old, new in zip(memory, new_memory)] if inplace else new_memory
             return self.finish(outputs), (hidden, cell, *memory)
 
@@ -222,6 +231,12 @@ class LSTMOptimizer(nn.Module):
             gradients |= {f"lstm.weight_ih_l{l}": ih, f"lstm.weight_hh_l{l}": hh,
                           f"lstm.bias_ih_l{l}": bias[:, 0], f"lstm.bias_hh_l{l}": bias[:, 0].clone()}
         return gradients
+
+    def _step(self, grad, hidden, cell, memory, inplace):
+        """z and the next state, without a graph."""
+        readings, memory = self.read(grad[None], memory)
+        run = kernels_for(self._pack()).step_blocks
+        return *run(self._pack(), lambda a, b: self.embed(readings[0, :, a:b]), hidden, cell, inplace), memory
 
     def _replay(self, grads, state, adjoint):
         return self._replay_with_graph(grads, state, adjoint)
@@ -339,12 +354,19 @@ class CoordinatewiseLSTM(LSTMOptimizer):
     def finish(self, outputs):
         return self.output_scale * outputs
 
+    def _step(self, grad, hidden, cell, memory, inplace):
+        kernels = kernels_for(self._pack())
+        if self.preprocess is None or kernels is lstm_blocks:
+            return super()._step(grad, hidden, cell, memory, inplace)
+        return *kernels.step_blocks(self._pack(), lambda a, b: grad[None, a:b], hidden, cell, inplace, self.p), memory
+
     @torch.no_grad()
     def _replay(self, grads, state, adjoint):
-        if grads.device.type != "cpu":
+        kernels = kernels_for(self._pack())
+        if grads.device.type != "cpu" and kernels is lstm_blocks:
             return self._replay_with_graph(grads, state, adjoint)
-        return self._unpack(*replay_blocks(self._pack(), lambda a, b: self.read(grads[:, a:b], ())[0], *state,
-                                           self.output_scale * adjoint))
+        return self._unpack(*kernels.replay_blocks(self._pack(), lambda a, b: self.read(grads[:, a:b], ())[0], *state,
+                                                   self.output_scale * adjoint))
 
 
 @torch.no_grad()
