@@ -1,14 +1,16 @@
 """The coordinatewise LSTM on CUDA: `step_blocks` and `replay_blocks` of `lstm_blocks` as one Triton kernel each.
 
 The optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1), where the torch operations of `lstm_blocks`
-would be some fifty launches a layer. The kernels stand in `triton_kernels`; here weights are laid out for them and their
+would be many launches a layer. The kernels stand in `triton_kernels`; here weights are laid out for them and their
 gradients brought back. Triton comes along with CUDA builds of torch; this module imports without it, and without CUDA.
-With TRITON_INTERPRET=1 in the environment before the first import of triton, the same kernels run on CPU tensors, slowly.
+With TRITON_INTERPRET=1 in the environment before the first import of triton, the same kernels run on CPU tensors,
+slowly.
 
 Sums are deterministic (no atomics) but depend on the number of programs, so on the device. `step_back_blocks` has no
 kernel here.
 """
 
+import functools
 import os
 import shutil
 
@@ -23,26 +25,31 @@ __all__ = ["replay_blocks", "step_blocks", "supports"]
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 STEP_BLOCK = 64  # coordinates of a program of the step
-REPLAY_BLOCK = 32  # and of the replay
+REPLAY_BLOCK = {torch.float32: 32, torch.float64: 16}  # and of the replay
 REPLAY_BYTES = 1 << 28  # bound on the memory of all programs of the replay together, unless one takes more
 PROGRAMS_PER_PROCESSOR = 4  # of the replay; it has registers for no more
 CHUNK = 1 << 20  # coordinates whose features are made at once
-MOST_HIDDEN = 63  # units that fit registers and shared memory, with room for the bias
+MOST_HIDDEN = 32  # units whose tiles fit the shared memory of every such device (99 KB)
 
 
 def supports(packed):
     """Whether the kernels can run this `PackedLSTM` where it lies.
 
-    True for float32 and float64 of at most 63 hidden units on a CUDA device of capability 8.0 or more (or an AMD device),
-    with triton installed and the C compiler that it needs. Interpreted, on the CPU.
+    True for float32 and float64 of at most 32 hidden units on a CUDA device of capability 8.0 or more, with triton
+    installed and the C compiler that it needs. Interpreted, on the CPU.
     """
     weight = packed.output_weight
     if kernels is None or weight.dtype not in (torch.float32, torch.float64) or packed.hidden > MOST_HIDDEN:
         return False
     if kernels.INTERPRETED:
         return weight.device.type == "cpu"
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    return weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (8, 0) and compiler is not None
+    return weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (8, 0) and has_compiler()
+
+
+@functools.cache
+def has_compiler():
+    """Whether triton finds what it compiles its launchers with."""
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 def step_blocks(packed, features, hidden, cells, inplace=False, log_sign=None, precision=None):
@@ -55,16 +62,17 @@ def step_blocks(packed, features, hidden, cells, inplace=False, log_sign=None, p
         inplace: write the next state over the given one.
         log_sign: p of `optimizers.log_sign`, which the kernel then does itself, on gradients without NaN; default None,
             features are made already.
-        precision: of the products: "ieee", "tf32x3" (three products on tensor cores, nearly as exact), "tf32", or "bf16",
-            which rounds the factors to bfloat16. Sums and states keep their dtype. Default None is "tf32x3" for float32
-            on NVIDIA's devices, whose registers plain products of float32 overflow, and "ieee" otherwise.
+        precision: of the products: "ieee", "tf32x3" (three products on tensor cores, nearly as exact), "tf32", or
+            "bf16", which rounds the factors to bfloat16. Sums and states keep their dtype. Default None is "tf32x3" for
+            float32 on NVIDIA's devices, where plain products of float32 overflow the registers, and "ieee" otherwise.
 
     Returns:
         update (N,), hidden and cells of the next step (layers, H, N).
 
     Raises:
         RuntimeError: there is no triton, or the kernels cannot run where the weights lie.
-        ValueError: `precision` is none of these, or not "ieee" for float64; `log_sign` where the network has not two inputs.
+        ValueError: `precision` is none of these, or not "ieee" for float64; `log_sign` where the network has not two
+            inputs.
     """
     precision = checked(packed, precision)
     if log_sign is not None and packed.inputs[0] != 2:
@@ -110,9 +118,10 @@ def replay_blocks(packed, features, hidden, cells, adjoint, precision=None):
     precision = checked(packed, precision)
     (T, N), padded, layers, H = adjoint.shape, padded_weights(packed), len(packed.inputs), packed.hidden
     hidden, cells = hidden.contiguous(), cells.contiguous()
-    tape_size = (2 * layers * (T + 1) + (layers - 1) * T) * H * REPLAY_BLOCK
+    block = REPLAY_BLOCK[adjoint.dtype]
+    tape_size = (2 * layers * (T + 1) + (layers - 1) * T) * H * block
     chunk = max(min(CHUNK, (2**31 - 1) // (T * packed.inputs[0])), 1)  # the kernel counts within it in 32 bits
-    programs = min(most_programs(adjoint.device), -(-min(N, chunk) // REPLAY_BLOCK),
+    programs = min(most_programs(adjoint.device), -(-min(N, chunk) // block),
                    max(REPLAY_BYTES // (tape_size * adjoint.element_size()), 1))
     new = adjoint.new_empty
     tape, sums = new(programs * tape_size), new(programs, len(padded.weights)).zero_()
@@ -122,17 +131,17 @@ def replay_blocks(packed, features, hidden, cells, adjoint, precision=None):
             stop = min(start + chunk, N)
             kernels.replay_kernel[(programs,)](
                 features(start, stop).contiguous(), hidden, cells, adjoint[:, start:stop].contiguous(), padded.weights,
-                padded.output_weight, sums, output_sums, tape, start, stop - start, N, T, len(padded.weights), tape_size,
-                **padded.sizes, BLOCK=REPLAY_BLOCK, PRECISION=precision, INTERPRET=kernels.INTERPRETED, num_warps=4,
-                num_stages=1)
+                padded.output_weight, sums, output_sums, tape, start, stop - start, N, T, len(padded.weights),
+                tape_size, **padded.sizes, BLOCK=block, PRECISION=precision, INTERPRET=kernels.INTERPRETED,
+                num_warps=4, num_stages=1)
     return padded.take_off(sums.sum(0)), output_sums.sum(0)[:H], adjoint.sum()
 
 
 def checked(packed, precision):
     """The precision of the products; raises unless the kernels can run."""
     if kernels is None:
-        raise RuntimeError("these kernels need triton: it comes with CUDA builds of torch, or by `pip install triton` on "
-                           "Linux; lstm_blocks does the same without it")
+        raise RuntimeError("these kernels need triton: it comes with CUDA builds of torch, or by `pip install triton` "
+                           "on Linux; lstm_blocks does the same without it")
     weight = packed.output_weight
     if precision is None:
         precision = "tf32x3" if weight.is_cuda and weight.dtype == torch.float32 and not torch.version.hip else "ieee"
@@ -155,17 +164,18 @@ def most_programs(device):
 
 
 class PaddedWeights:
-    """The weights of a `PackedLSTM` as the kernels read them: of each layer (4, BELOW + UNITS, UNITS), one after the other.
+    """The weights of a `PackedLSTM` as the kernels read them: of each layer (4, BELOW + UNITS, UNITS), end to end.
 
     Its rows are [below; bias; zeros] and [hidden; zeros], its columns the gate's units and zeros.
     """
 
     def __init__(self, packed):
         self.packed, H = packed, packed.hidden
-        self.sizes = dict(INPUTS=packed.inputs[0], H=H, LAYERS=len(packed.inputs), FIRST=padded_size(packed.inputs[0] + 1),
-                          BELOW=padded_size(H + 1), UNITS=padded_size(H))
+        self.sizes = dict(INPUTS=packed.inputs[0], H=H, LAYERS=len(packed.inputs),
+                          FIRST=padded_size(packed.inputs[0] + 1), BELOW=padded_size(H + 1), UNITS=padded_size(H))
         self.below = [self.sizes["FIRST"]] + [self.sizes["BELOW"]] * (len(packed.inputs) - 1)
-        self.weights = torch.cat([self.pad(weight, below).flatten() for weight, below in zip(packed.weights, self.below)])
+        padded = [self.pad(weight, below) for weight, below in zip(packed.weights, self.below)]
+        self.weights = torch.cat([part.flatten() for part in padded])
         self.output_weight = packed.output_weight.new_zeros(self.sizes["UNITS"])
         self.output_weight[:H] = packed.output_weight
 

@@ -93,8 +93,9 @@ def step_kernel(features, hidden, cells, new_hidden, new_cells, weights, output_
                 PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """One step of the optimizer: preprocessing, all layers, the output and the next state of BLOCK coordinates.
 
-    features (INPUTS, width) are made already, or with LOG_SIGN = p > 0 gradients (1, width), SHARPEST = e^p. They belong
-    to the coordinates from `start` on of states (LAYERS, H, N) and update (N,), which starts as the output's bias.
+    features (INPUTS, width) are made already, or with LOG_SIGN = p > 0 gradients (1, width), SHARPEST = e^p. They
+    belong to the coordinates from `start` on of states (LAYERS, H, N) and update (N,), which starts as the output's
+    bias.
     """
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -128,8 +129,8 @@ def step_kernel(features, hidden, cells, new_hidden, new_cells, weights, output_
                 below = tl.where(units == H, 1.0, h).to(h.dtype)
             else:
                 tl.debug_barrier()  # h was written by other threads of this program
-                below = with_one(new_hidden + start + tl.full((1, 1), layer * H, tl.int64) * N, tl.full((1, 1), N, tl.int64),
-                                 columns, inside, H, BELOW)
+                stride = tl.full((1, 1), N, tl.int64)
+                below = with_one(new_hidden + start + layer * H * stride, stride, columns, inside, H, BELOW)
     out = tl.sum(h * tl.load(output_weight + units), axis=1)
     bias = tl.load(update + start + columns, mask=inside, other=0.0)
     tl.store(update + start + columns, out + bias, mask=inside)
@@ -147,9 +148,9 @@ def below_tile(features, tape, layer: tl.constexpr, t, columns, inside, width, p
 
 
 @triton.jit
-def record_layer(features, hidden, cells, weights, tape, layer: tl.constexpr, columns, inside, start, width, N, T, plane,
-                 INPUTS: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
-                 PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+def record_layer(features, hidden, cells, weights, tape, layer: tl.constexpr, columns, inside, start, width, N, T,
+                 plane, INPUTS: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+                 BLOCK: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """One layer's forward pass through all steps: its states before and after each go to the tape."""
     units = tl.arange(0, UNITS)[None, :]
     wanted = (units < H) & (columns >= 0)[:, None]
@@ -176,8 +177,9 @@ def pull_back_layer(features, adjoint, weights, output_weight, sums, output_sum,
                     INTERPRET: tl.constexpr):
     """One layer's backward pass through all steps, from the last; adds to the sums and returns that of the output."""
     units = tl.arange(0, UNITS)[None, :]
-    kept = (units < H) & (columns >= 0)[:, None]
-    now = tape + 2 * layer * plane + units * BLOCK + tl.arange(0, BLOCK)[:, None]
+    lanes = tl.arange(0, BLOCK)[:, None]
+    kept = (units < H) & (lanes >= 0)
+    now = tape + 2 * layer * plane + units * BLOCK + lanes
     rows = tl.arange(0, ROWS)[None, :]
     handed = tape + 2 * LAYERS * plane  # derivatives by the hidden states, from each layer to the one below
     GATE: tl.constexpr = (ROWS + UNITS) * UNITS
@@ -204,8 +206,7 @@ def pull_back_layer(features, adjoint, weights, output_weight, sums, output_sum,
             dh += pull * w_out
             output_sum += tl.sum(pull * o * tanh_c, axis=0)
         else:
-            dh += tl.load(handed + (layer * T + t) * H * BLOCK + units * BLOCK + tl.arange(0, BLOCK)[:, None], mask=kept,
-                          other=0.0)
+            dh += tl.load(handed + (layer * T + t) * H * BLOCK + units * BLOCK + lanes, mask=kept, other=0.0)
         dc += dh * o * (1 - tanh_c * tanh_c)
         di = dc * g * i * (1 - i)
         df = dc * c * f * (1 - f)
@@ -232,8 +233,8 @@ def pull_back_layer(features, adjoint, weights, output_weight, sums, output_sum,
             dbelow = add_back(dbelow, df, weights + GATE, ROWS, PRECISION, INTERPRET)
             dbelow = add_back(dbelow, do, weights + 2 * GATE, ROWS, PRECISION, INTERPRET)
             dbelow = add_back(dbelow, dg, weights + 3 * GATE, ROWS, PRECISION, INTERPRET)
-            tl.store(handed + ((layer - 1) * T + t) * H * BLOCK + rows * BLOCK + tl.arange(0, BLOCK)[:, None], dbelow,
-                     mask=(rows < H) & (columns >= 0)[:, None])
+            tl.store(handed + ((layer - 1) * T + t) * H * BLOCK + rows * BLOCK + lanes, dbelow,
+                     mask=(rows < H) & (lanes >= 0))
     tl.store(matrix(sums, ROWS, UNITS), into_i)
     tl.store(matrix(sums + HIDDEN, UNITS, UNITS), into_hidden_i)
     tl.store(matrix(sums + GATE, ROWS, UNITS), into_f)
@@ -261,9 +262,9 @@ def replay_kernel(features, hidden, cells, adjoint, weights, output_weight, sums
     """Backward pass through T steps: each program takes every so-many-th block and adds to sums of its own.
 
     Layer by layer, not step by step: the gradients of one layer's weights then stay in registers through all steps.
-    The tape, (2 · LAYERS, T + 1, H, BLOCK) and (LAYERS - 1, T, H, BLOCK) for each program, keeps hidden states, cells and
-    what each layer hands to the one below; the gates are computed again, which costs less than their memory.
-    features (T, INPUTS, width) and adjoint (T, width) belong to the coordinates from `start` on of states (LAYERS, H, N).
+    The tape, (2 · LAYERS, T + 1, H, BLOCK) and (LAYERS - 1, T, H, BLOCK) for each program, keeps hidden states, cells
+    and what each layer hands to the one below; the gates are computed again, which saves their memory. features
+    (T, INPUTS, width) and adjoint (T, width) belong to the coordinates from `start` on of states (LAYERS, H, N).
     """
     program = tl.program_id(0)
     tape += program.to(tl.int64) * tape_size
@@ -279,15 +280,16 @@ def replay_kernel(features, hidden, cells, adjoint, weights, output_weight, sums
         record_layer(features, hidden, cells, weights, tape, 0, columns, inside, start, width, N, T, plane, INPUTS, H,
                      FIRST, UNITS, BLOCK, PRECISION, INTERPRET)
         for layer in tl.static_range(1, LAYERS):
-            record_layer(features, hidden, cells, weights + FIRST_SIZE + (layer - 1) * SIZE, tape, layer, columns, inside,
-                         start, width, N, T, plane, INPUTS, H, BELOW, UNITS, BLOCK, PRECISION, INTERPRET)
+            record_layer(features, hidden, cells, weights + FIRST_SIZE + (layer - 1) * SIZE, tape, layer, columns,
+                         inside, start, width, N, T, plane, INPUTS, H, BELOW, UNITS, BLOCK, PRECISION, INTERPRET)
         for above in tl.static_range(1, LAYERS):
             offset = FIRST_SIZE + (LAYERS - above - 1) * SIZE
-            output_sum = pull_back_layer(features, adjoint, weights + offset, output_weight, sums + offset, output_sum, tape,
-                                         LAYERS - above, columns, inside, width, T, plane, INPUTS, H, LAYERS, BELOW, UNITS,
-                                         BLOCK, PRECISION, INTERPRET)
-        output_sum = pull_back_layer(features, adjoint, weights, output_weight, sums, output_sum, tape, 0, columns, inside,
-                                     width, T, plane, INPUTS, H, LAYERS, FIRST, UNITS, BLOCK, PRECISION, INTERPRET)
+            output_sum = pull_back_layer(features, adjoint, weights + offset, output_weight, sums + offset, output_sum,
+                                         tape, LAYERS - above, columns, inside, width, T, plane, INPUTS, H, LAYERS,
+                                         BELOW, UNITS, BLOCK, PRECISION, INTERPRET)
+        output_sum = pull_back_layer(features, adjoint, weights, output_weight, sums, output_sum, tape, 0, columns,
+                                     inside, width, T, plane, INPUTS, H, LAYERS, FIRST, UNITS, BLOCK, PRECISION,
+                                     INTERPRET)
     tl.store(output_place, output_sum)
 
 
