@@ -20,13 +20,14 @@ from safetensors.torch import save
 from torch import nn
 
 import lstm_blocks
+import lstm_triton
 from argument_checks import NonFiniteError, check_count, check_finite, check_positive_number
 from learned_optimizer import LearnedOptimizer
 from per_kind import PerKind
 from whole_files import write_whole
 
-__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LearnedOptimizer", "NonFiniteError", "PerKind", "RNNProp",
-           "load_optimizer", "log_sign", "save_optimizer", "start_as_momentum"]
+__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LearnedOptimizer", "NonFiniteError", "NormalizedLSTM", "PerKind",
+           "RNNProp", "load_optimizer", "log_sign", "save_optimizer", "start_as_adam", "start_as_momentum"]
 
 FILE_FORMAT = 1
 GRAPH_BLOCK = 1 << 16  # coordinates that `replay` runs at once where autograd does the backward pass
@@ -125,10 +126,7 @@ class LSTMOptimizer(nn.Module):
             top, (hidden, cell) = self.lstm(features, (columns_last(hidden), columns_last(cell)))
             return self.finish(self.output(top)[0, :, 0]), (hidden.mT, cell.mT, *memory)
         with torch.no_grad():
-            readings, new_memory = self.read(grad[None], memory)
-            kernels, packed = self._packed_kernels()
-            outputs, hidden, cell = kernels.step_blocks(packed, lambda a, b: self.embed(readings[0, :, a:b]), hidden, cell,
-                                                        inplace)
+            outputs, hidden, cell, new_memory = self._step(grad, hidden, cell, memory, inplace)
             memory = [old.copy_(new) for old, new in zip(memory, new_memory)] if inplace else new_memory
             return self.finish(outputs), (hidden, cell, *memory)
 
@@ -209,6 +207,12 @@ class LSTMOptimizer(nn.Module):
                 raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, the network {weight.dtype} on "
                                  f"{weight.device}: move one of them")
 
+    def _step(self, grad, hidden, cell, memory, inplace):
+        """z and the next state, without a graph."""
+        kernels, packed = self._packed_kernels()
+        readings, memory = self.read(grad[None], memory)
+        return *kernels.step_blocks(packed, lambda a, b: self.embed(readings[0, :, a:b]), hidden, cell, inplace), memory
+
     def _packed_kernels(self):
         """The module that runs the LSTM, and the weights as it wants them, packed again only after they have changed."""
         kernels = kernels_for(self.output.weight)
@@ -223,12 +227,12 @@ class LSTMOptimizer(nn.Module):
 
     @torch.no_grad()
     def _replay(self, grads, state, adjoint):
-        if grads.device.type != "cpu":
-            return self._replay_with_graph(grads, state, adjoint)
         hidden, cell, *memory = state
         kernels, packed = self._packed_kernels()
         own = {name: parameter for name, parameter in self.named_parameters()  # those of `embed`
                if parameter.requires_grad and not name.startswith(("lstm.", "output."))}
+        if kernels is lstm_blocks and grads.device.type != "cpu" or kernels is lstm_triton and (own or self.squash):
+            return self._replay_with_graph(grads, state, adjoint)
         pieces = []
 
         def readings(start, stop):
@@ -351,6 +355,12 @@ class CoordinatewiseLSTM(LSTMOptimizer):
 
     def embed(self, readings):
         return readings
+
+    def _step(self, grad, hidden, cell, memory, inplace):
+        kernels, packed = self._packed_kernels()
+        if self.preprocess is None or kernels is not lstm_triton:
+            return super()._step(grad, hidden, cell, memory, inplace)
+        return *kernels.step_blocks(packed, lambda a, b: grad[None, a:b], hidden, cell, inplace, self.p), memory
 
 
 @torch.no_grad()
@@ -512,13 +522,130 @@ class RNNProp(LSTMOptimizer):
         return nn.functional.elu(self.input.weight @ readings + self.input.bias[:, None])
 
 
+class NormalizedLSTM(LSTMOptimizer):
+    """A coordinatewise LSTM that reads what Adam would, over several horizons, and the time: for general use.
+
+    Its readings are ∇/√v̂, m̂_β/√v̂ for every β of `betas`, and log((t + 1) / fade), with the bias-corrected moving
+    averages m̂_β of ∇ and v̂ of ∇²: none of them changes when the loss is rescaled. The update is
+    output_scale · tanh(output), so no step exceeds `output_scale`. `start_as_adam` gives it weights with which it is Adam
+    with a learning rate that fades. Its state is (hidden, cell, averages): averages (len(betas) + 2, N) of ∇, one for
+    each β, of ∇², and t.
+
+    Args:
+        hidden_size: units in each layer, positive.
+        num_layers: LSTM layers, positive.
+        betas: of the averages of ∇, at least one, each in (0, 1).
+        square_beta: of the average of ∇², in (0, 1).
+        fade: steps at which the reading of the time is 0, positive.
+        output_scale: the largest step; positive.
+        eps: its square is added to v̂; positive.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
+    Example:
+        >>> net = start_as_adam(NormalizedLSTM(), lr=0.03)
+        >>> theta, state = torch.zeros(3), net.init_state(3)
+        >>> with torch.no_grad():
+        ...     update, state = net(2 * theta - 1, state)
+
+    Reference: the readings follow Lv, Jiang and Li 2017 (arXiv 1703.03633); averages over several horizons and the time as
+    inputs, Metz et al. 2020 (arXiv 2009.11243).
+    """
+
+    arguments = ("hidden_size", "num_layers", "betas", "square_beta", "fade", "output_scale", "eps")
+    squash = True
+
+    def __init__(self, hidden_size=20, num_layers=1, betas=(0.5, 0.8, 0.95), square_beta=0.95, fade=100.0, output_scale=0.1,
+                 eps=1e-8):
+        if not (isinstance(betas, (tuple, list)) and betas):
+            raise TypeError(f"betas must be a tuple of numbers, at least one, got {betas!r}")
+        for beta in (*betas, square_beta):
+            if not (isinstance(beta, (int, float)) and 0 < beta < 1):
+                raise ValueError(f"betas and square_beta must be in (0, 1), got {beta!r}")
+        check_positive_number(fade=fade, output_scale=output_scale, eps=eps)
+        super().__init__(len(betas) + 2, hidden_size, num_layers)
+        self.betas, self.square_beta, self.fade = tuple(betas), square_beta, fade
+        self.output_scale, self.eps = output_scale, eps
+        self.memory_shapes = [(len(betas) + 2,)]
+
+    def read(self, grads, memory):
+        """(T, N) -> readings (T, len(betas) + 2, N), and the averages and t after them."""
+        (averages,), readings = memory, []
+        decay = averages.new_tensor([*self.betas, self.square_beta])[:, None]
+        for grad in grads:
+            time = averages[-1:] + 1
+            fresh = torch.cat([grad.expand(len(self.betas), -1), grad[None] * grad])
+            averages = torch.cat([decay * averages[:-1] + (1 - decay) * fresh, time])
+            corrected = averages[:-1] / (1 - decay ** time[:, :1])  # t is the same for all
+            size = (corrected[-1:] + self.eps**2).sqrt()
+            readings.append(torch.cat([grad[None] / size, corrected[:-1] / size, (time / self.fade).log()]))
+        return torch.stack(readings), (averages,)
+
+    def embed(self, readings):
+        return readings
+
+
+@torch.no_grad()
+def start_as_adam(net, lr, mix=0.3):
+    """Write weights into a `NormalizedLSTM` with which it is Adam with a fading learning rate; meta-training starts there.
+
+    The updates are -lr / (1 + t / fade) · ((1 - mix) m̂ + mix ∇) / √v̂ for t = 1, 2, …, with m̂ the average of the second
+    of the net's `betas` (the first if there is one only), right to a few per cent where |∇| ≤ 3 √v̂. One unit of each layer
+    does it: its output gate is sigmoid(-log(t / fade)) = 1 / (1 + t / fade). The other units keep their weights and start
+    with output weights of 0: they are there for meta-training to use.
+
+    Args:
+        net: changed in place.
+        lr: the learning rate at the start, positive, at most a third of the net's output_scale.
+        mix: how much of the gradient itself goes into the step, in [0, 1].
+
+    Returns:
+        `net`.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
+    Reference: ours.
+    """
+    if not isinstance(net, NormalizedLSTM):
+        raise TypeError(f"net must be a NormalizedLSTM, got {type(net).__name__}")
+    check_positive_number(lr=lr)
+    if lr > net.output_scale / 3:
+        raise ValueError(f"lr must be at most a third of output_scale={net.output_scale}, got {lr!r}")
+    if not (isinstance(mix, (int, float)) and 0 <= mix <= 1):
+        raise ValueError(f"mix must be a number in [0, 1], got {mix!r}")
+    H, opened = net.hidden_size, 1 / (1 + math.exp(-OPEN))
+    for layer, (weight, recurrent, bias, bias2) in enumerate(net.lstm.all_weights):
+        i, f, g, o = rows = [gate * H for gate in range(4)]
+        for tensor in (weight, recurrent, bias, bias2):
+            tensor[rows] = 0
+        bias[i], bias[f] = OPEN, logit(0)
+        if layer == 0:
+            weight[g, 0], weight[g, 1 + min(1, len(net.betas) - 1)] = LINEAR * mix, LINEAR * (1 - mix)
+            weight[o, -1] = -1
+        else:  # pass on what the layer below holds
+            weight[g, 0], bias[o] = 1, OPEN
+    net.output.weight.zero_()
+    net.output.bias.zero_()
+    net.output.weight[0, 0] = -lr / (net.output_scale * LINEAR * opened * opened ** (2 * (net.num_layers - 1)))
+    return net
+
+
+LINEAR = 0.2  # the candidate's weight on a reading: tanh is nearly linear there
+
+
 def kernels_for(weight):
-    """The module that runs the LSTM without a graph where that weight is: `lstm_numba` if numba can be had, else
-    `lstm_blocks`, which is slower, does the same and also runs on CUDA. L2O_KERNELS=torch in the environment asks for it.
+    """The module that runs the LSTM without a graph where that weight (1, H) is.
+
+    On a CPU `lstm_numba` if numba can be had, else `lstm_blocks`, which is slower, does the same and also runs on CUDA.
+    L2O_KERNELS in the environment asks for one: "torch", "numba", or "triton" for `lstm_triton` on CUDA.
     """
     wanted = os.environ.get("L2O_KERNELS", "auto")
-    if wanted not in ("auto", "numba", "torch"):
-        raise ValueError(f'L2O_KERNELS must be "auto", "numba" or "torch", got {wanted!r}')
+    if wanted not in ("auto", "numba", "torch", "triton"):
+        raise ValueError(f'L2O_KERNELS must be "auto", "numba", "torch" or "triton", got {wanted!r}')
+    if wanted == "triton" and lstm_triton.supports(weight):
+        return lstm_triton
     if wanted == "torch" or weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return lstm_blocks
     return compiled_kernels() if wanted == "numba" or has_numba() else lstm_blocks
@@ -550,7 +677,7 @@ def columns_last(state):
 
 # Files --------------------------------------------------------------------------------------------------------------
 
-LEARNED_OPTIMIZERS = {"CoordinatewiseLSTM": CoordinatewiseLSTM, "PerKind": PerKind, "RNNProp": RNNProp}
+LEARNED_OPTIMIZERS = {"CoordinatewiseLSTM": CoordinatewiseLSTM, "NormalizedLSTM": NormalizedLSTM, "PerKind": PerKind, "RNNProp": RNNProp}
 
 
 def save_optimizer(net, path, **notes):
