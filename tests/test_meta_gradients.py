@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from meta_gradients import meta_gradient, replay_by_autograd
 from meta_training import evaluate, meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
-from optimizers import CoordinatewiseLSTM, NonFiniteError, RNNProp, start_as_momentum
+from optimizers import CoordinatewiseLSTM, NonFiniteError, NormalizedLSTM, RNNProp, start_as_momentum
 from unrolling import Coordinates
 
 
@@ -24,7 +24,8 @@ def problems(root):
     return {"quadratics": (Quadratics(dtype=torch.float64), CoordinatewiseLSTM().double()),
             "mnist": (MNISTNet((20,), root=root, dtype=torch.float64),
                       CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.01).double()),
-            "rnnprop": (MNISTNet((20,), root=root, dtype=torch.float64), RNNProp(output_scale=0.01).double())}
+            "rnnprop": (MNISTNet((20,), root=root, dtype=torch.float64), RNNProp(output_scale=0.01).double()),
+            "normalized": (Quadratics(dim=4, dtype=torch.float64), NormalizedLSTM(num_layers=2).double())}
 
 
 def relative(one, other):
@@ -33,7 +34,7 @@ def relative(one, other):
     return max(((one[name] - other[name]).norm() / other[name].norm()).item() for name in one)
 
 
-@pytest.mark.parametrize("name", ["quadratics", "mnist", "rnnprop"])
+@pytest.mark.parametrize("name", ["quadratics", "mnist", "rnnprop", "normalized"])
 @pytest.mark.parametrize("unroll", [1, 3, 20])
 def test_replay_equals_autograd_across_windows(name, unroll, tiny_mnist):
     problem, net = problems(tiny_mnist)[name]
@@ -51,7 +52,7 @@ def test_replay_equals_autograd_across_windows(name, unroll, tiny_mnist):
         assert not any(tensor.requires_grad for tensor in (*params.values(), *state, info.losses))
 
 
-@pytest.mark.parametrize("name", ["quadratics", "mnist", "rnnprop"])
+@pytest.mark.parametrize("name", ["quadratics", "mnist", "rnnprop", "normalized"])
 @pytest.mark.parametrize("unroll", [1, 3, 20])
 @pytest.mark.parametrize("written", [True, False])
 def test_second_order_replay_equals_autograd(name, unroll, written, tiny_mnist, monkeypatch):

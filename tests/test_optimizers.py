@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ import lstm_blocks
 import optimizers
 from meta_training import meta_train
 from optimizees import Quadratics
-from optimizers import CoordinatewiseLSTM, NonFiniteError, RNNProp, load_optimizer, log_sign, save_optimizer, start_as_momentum
+from optimizers import (CoordinatewiseLSTM, NonFiniteError, NormalizedLSTM, RNNProp, load_optimizer, log_sign,
+                        save_optimizer, start_as_adam, start_as_momentum)
 
 
 def random_state(net, N):
@@ -114,7 +116,8 @@ def test_fast_step_equals_nn_lstm(small_blocks, layers, hidden, preprocess, N):
 
 
 @pytest.mark.parametrize("N", BORDERS)
-@pytest.mark.parametrize("net", [CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1), RNNProp()])
+@pytest.mark.parametrize("net", [CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1), RNNProp(),
+                                 NormalizedLSTM()])
 def test_step_in_place_equals_step(small_blocks, net, N):
     grad, state = torch.randn(N), random_state(net, N)
     with torch.no_grad():
@@ -352,6 +355,76 @@ def test_odd_optimizers_come_back_from_their_files(tmp_path):
     assert load_optimizer(tmp_path / "net.safetensors").odd and not load_optimizer("mnist").odd
     with pytest.raises(ValueError, match="6 odd units, too few for 7 running sums"):
         start_as_momentum(net, 0.5, sign_lr=0.1, averages=(0.5, 0.9, 0.95, 0.99))
+
+
+# NormalizedLSTM -------------------------------------------------------------------------------------------------------
+
+
+def test_normalized_reads_what_its_formula_says():
+    net, gradients = NormalizedLSTM(betas=(0.5, 0.9), square_beta=0.8, fade=3.0).double(), torch.randn(6, 4).double()
+    readings, (averages,) = net.read(gradients, net.init_state(4)[2:])
+    for t in range(1, 7):
+        seen = gradients[:t]
+
+        def average(values, beta):
+            weights = beta ** torch.arange(t - 1, -1, -1).double()
+            return (weights[:, None] * values).sum(0) / weights.sum()
+
+        size = (average(seen**2, 0.8) + 1e-16).sqrt()
+        expected = torch.stack([seen[-1] / size, average(seen, 0.5) / size, average(seen, 0.9) / size,
+                                torch.full((4,), math.log(t / 3.0), dtype=torch.float64)])
+        torch.testing.assert_close(readings[t - 1], expected, rtol=1e-10, atol=1e-12)
+    assert (averages[-1] == 6).all()
+
+
+def test_normalized_does_not_see_the_scale_of_the_loss_and_never_steps_too_far():
+    net, gradients = NormalizedLSTM(output_scale=0.2), torch.randn(5, 8)
+    with torch.no_grad():
+        net.output.weight.mul_(100)
+        updates = []
+        for scale in (1.0, 1e-4, 1e6):
+            state, updates_at_scale = net.init_state(8), []
+            for grad in gradients:
+                update, state = net(scale * grad, state)
+                updates_at_scale.append(update)
+            updates.append(torch.stack(updates_at_scale))
+    torch.testing.assert_close(updates[1], updates[0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(updates[2], updates[0], rtol=1e-3, atol=1e-5)
+    assert 0.1 < updates[0].abs().max() <= 0.2
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("betas, mix", [((0.5, 0.8), 0.3), ((0.9,), 0.0)])
+def test_start_as_adam(layers, betas, mix):
+    net = start_as_adam(NormalizedLSTM(num_layers=layers, betas=betas, square_beta=0.9, fade=5.0), lr=0.02, mix=mix)
+    state, mean, square, beta = net.init_state(6), 0, 0, betas[-1]
+    for t, grad in enumerate(torch.randn(12, 6), 1):
+        with torch.no_grad():
+            update, state = net(grad, state)
+        mean, square = beta * mean + (1 - beta) * grad, 0.9 * square + 0.1 * grad**2
+        direction = (1 - mix) * mean / (1 - beta**t) + mix * grad
+        expected = -0.02 / (1 + t / 5.0) * direction / (square / (1 - 0.9**t)).sqrt()
+        torch.testing.assert_close(update, expected, rtol=0.1, atol=2e-5)
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    (dict(betas=()), TypeError, "betas must be a tuple of numbers, at least one, got ()"),
+    (dict(betas=(0.5, 1.0)), ValueError, "must be in (0, 1), got 1.0"),
+    (dict(square_beta=0), ValueError, "must be in (0, 1), got 0"),
+    (dict(fade=0.0), ValueError, "fade must be a positive number, got 0.0"),
+    (dict(hidden_size=0), ValueError, "hidden_size must be at least 1, got 0")])
+def test_normalized_errors(arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        NormalizedLSTM(**arguments)
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    (dict(net=RNNProp(), lr=0.01), TypeError, "net must be a NormalizedLSTM, got RNNProp"),
+    (dict(lr=0.05), ValueError, "lr must be at most a third of output_scale=0.1, got 0.05"),
+    (dict(lr=0.01, mix=2), ValueError, "mix must be a number in [0, 1], got 2")])
+def test_start_as_adam_errors(arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        start_as_adam(**{"net": NormalizedLSTM(), **arguments})
 
 
 # RNNProp (Lv, Jiang and Li 2017) ---------------------------------------------------------------------------------------
