@@ -1,9 +1,10 @@
 """Learned optimizers: networks that read gradients and write updates.
 
 `CoordinatewiseLSTM` is the optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1 and appendix A),
-`RNNProp` that of Lv, Jiang and Li 2017 (arXiv 1703.03633). A learned optimizer is any `nn.Module` with
-`init_state(num_coordinates)` and `forward(grad, state) -> (update, state)`; `meta_training` takes a user's own as well
-as these. How it is trained stands in `meta_training`; the arithmetic of the fast path in `lstm_blocks`.
+`RNNProp` that of Lv, Jiang and Li 2017 (arXiv 1703.03633); `sharing` has those whose coordinates tell each other
+something. A learned optimizer is any `nn.Module` with `init_state(num_coordinates)` and
+`forward(grad, state) -> (update, state)`; `meta_training` takes a user's own as well as these. How it is trained
+stands in `meta_training`; the arithmetic of the fast path in `lstm_blocks`.
 """
 
 import json
@@ -19,31 +20,15 @@ from argument_checks import NonFiniteError, check_count, check_finite, check_pos
 from learned_optimizer import LearnedOptimizer
 from lstm_blocks import PackedLSTM, gates_to_ifog, replay_blocks, step_back_blocks, step_blocks
 from per_kind import PerKind
+from preprocessing import log_sign
+from sharing import LSTMWithGAC, NTMBFGS
 from whole_files import write_whole
 
-__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LearnedOptimizer", "NonFiniteError", "PerKind", "RNNProp",
-           "load_optimizer", "log_sign", "save_optimizer", "start_as_momentum"]
+__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LSTMWithGAC", "LearnedOptimizer", "NTMBFGS", "NonFiniteError",
+           "PerKind", "RNNProp", "load_optimizer", "log_sign", "save_optimizer", "start_as_momentum"]
 
 FILE_FORMAT = 1
 GRAPH_BLOCK = 1 << 16  # coordinates that `replay` runs at once where autograd does the backward pass
-
-
-def log_sign(grad, p=10.0):
-    """Split gradients into the logarithm of their size and their sign, so that every scale is readable.
-
-    ∇ becomes (log|∇| / p, sgn ∇) where |∇| ≥ e^-p, and (-1, e^p ∇) below. Both parts are continuous at the threshold.
-
-    Args:
-        grad: (N,), any scale.
-        p: positive; gradients down to e^-p keep their logarithm. Default 10, the paper's.
-
-    Returns:
-        (2, N), features along rows; carries a graph if `grad` does.
-
-    Reference: Andrychowicz et al. 2016, appendix A.
-    """
-    size = grad.abs().clamp(min=math.exp(-p)).log().div(p)
-    return torch.stack([size, (grad * math.exp(p)).clamp(-1, 1)])
 
 
 class LSTMOptimizer(nn.Module):
@@ -515,7 +500,8 @@ def columns_last(state):
 
 # Files --------------------------------------------------------------------------------------------------------------
 
-LEARNED_OPTIMIZERS = {"CoordinatewiseLSTM": CoordinatewiseLSTM, "PerKind": PerKind, "RNNProp": RNNProp}
+LEARNED_OPTIMIZERS = {"CoordinatewiseLSTM": CoordinatewiseLSTM, "LSTMWithGAC": LSTMWithGAC, "NTMBFGS": NTMBFGS,
+                      "PerKind": PerKind, "RNNProp": RNNProp}
 
 
 def save_optimizer(net, path, **notes):

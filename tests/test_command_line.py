@@ -86,6 +86,19 @@ def test_rnnprop_with_random_scaling():
     assert load_optimizer("net.safetensors").config["hidden_size"] == 3
 
 
+@pytest.mark.parametrize("network, name", [("gac", "LSTMWithGAC"), ("ntm", "NTMBFGS")])
+def test_networks_that_share(tiny_mnist, capsys, network, name):
+    train = ["train", "--network", network, "--shared", "1", "--preprocess", "with_log_size"]
+    assert main([*train, *SMALL, "--output", "net.safetensors"]) == 0
+    loaded = load_optimizer("net.safetensors")
+    assert type(loaded).__name__ == name and loaded.config["shared"] == 1
+    assert main(["evaluate", "net.safetensors", *RACE]) == 0
+    assert main([*train, "--problem", "mnist", "--data", str(tiny_mnist), "--hidden", "3", "--batch-size", "8", "--steps",
+                 "4", "--unroll", "2", "--iterations", "2", "--quiet", "--device", "cpu", "--output", "on.safetensors"]) == 0
+    assert main([*train, *SMALL, "--output", "odd.safetensors", "--odd"]) == 2
+    assert f"--odd and --start-as-nag are for --network lstm, got --network {network}" in capsys.readouterr().err
+
+
 def test_curriculum_and_imitation(capsys):
     train = ["train", *SMALL, "--curriculum", "5", "10", "--patience", "1", "--validation-every", "1", "--lr", "1"]
     assert main([*train, "--output", "one.safetensors", "--history", "one.json", "--teacher", "nag",
