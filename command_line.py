@@ -182,10 +182,10 @@ def make_net(options):
     if options.network == "rnnprop":
         return RNNProp(options.units, options.layers)
     if options.network in SHARING:
-        if options.odd or options.start_as_nag is not None:
-            raise ValueError(f"--odd and --start-as-nag are for --network lstm, got --network {options.network}")
+        if options.start_as_nag is not None:
+            raise ValueError(f"--start-as-nag is for --network lstm, got --network {options.network}")
         return SHARING[options.network](options.units, options.layers, options.shared, preprocess,
-                                        output_scale=options.output_scale)
+                                        output_scale=options.output_scale, odd=options.odd)
     net = CoordinatewiseLSTM(options.units, options.layers, preprocess, output_scale=options.output_scale,
                              odd=options.odd)
     if options.start_as_nag is not None:
@@ -334,7 +334,7 @@ def add_training(command):
     add("--shared", metavar="N", type=int, default=5, help="gac, ntm: averaged cells of each layer; default 5")
     add("--preprocess", choices=("none", "log_sign", "with_log_size"),
         help=f"of the gradients it reads, with_log_size for gac and ntm; {by_problem('preprocess')}")
-    add("--odd", action="store_true", help="lstm: keep to LSTMs that answer -gradient with exactly -update")
+    add("--odd", action="store_true", help="lstm, gac, ntm: keep to LSTMs that answer -gradient with exactly -update")
     add("--output-scale", metavar="X", type=float, help=f"factor on its updates; {by_problem('output_scale')}")
 
     add = command.add_argument_group("meta-training").add_argument

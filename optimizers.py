@@ -19,6 +19,7 @@ from torch import nn
 from argument_checks import NonFiniteError, check_count, check_finite, check_positive_number
 from learned_optimizer import LearnedOptimizer
 from lstm_blocks import PackedLSTM, gates_to_ifog, replay_blocks, step_back_blocks, step_blocks
+from odd_weights import odd_part
 from per_kind import PerKind
 from preprocessing import log_sign
 from sharing import LSTMWithGAC, NTMBFGS
@@ -276,41 +277,16 @@ class CoordinatewiseLSTM(LSTMOptimizer):
         if odd:
             self.load_state_dict(self.symmetrize(self.state_dict()))
 
-    @torch.no_grad()
     def symmetrize(self, tensors):
         """The nearest weights with which the optimizer is odd; of a meta-gradient, its part along such weights.
-
-        Under ∇ → -∇ units come in three kinds: *odd* ones change sign (of 20: the first 6), *even* ones stay (the next
-        2), and the others come in pairs that change places. An LSTM keeps to that if its weights stay the same when
-        rows and columns are exchanged and signed accordingly: gates must be even, candidates are as their units, the
-        first reading of "log_sign" is even and the second odd, the output is odd. The mean of the weights and of the
-        exchanged ones is the nearest such point. Adam keeps to it too, since tied entries have the same history.
 
         Args:
             tensors: dict like `state_dict()`. Not changed.
 
         Returns:
-            dict of new tensors, no graph.
+            dict of new tensors, no graph: see `odd_weights.odd_part`.
         """
-        H = self.hidden_size
-        odd, even = 3 * H // 10, H // 10 + (H - 3 * H // 10 - H // 10) % 2
-        place, sign = torch.arange(H), torch.ones(H)
-        place[odd + even:] = place[odd + even:].view(-1, 2).flip(1).flatten()
-        sign[:odd] = -1
-        units = place, sign
-        rows = torch.cat([place + gate * H for gate in range(4)]), torch.cat([sign.abs(), sign.abs(), sign, sign.abs()])
-        inputs = torch.arange(self.lstm.input_size), torch.tensor([1.0, -1.0] if self.preprocess else [-1.0])
-        symmetric = {}
-        for name, tensor in tensors.items():
-            exchanged = tensor
-            kinds = [(torch.zeros(1, dtype=torch.long), -torch.ones(1)) if name.startswith("output") else rows]
-            if tensor.dim() == 2:
-                kinds.append(inputs if name == "lstm.weight_ih_l0" else units)
-            for dim, (places, signs) in enumerate(kinds):
-                signs = signs.to(tensor).view([-1] + [1] * (tensor.dim() - 1 - dim))
-                exchanged = exchanged.index_select(dim, places.to(tensor.device)) * signs
-            symmetric[name] = (tensor + exchanged) / 2
-        return symmetric
+        return odd_part(tensors, self.hidden_size, (1, -1) if self.preprocess else (-1,))
 
     def read(self, grads, memory):
         """(T, N) -> readings (T, inputs, N), and no memory."""

@@ -21,13 +21,14 @@ import torch
 from torch import nn
 
 from argument_checks import check_count, check_finite
+from odd_weights import kinds_of_units, odd_part
 from preprocessing import log_sign
 from state_nests import tensors_in
 from unrolling import Coordinates
 
 __all__ = ["LSTMWithGAC", "LowRankMemory", "NTMBFGS"]
 
-PREPROCESSING = {None: 1, "log_sign": 2, "with_log_size": 2}  # how many numbers the network reads of each gradient
+PREPROCESSING = {None: (-1,), "log_sign": (1, -1), "with_log_size": (-1, 1)}  # what ∇ → -∇ does to each reading
 
 
 class SharingLSTM(nn.Module):
@@ -38,9 +39,9 @@ class SharingLSTM(nn.Module):
     The weights are those of an `nn.LSTM` and an `nn.Linear`, under the names they have in `CoordinatewiseLSTM`.
     """
 
-    arguments = ("hidden_size", "num_layers", "shared", "preprocess", "p", "output_scale")
+    arguments = ("hidden_size", "num_layers", "shared", "preprocess", "p", "output_scale", "odd")
 
-    def __init__(self, more_inputs, hidden_size, num_layers, shared, preprocess, p, output_scale):
+    def __init__(self, brought, hidden_size, num_layers, shared, preprocess, p, output_scale, odd):
         check_count(hidden_size=hidden_size, num_layers=num_layers)
         check_count(least=0, shared=shared)
         if shared > hidden_size:
@@ -51,10 +52,15 @@ class SharingLSTM(nn.Module):
             raise ValueError(f"p must be a number in (0, 80], got {p!r}")
         if not (isinstance(output_scale, (int, float)) and math.isfinite(output_scale) and output_scale != 0):
             raise ValueError(f"output_scale must be a finite number other than 0, got {output_scale!r}")
+        paired = kinds_of_units(hidden_size)[2]
+        if odd and shared < paired and shared % 2:
+            raise ValueError(f"with odd=True shared must be even (those cells come in pairs), or at least {paired}; got "
+                             f"{shared}")
         super().__init__()
         self.hidden_size, self.num_layers, self.shared = hidden_size, num_layers, shared
-        self.preprocess, self.p, self.output_scale = preprocess, p, output_scale
-        self.lstm = nn.LSTM(PREPROCESSING[preprocess] + more_inputs, hidden_size, num_layers)  # its weights alone
+        self.preprocess, self.p, self.output_scale, self.odd = preprocess, p, output_scale, bool(odd)
+        self.input_signs = (*PREPROCESSING[preprocess], *[-1] * brought)  # `brought`: numbers read beside the gradient
+        self.lstm = nn.LSTM(len(self.input_signs), hidden_size, num_layers)  # its weights; `_controller` runs it
         self.output = nn.Linear(hidden_size, 1)
         self.coordinates = None
 
@@ -65,6 +71,10 @@ class SharingLSTM(nn.Module):
 
     def extra_repr(self):
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+
+    def symmetrize(self, tensors):
+        """See `CoordinatewiseLSTM.symmetrize`. The numbers of the heads are odd, so their products a bᵀ are even."""
+        return odd_part(tensors, self.hidden_size, self.input_signs)
 
     def bind(self, coordinates):
         """This optimizer for parameters that lie in the vector as `coordinates` says: the very same weights.
@@ -187,6 +197,8 @@ class LSTMWithGAC(SharingLSTM):
             the gradient as it is and beside it log|∇| / p as in "log_sign", whose average tells the gradient's scale.
         p: sizes down to e^-p keep their logarithm; in (0, 80].
         output_scale: factor on the output; not zero.
+        odd: keep to networks that answer the opposite gradients (of all coordinates) with exactly the opposite updates,
+            see `CoordinatewiseLSTM`. `shared` must then be even, or at least the number of paired cells. Default False.
 
     Raises:
         ValueError, TypeError: an argument is not as above.
@@ -203,8 +215,11 @@ class LSTMWithGAC(SharingLSTM):
     Reference: Andrychowicz et al. 2016, section 2.1 ("Global averaging cells"); how many cells are shared is ours.
     """
 
-    def __init__(self, hidden_size=20, num_layers=2, shared=5, preprocess=None, p=10.0, output_scale=1.0):
-        super().__init__(0, hidden_size, num_layers, shared, preprocess, p, output_scale)
+    def __init__(self, hidden_size=20, num_layers=2, shared=5, preprocess=None, p=10.0, output_scale=1.0,
+                 odd=False):
+        super().__init__(0, hidden_size, num_layers, shared, preprocess, p, output_scale, odd)
+        if odd:
+            self.load_state_dict(self.symmetrize(self.state_dict()))
 
     def init_state(self, num_coordinates, device=None, dtype=None):
         """The state before the first step: all zeros.
@@ -295,7 +310,7 @@ class NTMBFGS(SharingLSTM):
     Its state is (hidden, cell, readings, memory): readings (read_heads, N), memory a `LowRankMemory` of (B, rank, n).
 
     Args:
-        hidden_size, num_layers, shared, preprocess, p, output_scale: see `LSTMWithGAC`.
+        hidden_size, num_layers, shared, preprocess, p, output_scale, odd: see `LSTMWithGAC`.
         read_heads: positive. Default 2.
         write_heads: positive. Default 2, as many as BFGS needs.
         rank: pairs of vectors that are kept, at least `write_heads`. Default 40: the last 20 steps. The memory takes
@@ -317,17 +332,19 @@ class NTMBFGS(SharingLSTM):
 
     arguments = (*SharingLSTM.arguments, "read_heads", "write_heads", "rank")
 
-    def __init__(self, hidden_size=20, num_layers=2, shared=5, preprocess=None, p=10.0, output_scale=1.0, read_heads=2,
-                 write_heads=2, rank=40):
+    def __init__(self, hidden_size=20, num_layers=2, shared=5, preprocess=None, p=10.0, output_scale=1.0,
+                 odd=False, read_heads=2, write_heads=2, rank=40):
         check_count(read_heads=read_heads, write_heads=write_heads, rank=rank)
         if rank < write_heads:
             raise ValueError(f"rank must be at least write_heads={write_heads}, got {rank}")
-        super().__init__(read_heads, hidden_size, num_layers, shared, preprocess, p, output_scale)
+        super().__init__(read_heads, hidden_size, num_layers, shared, preprocess, p, output_scale, odd)
         self.read_heads, self.write_heads, self.rank = read_heads, write_heads, rank
         self.heads = nn.Linear(hidden_size, read_heads + 2 * write_heads)
         with torch.no_grad():
             for tensor in (self.heads.weight, self.heads.bias):
                 tensor[read_heads:read_heads + write_heads] = 0
+        if odd:
+            self.load_state_dict(self.symmetrize(self.state_dict()))
 
     def init_state(self, num_coordinates, device=None, dtype=None):
         """The state before the first step: all zeros, which makes M the identity.

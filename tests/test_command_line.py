@@ -88,15 +88,15 @@ def test_rnnprop_with_random_scaling():
 
 @pytest.mark.parametrize("network, name", [("gac", "LSTMWithGAC"), ("ntm", "NTMBFGS")])
 def test_networks_that_share(tiny_mnist, capsys, network, name):
-    train = ["train", "--network", network, "--shared", "1", "--preprocess", "with_log_size"]
+    train = ["train", "--network", network, "--shared", "2", "--odd", "--preprocess", "with_log_size"]
     assert main([*train, *SMALL, "--output", "net.safetensors"]) == 0
     loaded = load_optimizer("net.safetensors")
-    assert type(loaded).__name__ == name and loaded.config["shared"] == 1
+    assert type(loaded).__name__ == name and loaded.config["shared"] == 2 and loaded.odd
     assert main(["evaluate", "net.safetensors", *RACE]) == 0
     assert main([*train, "--problem", "mnist", "--data", str(tiny_mnist), "--hidden", "3", "--batch-size", "8", "--steps",
                  "4", "--unroll", "2", "--iterations", "2", "--quiet", "--device", "cpu", "--output", "on.safetensors"]) == 0
-    assert main([*train, *SMALL, "--output", "odd.safetensors", "--odd"]) == 2
-    assert f"--odd and --start-as-nag are for --network lstm, got --network {network}" in capsys.readouterr().err
+    assert main([*train, *SMALL, "--output", "nag.safetensors", "--start-as-nag", "1"]) == 2
+    assert f"--start-as-nag is for --network lstm, got --network {network}" in capsys.readouterr().err
 
 
 def test_curriculum_and_imitation(capsys):
