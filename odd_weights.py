@@ -6,18 +6,11 @@ an optimizer no reason to tell the two apart. `CoordinatewiseLSTM`, `LSTMWithGAC
 
 import torch
 
-__all__ = ["kinds_of_units", "odd_part"]
-
-
-def kinds_of_units(hidden_size):
-    """How many of a layer's units are odd, how many even, and how many are in pairs; they stand in this order."""
-    odd = 3 * hidden_size // 10
-    even = hidden_size // 10 + (hidden_size - odd - hidden_size // 10) % 2
-    return odd, even, hidden_size - odd - even
+__all__ = ["odd_part"]
 
 
 @torch.no_grad()
-def odd_part(tensors, hidden_size, input_signs):
+def odd_part(tensors, hidden_size, input_signs, shared=0):
     """The nearest weights with which the optimizer is odd; of a meta-gradient, its part along such weights.
 
     Under ∇ → -∇ units come in three kinds: *odd* ones change sign (of 20: the first 6), *even* ones stay (the next 2),
@@ -30,13 +23,15 @@ def odd_part(tensors, hidden_size, input_signs):
         tensors: dict like `state_dict()`: an `nn.LSTM` under the name "lstm" and linear layers. Not changed.
         hidden_size: units in each layer.
         input_signs: what becomes of each reading, 1 or -1.
+        shared: how many units at the end of each layer are even, whatever the others are.
 
     Returns:
         dict of new tensors, no graph.
     """
-    H, (odd, _, paired) = hidden_size, kinds_of_units(hidden_size)
+    H, own = hidden_size, hidden_size - shared
+    odd, even = 3 * own // 10, own // 10 + (own - 3 * own // 10 - own // 10) % 2
     place, sign = torch.arange(H), torch.ones(H)
-    place[H - paired:] = place[H - paired:].view(-1, 2).flip(1).flatten()
+    place[odd + even:own] = place[odd + even:own].view(-1, 2).flip(1).flatten()
     sign[:odd] = -1
     units = place, sign
     rows = torch.cat([place + gate * H for gate in range(4)]), torch.cat([sign.abs(), sign.abs(), sign, sign.abs()])

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from argument_checks import check_count, check_finite
-from odd_weights import kinds_of_units, odd_part
+from odd_weights import odd_part
 from preprocessing import log_sign
 from state_nests import tensors_in
 from unrolling import Coordinates
@@ -52,10 +52,6 @@ class SharingLSTM(nn.Module):
             raise ValueError(f"p must be a number in (0, 80], got {p!r}")
         if not (isinstance(output_scale, (int, float)) and math.isfinite(output_scale) and output_scale != 0):
             raise ValueError(f"output_scale must be a finite number other than 0, got {output_scale!r}")
-        paired = kinds_of_units(hidden_size)[2]
-        if odd and shared < paired and shared % 2:
-            raise ValueError(f"with odd=True shared must be even (those cells come in pairs), or at least {paired}; got "
-                             f"{shared}")
         super().__init__()
         self.hidden_size, self.num_layers, self.shared = hidden_size, num_layers, shared
         self.preprocess, self.p, self.output_scale, self.odd = preprocess, p, output_scale, bool(odd)
@@ -73,8 +69,8 @@ class SharingLSTM(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 
     def symmetrize(self, tensors):
-        """See `CoordinatewiseLSTM.symmetrize`. The numbers of the heads are odd, so their products a bᵀ are even."""
-        return odd_part(tensors, self.hidden_size, self.input_signs)
+        """See `CoordinatewiseLSTM.symmetrize`; here averaged cells are even, and the numbers of the heads are odd."""
+        return odd_part(tensors, self.hidden_size, self.input_signs, self.shared)
 
     def bind(self, coordinates):
         """This optimizer for parameters that lie in the vector as `coordinates` says: the very same weights.
@@ -197,8 +193,9 @@ class LSTMWithGAC(SharingLSTM):
             the gradient as it is and beside it log|∇| / p as in "log_sign", whose average tells the gradient's scale.
         p: sizes down to e^-p keep their logarithm; in (0, 80].
         output_scale: factor on the output; not zero.
-        odd: keep to networks that answer the opposite gradients (of all coordinates) with exactly the opposite updates,
-            see `CoordinatewiseLSTM`. `shared` must then be even, or at least the number of paired cells. Default False.
+        odd: keep to networks that answer -∇ with exactly the opposite updates, coordinate by coordinate: as
+            `CoordinatewiseLSTM`, and the cells that are averaged are even, so that changing the sign of *one*
+            coordinate's gradients changes the sign of its updates and nothing else. Default False.
 
     Raises:
         ValueError, TypeError: an argument is not as above.
