@@ -59,6 +59,15 @@ class SharingLSTM(nn.Module):
         self.lstm = nn.LSTM(len(self.input_signs), hidden_size, num_layers)  # its weights; `_controller` runs it
         self.output = nn.Linear(hidden_size, 1)
         self.coordinates = None
+        self._silence_averages()
+
+    @torch.no_grad()
+    def _silence_averages(self):
+        """Let what averaged cells put out count nothing at first, for the layer, the one above and the output."""
+        own = self.hidden_size - self.shared
+        above = [layer[0] for layer in self.lstm.all_weights[1:]]
+        for weight in (*above, *(layer[1] for layer in self.lstm.all_weights), self.output.weight):
+            weight[:, own:] = 0
 
     @property
     def config(self):
@@ -180,8 +189,10 @@ class LSTMWithGAC(SharingLSTM):
 
     In each layer the last `shared` cells are for communication. They work like the others, but what they put out,
     towards the next layer, the output and the next step, is the average of their hidden outputs over all coordinates of
-    the function. This is enough to learn, for example, clipping of gradients by their norm. Its state is (hidden, cell),
-    each (num_layers, hidden_size, N), with the coordinates function after function.
+    the function. This is enough to learn, for example, clipping of gradients by their norm. Ours: the weights that read
+    these averages start at zero, so that training begins with a coordinatewise LSTM and adds what helps; with random ones
+    it fell behind. Its state is (hidden, cell), each (num_layers, hidden_size, N), with the coordinates function after
+    function.
 
     With `shared=0` this is `CoordinatewiseLSTM`, and weights of the one fit the other.
 
@@ -301,8 +312,8 @@ class NTMBFGS(SharingLSTM):
     `rank`; older ones are forgotten, as in L-BFGS. Products are divided by n, so that a number read is r plus an average
     over coordinates and its scale does not depend on n. a and b are squashed by tanh: one write head adds to M, in a
     step, a matrix of norm 1 at most. r is not squashed. The heads are a linear layer on the top layer's output, `heads`
-    (its rows in order: all r, all a, all b); the rows of a start at zero, so that M stays the identity until
-    meta-training finds a use for it.
+    (its rows in order: all r, all a, all b); the rows of a, and the weights that read what the read heads brought, start
+    at zero, so that a new network is a coordinatewise LSTM and M the identity.
 
     Its state is (hidden, cell, readings, memory): readings (read_heads, N), memory a `LowRankMemory` of (B, rank, n).
 
@@ -338,6 +349,8 @@ class NTMBFGS(SharingLSTM):
         self.read_heads, self.write_heads, self.rank = read_heads, write_heads, rank
         self.heads = nn.Linear(hidden_size, read_heads + 2 * write_heads)
         with torch.no_grad():
+            self.lstm.weight_ih_l0[:, -read_heads:] = 0
+            self.heads.weight[:, hidden_size - shared:] = 0
             for tensor in (self.heads.weight, self.heads.bias):
                 tensor[read_heads:read_heads + write_heads] = 0
         if odd:

@@ -145,6 +145,16 @@ def test_nothing_shared_is_the_coordinatewise_lstm(preprocess):
         assert not torch.allclose(run(net, gradients)[0], run(plain, gradients)[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("net", [LSTMWithGAC(5, 2, 2), NTMBFGS(5, 2, 2, rank=4)])
+def test_a_new_network_does_not_listen_yet(net):
+    alone, together = torch.zeros(4, 3), torch.randn(4, 3)
+    alone[:, 0] = together[:, 0]
+    (one, _), (two, _) = run(net, alone), run(net, together)
+    assert torch.equal(one[:, 0], two[:, 0])
+    two[:, 0].sum().backward()
+    assert net.output.weight.grad[0, 3:].abs().min() > 0 and net.lstm.weight_ih_l1.grad[:, 3:].norm() > 0
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_order_of_coordinates_does_not_matter(name):
     net, order = network(name), torch.randperm(7)
