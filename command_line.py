@@ -322,8 +322,8 @@ def add_training(command):
     add = command.add_argument_group("the learned optimizer").add_argument
     add("--start", metavar="FILE", help="refine this optimizer (a file or a name in pretrained/) instead of a new one")
     add("--network", choices=("lstm", "gac", "ntm", "rnnprop"), default="lstm",
-        help="lstm: Andrychowicz et al. 2016; gac, ntm: its LSTM+GAC and NTM-BFGS, whose coordinates share information; "
-             "rnnprop: Lv et al. 2017, which reads what Adam would do; default lstm")
+        help="lstm: Andrychowicz et al. 2016; gac, ntm: LSTM+GAC and NTM-BFGS from there, whose coordinates share "
+             "information; rnnprop: Lv et al. 2017, which reads what Adam would do; default lstm")
     add("--start-as-nag", metavar="LR", type=float,
         help="lstm with log_sign: weights that make the steps of Nesterov momentum with this learning rate")
     add("--sign-lr", metavar="X", type=float, default=0.0,

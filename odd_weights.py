@@ -1,7 +1,7 @@
 """LSTM optimizers that answer the opposite gradients with exactly the opposite updates: their weights.
 
 Optimizees whose coordinates could as well have the other sign, such as random quadratics or a network's weights, give
-an optimizer no reason to tell the two apart. `CoordinatewiseLSTM`, `LSTMWithGAC` and `NTMBFGS` call this with `odd=True`.
+an optimizer no reason to tell the two apart. With `odd=True`, `CoordinatewiseLSTM`, `LSTMWithGAC` and `NTMBFGS` do not.
 """
 
 import torch

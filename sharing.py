@@ -7,10 +7,10 @@ matrix for its n coordinates, as BFGS has its estimate of the inverse Hessian.
 Averages are over *one* function. A meta-batch of B functions is one vector of N = B × n coordinates, so these networks
 must know which coordinate belongs to which function: `bind(coordinates)`, of an `unrolling.Coordinates`, gives the same
 network for vectors that lie like that. `meta_gradient`, `meta_train` and `evaluate` call it. Unbound, a network takes
-all coordinates that it is given to be one function's.
+all coordinates that it is given to be one function's; so does `LearnedOptimizer` with all parameters of a group.
 
-Their coordinates are not independent, so there is no replay in blocks here (`coordinatewise` is not set): meta-gradients
-are autograd's of the optimizer alone, which are exact.
+Their coordinates are not independent, so there is no replay in blocks here (`coordinatewise` is not set): in the
+meta-gradient, the optimizer alone is left to autograd, which is exact too.
 """
 
 import copy
@@ -112,15 +112,16 @@ class SharingLSTM(nn.Module):
                              "parameters")
         return self.coordinates.functions
 
-    def _begin(self, num_coordinates, device, dtype):
-        """B and zeros (..., N) for a state."""
+    def _zeros(self, num_coordinates, device, dtype):
+        """The tensors of a state before the first step, a list."""
         check_count(num_coordinates=num_coordinates)
+        self._functions(num_coordinates)
         like = self.output.weight
         place = dict(device=device or like.device, dtype=dtype or like.dtype)
-        return self._functions(num_coordinates), lambda *shape: torch.zeros(*shape, **place)
+        return [torch.zeros(shape, **place) for shape in self._shapes(num_coordinates)]
 
     def _check(self, grad, state):
-        """B, once all is found to fit."""
+        """How many functions it is, once all is found to fit."""
         if not isinstance(grad, torch.Tensor):
             raise TypeError(f"grad must be a tensor, got {type(grad).__name__}")
         if grad.dim() != 1 or not len(grad):
@@ -190,9 +191,9 @@ class LSTMWithGAC(SharingLSTM):
     In each layer the last `shared` cells are for communication. They work like the others, but what they put out,
     towards the next layer, the output and the next step, is the average of their hidden outputs over all coordinates of
     the function. This is enough to learn, for example, clipping of gradients by their norm. Ours: the weights that read
-    these averages start at zero, so that training begins with a coordinatewise LSTM and adds what helps; with random ones
-    it fell behind. Its state is (hidden, cell), each (num_layers, hidden_size, N), with the coordinates function after
-    function.
+    these averages start at zero, so that training begins with a coordinatewise LSTM and adds what helps; with random
+    ones it fell behind. Its state is (hidden, cell), each (num_layers, hidden_size, N), with the coordinates function
+    after function.
 
     With `shared=0` this is `CoordinatewiseLSTM`, and weights of the one fit the other.
 
@@ -239,8 +240,7 @@ class LSTMWithGAC(SharingLSTM):
         Returns:
             (hidden, cell), each (num_layers, hidden_size, N); no graph.
         """
-        _, zeros = self._begin(num_coordinates, device, dtype)
-        return tuple(zeros(*shape) for shape in self._shapes(num_coordinates))
+        return tuple(self._zeros(num_coordinates, device, dtype))
 
     def forward(self, grad, state):
         """One step of the optimizer for all coordinates.
@@ -298,9 +298,9 @@ class LowRankMemory(NamedTuple):
 class NTMBFGS(SharingLSTM):
     """NTM-BFGS: LSTM+GAC with an external memory, an n × n matrix M that all n coordinates of a function share.
 
-    M begins as the identity. In each step the controller, an LSTM with global averaging cells that every coordinate runs
-    by itself, reads its gradient and what the read heads brought it in the step before, and puts out for its coordinate
-    the update g, and one number for each vector of the heads: of all coordinates together those make up
+    M begins as the identity. In each step the controller, an LSTM with global averaging cells that every coordinate
+    runs by itself, reads its gradient and what the read heads brought it in the step before, and puts out for its
+    coordinate the update g, and one number for each vector of the heads: of all coordinates together those make up
 
     - for each read head r, and it brings i = M r, one number for each coordinate, to the next step;
     - for each write head a and b: after the reading, M ← M + a bᵀ / n.
@@ -309,11 +309,11 @@ class NTMBFGS(SharingLSTM):
     gradients, u = -Hy / sᵀy and w = u + (1 + yᵀHy / sᵀy) s / sᵀy: two write heads can do it, given Hy by a read head.
 
     What the paper leaves open, and what it is here: M is kept as the vectors of the products, and of those the last
-    `rank`; older ones are forgotten, as in L-BFGS. Products are divided by n, so that a number read is r plus an average
-    over coordinates and its scale does not depend on n. a and b are squashed by tanh: one write head adds to M, in a
+    `rank`; older ones are forgotten, as in L-BFGS. Products are divided by n, so that a number read is r plus an
+    average over coordinates and its scale does not depend on n. a and b are squashed by tanh: one write head adds to M, in a
     step, a matrix of norm 1 at most. r is not squashed. The heads are a linear layer on the top layer's output, `heads`
-    (its rows in order: all r, all a, all b); the rows of a, and the weights that read what the read heads brought, start
-    at zero, so that a new network is a coordinatewise LSTM and M the identity.
+    (its rows in order: all r, all a, all b); the rows of a, and the weights that read what the read heads brought,
+    start at zero, so that a new network is a coordinatewise LSTM and M the identity.
 
     Its state is (hidden, cell, readings, memory): readings (read_heads, N), memory a `LowRankMemory` of (B, rank, n).
 
@@ -365,8 +365,7 @@ class NTMBFGS(SharingLSTM):
         Returns:
             (hidden, cell, readings, memory); no graph.
         """
-        _, zeros = self._begin(num_coordinates, device, dtype)
-        hidden, cell, readings, left, right = (zeros(*shape) for shape in self._shapes(num_coordinates))
+        hidden, cell, readings, left, right = self._zeros(num_coordinates, device, dtype)
         return hidden, cell, readings, LowRankMemory(left, right)
 
     def forward(self, grad, state):

@@ -93,8 +93,9 @@ def test_networks_that_share(tiny_mnist, capsys, network, name):
     loaded = load_optimizer("net.safetensors")
     assert type(loaded).__name__ == name and loaded.config["shared"] == 2 and loaded.odd
     assert main(["evaluate", "net.safetensors", *RACE]) == 0
-    assert main([*train, "--problem", "mnist", "--data", str(tiny_mnist), "--hidden", "3", "--batch-size", "8", "--steps",
-                 "4", "--unroll", "2", "--iterations", "2", "--quiet", "--device", "cpu", "--output", "on.safetensors"]) == 0
+    assert main([*train, "--output", "mnist.safetensors", "--problem", "mnist", "--data", str(tiny_mnist), "--hidden", "3",
+                 "--batch-size", "8", "--steps", "4", "--unroll", "2", "--iterations", "2", "--quiet", "--device",
+                 "cpu"]) == 0
     assert main([*train, *SMALL, "--output", "nag.safetensors", "--start-as-nag", "1"]) == 2
     assert f"--start-as-nag is for --network lstm, got --network {network}" in capsys.readouterr().err
 

@@ -47,7 +47,8 @@ def test_notebook_runs_at_smoke_scale(name, data_root, monkeypatch):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not any("Warning" in output.get("text", "") for output in outputs)
     figures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(figures) == FIGURES[name] and "(smoke)" in "".join(c.source for c in notebook.cells).replace("{scale}", "smoke")
+    assert len(figures) == FIGURES[name]
+    assert "(smoke)" in "".join(cell.source for cell in notebook.cells).replace("{scale}", "smoke")
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

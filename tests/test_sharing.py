@@ -1,4 +1,4 @@
-"""Global averaging cells and the shared memory: against loops written out, per function, and wherever optimizers stand."""
+"""Global averaging cells and the shared memory: against loops written out, and wherever learned optimizers stand."""
 
 import copy
 import doctest
@@ -83,7 +83,7 @@ def written_out(net, gradients):
                 for vector in out:
                     vector[unit] = mean
             hidden[layer], cell[layer], inputs = torch.stack(out), torch.stack(memory), out
-        updates.append(torch.stack([net.output_scale * (net.output.weight[0] @ top + net.output.bias[0]) for top in out]))
+        updates.append(net.output_scale * torch.stack([net.output.weight[0] @ top + net.output.bias[0] for top in out]))
         if ntm:
             vectors = torch.stack([net.heads.weight @ top + net.heads.bias for top in out], 1)  # (heads, n)
             M = torch.eye(n, dtype=torch.float64)
@@ -160,7 +160,8 @@ def test_the_order_of_coordinates_does_not_matter(name):
     net, order = network(name), torch.randperm(7)
     gradients = torch.randn(6, 7, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(run(net, gradients[:, order])[0], run(net, gradients)[0][:, order], rtol=1e-12, atol=1e-12)
+        (updates, _), (ordered, _) = run(net, gradients), run(net, gradients[:, order])
+    torch.testing.assert_close(ordered, updates[:, order], rtol=1e-12, atol=1e-12)
 
 
 def test_averages_can_clip_by_the_norm():
@@ -175,7 +176,8 @@ def test_averages_can_clip_by_the_norm():
         weight[g.start + 1, 1], bias[i.start + 1], bias[o.start + 1] = 5, 8, 8  # the second one's average is of log|∇|
         recurrent[o.start, 1] = -30  # and closes the first one's output
         net.output.weight[0, 0] = -100
-        small, large = (run(net, torch.tensor([[1.0, size, size]] * 2, dtype=torch.float64))[0] for size in (0.01, 100.0))
+        gradients = torch.tensor([[[1.0, size, size]] * 2 for size in (0.01, 100.0)], dtype=torch.float64)
+        small, large = (run(net, steps)[0] for steps in gradients)
     assert small[0, 0] == pytest.approx(large[0, 0].item()) and small[0, 0] == pytest.approx(-1, rel=0.01)
     assert small[1, 0] < -0.9 and -0.01 < large[1, 0] < 0
 
@@ -250,8 +252,8 @@ def test_odd_networks(name, preprocess):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradcheck_of_a_step(name):
-    net, coordinates = network(name, preprocess="with_log_size"), Coordinates({"a": torch.zeros(2, 2), "b": torch.zeros(2, 1)})
-    net = net.bind(coordinates)
+    coordinates = Coordinates({"a": torch.zeros(2, 2), "b": torch.zeros(2, 1)})
+    net = network(name, preprocess="with_log_size").bind(coordinates)
     nest = map_tensors(lambda tensor: 0.5 * torch.randn_like(tensor), net.init_state(6))
     grad = torch.tensor([0.4, -1.0, 2.0, -0.3, 0.8, 1.2], dtype=torch.float64)
     names = [name for name, _ in net.named_parameters()]
