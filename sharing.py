@@ -310,10 +310,10 @@ class NTMBFGS(SharingLSTM):
 
     What the paper leaves open, and what it is here: M is kept as the vectors of the products, and of those the last
     `rank`; older ones are forgotten, as in L-BFGS. Products are divided by n, so that a number read is r plus an
-    average over coordinates and its scale does not depend on n. a and b are squashed by tanh: one write head adds to M, in a
-    step, a matrix of norm 1 at most. r is not squashed. The heads are a linear layer on the top layer's output, `heads`
-    (its rows in order: all r, all a, all b); the rows of a, and the weights that read what the read heads brought,
-    start at zero, so that a new network is a coordinatewise LSTM and M the identity.
+    average over coordinates and its scale does not depend on n. a and b are squashed by tanh: one write head adds to
+    M, in a step, a matrix of norm 1 at most. r is not squashed. The heads are a linear layer on the top layer's
+    output, `heads` (its rows in order: all r, all a, all b); the rows of a, and the weights that read what the read
+    heads brought, start at zero, so that a new network is a coordinatewise LSTM and M the identity.
 
     Its state is (hidden, cell, readings, memory): readings (read_heads, N), memory a `LowRankMemory` of (B, rank, n).
 
