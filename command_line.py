@@ -24,7 +24,8 @@ from torch import distributed
 from argument_checks import NonFiniteError
 from meta_training import BASELINES, compare, evaluate, meta_train, tune_baselines
 from optimizees import ACTIVATIONS, Mirrored, MNISTNet, Quadratics, RandomScaling
-from optimizers import CoordinatewiseLSTM, RNNProp, load_optimizer, save_optimizer, start_as_momentum
+from optimizers import (CoordinatewiseLSTM, LSTMWithGAC, NTMBFGS, RNNProp, load_optimizer, save_optimizer,
+                        start_as_momentum)
 from whole_files import write_whole
 
 __all__ = ["main"]
@@ -35,14 +36,16 @@ DEFAULTS = {  # what suits each problem
     "mnist": dict(meta_batch=1, iterations=450, lr=0.005, clip=20.0, replay_fraction=1 / 16, validation_functions=4,
                   preprocess="log_sign", output_scale=0.1),
 }
+SHARING = {"gac": LSTMWithGAC, "ntm": NTMBFGS}  # networks whose coordinates are not independent
 FIGURE_FORMATS = (".pdf", ".png", ".svg")
 
 
 def main(arguments=None):
     """Run the command line; returns the exit status. Default arguments: the program's."""
     options = make_parser().parse_args(arguments)
-    if getattr(options, "second_order", False) and options.replay_fraction is None:
-        options.replay_fraction = 1.0  # Hessian products need every coordinate
+    whole = getattr(options, "second_order", False) or getattr(options, "network", None) in SHARING
+    if whole and options.replay_fraction is None:
+        options.replay_fraction = 1.0  # Hessian products and averages need every coordinate
     for name, value in DEFAULTS[options.problem].items():
         if getattr(options, name, value) is None:
             setattr(options, name, value)
@@ -178,6 +181,11 @@ def make_net(options):
     preprocess = None if options.preprocess == "none" else options.preprocess
     if options.network == "rnnprop":
         return RNNProp(options.units, options.layers)
+    if options.network in SHARING:
+        if options.start_as_nag is not None:
+            raise ValueError(f"--start-as-nag is for --network lstm, got --network {options.network}")
+        return SHARING[options.network](options.units, options.layers, options.shared, preprocess,
+                                        output_scale=options.output_scale, odd=options.odd)
     net = CoordinatewiseLSTM(options.units, options.layers, preprocess, output_scale=options.output_scale,
                              odd=options.odd)
     if options.start_as_nag is not None:
@@ -313,8 +321,9 @@ def add_training(command):
 
     add = command.add_argument_group("the learned optimizer").add_argument
     add("--start", metavar="FILE", help="refine this optimizer (a file or a name in pretrained/) instead of a new one")
-    add("--network", choices=("lstm", "rnnprop"), default="lstm",
-        help="lstm: Andrychowicz et al. 2016; rnnprop: Lv et al. 2017, which reads what Adam would do; default lstm")
+    add("--network", choices=("lstm", "gac", "ntm", "rnnprop"), default="lstm",
+        help="lstm: Andrychowicz et al. 2016; gac, ntm: LSTM+GAC and NTM-BFGS from there, whose coordinates share "
+             "information; rnnprop: Lv et al. 2017, which reads what Adam would do; default lstm")
     add("--start-as-nag", metavar="LR", type=float,
         help="lstm with log_sign: weights that make the steps of Nesterov momentum with this learning rate")
     add("--sign-lr", metavar="X", type=float, default=0.0,
@@ -322,8 +331,10 @@ def add_training(command):
     add("--sign-fade", metavar="N", type=float, default=8, help="steps after which a quarter of that is left; default 8")
     add("--units", metavar="N", type=int, default=20, help="hidden units of the LSTM; default 20")
     add("--layers", metavar="N", type=int, default=2, help="layers of the LSTM; default 2")
-    add("--preprocess", choices=("none", "log_sign"), help=f"of the gradients it reads; {by_problem('preprocess')}")
-    add("--odd", action="store_true", help="lstm: keep to LSTMs that answer -gradient with exactly -update")
+    add("--shared", metavar="N", type=int, default=5, help="gac, ntm: averaged cells of each layer; default 5")
+    add("--preprocess", choices=("none", "log_sign", "with_log_size"),
+        help=f"of the gradients it reads, with_log_size for gac and ntm; {by_problem('preprocess')}")
+    add("--odd", action="store_true", help="lstm, gac, ntm: keep to LSTMs that answer -gradient with exactly -update")
     add("--output-scale", metavar="X", type=float, help=f"factor on its updates; {by_problem('output_scale')}")
 
     add = command.add_argument_group("meta-training").add_argument

@@ -1,9 +1,10 @@
 """Learned optimizers: networks that read gradients and write updates.
 
 `CoordinatewiseLSTM` is the optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1 and appendix A),
-`RNNProp` that of Lv, Jiang and Li 2017 (arXiv 1703.03633). A learned optimizer is any `nn.Module` with
-`init_state(num_coordinates)` and `forward(grad, state) -> (update, state)`; `meta_training` takes a user's own as well
-as these. How it is trained stands in `meta_training`; the arithmetic of the fast path in `lstm_blocks`.
+`RNNProp` that of Lv, Jiang and Li 2017 (arXiv 1703.03633); `sharing` has those whose coordinates tell each other
+something. A learned optimizer is any `nn.Module` with `init_state(num_coordinates)` and
+`forward(grad, state) -> (update, state)`; `meta_training` takes a user's own as well as these. How it is trained
+stands in `meta_training`; the arithmetic of the fast path in `lstm_blocks`.
 """
 
 import functools
@@ -23,32 +24,18 @@ import lstm_blocks
 import lstm_triton
 from argument_checks import NonFiniteError, check_count, check_finite, check_positive_number
 from learned_optimizer import LearnedOptimizer
+from odd_weights import odd_part
 from per_kind import PerKind
+from preprocessing import log_sign
+from sharing import LSTMWithGAC, NTMBFGS
 from whole_files import write_whole
 
-__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LearnedOptimizer", "NonFiniteError", "NormalizedLSTM", "PerKind",
-           "RNNProp", "load_optimizer", "log_sign", "save_optimizer", "start_as_adam", "start_as_momentum"]
+__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LSTMWithGAC", "LearnedOptimizer", "NTMBFGS", "NonFiniteError",
+           "NormalizedLSTM", "PerKind", "RNNProp", "load_optimizer", "log_sign", "save_optimizer", "start_as_adam",
+           "start_as_momentum"]
 
 FILE_FORMAT = 1
 GRAPH_BLOCK = 1 << 16  # coordinates that `replay` runs at once where autograd does the backward pass
-
-
-def log_sign(grad, p=10.0):
-    """Split gradients into the logarithm of their size and their sign, so that every scale is readable.
-
-    ∇ becomes (log|∇| / p, sgn ∇) where |∇| ≥ e^-p, and (-1, e^p ∇) below. Both parts are continuous at the threshold.
-
-    Args:
-        grad: (N,), any scale.
-        p: positive; gradients down to e^-p keep their logarithm. Default 10, the paper's.
-
-    Returns:
-        (2, N), features along rows; carries a graph if `grad` does.
-
-    Reference: Andrychowicz et al. 2016, appendix A.
-    """
-    size = grad.abs().clamp(min=math.exp(-p)).log().div(p)
-    return torch.stack([size, (grad * math.exp(p)).clamp(-1, 1)])
 
 
 class LSTMOptimizer(nn.Module):
@@ -311,41 +298,16 @@ class CoordinatewiseLSTM(LSTMOptimizer):
         if odd:
             self.load_state_dict(self.symmetrize(self.state_dict()))
 
-    @torch.no_grad()
     def symmetrize(self, tensors):
         """The nearest weights with which the optimizer is odd; of a meta-gradient, its part along such weights.
-
-        Under ∇ → -∇ units come in three kinds: *odd* ones change sign (of 20: the first 6), *even* ones stay (the next
-        2), and the others come in pairs that change places. An LSTM keeps to that if its weights stay the same when
-        rows and columns are exchanged and signed accordingly: gates must be even, candidates are as their units, the
-        first reading of "log_sign" is even and the second odd, the output is odd. The mean of the weights and of the
-        exchanged ones is the nearest such point. Adam keeps to it too, since tied entries have the same history.
 
         Args:
             tensors: dict like `state_dict()`. Not changed.
 
         Returns:
-            dict of new tensors, no graph.
+            dict of new tensors, no graph: see `odd_weights.odd_part`.
         """
-        H = self.hidden_size
-        odd, even = 3 * H // 10, H // 10 + (H - 3 * H // 10 - H // 10) % 2
-        place, sign = torch.arange(H), torch.ones(H)
-        place[odd + even:] = place[odd + even:].view(-1, 2).flip(1).flatten()
-        sign[:odd] = -1
-        units = place, sign
-        rows = torch.cat([place + gate * H for gate in range(4)]), torch.cat([sign.abs(), sign.abs(), sign, sign.abs()])
-        inputs = torch.arange(self.lstm.input_size), torch.tensor([1.0, -1.0] if self.preprocess else [-1.0])
-        symmetric = {}
-        for name, tensor in tensors.items():
-            exchanged = tensor
-            kinds = [(torch.zeros(1, dtype=torch.long), -torch.ones(1)) if name.startswith("output") else rows]
-            if tensor.dim() == 2:
-                kinds.append(inputs if name == "lstm.weight_ih_l0" else units)
-            for dim, (places, signs) in enumerate(kinds):
-                signs = signs.to(tensor).view([-1] + [1] * (tensor.dim() - 1 - dim))
-                exchanged = exchanged.index_select(dim, places.to(tensor.device)) * signs
-            symmetric[name] = (tensor + exchanged) / 2
-        return symmetric
+        return odd_part(tensors, self.hidden_size, (1, -1) if self.preprocess else (-1,))
 
     def read(self, grads, memory):
         """(T, N) -> readings (T, inputs, N), and no memory."""
@@ -677,7 +639,8 @@ def columns_last(state):
 
 # Files --------------------------------------------------------------------------------------------------------------
 
-LEARNED_OPTIMIZERS = {"CoordinatewiseLSTM": CoordinatewiseLSTM, "NormalizedLSTM": NormalizedLSTM, "PerKind": PerKind, "RNNProp": RNNProp}
+LEARNED_OPTIMIZERS = {"CoordinatewiseLSTM": CoordinatewiseLSTM, "LSTMWithGAC": LSTMWithGAC, "NTMBFGS": NTMBFGS,
+                      "NormalizedLSTM": NormalizedLSTM, "PerKind": PerKind, "RNNProp": RNNProp}
 
 
 def save_optimizer(net, path, **notes):

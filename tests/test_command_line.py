@@ -86,6 +86,20 @@ def test_rnnprop_with_random_scaling():
     assert load_optimizer("net.safetensors").config["hidden_size"] == 3
 
 
+@pytest.mark.parametrize("network, name", [("gac", "LSTMWithGAC"), ("ntm", "NTMBFGS")])
+def test_networks_that_share(tiny_mnist, capsys, network, name):
+    train = ["train", "--network", network, "--shared", "2", "--odd", "--preprocess", "with_log_size"]
+    assert main([*train, *SMALL, "--output", "net.safetensors"]) == 0
+    loaded = load_optimizer("net.safetensors")
+    assert type(loaded).__name__ == name and loaded.config["shared"] == 2 and loaded.odd
+    assert main(["evaluate", "net.safetensors", *RACE]) == 0
+    assert main([*train, "--output", "mnist.safetensors", "--problem", "mnist", "--data", str(tiny_mnist), "--hidden", "3",
+                 "--batch-size", "8", "--steps", "4", "--unroll", "2", "--iterations", "2", "--quiet", "--device",
+                 "cpu"]) == 0
+    assert main([*train, *SMALL, "--output", "nag.safetensors", "--start-as-nag", "1"]) == 2
+    assert f"--start-as-nag is for --network lstm, got --network {network}" in capsys.readouterr().err
+
+
 def test_curriculum_and_imitation(capsys):
     train = ["train", *SMALL, "--curriculum", "5", "10", "--patience", "1", "--validation-every", "1", "--lr", "1"]
     assert main([*train, "--output", "one.safetensors", "--history", "one.json", "--teacher", "nag",
