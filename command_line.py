@@ -35,7 +35,7 @@ DEFAULTS = {  # what suits each problem
     "mnist": dict(meta_batch=1, iterations=450, lr=0.005, clip=20.0, replay_fraction=1 / 16, validation_functions=4,
                   preprocess="log_sign", output_scale=0.1),
     "cifar10": dict(meta_batch=1, iterations=200, lr=0.001, clip=10.0, replay_fraction=1.0, validation_functions=2,
-                    preprocess="log_sign", output_scale=0.1, channels=(16, 16, 16), fc_size=32),
+                    preprocess="log_sign", output_scale=0.01, channels=(16, 16, 16), fc_size=32),
 }
 KINDS = ("conv", "fc")  # of parameters, by which `CIFAR10Net` names them
 FIGURE_FORMATS = (".pdf", ".png", ".svg")

@@ -90,7 +90,7 @@ def test_cifar10_with_an_optimizer_for_each_kind(small_cifar, capsys):
     trained = load_optimizer("sub.safetensors")
     assert list(trained.networks) == ["conv", "fc"] and all(net.odd for net in trained.networks.values())
     weights = [net.output.weight for net in trained.networks.values()]
-    started = start_as_momentum(CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1, odd=True), 0.5)
+    started = start_as_momentum(CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.01, odd=True), 0.5)
     assert all(torch.allclose(weight, started.output.weight, atol=1e-4) for weight in weights)
     assert not torch.equal(*weights)
 
