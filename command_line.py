@@ -23,8 +23,8 @@ from torch import distributed
 
 from argument_checks import NonFiniteError
 from meta_training import BASELINES, compare, evaluate, meta_train, tune_baselines
-from optimizees import ACTIVATIONS, Mirrored, MNISTNet, Quadratics, RandomScaling
-from optimizers import (CoordinatewiseLSTM, LSTMWithGAC, NTMBFGS, RNNProp, load_optimizer, save_optimizer,
+from optimizees import ACTIVATIONS, CIFAR10Net, Mirrored, MNISTNet, Quadratics, RandomScaling
+from optimizers import (CoordinatewiseLSTM, LSTMWithGAC, NTMBFGS, PerKind, RNNProp, load_optimizer, save_optimizer,
                         start_as_momentum)
 from whole_files import write_whole
 
@@ -35,8 +35,11 @@ DEFAULTS = {  # what suits each problem
                        validation_functions=256, preprocess="none", output_scale=1.0),
     "mnist": dict(meta_batch=1, iterations=450, lr=0.005, clip=20.0, replay_fraction=1 / 16, validation_functions=4,
                   preprocess="log_sign", output_scale=0.1),
+    "cifar10": dict(meta_batch=1, iterations=200, lr=0.001, clip=10.0, replay_fraction=1.0, validation_functions=2,
+                    preprocess="log_sign", output_scale=0.01, channels=(16, 16, 16), fc_size=32),
 }
 SHARING = {"gac": LSTMWithGAC, "ntm": NTMBFGS}  # networks whose coordinates are not independent
+KINDS = ("conv", "fc")  # of parameters, by which `CIFAR10Net` names them
 FIGURE_FORMATS = (".pdf", ".png", ".svg")
 
 
@@ -50,6 +53,7 @@ def main(arguments=None):
         if getattr(options, name, value) is None:
             setattr(options, name, value)
     try:
+        refuse_options_of_cifar10(options)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and options.run is not run_train:
             raise ValueError("only train runs in several processes")
         status = options.run(options)
@@ -172,12 +176,43 @@ def show(curves, problem, options):
 def make_problem(options, split, device):
     if options.problem == "quadratics":
         return Quadratics(options.dim, device=device)
+    if options.problem == "cifar10":
+        return CIFAR10Net(options.batch_size, split, chosen_labels(options), options.channels, options.fc_size,
+                          options.data, device=device)
     return MNISTNet(options.hidden, options.activation, options.batch_size, split, options.data, device=device)
+
+
+def chosen_labels(options):
+    """The labels to tell apart: those named, or all but those held out; None for all ten."""
+    if options.held_out is None:
+        return None if options.classes is None else tuple(options.classes)
+    if options.classes is not None:
+        raise ValueError(f"--classes {options.classes} and --held-out {options.held_out} exclude each other")
+    if len(set(options.held_out)) < len(options.held_out) or not set(options.held_out) <= set(range(10)):
+        raise ValueError(f"--held-out must be different labels of 0 … 9, got {options.held_out}")
+    return tuple(label for label in range(10) if label not in options.held_out)
+
+
+def refuse_options_of_cifar10(options):
+    """Raise where an option was given that only CIFAR-10 has."""
+    given = [name for name in ("classes", "held_out", "channels", "fc_size") if getattr(options, name) is not None]
+    if getattr(options, "per_kind", False):
+        given.append("per_kind")
+    if given and options.problem != "cifar10":
+        raise ValueError(f"--{given[0].replace('_', '-')} is for --problem cifar10, got --problem {options.problem}")
 
 
 def make_net(options):
     if options.start:
+        if options.per_kind:
+            raise ValueError(f"--per-kind is for a new optimizer, got --start {options.start}")
         return load_optimizer(options.start)
+    if options.per_kind:
+        return PerKind({kind: make_one_net(options) for kind in KINDS})
+    return make_one_net(options)
+
+
+def make_one_net(options):
     preprocess = None if options.preprocess == "none" else options.preprocess
     if options.network == "rnnprop":
         return RNNProp(options.units, options.layers)
@@ -329,6 +364,8 @@ def add_training(command):
     add("--sign-lr", metavar="X", type=float, default=0.0,
         help="with --start-as-nag: first steps by sign beside it, of this size; default 0")
     add("--sign-fade", metavar="N", type=float, default=8, help="steps after which a quarter of that is left; default 8")
+    add("--per-kind", action="store_true",
+        help=f"cifar10: two of these with weights of their own, for {' and '.join(KINDS)} parameters, trained together")
     add("--units", metavar="N", type=int, default=20, help="hidden units of the LSTM; default 20")
     add("--layers", metavar="N", type=int, default=2, help="layers of the LSTM; default 2")
     add("--shared", metavar="N", type=int, default=5, help="gac, ntm: averaged cells of each layer; default 5")
@@ -409,8 +446,12 @@ def add_problem(command):
     add("--dim", metavar="N", type=int, default=10, help="quadratics: dimensions; default 10")
     add("--hidden", metavar="N", type=int, nargs="*", default=[20], help="mnist: units of each hidden layer; default 20")
     add("--activation", choices=sorted(ACTIVATIONS), default="sigmoid", help="mnist: default sigmoid")
-    add("--batch-size", metavar="N", type=int, default=128, help="mnist: images in a minibatch; default 128")
-    add("--data", metavar="FOLDER", help="mnist: where it lies or is downloaded to; default $L2O_DATA, or data")
+    add("--batch-size", metavar="N", type=int, default=128, help="mnist, cifar10: images in a minibatch; default 128")
+    add("--classes", metavar="LABEL", type=int, nargs="+", help="cifar10: labels to tell apart; default all of 0 … 9")
+    add("--held-out", metavar="LABEL", type=int, nargs="+", help="cifar10: labels to leave out; default none")
+    add("--channels", metavar="N", type=int, nargs="+", help="cifar10: of each convolution; default 16 16 16")
+    add("--fc-size", metavar="N", type=int, help="cifar10: units of the fully connected layer; default 32")
+    add("--data", metavar="FOLDER", help="images: where they lie or are downloaded to; default $L2O_DATA, or data")
 
 
 def add_general(command):

@@ -4,6 +4,7 @@ The protocol of Andrychowicz et al. 2016 (arXiv 1606.04474), section 3: hand-des
 with the lowest final loss, and one seed gives every optimizer the same functions, initial points and minibatches.
 """
 
+import functools
 import inspect
 import math
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from tqdm.auto import tqdm
 from argument_checks import check_count
 from unrolling import Coordinates, bound
 
-__all__ = ["BASELINES", "TunedBaseline", "compare", "evaluate", "evaluate_baseline", "tune_baseline", "tune_baselines"]
+__all__ = ["AccuracyCurves", "BASELINES", "TunedBaseline", "compare", "evaluate", "evaluate_baseline", "tune_baseline",
+           "tune_baselines"]
 
 FUNCTIONS_AT_ONCE = 32  # functions that evaluation runs as one computation; a seed's functions depend on both bounds
 COORDINATES_AT_ONCE = 1 << 17  # larger states leave the cache and cost a fresh page of memory at every step
@@ -29,7 +31,7 @@ BASELINES = {
 """Hand-designed optimizers to compare with: name -> (class, options other than the learning rate)."""
 
 
-def evaluate(net, problem, steps=100, num_functions=100, seed=1, device=None):
+def evaluate(net, problem, steps=100, num_functions=100, seed=1, device=None, watch=None):
     """Loss curves of a learned optimizer. No graph is recorded.
 
     Args:
@@ -40,6 +42,9 @@ def evaluate(net, problem, steps=100, num_functions=100, seed=1, device=None):
         seed: the same seed and number of functions give every optimizer, learned or not, the same functions, initial
             points and minibatches.
         device: default where `net` is.
+        watch: called as watch(step, params) at every step, before its update, with the parameters (B, ...) of the
+            functions that run together (as many as fit: all functions go by in such groups, one after the other). They
+            are changed in place later on, and carry no graph.
 
     Returns:
         (num_functions, steps) on the CPU: losses[:, t] is f(θ_t), so column 0 is the loss before any update.
@@ -50,10 +55,10 @@ def evaluate(net, problem, steps=100, num_functions=100, seed=1, device=None):
     """
     device = device_of(net, device)
     with torch.no_grad():
-        return loss_curves(learned_rule(net), problem, steps, num_functions, seed, device)
+        return loss_curves(learned_rule(net), problem, steps, num_functions, seed, device, watch)
 
 
-def evaluate_baseline(optimizer, options, problem, steps=100, num_functions=100, seed=1, device="cpu"):
+def evaluate_baseline(optimizer, options, problem, steps=100, num_functions=100, seed=1, device="cpu", watch=None):
     """Loss curves of a hand-designed optimizer, on the very functions that `evaluate` uses for that seed.
 
     The functions of a meta-batch are optimized side by side as one vector, so the optimizer must treat every
@@ -62,7 +67,7 @@ def evaluate_baseline(optimizer, options, problem, steps=100, num_functions=100,
     Args:
         optimizer: class of a `torch.optim.Optimizer`.
         options: its keyword arguments, `lr` among them.
-        problem, steps, num_functions, seed, device: see `evaluate`.
+        problem, steps, num_functions, seed, device, watch: see `evaluate`.
 
     Returns:
         (num_functions, steps) on the CPU. Functions that diverge have infinite or NaN losses.
@@ -72,7 +77,7 @@ def evaluate_baseline(optimizer, options, problem, steps=100, num_functions=100,
         >>> losses = evaluate_baseline(torch.optim.Adam, {"lr": 0.1}, Quadratics(), steps=10, num_functions=4)
     """
     check_baseline(optimizer, options)
-    return loss_curves(torch_rule(optimizer, options), problem, steps, num_functions, seed, torch.device(device))
+    return loss_curves(torch_rule(optimizer, options), problem, steps, num_functions, seed, torch.device(device), watch)
 
 
 def check_baseline(optimizer, options, names=("optimizer", "options")):
@@ -116,8 +121,8 @@ def torch_rule(optimizer, options):
     return begin
 
 
-def loss_curves(rule, problem, steps, num_functions, seed, device):
-    """Curves (num_functions, steps) of a rule, begun anew for each meta-batch."""
+def loss_curves(rule, problem, steps, num_functions, seed, device, watch=None):
+    """Curves (num_functions, steps) of a rule, begun anew for each meta-batch; `watch` as in `evaluate`."""
     check_count(steps=steps, num_functions=num_functions)
     check_count(least=0, seed=seed)
     problem, generator, curves = on_device(problem, device), torch.Generator().manual_seed(seed), []
@@ -129,6 +134,8 @@ def loss_curves(rule, problem, steps, num_functions, seed, device):
         theta = coordinates.join(batch.params).detach().clone()
         advance, losses = rule(theta, coordinates), []
         for step in range(steps):
+            if watch is not None:
+                watch(step, coordinates.split(theta.detach()))
             values, gradient = coordinates.losses_and_gradient(batch.loss, theta, step)
             losses.append(values)
             if step + 1 < steps:
@@ -145,9 +152,9 @@ class TunedBaseline:
     options: dict  # `lr` included: what `evaluate_baseline` takes
     final_losses: dict  # learning rate -> mean final loss (infinite if a function diverged), the whole search
 
-    def evaluate(self, problem, steps=100, num_functions=100, seed=1, device="cpu"):
+    def evaluate(self, problem, steps=100, num_functions=100, seed=1, device="cpu", watch=None):
         """`evaluate_baseline` with these options."""
-        return evaluate_baseline(self.optimizer, self.options, problem, steps, num_functions, seed, device)
+        return evaluate_baseline(self.optimizer, self.options, problem, steps, num_functions, seed, device, watch)
 
 
 def tune_baseline(optimizer, problem, lrs=None, steps=100, num_functions=32, seed=0, *, options=None, device="cpu"):
@@ -210,7 +217,7 @@ def tune_baselines(problem, steps=100, num_functions=32, seed=0, *, baselines=BA
     return tuned
 
 
-def compare(nets, tuned, problem, steps=100, num_functions=100, seed=1, device=None, progress=True):
+def compare(nets, tuned, problem, steps=100, num_functions=100, seed=1, device=None, progress=True, watch=None):
     """Loss curves of learned optimizers and tuned baselines, all on the same functions and minibatches.
 
     Args:
@@ -219,6 +226,7 @@ def compare(nets, tuned, problem, steps=100, num_functions=100, seed=1, device=N
         problem, steps, num_functions, seed: see `evaluate`.
         device: default where each network is; the baselines run where the first network does.
         progress: show a bar.
+        watch: called as watch(name, step, params), see `evaluate`; `AccuracyCurves` is one.
 
     Returns:
         dict from name to losses (num_functions, steps), on the CPU.
@@ -226,12 +234,61 @@ def compare(nets, tuned, problem, steps=100, num_functions=100, seed=1, device=N
     curves = {}
     for name in (bar := tqdm([*nets, *tuned], desc="comparing", disable=not progress)):
         bar.set_postfix_str(name)
+        own = watch and functools.partial(watch, name)
         if name in nets:
-            curves[name] = evaluate(nets[name], problem, steps, num_functions, seed, device)
+            curves[name] = evaluate(nets[name], problem, steps, num_functions, seed, device, own)
         else:
             where = device_of(next(iter(nets.values())), device) if nets else device or "cpu"
-            curves[name] = tuned[name].evaluate(problem, steps, num_functions, seed, where)
+            curves[name] = tuned[name].evaluate(problem, steps, num_functions, seed, where, own)
     return curves
+
+
+class AccuracyCurves:
+    """What `compare` watches with: the accuracy on test images along the way, every so many steps.
+
+    `steps` lists when it was measured; `curves` is a dict from name to accuracies (num_functions, len(steps)), on the
+    CPU and in [0, 1].
+
+    Args:
+        problem: whose functions run, with `test_accuracy(params, images)`, such as `CIFAR10Net`.
+        every: steps from one measurement to the next, the first at step 0; positive.
+        images: how many test images; default all.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
+    Example:
+        >>> from cifar_data import generated_images; from optimizees import CIFAR10Net
+        >>> problem = CIFAR10Net(batch_size=8, channels=(4,), root=generated_images(100, 20, side=8))
+        >>> watch = AccuracyCurves(problem, every=2)
+        >>> tuned = {"SGD": TunedBaseline(torch.optim.SGD, {"lr": 0.1}, {})}
+        >>> losses = compare({}, tuned, problem, steps=5, num_functions=3, progress=False, watch=watch)
+        >>> watch.steps, watch.curves["SGD"].shape
+        ([0, 2, 4], torch.Size([3, 3]))
+    """
+
+    def __init__(self, problem, every=100, images=None):
+        if not callable(getattr(problem, "test_accuracy", None)):
+            raise TypeError(f"problem must have test_accuracy(params, images), got {type(problem).__name__}")
+        check_count(every=every)
+        if images is not None:
+            check_count(least=2, images=images)
+        self.problem, self.every, self.images, self.measured = problem, every, images, {}
+
+    def __call__(self, name, step, params):
+        if step % self.every == 0:
+            problem = on_device(self.problem, next(iter(params.values())).device)
+            accuracies = problem.test_accuracy(params, self.images).cpu()
+            self.measured.setdefault(name, {}).setdefault(step, []).append(accuracies)
+
+    @property
+    def steps(self):
+        return sorted({step for groups in self.measured.values() for step in groups})
+
+    @property
+    def curves(self):
+        return {name: torch.stack([torch.cat(groups) for groups in by_step.values()], 1)
+                for name, by_step in self.measured.items()}
 
 
 def device_of(net, device):

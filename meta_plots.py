@@ -14,15 +14,18 @@ COLORS = {"SGD": "tab:gray", "SGD + momentum": "tab:green", "NAG": "tab:blue", "
           "RMSprop": "tab:purple"}
 
 
-def plot_curves(curves, title, ax=None, marks=()):
+def plot_curves(curves, title, ax=None, marks=(), steps=None, quantity="loss", log=True):
     """Mean loss against the step, log scale, with the 95 % confidence band of the mean.
 
     Args:
-        curves: dict from name to losses (functions, steps), as `evaluate` returns them; the learned ones are drawn
-            thick.
+        curves: dict from name to losses (functions, steps), as `evaluate` returns them, or to anything else that was
+            measured along the way; the learned ones are drawn thick.
         title: says the problem and at what scale it was run.
         ax: axes to draw on; default a new figure.
         marks: (step, text) pairs, drawn as dotted vertical lines.
+        steps: the step of each column; default 0, 1, 2, ….
+        quantity: what the columns are, for the axis. Default "loss".
+        log: draw it on a log scale. Default True.
 
     Returns:
         The axes.
@@ -31,15 +34,18 @@ def plot_curves(curves, title, ax=None, marks=()):
     learned = iter(("black", "tab:red", "tab:brown"))
     for name, losses in curves.items():
         mean, error = mean_and_error(losses.double())
+        places = range(len(mean)) if steps is None else steps
         color = COLORS.get(name) or next(learned, None)
-        (line,) = ax.plot(mean, label=name, color=color, linewidth=1.2 if name in COLORS else 2.4)
-        lower = (mean - 1.96 * error).clamp(min=mean.min() / 10)  # a log axis has no room below 0
-        ax.fill_between(range(len(mean)), lower, mean + 1.96 * error, color=line.get_color(), alpha=0.15, linewidth=0)
+        (line,) = ax.plot(places, mean, label=name, color=color, linewidth=1.2 if name in COLORS else 2.4)
+        lower = mean - 1.96 * error
+        lower = lower.clamp(min=mean.min() / 10) if log else lower  # a log axis has no room below 0
+        ax.fill_between(places, lower, mean + 1.96 * error, color=line.get_color(), alpha=0.15, linewidth=0)
     for step, text in marks:
         ax.axvline(step, color="gray", linestyle=":", linewidth=1)
         ax.annotate(text, (step, 0.02), xycoords=("data", "axes fraction"), fontsize=8, ha="left", va="bottom",
                     xytext=(3, 0), textcoords="offset points")
-    ax.set(yscale="log", xlabel="step", ylabel="loss (mean over functions, 95 % band)", title=title)
+    ax.set(yscale="log" if log else "linear", xlabel="step", ylabel=f"{quantity} (mean over functions, 95 % band)",
+           title=title)
     ax.legend(fontsize=9)
     ax.grid(alpha=0.3, which="both")
     return ax

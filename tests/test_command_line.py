@@ -20,6 +20,7 @@ from optimizers import CoordinatewiseLSTM, load_optimizer, save_optimizer, start
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--dim", "2", "--units", "3", "--layers", "1", "--steps", "20", "--unroll", "5", "--meta-batch", "4",
          "--iterations", "12", "--validation-functions", "3", "--device", "cpu", "--quiet"]
+CIFAR = ["--problem", "cifar10", "--channels", "2", "--fc-size", "3", "--batch-size", "6", "--device", "cpu", "--quiet"]
 RACE = ["--dim", "2", "--steps", "10", "--functions", "4", "--device", "cpu"]
 
 
@@ -81,6 +82,33 @@ def test_starting_as_nag_with_the_true_meta_gradient(tiny_mnist):
     assert torch.allclose(load_optimizer("net.safetensors").output.weight, started.output.weight, atol=1e-4)
 
 
+def test_cifar10_with_an_optimizer_for_each_kind(small_cifar, capsys):
+    cifar, short = [*CIFAR, "--data", str(small_cifar)], ["--steps", "4", "--functions", "2", "--seed", "3"]
+    assert main(["train", *cifar, "--output", "sub.safetensors", "--per-kind", "--odd", "--start-as-nag", "0.5",
+                 "--held-out", "0", "1", "7", "--steps", "4", "--unroll", "2", "--iterations", "2", "--lr", "1e-6",
+                 "--validation-functions", "1"]) == 0
+    trained = load_optimizer("sub.safetensors")
+    assert list(trained.networks) == ["conv", "fc"] and all(net.odd for net in trained.networks.values())
+    weights = [net.output.weight for net in trained.networks.values()]
+    started = start_as_momentum(CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.01, odd=True), 0.5)
+    assert all(torch.allclose(weight, started.output.weight, atol=1e-4) for weight in weights)
+    assert not torch.equal(*weights)
+
+    assert main(["evaluate", "sub.safetensors", *cifar, *short, "--classes", "7", "0", "--table", "one.md"]) == 0
+    assert "labels 7 0, 2 channels and 3 units, 2 functions, seed 3" in capsys.readouterr().out
+    assert main(["compare", "sub.safetensors", *cifar, *short, "--held-out", "2", "3", "4", "5", "6", "8", "9", "1",
+                 "--baselines", "NAG", "--tuning-functions", "1", "--table", "both.md"]) == 0
+    assert "labels 0 7, 2 channels" in capsys.readouterr().out
+    assert [row.split("|")[1].strip() for row in Path("both.md").read_text().splitlines()[4:]] == ["sub", "NAG"]
+
+
+def test_cifar10_with_one_optimizer_for_all(small_cifar):
+    cifar = [*CIFAR, "--data", str(small_cifar), "--steps", "2", "--unroll", "2", "--iterations", "1",
+             "--validation-functions", "1"]
+    assert main(["train", *cifar, "--output", "net.safetensors"]) == 0
+    assert load_optimizer("net.safetensors").config["preprocess"] == "log_sign"
+
+
 def test_rnnprop_with_random_scaling():
     assert main(["train", "--output", "net.safetensors", *SMALL, "--network", "rnnprop", "--random-scaling", "2"]) == 0
     assert load_optimizer("net.safetensors").config["hidden_size"] == 3
@@ -136,6 +164,12 @@ def test_results_are_not_replaced_silently(capsys):
     (["train", "--output", "x.safetensors", *SMALL, "--teacher", "nobody", "--imitation", "1"], "no file 'nobody'"),
     (["train", "--output", "x.safetensors", *SMALL, "--imitation", "1"], "imitation needs a teacher"),
     (["train", "--output", "x.safetensors", *SMALL, "--random-scaling", "-1"], "radius must be a number"),
+    (["train", "--output", "x.safetensors", *SMALL, "--per-kind"], "--per-kind is for --problem cifar10"),
+    (["evaluate", "mnist", *RACE, "--fc-size", "0"], "--fc-size is for --problem cifar10, got --problem quadratics"),
+    (["evaluate", "mnist", *RACE, "--problem", "mnist", "--classes", "1", "2"], "--classes is for --problem cifar10"),
+    (["evaluate", "mnist", *CIFAR, "--classes", "1", "2", "--held-out", "3"], "exclude each other"),
+    (["evaluate", "mnist", *CIFAR, "--held-out", "3", "10"], r"--held-out must be different labels .* got \[3, 10\]"),
+    (["train", "--output", "x.safetensors", *CIFAR, "--per-kind", "--start", "mnist"], "is for a new optimizer"),
     (["evaluate", "nothing", *RACE], "no file 'nothing', and no pretrained optimizer of that name"),
     (["compare", "quadratics", "quadratics", *RACE], "files must have different names"),
 ])
@@ -154,7 +188,7 @@ def test_what_argparse_refuses(capsys):
         with pytest.raises(SystemExit) as left:
             main(arguments)
         assert left.value.code == 0
-    assert "default 64 (quadratics), 1 (mnist)" in " ".join(capsys.readouterr().out.split())
+    assert "default 64 (quadratics), 1 (mnist), 1 (cifar10)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_failed_run_goes_on_and_says_so(monkeypatch, capsys):

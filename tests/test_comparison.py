@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from comparison import BASELINES, compare, evaluate, evaluate_baseline, tune_baseline, tune_baselines
-from optimizees import MNISTNet, Quadratics
+from cifar_data import generated_images
+from comparison import (BASELINES, AccuracyCurves, TunedBaseline, compare, evaluate, evaluate_baseline, tune_baseline,
+                        tune_baselines)
+from optimizees import CIFAR10Net, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM
 
 
@@ -78,3 +80,40 @@ def test_compare_gives_every_curve():
     curves = compare(nets, tuned, Quadratics(), 5, 6, progress=False)
     assert list(curves) == ["LSTM", *BASELINES] and all(losses.shape == (6, 5) for losses in curves.values())
     assert all(torch.equal(losses[:, 0], curves["LSTM"][:, 0]) for losses in curves.values())
+
+
+def test_watching_sees_every_step_of_every_function():
+    seen, net = [], CoordinatewiseLSTM()
+    losses = evaluate(net, Quadratics(dim=3), 4, 40, seed=9,
+                      watch=lambda step, params: seen.append((step, params["theta"].clone())))
+    assert [step for step, _ in seen] == [0, 1, 2, 3] * 2  # 32 functions, then 8
+    assert [len(theta) for _, theta in seen] == [32] * 4 + [8] * 4 and not seen[0][1].requires_grad
+    draw, batches = generator(9), []
+    for number in (32, 8):
+        batches.append(Quadratics(dim=3).sample(number, draw))
+    for place, (step, theta) in enumerate(seen):
+        values = batches[place // 4].loss({"theta": theta}, step)
+        torch.testing.assert_close(values, losses[:32, step] if place < 4 else losses[32:, step])
+
+
+def test_accuracy_along_the_way():
+    problem = CIFAR10Net(batch_size=16, channels=(3,), root=generated_images(100, 40, side=8), split="validation")
+    watch = AccuracyCurves(problem, every=15, images=30)
+    tuned = {name: TunedBaseline(torch.optim.Adam, {"lr": lr}, {}) for name, lr in (("slow", 1e-4), ("Adam", 0.01))}
+    losses = compare({}, tuned, problem, 31, 7, seed=2, progress=False, watch=watch)
+    assert watch.steps == [0, 15, 30] and list(watch.curves) == ["slow", "Adam"]
+    assert all(curves.shape == (7, 3) for curves in watch.curves.values())
+    starts = problem.sample(7, generator(2)).params
+    torch.testing.assert_close(watch.curves["Adam"][:, 0], problem.test_accuracy(starts, 30))
+    assert watch.curves["Adam"][:, 2].mean() > watch.curves["slow"][:, 2].mean() + 0.2
+    unwatched = tuned["Adam"].evaluate(problem, 31, 7, seed=2)
+    assert torch.equal(unwatched, losses["Adam"])  # looking changes nothing
+
+
+@pytest.mark.parametrize("arguments, error", [
+    (dict(problem=Quadratics()), "problem must have test_accuracy"),
+    (dict(every=0), "every must be"), (dict(images=1), "images must be")])
+def test_accuracy_refuses(arguments, error):
+    problem = CIFAR10Net(channels=(2,), root=generated_images(40, 20, side=8))
+    with pytest.raises((TypeError, ValueError), match=error):
+        AccuracyCurves(**{"problem": problem, **arguments})

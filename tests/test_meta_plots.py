@@ -34,6 +34,17 @@ def test_curves_show_means_and_bands(curves):
     plt.close("all")
 
 
+def test_other_quantities_at_some_steps():
+    accuracies = {"LSTM": torch.tensor([[0.0, 0.4, 0.6], [0.1, 0.5, 0.9]])}
+    ax = plot_curves(accuracies, "a title", steps=[0, 50, 100], quantity="accuracy", log=False)
+    (line,) = ax.get_lines()
+    assert list(line.get_xdata()) == [0, 50, 100] and ax.get_yscale() == "linear"
+    assert ax.get_ylabel() == "accuracy (mean over functions, 95 % band)"
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.min() == pytest.approx(0.05 - 1.96 * 0.05, abs=1e-6)  # below 0, and not cut off
+    plt.close("all")
+
+
 def test_table_by_hand():
     losses = torch.tensor([[4.0, 2.0, 1.0], [4.0, 4.0, 3.0]])
     rows = summary_table({"LSTM": losses}, steps=2).splitlines()

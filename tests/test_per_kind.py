@@ -2,11 +2,14 @@
 
 import copy
 import doctest
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
+import optimizers
 import per_kind
 from cifar_data import generated_images
 from meta_gradients import meta_gradient
@@ -220,3 +223,15 @@ def test_bad_input(call, error, message):
 def test_docstring_examples():
     result = doctest.testmod(per_kind)
     assert result.attempted and not result.failed
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar10_sub"])
+def test_shipped_optimizers_lower_the_loss(name):
+    path = Path(optimizers.__file__).with_name("pretrained") / f"{name}.safetensors"
+    with safe_open(path, "pt") as file:
+        assert {"problem", "seed", "command", "result"} < set(file.metadata()) and path.stat().st_size < 100_000
+    net = load_optimizer(name)
+    assert list(net.networks) == ["conv", "fc"] and net.odd
+    images = generated_images(200, 20, side=16)
+    losses = evaluate(net, CIFAR10Net(batch_size=16, channels=(8, 8), root=images), steps=25, num_functions=2)
+    assert losses[:, -5:].mean() < 0.7 * losses[:, 0].mean()
