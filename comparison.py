@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from argument_checks import check_count
 from unrolling import Coordinates, bound
 
-__all__ = ["AccuracyCurves", "BASELINES", "TunedBaseline", "compare", "evaluate", "evaluate_baseline", "tune_baseline",
-           "tune_baselines"]
+__all__ = ["AccuracyCurves", "BASELINES", "TunedBaseline", "compare", "evaluate", "evaluate_baseline", "evaluate_lbfgs",
+           "minimize_lbfgs", "tune_baseline", "tune_baselines"]
 
 FUNCTIONS_AT_ONCE = 32  # functions that evaluation runs as one computation; a seed's functions depend on both bounds
 COORDINATES_AT_ONCE = 1 << 17  # larger states leave the cache and cost a fresh page of memory at every step
@@ -123,13 +123,9 @@ def torch_rule(optimizer, options):
 
 def loss_curves(rule, problem, steps, num_functions, seed, device, watch=None):
     """Curves (num_functions, steps) of a rule, begun anew for each meta-batch; `watch` as in `evaluate`."""
-    check_count(steps=steps, num_functions=num_functions)
-    check_count(least=0, seed=seed)
-    problem, generator, curves = on_device(problem, device), torch.Generator().manual_seed(seed), []
-    size = sum(tensor.numel() for tensor in problem.sample(1, generator=torch.Generator()).params.values())
-    at_once = min(max(COORDINATES_AT_ONCE // size, 1), FUNCTIONS_AT_ONCE)
-    for first in range(0, num_functions, at_once):
-        batch = problem.sample(min(at_once, num_functions - first), generator=generator)
+    check_count(steps=steps)
+    curves = []
+    for batch in drawn(problem, num_functions, seed, device):
         coordinates = Coordinates(batch.params)
         theta = coordinates.join(batch.params).detach().clone()
         advance, losses = rule(theta, coordinates), []
@@ -142,6 +138,88 @@ def loss_curves(rule, problem, steps, num_functions, seed, device, watch=None):
                 advance(gradient)
         curves.append(torch.stack(losses, 1))
     return torch.cat(curves).cpu()
+
+
+def drawn(problem, num_functions, seed, device):
+    """Meta-batches of `num_functions` functions in all: for a seed, the same to every optimizer."""
+    check_count(num_functions=num_functions)
+    check_count(least=0, seed=seed)
+    problem, generator = on_device(problem, device), torch.Generator().manual_seed(seed)
+    size = sum(tensor.numel() for tensor in problem.sample(1, generator=torch.Generator()).params.values())
+    at_once = min(max(COORDINATES_AT_ONCE // size, 1), FUNCTIONS_AT_ONCE)
+    for first in range(0, num_functions, at_once):
+        yield problem.sample(min(at_once, num_functions - first), generator=generator)
+
+
+def evaluate_lbfgs(problem, steps=100, num_functions=100, seed=1, device="cpu", **options):
+    """Loss curves of L-BFGS, each function by itself, on the very functions that `evaluate` uses for that seed.
+
+    Args:
+        problem: distribution of functions that do not change from step to step, with meta-batches that have `part`.
+        steps, num_functions, seed, device: see `evaluate`.
+        options: see `minimize_lbfgs`.
+
+    Returns:
+        (num_functions, steps) on the CPU: losses[:, t] is the lowest loss in t + 1 evaluations of a function and its
+        gradient. One evaluation is what a step costs the other optimizers; those of the line search count.
+
+    Example:
+        >>> from optimizees import Quadratics
+        >>> losses = evaluate_lbfgs(Quadratics(), steps=10, num_functions=4)
+    """
+    batches = drawn(problem, num_functions, seed, torch.device(device))
+    return torch.cat([minimize_lbfgs(batch, steps, **options)[0] for batch in batches]).cpu()
+
+
+def minimize_lbfgs(batch, steps, **options):
+    """L-BFGS with a strong Wolfe line search on each function of a meta-batch, for `steps` evaluations.
+
+    Args:
+        batch: a `MetaBatch` with `part`; its losses are those of step 0.
+        steps: evaluations of each function and its gradient, positive.
+        options: of `torch.optim.LBFGS`, such as {"history_size": 10}.
+
+    Returns:
+        (losses (B, steps), params): the lowest loss so far after each evaluation, and where the lowest was found,
+        a dict of (B, ...). No graph.
+
+    Raises:
+        TypeError: the meta-batch has no `part`.
+
+    Example:
+        >>> from optimizees import Quadratics
+        >>> losses, params = minimize_lbfgs(Quadratics().sample(2), steps=10)
+    """
+    check_count(steps=steps)
+    if not getattr(batch, "part", None):
+        raise TypeError("L-BFGS takes one function after the other: the meta-batch must have part(first, last)")
+    functions, curves, ends = len(next(iter(batch.params.values()))), [], []
+    for function in range(functions):
+        losses, end = minimize_one(batch.part(function, function + 1), steps, options)
+        curves.append(losses)
+        ends.append(end)
+    return torch.stack(curves), {name: torch.cat([end[name] for end in ends]) for name in batch.params}
+
+
+def minimize_one(batch, steps, options):
+    """(losses (steps,), params) of L-BFGS on a meta-batch of one function."""
+    coordinates, losses = Coordinates(batch.params), []
+    theta = torch.nn.Parameter(coordinates.join(batch.params).detach().clone())
+    best, lowest = theta.detach().clone(), math.inf
+
+    def closure():
+        nonlocal best, lowest
+        loss, theta.grad = coordinates.losses_and_gradient(batch.loss, theta, 0)
+        if len(losses) < steps and loss.item() < lowest:
+            best, lowest = theta.detach().clone(), loss.item()
+        losses.append(loss[0])
+        return loss[0]
+
+    optimizer = torch.optim.LBFGS([theta], **{"line_search_fn": "strong_wolfe", "max_iter": steps, "max_eval": steps,
+                                              **options})
+    while len(losses) < steps:  # it may stop early, at its tolerances; then it begins anew where it is
+        optimizer.step(closure)
+    return torch.stack(losses[:steps]).cummin(0).values, coordinates.split(best)
 
 
 @dataclass

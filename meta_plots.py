@@ -11,7 +11,7 @@ __all__ = ["plot_curves", "plot_history", "plot_tuning", "plot_updates", "summar
 
 # one colour for each optimizer, the same in every figure; black and thick for ours
 COLORS = {"SGD": "tab:gray", "SGD + momentum": "tab:green", "NAG": "tab:blue", "Adam": "tab:orange",
-          "RMSprop": "tab:purple"}
+          "RMSprop": "tab:purple", "L-BFGS": "tab:cyan"}
 
 
 def plot_curves(curves, title, ax=None, marks=(), steps=None, quantity="loss", log=True):

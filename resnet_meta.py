@@ -47,7 +47,7 @@ def _build(name: str, weights, progress: bool, pretrained: bool | None, kwargs: 
         classes = len(weights.meta["categories"])
         if kwargs.setdefault("num_classes", classes) != classes:
             raise ValueError(f"num_classes is {kwargs['num_classes']}; {weights} has {classes}, load it and replace fc")
-        state = _checkpoint(weights, progress)
+        state = load_checkpoint(weights, progress)
     model = to_meta(get_model_builder(name)(weights=None, **kwargs), inplace=True)
     model.__class__ = ResNet  # the class to_meta makes on the spot, by a name that can be imported and subclassed
     if state is not None:
@@ -87,7 +87,7 @@ def _path_of(weights: WeightsEnum) -> str:
     return os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
 
 
-def _checkpoint(weights: WeightsEnum, progress: bool) -> dict[str, torch.Tensor]:
+def load_checkpoint(weights: WeightsEnum, progress: bool) -> dict[str, torch.Tensor]:
     """The checkpoint in torch's hub cache, downloaded into it if it is not there."""
     path = _path_of(weights)
     cached = os.path.exists(path)

@@ -7,6 +7,7 @@ on files that they write themselves, and never on the network.
 import gzip
 import pickle
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -119,3 +120,31 @@ def write_cifar10_pickles(root, count=10):
 def small_cifar(tmp_path):
     """A data root with 60 training and 20 test images of 8×8 pixels."""
     return write_cifar10(tmp_path / "cifar")
+
+
+def write_art(root, form="folder", side=20, counts=(("train", 6), ("validation", 3), ("test", 4), ("test_32", 2))):
+    """Small images for Neural Art (PNG, so that they are exact) under root, or in tar archives of them."""
+    random = np.random.default_rng(0)
+    for folder, count in (*counts, ("style", 2)):
+        size = 32 if folder.endswith("32") else side
+        place = root / "neural_art" / folder
+        place.mkdir(parents=True)
+        for name in ("starry_night", "candy") if folder == "style" else map(str, range(count)):
+            pixels = random.integers(0, 256, (size, size, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(place / f"{name}.png")
+    if form == "tar":
+        with tarfile.open(root / "neural_art" / "style.tar", "w") as file:
+            for path in sorted((root / "neural_art" / "style").iterdir()):
+                file.add(path, path.name)
+        with tarfile.open(root / "neural_art" / "content.tar", "w") as file:
+            for folder, _ in counts:
+                file.add(root / "neural_art" / folder, folder)
+        for folder in ("style", *(folder for folder, _ in counts)):
+            shutil.rmtree(root / "neural_art" / folder)
+    return root
+
+
+@pytest.fixture
+def small_art(tmp_path):
+    """A data root with 6, 3 and 4 images of 20×20 pixels, two of 32×32, and two styles."""
+    return write_art(tmp_path / "art")

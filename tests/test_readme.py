@@ -1,11 +1,13 @@
 """What the README promises: its snippets run, its modules import where it says they do."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_art
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -17,14 +19,16 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 def test_snippets_run(number, tmp_path, monkeypatch):
     """Each block on its own, as pasted into a fresh session."""
     monkeypatch.chdir(tmp_path)
+    if not os.environ.get("L2O_DATA"):
+        monkeypatch.setenv("L2O_DATA", str(write_art(tmp_path / "images", side=32)))
     exec(compile(SNIPPETS[number], f"snippet {number} of README.md", "exec"), {"__name__": "__main__"})
 
 
 def test_snippets_show_the_public_face():
     text = "".join(SNIPPETS)
-    assert len(SNIPPETS) == 8
+    assert len(SNIPPETS) == 9
     words = ("to_meta", "update_params", "resnet18", "functional_call", "meta_train", "LearnedOptimizer",
-             "PerKind", "CIFAR10Net")
+             "PerKind", "CIFAR10Net", "NeuralArt", "evaluate_lbfgs")
     assert all(word in text for word in words)
 
 
