@@ -95,11 +95,12 @@ def learned_rule(net):
     def begin(theta, coordinates=None):
         own = net if coordinates is None else bound(net, coordinates)
         state = own.init_state(theta.numel())
+        options = {"inplace": True} if "inplace" in inspect.signature(own.forward).parameters else {}
 
         @torch.no_grad()
         def advance(gradient):
             nonlocal state
-            update, state = own(gradient, state)
+            update, state = own(gradient, state, **options)
             theta.add_(update)
 
         return advance
