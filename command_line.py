@@ -24,8 +24,8 @@ from torch import distributed
 from argument_checks import NonFiniteError
 from meta_training import BASELINES, compare, evaluate, meta_train, tune_baselines
 from optimizees import ACTIVATIONS, CIFAR10Net, Mirrored, MNISTNet, Quadratics, RandomScaling
-from optimizers import (CoordinatewiseLSTM, LSTMWithGAC, NTMBFGS, PerKind, RNNProp, load_optimizer, save_optimizer,
-                        start_as_momentum)
+from optimizers import (CoordinatewiseLSTM, LSTMWithGAC, NTMBFGS, NormalizedLSTM, PerKind, RNNProp, load_optimizer,
+                        save_optimizer, start_as_adam, start_as_momentum)
 from whole_files import write_whole
 
 __all__ = ["main"]
@@ -53,7 +53,7 @@ def main(arguments=None):
         if getattr(options, name, value) is None:
             setattr(options, name, value)
     try:
-        refuse_options_of_cifar10(options)
+        refuse_options_of_others(options)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and options.run is not run_train:
             raise ValueError("only train runs in several processes")
         status = options.run(options)
@@ -179,7 +179,8 @@ def make_problem(options, split, device):
     if options.problem == "cifar10":
         return CIFAR10Net(options.batch_size, split, chosen_labels(options), options.channels, options.fc_size,
                           options.data, device=device)
-    return MNISTNet(options.hidden, options.activation, options.batch_size, split, options.data, device=device)
+    return MNISTNet(options.hidden, options.activation, options.batch_size, split, options.data,
+                    side=getattr(options, "side", None), device=device)
 
 
 def chosen_labels(options):
@@ -193,8 +194,10 @@ def chosen_labels(options):
     return tuple(label for label in range(10) if label not in options.held_out)
 
 
-def refuse_options_of_cifar10(options):
-    """Raise where an option was given that only CIFAR-10 has."""
+def refuse_options_of_others(options):
+    """Raise where an option was given that only another problem has."""
+    if getattr(options, "side", None) is not None and options.problem != "mnist":
+        raise ValueError(f"--side is for --problem mnist, got --problem {options.problem}")
     given = [name for name in ("classes", "held_out", "channels", "fc_size") if getattr(options, name) is not None]
     if getattr(options, "per_kind", False):
         given.append("per_kind")
@@ -214,11 +217,15 @@ def make_net(options):
 
 def make_one_net(options):
     preprocess = None if options.preprocess == "none" else options.preprocess
+    for name, network in (("start_as_nag", "lstm"), ("start_as_adam", "normalized"), ("fade", "normalized")):
+        if getattr(options, name) is not None and options.network != network:
+            raise ValueError(f"--{name.replace('_', '-')} is for --network {network}, got --network {options.network}")
     if options.network == "rnnprop":
         return RNNProp(options.units, options.layers)
+    if options.network == "normalized":
+        net = NormalizedLSTM(options.units, options.layers, fade=options.fade or 300.0)
+        return net if options.start_as_adam is None else start_as_adam(net, options.start_as_adam)
     if options.network in SHARING:
-        if options.start_as_nag is not None:
-            raise ValueError(f"--start-as-nag is for --network lstm, got --network {options.network}")
         return SHARING[options.network](options.units, options.layers, options.shared, preprocess,
                                         output_scale=options.output_scale, odd=options.odd)
     net = CoordinatewiseLSTM(options.units, options.layers, preprocess, output_scale=options.output_scale,
@@ -356,9 +363,13 @@ def add_training(command):
 
     add = command.add_argument_group("the learned optimizer").add_argument
     add("--start", metavar="FILE", help="refine this optimizer (a file or a name in pretrained/) instead of a new one")
-    add("--network", choices=("lstm", "gac", "ntm", "rnnprop"), default="lstm",
+    add("--network", choices=("lstm", "gac", "ntm", "rnnprop", "normalized"), default="lstm",
         help="lstm: Andrychowicz et al. 2016; gac, ntm: LSTM+GAC and NTM-BFGS from there, whose coordinates share "
-             "information; rnnprop: Lv et al. 2017, which reads what Adam would do; default lstm")
+             "information; rnnprop: Lv et al. 2017, which reads what Adam would do; normalized: the same over several "
+             "horizons, and the time; default lstm")
+    add("--start-as-adam", metavar="LR", type=float,
+        help="normalized: weights that make the steps of Adam with this learning rate, which fades")
+    add("--fade", metavar="N", type=float, help="normalized: steps after which that is half of what it was; default 300")
     add("--start-as-nag", metavar="LR", type=float,
         help="lstm with log_sign: weights that make the steps of Nesterov momentum with this learning rate")
     add("--sign-lr", metavar="X", type=float, default=0.0,
@@ -405,6 +416,7 @@ def add_training(command):
         help="with --second-order: keep adjoints within X times what they are without it, so that none explode")
     add("--averaging", metavar="X", type=float, default=0.0,
         help="keep a running average of the weights, with this share of itself in each step; default 0: none")
+    add("--side", metavar="N", type=int, help="mnist: train on images averaged down to N × N pixels, such as 14")
     add("--random-scaling", metavar="RADIUS", type=float,
         help="train in other coordinates, each scaled by e^u, u uniform on ±RADIUS")
     add("--random-signs", action="store_true", help="and each with a random sign")

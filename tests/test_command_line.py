@@ -15,7 +15,8 @@ import torch
 
 import command_line
 from command_line import main
-from optimizers import CoordinatewiseLSTM, load_optimizer, save_optimizer, start_as_momentum
+from optimizers import (CoordinatewiseLSTM, NormalizedLSTM, load_optimizer, save_optimizer, start_as_adam,
+                        start_as_momentum)
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--dim", "2", "--units", "3", "--layers", "1", "--steps", "20", "--unroll", "5", "--meta-batch", "4",
@@ -80,6 +81,16 @@ def test_starting_as_nag_with_the_true_meta_gradient(tiny_mnist):
     started = start_as_momentum(CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1), 0.5, sign_lr=0.1,
                                 sign_fade=12)
     assert torch.allclose(load_optimizer("net.safetensors").output.weight, started.output.weight, atol=1e-4)
+
+
+def test_starting_as_adam_on_small_images(small_mnist):
+    assert main(["train", "--problem", "mnist", "--data", str(small_mnist), "--hidden", "3", "--batch-size", "8",
+                 "--side", "14", "--network", "normalized", "--layers", "1", "--start-as-adam", "0.02", "--fade", "50",
+                 "--output", "net.safetensors", "--unroll", "5", "--steps", "10", "--iterations", "2", "--lr", "1e-6",
+                 "--quiet", "--device", "cpu"]) == 0
+    loaded, started = load_optimizer("net.safetensors"), start_as_adam(NormalizedLSTM(fade=50.0), 0.02)
+    assert loaded.config == started.config
+    assert torch.allclose(loaded.output.weight, started.output.weight, atol=1e-4)
 
 
 def test_cifar10_with_an_optimizer_for_each_kind(small_cifar, capsys):
@@ -164,6 +175,9 @@ def test_results_are_not_replaced_silently(capsys):
     (["train", "--output", "x.safetensors", *SMALL, "--teacher", "nobody", "--imitation", "1"], "no file 'nobody'"),
     (["train", "--output", "x.safetensors", *SMALL, "--imitation", "1"], "imitation needs a teacher"),
     (["train", "--output", "x.safetensors", *SMALL, "--random-scaling", "-1"], "radius must be a number"),
+    (["train", "--output", "x.safetensors", *SMALL, "--side", "14"], "--side is for --problem mnist"),
+    (["train", "--output", "x.safetensors", *SMALL, "--start-as-adam", "1"], "--start-as-adam is for --network norm"),
+    (["train", "--output", "x.safetensors", *SMALL, "--fade", "1"], "--fade is for --network normalized"),
     (["train", "--output", "x.safetensors", *SMALL, "--per-kind"], "--per-kind is for --problem cifar10"),
     (["evaluate", "mnist", *RACE, "--fc-size", "0"], "--fc-size is for --problem cifar10, got --problem quadratics"),
     (["evaluate", "mnist", *RACE, "--problem", "mnist", "--classes", "1", "2"], "--classes is for --problem cifar10"),
