@@ -91,6 +91,9 @@ def run_train(options):
     device = join_processes(options.device)
     torch.manual_seed(options.seed)
     net, problem = make_net(options), make_problem(options, "train", device)
+    begun = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    if not 0 <= options.keep_of_start < 1:
+        raise ValueError(f"--keep-of-start must be in [0, 1), got {options.keep_of_start}")
     if options.random_scaling is not None or options.random_signs:
         problem = RandomScaling(problem, options.random_scaling or 0.0, options.random_signs)
     if options.mirrored:
@@ -112,6 +115,10 @@ def run_train(options):
                 scalars.close()
     if not first:
         return 130 if history.interrupted else 0
+    if options.keep_of_start:
+        trained = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
+        net.load_state_dict({name: torch.lerp(tensor, begun[name], options.keep_of_start) for name, tensor in trained.items()})
+        settings |= dict(keep_of_start=options.keep_of_start)
     if options.teacher:
         settings |= dict(teacher=options.teacher, teacher_lr=options.teacher_lr)
     save_optimizer(net, options.output, problem=problem.name, seed=options.seed, iteration=history.best_iteration,
@@ -367,6 +374,10 @@ def add_training(command):
         help="lstm: Andrychowicz et al. 2016; gac, ntm: LSTM+GAC and NTM-BFGS from there, whose coordinates share "
              "information; rnnprop: Lv et al. 2017, which reads what Adam would do; normalized: the same over several "
              "horizons, and the time; default lstm")
+    add("--keep-of-start", metavar="SHARE", type=float, default=0.0,
+        help="write weights this far back from the trained ones to those training began with, which often hold better on "
+             "other problems (Wortsman et al. 2022, arXiv 2109.01903); the validation score is of the trained ones; "
+             "default 0")
     add("--start-as-adam", metavar="LR", type=float,
         help="normalized: weights that make the steps of Adam with this learning rate, which fades")
     add("--fade", metavar="N", type=float, help="normalized: steps after which that is half of what it was; default 300")

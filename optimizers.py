@@ -21,7 +21,6 @@ from safetensors.torch import save
 from torch import nn
 
 import lstm_blocks
-import lstm_triton
 from argument_checks import NonFiniteError, check_count, check_finite, check_positive_number
 from learned_optimizer import LearnedOptimizer
 from odd_weights import odd_part
@@ -218,7 +217,7 @@ class LSTMOptimizer(nn.Module):
         kernels, packed = self._packed_kernels()
         own = {name: parameter for name, parameter in self.named_parameters()  # those of `embed`
                if parameter.requires_grad and not name.startswith(("lstm.", "output."))}
-        if kernels is lstm_blocks and grads.device.type != "cpu" or kernels is lstm_triton and (own or self.squash):
+        if kernels is lstm_blocks and grads.device.type != "cpu" or is_triton(kernels) and (own or self.squash):
             return self._replay_with_graph(grads, state, adjoint)
         pieces = []
 
@@ -320,7 +319,7 @@ class CoordinatewiseLSTM(LSTMOptimizer):
 
     def _step(self, grad, hidden, cell, memory, inplace):
         kernels, packed = self._packed_kernels()
-        if self.preprocess is None or kernels is not lstm_triton:
+        if self.preprocess is None or not is_triton(kernels):
             return super()._step(grad, hidden, cell, memory, inplace)
         return *kernels.step_blocks(packed, lambda a, b: grad[None, a:b], hidden, cell, inplace, self.p), memory
 
@@ -606,11 +605,15 @@ def kernels_for(weight):
     wanted = os.environ.get("L2O_KERNELS", "auto")
     if wanted not in ("auto", "numba", "torch", "triton"):
         raise ValueError(f'L2O_KERNELS must be "auto", "numba", "torch" or "triton", got {wanted!r}')
-    if wanted == "triton" and lstm_triton.supports(weight):
-        return lstm_triton
+    if wanted == "triton" and import_module("lstm_triton").supports(weight):
+        return import_module("lstm_triton")
     if wanted == "torch" or weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return lstm_blocks
     return compiled_kernels() if wanted == "numba" or has_numba() else lstm_blocks
+
+
+def is_triton(kernels):
+    return kernels.__name__ == "lstm_triton"
 
 
 @functools.cache

@@ -93,6 +93,18 @@ def test_starting_as_adam_on_small_images(small_mnist):
     assert torch.allclose(loaded.output.weight, started.output.weight, atol=1e-4)
 
 
+def test_part_of_the_start_is_kept():
+    start_as_adam(net := NormalizedLSTM(num_layers=1), 0.02)
+    save_optimizer(net, "start.safetensors")
+    for share in ("0", "0.25"):
+        assert main(["train", *SMALL, "--start", "start.safetensors", "--keep-of-start", share, "--output",
+                     f"{share}.safetensors"]) == 0
+    whole, part = weights("0.safetensors"), weights("0.25.safetensors")
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(part[name], 0.75 * whole[name] + 0.25 * tensor)
+    assert not same(whole, net.state_dict())
+
+
 def test_cifar10_with_an_optimizer_for_each_kind(small_cifar, capsys):
     cifar, short = [*CIFAR, "--data", str(small_cifar)], ["--steps", "4", "--functions", "2", "--seed", "3"]
     assert main(["train", *cifar, "--output", "sub.safetensors", "--per-kind", "--odd", "--start-as-nag", "0.5",
@@ -175,6 +187,7 @@ def test_results_are_not_replaced_silently(capsys):
     (["train", "--output", "x.safetensors", *SMALL, "--teacher", "nobody", "--imitation", "1"], "no file 'nobody'"),
     (["train", "--output", "x.safetensors", *SMALL, "--imitation", "1"], "imitation needs a teacher"),
     (["train", "--output", "x.safetensors", *SMALL, "--random-scaling", "-1"], "radius must be a number"),
+    (["train", "--output", "x.safetensors", *SMALL, "--keep-of-start", "1"], r"--keep-of-start must be in \[0, 1\)"),
     (["train", "--output", "x.safetensors", *SMALL, "--side", "14"], "--side is for --problem mnist"),
     (["train", "--output", "x.safetensors", *SMALL, "--start-as-adam", "1"], "--start-as-adam is for --network norm"),
     (["train", "--output", "x.safetensors", *SMALL, "--fade", "1"], "--fade is for --network normalized"),
