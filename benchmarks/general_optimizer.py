@@ -90,13 +90,13 @@ def compare_models(title, net, make_model, draw, steps, seeds):
         print(f"| {name} | " + " | ".join(parts) + f" | {spread(curves[:, -steps // 10:].mean(1))} |", flush=True)
 
 
-def compare_on_mnist(title, net, activation, steps, functions, marks):
+def compare_on_mnist(title, net, activation, steps, functions, tuning_functions, marks):
     """The library's own comparison: mean loss of the ten steps up to each mark, and the sum over the first 100."""
     from meta_training import compare, tune_baselines
     from optimizees import MNISTNet
 
-    tuned = tune_baselines(MNISTNet(activation=activation, split="validation"), steps, max(functions // 4, 2), seed=1,
-                           progress=False)
+    tuned = tune_baselines(MNISTNet(activation=activation, split="validation"), steps, tuning_functions,
+                           seed=1, progress=False)
     curves = compare({"learned": net}, tuned, MNISTNet(activation=activation, split="test"), steps, functions, 7,
                      progress=False)
     print(f"\n{title}, {functions} functions\n\n| optimizer | sum over 100 | " + " | ".join(
@@ -127,7 +127,8 @@ def main():
     parts = ("relu", "horizon", "far", "cnn", "transformer")
     parser.add_argument("--net", default="general", help="a file or a name in pretrained/ (default general)")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to run (default all)")
-    parser.add_argument("--functions", type=int, default=16, help="MNIST functions (default 16)")
+    parser.add_argument("--functions", type=int, default=100, help="MNIST functions (default 100)")
+    parser.add_argument("--tuning-functions", type=int, default=4, help="and to tune baselines on (default 4)")
     parser.add_argument("--steps", type=int, default=1000, help="of the horizon, cnn and transformer (default 1000)")
     parser.add_argument("--seeds", type=int, default=3, help="of cnn and transformer (default 3)")
     arguments = parser.parse_args()
@@ -135,9 +136,9 @@ def main():
     from optimizers import load_optimizer
 
     torch.set_num_threads(1)
-    net, steps, seeds = load_optimizer(arguments.net), arguments.steps, range(arguments.seeds)
+    net, steps, functions, seeds = load_optimizer(arguments.net), arguments.steps, arguments.functions, range(arguments.seeds)
     if "relu" in arguments.parts:
-        compare_on_mnist("MNIST, 20 ReLU units", net, "relu", 101, arguments.functions, (100,))
+        compare_on_mnist("MNIST, 20 ReLU units", net, "relu", 101, functions, arguments.tuning_functions, (100,))
     if "transformer" in arguments.parts:
         compare_models("A small transformer on sequences", net, Transformer, sequences, steps, seeds)
     if "cnn" in arguments.parts:
@@ -145,7 +146,8 @@ def main():
         draw = image_batches(data.train_images, data.train_labels)
         compare_models(f"A small convolutional network, {data.name}", net, convolutional_network, draw, steps, seeds)
     if "horizon" in arguments.parts:
-        compare_on_mnist("MNIST, base network", net, "sigmoid", steps + 1, arguments.functions, (100, steps))
+        compare_on_mnist("MNIST, base network", net, "sigmoid", steps + 1, functions, arguments.tuning_functions,
+                         (100, steps))
     if "far" in arguments.parts:
         go_on(net, 10 * steps, 2)
 
