@@ -114,7 +114,7 @@ def plot_sizes(finals, title, axes=None):
                title=f"{depth} hidden layer{'s' if depth > 1 else ''}")
         ax.grid(alpha=0.3, which="both")
     axes[0].set(ylabel="final loss (mean over functions, 95 % interval)")
-    axes[-1].legend(fontsize=9)
+    axes[0].legend(fontsize=9)  # small networks leave room above
     return list(axes)
 
 

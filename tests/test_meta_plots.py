@@ -63,7 +63,7 @@ def test_sizes_show_means_and_intervals(finals):
     one, two = plot_sizes(finals, "a title")
     assert one.figure.get_suptitle() == "a title" and one.get_yscale() == "log"
     assert (one.get_title(), two.get_title()) == ("1 hidden layer", "2 hidden layers")
-    assert [text.get_text() for text in two.get_legend().get_texts()] == ["LSTM", "Adam"]
+    assert [text.get_text() for text in one.get_legend().get_texts()] == ["LSTM", "Adam"]
     for ax, depth, units in ((one, 1, [5, 20]), (two, 2, [5, 10, 20])):
         for bars, name in zip(ax.containers, ("LSTM", "Adam")):
             line, _, (intervals,) = bars
