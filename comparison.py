@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from argument_checks import check_count
 from unrolling import Coordinates, bound
 
-__all__ = ["AccuracyCurves", "BASELINES", "TunedBaseline", "compare", "evaluate", "evaluate_baseline", "evaluate_lbfgs",
-           "minimize_lbfgs", "tune_baseline", "tune_baselines"]
+__all__ = ["AccuracyCurves", "BASELINES", "TunedBaseline", "compare", "compare_final", "evaluate", "evaluate_baseline",
+           "evaluate_lbfgs", "minimize_lbfgs", "tune_baseline", "tune_baselines"]
 
 FUNCTIONS_AT_ONCE = 32  # functions that evaluation runs as one computation; a seed's functions depend on both bounds
 COORDINATES_AT_ONCE = 1 << 17  # larger states leave the cache and cost a fresh page of memory at every step
@@ -236,8 +236,9 @@ class TunedBaseline:
         return evaluate_baseline(self.optimizer, self.options, problem, steps, num_functions, seed, device, watch)
 
 
-def tune_baseline(optimizer, problem, lrs=None, steps=100, num_functions=32, seed=0, *, options=None, device="cpu"):
-    """Search the learning rate of a hand-designed optimizer: the lowest mean loss at the last step.
+def tune_baseline(optimizer, problem, lrs=None, steps=100, num_functions=32, seed=0, *, options=None, device="cpu",
+                  last=1):
+    """Search the learning rate of a hand-designed optimizer: the lowest mean loss at the last step (or steps).
 
     The grid grows by itself until the best learning rate does not lie at its edge; the gaps on both sides of the best
     are then searched once more at their thirds. Tune on other functions than those reported: another seed, and a
@@ -248,6 +249,8 @@ def tune_baseline(optimizer, problem, lrs=None, steps=100, num_functions=32, see
         problem, steps, num_functions, seed, device: see `evaluate`.
         lrs: at least three positive learning rates; default 10^-4 … 10, two per decade (six around the best).
         options: its other keyword arguments, such as {"momentum": 0.9}; default none.
+        last: how many of the last steps the final loss is the mean of, 1 to `steps`. More of them are less noisy where
+            losses are those of minibatches. Default 1.
 
     Returns:
         `TunedBaseline`.
@@ -263,12 +266,13 @@ def tune_baseline(optimizer, problem, lrs=None, steps=100, num_functions=32, see
     lrs = [10 ** (k / 2) for k in range(-8, 3)] if lrs is None else sorted(float(lr) for lr in lrs)
     if len(lrs) < 3 or not 0 < lrs[0] <= lrs[-1] < math.inf:
         raise ValueError(f"lrs must be at least three positive learning rates, got {lrs}")
+    check_last(last, steps)
     options, final = options or {}, {}
 
     def search(rates):
         for lr in rates:
             losses = evaluate_baseline(optimizer, {**options, "lr": lr}, problem, steps, num_functions, seed, device)
-            loss = losses[:, -1].mean().item()
+            loss = losses[:, -last:].mean().item()
             final[lr] = loss if math.isfinite(loss) else math.inf
         best = min(final, key=final.get)
         if final[best] == math.inf:
@@ -286,14 +290,21 @@ def tune_baseline(optimizer, problem, lrs=None, steps=100, num_functions=32, see
 
 
 def tune_baselines(problem, steps=100, num_functions=32, seed=0, *, baselines=BASELINES, lrs=None, device="cpu",
-                   progress=True):
+                   progress=True, last=1):
     """`tune_baseline` for each of `BASELINES` (or a user's own dict like it). Returns a dict from name to result."""
     tuned = {}
     for name in (bar := tqdm(baselines, desc="tuning", disable=not progress)):
         bar.set_postfix_str(name)
         optimizer, options = baselines[name]
-        tuned[name] = tune_baseline(optimizer, problem, lrs, steps, num_functions, seed, options=options, device=device)
+        tuned[name] = tune_baseline(optimizer, problem, lrs, steps, num_functions, seed, options=options, device=device,
+                                    last=last)
     return tuned
+
+
+def check_last(last, steps):
+    check_count(last=last, steps=steps)
+    if last > steps:
+        raise ValueError(f"last must be at most steps = {steps}, got {last}")
 
 
 def compare(nets, tuned, problem, steps=100, num_functions=100, seed=1, device=None, progress=True, watch=None):
@@ -320,6 +331,56 @@ def compare(nets, tuned, problem, steps=100, num_functions=100, seed=1, device=N
             where = device_of(next(iter(nets.values())), device) if nets else device or "cpu"
             curves[name] = tuned[name].evaluate(problem, steps, num_functions, seed, where, own)
     return curves
+
+
+def compare_final(nets, problems, steps=100, num_functions=100, seed=1, *, last=10, baselines=BASELINES,
+                  tuning_functions=32, tuning_seed=0, lrs=None, device=None, progress=True):
+    """Final losses of learned optimizers and of baselines on several problems, the baselines tuned anew for each.
+
+    Every optimizer gets the same functions and minibatches of a problem. Baselines are tuned for what is reported, the
+    mean loss over the last steps.
+
+    Args:
+        nets: dict from name to learned optimizer.
+        problems: dict from any key to a pair of problems: one to tune the baselines on, one to test on. Such as
+            {(20,): (MNISTNet((20,), split="validation"), MNISTNet((20,), split="test"))}, keyed as for `plot_sizes`.
+        steps, num_functions, seed: of the test, see `evaluate`.
+        last: how many of the last steps a final loss is the mean of, 1 to `steps`. Default 10.
+        baselines: a dict like `BASELINES`, the default; may be empty.
+        tuning_functions, tuning_seed, lrs: `num_functions`, `seed` and `lrs` of `tune_baseline`.
+        device: as in `compare`.
+        progress: show a bar.
+
+    Returns:
+        dict from key to a dict from name to final losses (num_functions,), on the CPU. Functions that diverge have
+        infinite or NaN losses.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
+    Example:
+        >>> from optimizees import Quadratics; from optimizers import CoordinatewiseLSTM
+        >>> problems = {dim: (Quadratics(dim), Quadratics(dim)) for dim in (2, 5)}
+        >>> finals = compare_final({"LSTM": CoordinatewiseLSTM()}, problems, steps=20, num_functions=8, progress=False)
+        >>> finals[5]["Adam"].shape
+        torch.Size([8])
+
+    Reference: Andrychowicz et al. 2016, figure 6.
+    """
+    check_last(last, steps)
+    for key, pair in problems.items():
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            raise TypeError(f"problems[{key!r}] must be a pair of problems, to tune on and to test on, got {pair!r}")
+    where = device_of(next(iter(nets.values())), device) if nets else device or "cpu"
+    finals = {}
+    for key in (bar := tqdm(problems, desc="problems", disable=not progress)):
+        bar.set_postfix_str(str(key))
+        tuning, test = problems[key]
+        tuned = tune_baselines(tuning, steps, tuning_functions, tuning_seed, baselines=baselines, lrs=lrs, device=where,
+                               progress=False, last=last)
+        curves = compare(nets, tuned, test, steps, num_functions, seed, device, progress=False)
+        finals[key] = {name: losses[:, -last:].mean(1) for name, losses in curves.items()}
+    return finals
 
 
 class AccuracyCurves:

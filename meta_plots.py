@@ -1,4 +1,4 @@
-"""Figures and tables: loss curves with confidence bands and their summary, training histories, learned updates."""
+"""Figures and tables: loss curves and their summary, final losses over sizes, training histories, learned updates."""
 
 import math
 
@@ -7,11 +7,12 @@ from matplotlib import pyplot as plt
 
 from comparison import learned_rule, torch_rule
 
-__all__ = ["plot_curves", "plot_history", "plot_tuning", "plot_updates", "summary_table"]
+__all__ = ["plot_curves", "plot_history", "plot_sizes", "plot_tuning", "plot_updates", "sizes_table", "summary_table"]
 
 # one colour for each optimizer, the same in every figure; black and thick for ours
 COLORS = {"SGD": "tab:gray", "SGD + momentum": "tab:green", "NAG": "tab:blue", "Adam": "tab:orange",
           "RMSprop": "tab:purple", "L-BFGS": "tab:cyan"}
+LEARNED_COLORS = ("black", "tab:red", "tab:brown")  # in the order in which they come
 
 
 def plot_curves(curves, title, ax=None, marks=(), steps=None, quantity="loss", log=True):
@@ -31,7 +32,7 @@ def plot_curves(curves, title, ax=None, marks=(), steps=None, quantity="loss", l
         The axes.
     """
     ax = ax or plt.subplots(figsize=(7, 4.5))[1]
-    learned = iter(("black", "tab:red", "tab:brown"))
+    learned = iter(LEARNED_COLORS)
     for name, losses in curves.items():
         mean, error = mean_and_error(losses.double())
         places = range(len(mean)) if steps is None else steps
@@ -69,6 +70,84 @@ def summary_table(curves, steps=100):
         rows.append(f"| {name} | {total.item():.2f} ± {total_error.item():.2f} | "
                     f"{final.item():.3g} ± {final_error.item():.1g} |")
     return "\n".join(rows)
+
+
+def plot_sizes(finals, title, axes=None):
+    """Final losses over the number of hidden units: a panel for each number of layers, a line for each optimizer.
+
+    Error bars are the 95 % confidence interval of the mean, on a log scale: an interval that goes below a tenth of the
+    mean is cut off there, and a mean that is not finite is left out.
+
+    Args:
+        finals: dict from hidden sizes, tuples such as (20,) or (20, 20), to a dict from name to final losses
+            (functions,), as `compare_final` returns it. All layers of a network have the same size.
+        title: says the problem and at what scale it was run.
+        axes: one to draw on for each number of layers; default a new figure with a common y axis.
+
+    Returns:
+        List of the axes, from few layers to many.
+
+    Raises:
+        ValueError: the sizes are not as above, or there are not as many axes.
+
+    Reference: Andrychowicz et al. 2016, figure 6.
+    """
+    check_sizes(finals)
+    depths = sorted({len(hidden) for hidden in finals})
+    if axes is None:
+        figure, axes = plt.subplots(1, len(depths), figsize=(5 * len(depths), 4.5), sharey=True, squeeze=False,
+                                    constrained_layout=True)
+        figure.suptitle(title)
+        axes = axes[0]
+    elif len(axes) != len(depths):
+        raise ValueError(f"axes must be as many as there are numbers of layers, {len(depths)}, got {len(axes)}")
+    for ax, depth in zip(axes, depths):
+        units = sorted(hidden[0] for hidden in finals if len(hidden) == depth)
+        learned = iter(LEARNED_COLORS)
+        for name in finals[depth * (units[0],)]:
+            mean, error = zip(*(mean_and_error(finals[depth * (unit,)][name].double()) for unit in units))
+            mean, error = torch.stack(mean), 1.96 * torch.stack(error)
+            below = torch.minimum(error, 0.9 * mean)  # a log axis has no room below 0
+            ax.errorbar(units, mean, yerr=torch.stack([below, error]), label=name, capsize=3, marker="o", markersize=4,
+                        color=COLORS.get(name) or next(learned, None), linewidth=1.2 if name in COLORS else 2.4)
+        ax.set(yscale="log", xlabel="hidden units in a layer", xticks=units,
+               title=f"{depth} hidden layer{'s' if depth > 1 else ''}")
+        ax.grid(alpha=0.3, which="both")
+    axes[0].set(ylabel="final loss (mean over functions, 95 % interval)")
+    axes[0].legend(fontsize=9)  # small networks leave room above
+    return list(axes)
+
+
+def sizes_table(finals):
+    """Markdown table of mean final losses ± standard error: a row for each network, a column for each optimizer.
+
+    Args:
+        finals: as `plot_sizes` takes them.
+
+    Returns:
+        Text, for `IPython.display.Markdown`.
+
+    Raises:
+        ValueError: the sizes are not as `plot_sizes` takes them.
+    """
+    check_sizes(finals)
+    names = list(next(iter(finals.values())))
+    rows = [" | ".join(["| layers × units", *names]) + " |", "| --- " * (1 + len(names)) + "|"]
+    for hidden in sorted(finals, key=lambda hidden: (len(hidden), hidden)):
+        cells = []
+        for name in names:
+            mean, error = mean_and_error(finals[hidden][name].double())
+            cells.append(f"{mean.item():.3f} ± {error.item():.3f}")
+        rows.append(f"| {len(hidden)} × {hidden[0]} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def check_sizes(finals):
+    if not finals:
+        raise ValueError("finals must hold at least one network")
+    for hidden in finals:
+        if not (isinstance(hidden, tuple) and len(set(hidden)) == 1):
+            raise ValueError(f"keys of finals must be tuples of one or more equal sizes, as (20, 20), got {hidden!r}")
 
 
 def plot_history(history, title, ax=None):

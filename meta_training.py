@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from argument_checks import NonFiniteError, check_count, check_positive_number
 from checkpoints import (describe_net, describe_problem, named_tuples, plain, read_checkpoint, regroup, unplain,
                          write_checkpoint)
-from comparison import (BASELINES, AccuracyCurves, TunedBaseline, compare, device_of, evaluate, evaluate_baseline,
-                        on_device, tune_baseline, tune_baselines)
+from comparison import (BASELINES, AccuracyCurves, TunedBaseline, compare, compare_final, device_of, evaluate,
+                        evaluate_baseline, on_device, tune_baseline, tune_baselines)
 from horizons import check_curriculum, describe_horizons, horizon_rule
 from imitation import Imitation, imitation_gradient
 from meta_gradients import check_gradient_options, meta_gradient
@@ -28,8 +28,8 @@ from pes import PESState
 from ranks import Ranks, part_of
 from unrolling import Coordinates, bound
 
-__all__ = ["AccuracyCurves", "BASELINES", "History", "TunedBaseline", "compare", "evaluate", "evaluate_baseline",
-           "meta_gradient", "meta_train", "tune_baseline", "tune_baselines"]
+__all__ = ["AccuracyCurves", "BASELINES", "History", "TunedBaseline", "compare", "compare_final", "evaluate",
+           "evaluate_baseline", "meta_gradient", "meta_train", "tune_baseline", "tune_baselines"]
 
 GRADIENT_OPTIONS = ("method", "second_order", "replay_fraction", "sigma", "pairs", "objective", "adjoint_bound")
 VALIDATION_SEED = 1_000_003  # added to the seed of a run, so that its validation functions are not its training ones

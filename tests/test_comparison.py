@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from cifar_data import generated_images
-from comparison import (BASELINES, AccuracyCurves, TunedBaseline, compare, evaluate, evaluate_baseline, tune_baseline,
-                        tune_baselines)
+from comparison import (BASELINES, AccuracyCurves, TunedBaseline, compare, compare_final, evaluate, evaluate_baseline,
+                        tune_baseline, tune_baselines)
 from optimizees import CIFAR10Net, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM
 
@@ -80,6 +80,51 @@ def test_compare_gives_every_curve():
     curves = compare(nets, tuned, Quadratics(), 5, 6, progress=False)
     assert list(curves) == ["LSTM", *BASELINES] and all(losses.shape == (6, 5) for losses in curves.values())
     assert all(torch.equal(losses[:, 0], curves["LSTM"][:, 0]) for losses in curves.values())
+
+
+def test_tuning_by_the_mean_of_the_last_steps():
+    """The rates of one step and of the last five differ where the end is noisy; each is the best by its own measure."""
+    problem, found = Quadratics(dim=4), {}
+    for last in (1, 5):
+        found[last] = tune_baseline(torch.optim.RMSprop, problem, [0.01, 0.1, 1.0], 12, 8, last=last)
+        for lr, loss in found[last].final_losses.items():
+            losses = evaluate_baseline(torch.optim.RMSprop, {"lr": lr}, problem, 12, 8, seed=0)[:, -last:]
+            assert loss == pytest.approx(losses.mean().item())
+    assert found[1].final_losses != found[5].final_losses
+    with pytest.raises(ValueError, match="last must be at most steps = 12, got 13"):
+        tune_baseline(torch.optim.SGD, problem, steps=12, last=13)
+    with pytest.raises(ValueError, match="last must be at least 1, got 0"):
+        tune_baselines(problem, 12, 4, last=0, progress=False)
+
+
+def test_final_losses_on_several_problems(tiny_mnist):
+    """What `tune_baselines` and `compare` give for each problem by itself, on its own pair of splits."""
+    networks = {(units,): MNISTNet((units,), batch_size=8, root=tiny_mnist) for units in (3, 6)}
+    nets, lrs = {"LSTM": CoordinatewiseLSTM(preprocess="log_sign")}, [0.01, 0.1, 1.0]
+    chosen = {name: BASELINES[name] for name in ("NAG", "Adam")}
+    finals = compare_final(nets, {hidden: (net.with_split("validation"), net.with_split("test"))
+                                  for hidden, net in networks.items()}, 9, 4, seed=5, last=3, baselines=chosen,
+                           tuning_functions=2, tuning_seed=7, lrs=lrs, progress=False)
+    assert list(finals) == [(3,), (6,)]
+    for hidden, losses in finals.items():
+        assert list(losses) == ["LSTM", "NAG", "Adam"] and all(final.shape == (4,) for final in losses.values())
+        tuned = tune_baselines(networks[hidden].with_split("validation"), 9, 2, 7, baselines=chosen, lrs=lrs,
+                               progress=False, last=3)
+        curves = compare(nets, tuned, networks[hidden].with_split("test"), 9, 4, 5, progress=False)
+        for name, final in losses.items():
+            torch.testing.assert_close(final, curves[name][:, 6:].mean(1))
+    alone = compare_final({}, {"any": (Quadratics(2), Quadratics(2))}, 5, 3, last=1, baselines=chosen, lrs=lrs,
+                          tuning_functions=2, progress=False)
+    assert list(alone["any"]) == ["NAG", "Adam"]
+
+
+@pytest.mark.parametrize("arguments, error", [
+    (dict(last=6), "last must be at most steps = 5, got 6"), (dict(last=0), "last must be at least 1"),
+    (dict(problems={2: Quadratics(2)}), r"problems\[2\] must be a pair of problems")])
+def test_final_losses_refuse(arguments, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        compare_final(**{"nets": {}, "problems": {2: (Quadratics(2), Quadratics(2))}, "steps": 5, "last": 2,
+                         **arguments})
 
 
 def test_watching_sees_every_step_of_every_function():

@@ -10,7 +10,8 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt  # noqa: E402
 
-from meta_plots import plot_curves, plot_history, plot_tuning, plot_updates, summary_table  # noqa: E402
+from meta_plots import (plot_curves, plot_history, plot_sizes, plot_tuning, plot_updates, sizes_table,  # noqa: E402
+                        summary_table)
 from meta_training import History, TunedBaseline  # noqa: E402
 from optimizers import CoordinatewiseLSTM  # noqa: E402
 
@@ -50,6 +51,61 @@ def test_table_by_hand():
     rows = summary_table({"LSTM": losses}, steps=2).splitlines()
     assert rows[0] == "| optimizer | sum over the first 2 steps | loss at step 2 |"
     assert rows[2] == "| LSTM | 7.00 ± 1.00 | 2 ± 1 |"
+
+
+@pytest.fixture
+def finals():
+    hidden = ((20,), (5,), (20, 20), (5, 5), (10, 10))  # in any order, and not every size in both panels
+    return {sizes: {"LSTM": torch.rand(9) + 1 / sizes[0], "Adam": torch.rand(9) + len(sizes)} for sizes in hidden}
+
+
+def test_sizes_show_means_and_intervals(finals):
+    one, two = plot_sizes(finals, "a title")
+    assert one.figure.get_suptitle() == "a title" and one.get_yscale() == "log"
+    assert (one.get_title(), two.get_title()) == ("1 hidden layer", "2 hidden layers")
+    assert [text.get_text() for text in one.get_legend().get_texts()] == ["LSTM", "Adam"]
+    for ax, depth, units in ((one, 1, [5, 20]), (two, 2, [5, 10, 20])):
+        for bars, name in zip(ax.containers, ("LSTM", "Adam")):
+            line, _, (intervals,) = bars
+            assert list(line.get_xdata()) == units
+            for place, unit in enumerate(units):
+                losses = finals[depth * (unit,)][name].double()
+                mean, error = losses.mean().item(), 1.96 * losses.std().item() / 3
+                assert line.get_ydata()[place] == pytest.approx(mean)
+                ends = intervals.get_segments()[place][:, 1]
+                assert ends.tolist() == pytest.approx([mean - min(error, 0.9 * mean), mean + error])
+        assert ax.containers[0][0].get_color() == "black" and ax.containers[1][0].get_color() == "tab:orange"
+    given = plt.subplots(1, 2)[1]
+    assert plot_sizes(finals, "", axes=given) == list(given)
+    plt.close("all")
+
+
+def test_sizes_that_diverge_or_reach_below_zero():
+    finals = {(5,): {"SGD": torch.tensor([0.01, 3.0]), "Adam": torch.tensor([math.inf, 1.0])}}
+    (ax,) = plot_sizes(finals, "")
+    ends = ax.containers[0][2][0].get_segments()[0][:, 1]
+    assert ends[0] == pytest.approx(0.1 * 1.505) and ends[1] > 3  # the axis has no room below 0
+    ax.figure.canvas.draw()
+    plt.close("all")
+
+
+def test_sizes_by_hand():
+    finals = {(20, 20): {"LSTM": torch.tensor([1.0, 3.0])}, (20,): {"LSTM": torch.tensor([0.5])}}
+    rows = sizes_table(finals).splitlines()
+    assert rows == ["| layers × units | LSTM |", "| --- | --- |", "| 1 × 20 | 0.500 ± 0.000 |",
+                    "| 2 × 20 | 2.000 ± 1.000 |"]
+
+
+@pytest.mark.parametrize("hidden", [(20, 10), (), 20])
+def test_sizes_refuse_what_they_cannot_place(hidden):
+    for show in (sizes_table, lambda finals: plot_sizes(finals, "")):
+        with pytest.raises(ValueError, match="keys of finals must be tuples"):
+            show({hidden: {"LSTM": torch.rand(2)}})
+        with pytest.raises(ValueError, match="at least one network"):
+            show({})
+    with pytest.raises(ValueError, match="axes must be as many as .* 1, got 2"):
+        plot_sizes({(5,): {"LSTM": torch.rand(2)}}, "", axes=plt.subplots(1, 2)[1])
+    plt.close("all")
 
 
 def test_history_marks_what_was_kept():

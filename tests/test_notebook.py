@@ -31,9 +31,11 @@ def test_runs_top_to_bottom(tmp_path, monkeypatch, small_mnist):
     NotebookClient(notebook, timeout=300, kernel_name="python3",
                    resources={"metadata": {"path": str(tmp_path)}}).execute()
     figures = sum("image/png" in output.get("data", {}) for output in outputs(notebook))
-    assert figures == 12 and "scale 'smoke'" in text_of(notebook)
+    assert figures == 13 and "scale 'smoke'" in text_of(notebook)
     tables = re.findall(r"\| LSTM[^|]*\| [\d.]+ ± [\d.]+ \|", text_of(notebook))
     assert len(tables) == 12  # two optimizers on quadratics, on MNIST for 100 and 200 steps, and on three transfers
+    sizes = re.findall(r"^\| \d × \d+(?: \| [\d.]+ ± [\d.]+){6} \|$", text_of(notebook), re.M)
+    assert len(sizes) == 4  # one and two layers of two sizes, for two learned optimizers and four baselines
     runs = ("mnist_from_nag", "mnist", "quadratics_odd", "quadratics")
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted(
         f"{run}_smoke.{kind}" for run in runs for kind in ("run", "safetensors"))
@@ -46,7 +48,7 @@ def test_is_committed_with_the_outputs_of_a_paper_run():
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # one run, top to bottom
     assert not any(output.output_type == "error" for output in outputs(notebook))
     assert "scale 'paper'" in text_of(notebook) and "MNIST not found" not in text_of(notebook)
-    assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) == 12
+    assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) == 13
 
 
 def test_defines_no_logic():
