@@ -228,9 +228,11 @@ def make_one_net(options):
         if getattr(options, name) is not None and options.network != network:
             raise ValueError(f"--{name.replace('_', '-')} is for --network {network}, got --network {options.network}")
     if options.network == "rnnprop":
+        if options.odd:
+            raise ValueError("--odd is not for --network rnnprop")
         return RNNProp(options.units, options.layers)
     if options.network == "normalized":
-        net = NormalizedLSTM(options.units, options.layers, fade=options.fade or 300.0)
+        net = NormalizedLSTM(options.units, options.layers, fade=options.fade or 300.0, odd=options.odd)
         return net if options.start_as_adam is None else start_as_adam(net, options.start_as_adam)
     if options.network in SHARING:
         return SHARING[options.network](options.units, options.layers, options.shared, preprocess,
@@ -393,7 +395,7 @@ def add_training(command):
     add("--shared", metavar="N", type=int, default=5, help="gac, ntm: averaged cells of each layer; default 5")
     add("--preprocess", choices=("none", "log_sign", "with_log_size"),
         help=f"of the gradients it reads, with_log_size for gac and ntm; {by_problem('preprocess')}")
-    add("--odd", action="store_true", help="lstm, gac, ntm: keep to LSTMs that answer -gradient with exactly -update")
+    add("--odd", action="store_true", help="all but rnnprop: keep to LSTMs that answer -gradient with exactly -update")
     add("--output-scale", metavar="X", type=float, help=f"factor on its updates; {by_problem('output_scale')}")
 
     add = command.add_argument_group("meta-training").add_argument

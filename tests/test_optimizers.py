@@ -393,6 +393,26 @@ def test_normalized_does_not_see_the_scale_of_the_loss_and_never_steps_too_far()
     assert 0.1 < updates[0].abs().max() <= 0.2
 
 
+@pytest.mark.parametrize("start", [False, True])
+def test_an_odd_normalized_lstm_does_not_drift(start):
+    net, gradients = NormalizedLSTM(num_layers=2, odd=True).double(), torch.randn(8, 5).double()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    net.load_state_dict(net.symmetrize(net.state_dict()))
+    if start:  # writes odd weights
+        start_as_adam(net, 0.03)
+        for name, tensor in net.symmetrize(net.state_dict()).items():
+            torch.testing.assert_close(tensor, net.state_dict()[name])
+    state = mirrored = net.init_state(5)
+    for grad in gradients:
+        with torch.no_grad():
+            update, state = net(grad, state)
+            opposite, mirrored = net(-grad, mirrored)
+        torch.testing.assert_close(opposite, -update, rtol=1e-10, atol=1e-14)
+        assert update.abs().min() > 0
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("betas, mix", [((0.5, 0.8), 0.3), ((0.9,), 0.0)])
 def test_start_as_adam(layers, betas, mix):
