@@ -15,6 +15,7 @@
 
 import argparse
 import functools
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -27,10 +28,10 @@ from timing import CORES, alternate, milliseconds, pin, read_peers, table_head, 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-CASES = [("quadratics", 1), ("quadratics", 16), ("quadratics", 128), ("mnist", 1), ("mnist", 8)]
+CASES = {"quadratics x1": ("quadratics", 1), "quadratics x16": ("quadratics", 16), "quadratics x128": ("quadratics", 128),
+         "mnist x1": ("mnist", 1), "mnist x8": ("mnist", 8)}
 METHODS = {"replay, numba": ("replay", "numba"), "replay, torch": ("replay", "torch"), "autograd": ("autograd", "torch")}
-LENGTHS = (20, 50, 100, 200)  # of the window, for MNIST
-SMOKE = dict(unroll=2, repetitions=1, largest=1e3, peer_rounds=1)
+SMOKE = dict(unroll=2, repetitions=1, cases=["mnist x1"], largest=1e3, lengths=[2], peer_rounds=1)
 
 
 class Window:
@@ -58,12 +59,18 @@ class Window:
 
 @functools.cache
 def added_megabytes(problem, functions, unroll, name):
-    """MB that one window adds to a fresh process, after shorter windows have warmed it up."""
-    command = [sys.executable, __file__, "--memory-of", problem, str(functions), name, "--unroll", str(unroll)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    """MB that one window adds to a process of its own, after shorter windows have warmed it up.
+
+    The process is forked from one that has only imported what is needed.
+    """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["meta_gradients", "optimizees", "optimizers", "lstm_numba"])
+    with processes.Pool(1) as pool:
+        return pool.apply(measure_memory, (problem, functions, unroll, name))
 
 
-def measure_memory(problem, functions, name, unroll):
+def measure_memory(problem, functions, unroll, name):
+    pin(1)
     window = Window(problem, functions)
     window.run(name, 1)
     Window("quadratics", 1).run(name, unroll)  # kernels may depend on the number of steps
@@ -80,42 +87,47 @@ def compare_cases(cases, unroll, repetitions, peers, peer_rounds):
     table_head("case", *(f"{name}, ms" for name in METHODS), "autograd / replay",
                *(column for label in peers for column in (f"{label}, ms", f"{label} / replay")))
     floors = []
-    for problem, functions in cases:
-        case, window = f"{problem} ×{functions}", Window(problem, functions)
+    for case in cases:
+        window = Window(*CASES[case])
         runs = {name: functools.partial(window.run, name, unroll) for name in METHODS}
         runs["products"] = bare_products(window.net, window.N, unroll)
         runs["optimizee"] = optimizee_alone(Coordinates(window.batch.params), window.batch, unroll)
-        beside = {label: entries[case.replace("×", "x")] for label, entries in peers.items()
-                  if case.replace("×", "x") in entries}
+        beside = {label: entries[case] for label, entries in peers.items() if case in entries}
         times = alternate(runs, repetitions, beside, peer_rounds)
         ours = times["replay, numba"].median
-        table_row(case, *(milliseconds(times[name]) for name in METHODS), f"{times['autograd'].median / ours:.2f}",
+        table_row(case.replace("x", "×"), *(milliseconds(times[name]) for name in METHODS), f"{times['autograd'].median / ours:.2f}",
                   *(cell for label in peers for cell in
                     ((milliseconds(times[label]), f"{times[label].median / ours:.2f}") if label in times else ("–", "–"))))
-        floors.append((problem, functions, window.N, times))
+        floors.append((case, window.N, times))
     print()
     table_head("case", "coordinates", "optimizee alone, ms", "bare products, ms", "LSTM part of the replay, ms",
                "LSTM part / bare products", *(f"{name}, MB" for name in METHODS))
-    for problem, functions, N, times in floors:
+    for case, N, times in floors:
         lstm = times["replay, numba"].median - times["optimizee"].median
-        table_row(f"{problem} ×{functions}", f"{N:,}", milliseconds(times["optimizee"]), milliseconds(times["products"]),
+        table_row(case.replace("x", "×"), f"{N:,}", milliseconds(times["optimizee"]), milliseconds(times["products"]),
                   milliseconds(lstm), f"{lstm / times['products'].median:.2f}",
-                  *(f"{added_megabytes(problem, functions, unroll, name):.0f}" for name in METHODS))
+                  *(f"{added_megabytes(*CASES[case], unroll, name):.0f}" for name in METHODS))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--unroll", type=int, default=20, help="steps in the window (default 20)")
     parser.add_argument("--repetitions", type=int, default=7, help="repetitions of each case, at least (default 7)")
-    parser.add_argument("--largest", type=float, default=1e7, help="coordinates of the LSTM alone at most (default 1e7)")
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES, help="of tables 1 and 2 (default all)")
+    parser.add_argument("--largest", type=float, default=1e7,
+                        help="coordinates of the LSTM alone at most (default 1e7; 0 for none)")
+    parser.add_argument("--lengths", nargs="*", type=int, default=[20, 50, 100, 200], metavar="T",
+                        help="steps of MNIST's windows (default 20 50 100 200)")
     parser.add_argument("--peers", metavar="FILE.json", help="programs to run in turn with ours")
     parser.add_argument("--peer-rounds", type=int, default=3, help="runs of each such program (default 3)")
     parser.add_argument("--plot", nargs="?", const=str(HERE / "meta_gradient.png"), metavar="PATH",
                         help="draw how time and memory grow (default path benchmarks/meta_gradient.png)")
     parser.add_argument("--resnet", action="store_true", help="also large_optimizee.py: some minutes, about 11 GB")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--memory-of", nargs=3, metavar=("PROBLEM", "FUNCTIONS", "METHOD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    for name, least in (("unroll", 1), ("repetitions", 1), ("peer_rounds", 1)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
     if arguments.smoke:
         vars(arguments).update(SMOKE)
     peers = read_peers(arguments.peers) if arguments.peers else {}
@@ -123,10 +135,6 @@ def main():
 
     pin(1)
     torch.manual_seed(0)
-    if arguments.memory_of:
-        problem, functions, name = arguments.memory_of
-        print(measure_memory(problem, int(functions), name, arguments.unroll))
-        return
     from optimizers import has_numba
     from scaling import compare_lengths, compare_sizes, draw
 
@@ -134,13 +142,11 @@ def main():
         sys.exit("benchmarks/meta_gradient.py compares the kernels of numba with others: pip install numba")
     print(f"torch {torch.__version__}, {platform.machine()}, core {CORES[-1] if CORES else '?'} of "
           f"{os.cpu_count()}, windows of {arguments.unroll} steps, float32; median (minimum)\n")
-    compare_cases(CASES[3:4] if arguments.smoke else CASES, arguments.unroll, arguments.repetitions, peers,
-                  arguments.peer_rounds)
+    compare_cases(arguments.cases, arguments.unroll, arguments.repetitions, peers, arguments.peer_rounds)
     print()
     sizes = compare_sizes(arguments.largest, arguments.unroll, arguments.repetitions)
     print()
-    lengths = compare_lengths((arguments.unroll,) if arguments.smoke else LENGTHS, arguments.repetitions, Window("mnist", 1),
-                              added_megabytes)
+    lengths = compare_lengths(arguments.lengths, arguments.repetitions, Window("mnist", 1), added_megabytes)
     if arguments.plot:
         draw(sizes, lengths, arguments.plot)
         print(f"\ndrawn: {arguments.plot}")
