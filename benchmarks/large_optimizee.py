@@ -89,7 +89,7 @@ def main():
     start = time.perf_counter()
     grads, info = meta_gradient(net, batch, batch.params, state, unroll=arguments.unroll)
     seconds = time.perf_counter() - start
-    peak, rate = peak_megabytes(), copy_rate(1 << 20 if arguments.smoke else 1 << 26)
+    peak, rate = peak_megabytes(), copy_rate()
     assert all(grad.isfinite().all() and grad.any() for grad in grads.values())
     print("| optimizee | coordinates | steps | seconds | ns per coordinate and step | state, GB | peak of the process, GB "
           "| before the window, GB | moving a step's bytes, s |\n|" + " --- |" * 9)

@@ -1,5 +1,7 @@
 """The peak memory of a process, for the benchmarks."""
 
+import ctypes
+import gc
 import resource
 import sys
 
@@ -20,7 +22,13 @@ def peak_megabytes():
 
 
 def reset_peak():
-    """Make what the process holds now its peak, where the kernel allows that (Linux); return `peak_megabytes()`."""
+    """Make what the process holds now its peak, where the kernel allows that (Linux); return `peak_megabytes()`.
+
+    What has been freed goes back to the system first, or it would be used again without being seen.
+    """
+    gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")

@@ -59,7 +59,7 @@ class Window:
 
 @functools.cache
 def added_megabytes(problem, functions, unroll, name):
-    """MB that one window adds to a process of its own, after shorter windows have warmed it up.
+    """MB that one window adds to a process of its own, after windows of one step have warmed it up.
 
     The process is forked from one that has only imported what is needed.
     """
@@ -72,8 +72,8 @@ def added_megabytes(problem, functions, unroll, name):
 def measure_memory(problem, functions, unroll, name):
     pin(1)
     window = Window(problem, functions)
-    window.run(name, 1)
-    Window("quadratics", 1).run(name, unroll)  # kernels may depend on the number of steps
+    for warm in (window, Window("quadratics", 1)):  # kernels depend on the number of coordinates
+        warm.run(name, 1)
     before = reset_peak()
     window.run(name, unroll)
     return peak_megabytes() - before

@@ -56,7 +56,7 @@ def compare_sizes(largest, steps, repetitions):
 
     os.environ["L2O_KERNELS"] = "numba"
     net, sizes = CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1), []
-    rate = copy_rate(1 << 20 if largest < 1e5 else 1 << 26)
+    rate = copy_rate()
     print(f"memory, by a copy: {rate / 1e9:.1f} GB/s read and written; a step moves {bytes_of_step(net)} bytes for each "
           f"coordinate, {1e9 * bytes_of_step(net) / rate:.3g} ns: {11_689_512 * bytes_of_step(net) / rate:.2f} s for "
           "ResNet-18's 11.7 million\n")
