@@ -93,10 +93,11 @@ def main():
     assert all(grad.isfinite().all() and grad.any() for grad in grads.values())
     print("| optimizee | coordinates | steps | seconds | ns per coordinate and step | state, GB | peak of the process, GB "
           "| before the window, GB | moving a step's bytes, s |\n|" + " --- |" * 9)
-    name = "a small network" if arguments.smoke else f"ResNet-18, batch {arguments.batch}, {arguments.side}×{arguments.side}"
+    name = "a small network" if arguments.smoke else "ResNet-18"
+    name += f", batch {arguments.batch}, {arguments.side}×{arguments.side}"
     print(f"| {name} | {N:,} | {arguments.unroll} | {seconds:.3g} | {1e9 * seconds / N / arguments.unroll:.0f} | "
-          f"{sum(part.nbytes for part in state) / 1e9:.2f} | {peak * 2**20 / 1e9:.2f} | {before * 2**20 / 1e9:.2f} | "
-          f"{N * bytes_of_step(net) / rate:.2g} |")
+          f"{sum(part.nbytes for part in state) / 1e9:.2f} | {peak * 2**20 / 1e9:.2f} | "
+          f"{before * 2**20 / 1e9:.2f} | {N * bytes_of_step(net) / rate:.2g} |")
     print(f"\nlosses: {info.losses[0].item():.3f} at step 0, {info.losses[-1].item():.3f} at step {arguments.unroll}")
 
 

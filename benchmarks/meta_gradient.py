@@ -28,9 +28,10 @@ from timing import CORES, alternate, milliseconds, pin, read_peers, table_head, 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-CASES = {"quadratics x1": ("quadratics", 1), "quadratics x16": ("quadratics", 16), "quadratics x128": ("quadratics", 128),
-         "mnist x1": ("mnist", 1), "mnist x8": ("mnist", 8)}
-METHODS = {"replay, numba": ("replay", "numba"), "replay, torch": ("replay", "torch"), "autograd": ("autograd", "torch")}
+CASES = {f"{problem} x{functions}": (problem, functions)
+         for problem, sizes in (("quadratics", (1, 16, 128)), ("mnist", (1, 8))) for functions in sizes}
+METHODS = {"replay, numba": ("replay", "numba"), "replay, torch": ("replay", "torch"),
+           "autograd": ("autograd", "torch")}
 SMOKE = dict(unroll=2, repetitions=1, cases=["mnist x1"], largest=1e3, lengths=[2], peer_rounds=1)
 
 
@@ -95,9 +96,10 @@ def compare_cases(cases, unroll, repetitions, peers, peer_rounds):
         beside = {label: entries[case] for label, entries in peers.items() if case in entries}
         times = alternate(runs, repetitions, beside, peer_rounds)
         ours = times["replay, numba"].median
-        table_row(case.replace("x", "×"), *(milliseconds(times[name]) for name in METHODS), f"{times['autograd'].median / ours:.2f}",
-                  *(cell for label in peers for cell in
-                    ((milliseconds(times[label]), f"{times[label].median / ours:.2f}") if label in times else ("–", "–"))))
+        theirs = [(milliseconds(times[label]), f"{times[label].median / ours:.2f}") if label in times else ("–", "–")
+                  for label in peers]
+        table_row(case.replace("x", "×"), *(milliseconds(times[name]) for name in METHODS),
+                  f"{times['autograd'].median / ours:.2f}", *(cell for pair in theirs for cell in pair))
         floors.append((case, window.N, times))
     print()
     table_head("case", "coordinates", "optimizee alone, ms", "bare products, ms", "LSTM part of the replay, ms",

@@ -22,9 +22,9 @@ def benchmarks(monkeypatch):
 
 def tables_in(text):
     """The Markdown tables of a text, each a list of rows, its head first."""
-    blocks = re.findall(r"(?:^\|.*\|\n)+", text, re.M)
-    return [[[cell.strip() for cell in line.strip("| \n").split(" | ")] for line in block.splitlines() if "---" not in line]
-            for block in blocks]
+    blocks = [block.splitlines() for block in re.findall(r"(?:^\|.*\|\n)+", text, re.M)]
+    return [[[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if "---" not in line]
+            for lines in blocks]
 
 
 def check_numbers(table):
@@ -64,7 +64,7 @@ def test_methods_compute_the_same(monkeypatch):
 
 
 def test_bare_products_are_those_of_the_window(monkeypatch):
-    """Count the multiplications: 4H (in + H) of each layer three times for each coordinate and step, and those backward."""
+    """Count the multiplications: three of W's size for each layer, coordinate and step, and those by its input."""
     import floors
     from optimizers import CoordinatewiseLSTM
 
