@@ -26,7 +26,8 @@ def bare_products(net, N, steps):
     for layer, weight in enumerate(weights):
         column, back = torch.randn(weight.shape[1], width), (weight if layer else weight[:, -H:]).t().contiguous()
         gates = torch.empty(4 * H, width)
-        layers.append((weight, column, gates, back, torch.empty(len(back), width), column.t(), torch.empty_like(weight)))
+        layers.append((weight, column, gates, back, torch.empty(len(back), width), column.t(),
+                       torch.empty_like(weight)))
 
     def run():
         for _ in range(steps * count):

@@ -91,8 +91,8 @@ def main():
     seconds = time.perf_counter() - start
     peak, rate = peak_megabytes(), copy_rate()
     assert all(grad.isfinite().all() and grad.any() for grad in grads.values())
-    print("| optimizee | coordinates | steps | seconds | ns per coordinate and step | state, GB | peak of the process, GB "
-          "| before the window, GB | moving a step's bytes, s |\n|" + " --- |" * 9)
+    print("| optimizee | coordinates | steps | seconds | ns per coordinate and step | state, GB | peak of the process, "
+          "GB | before the window, GB | moving a step's bytes, s |\n|" + " --- |" * 9)
     name = "a small network" if arguments.smoke else "ResNet-18"
     name += f", batch {arguments.batch}, {arguments.side}×{arguments.side}"
     print(f"| {name} | {N:,} | {arguments.unroll} | {seconds:.3g} | {1e9 * seconds / N / arguments.unroll:.0f} | "

@@ -115,7 +115,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--unroll", type=int, default=20, help="steps in the window (default 20)")
     parser.add_argument("--repetitions", type=int, default=7, help="repetitions of each case, at least (default 7)")
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES, help="of tables 1 and 2 (default all)")
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES,
+                        help="of tables 1 and 2 (default all)")
     parser.add_argument("--largest", type=float, default=1e7,
                         help="coordinates of the LSTM alone at most (default 1e7; 0 for none)")
     parser.add_argument("--lengths", nargs="*", type=int, default=[20, 50, 100, 200], metavar="T",

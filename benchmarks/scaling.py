@@ -57,9 +57,9 @@ def compare_sizes(largest, steps, repetitions):
     os.environ["L2O_KERNELS"] = "numba"
     net, sizes = CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1), []
     rate = copy_rate()
-    print(f"memory, by a copy: {rate / 1e9:.1f} GB/s read and written; a step moves {bytes_of_step(net)} bytes for each "
-          f"coordinate, {1e9 * bytes_of_step(net) / rate:.3g} ns: {11_689_512 * bytes_of_step(net) / rate:.2f} s for "
-          "ResNet-18's 11.7 million\n")
+    print(f"memory, by a copy: {rate / 1e9:.1f} GB/s read and written; a step moves {bytes_of_step(net)} bytes "
+          f"for each coordinate, {1e9 * bytes_of_step(net) / rate:.3g} ns: "
+          f"{11_689_512 * bytes_of_step(net) / rate:.2f} s for ResNet-18's 11.7 million\n")
     table_head("LSTM alone, coordinates", "one core, ns per coordinate and step", "bare products, ns", "ratio",
                "two cores, ns", "one core / two")
     for N in (10**power for power in range(2, 8)):
@@ -79,8 +79,8 @@ def compare_sizes(largest, steps, repetitions):
         pin(1)
         sizes.append(Size(N, times["one"], times.get("two"), times["products"]))
         two = (f"{times['two']:.0f}", f"{times['one'] / times['two']:.2f}") if "two" in times else ("–", "–")
-        table_row(f"{N:,}", f"{times['one']:.0f}", f"{times['products']:.0f}", f"{times['one'] / times['products']:.2f}",
-                  *two)
+        table_row(f"{N:,}", f"{times['one']:.0f}", f"{times['products']:.0f}",
+                  f"{times['one'] / times['products']:.2f}", *two)
     return sizes
 
 
@@ -111,7 +111,8 @@ def draw(sizes, lengths, path):
     left.loglog(coordinates, [size.one_core for size in sizes], "o-", label="step and replay, one core")
     two = [size for size in sizes if size.two_cores is not None]
     if two:
-        left.loglog([size.N for size in two], [size.two_cores for size in two], "o-", label="step and replay, two cores")
+        left.loglog([size.N for size in two], [size.two_cores for size in two], "o-",
+                    label="step and replay, two cores")
     left.loglog(coordinates, [size.products for size in sizes], "--", color="gray", label="bare products, one core")
     left.set(xlabel="coordinates N", ylabel="ns per coordinate and step", title="The LSTM's part of the meta-gradient")
     steps = [length.T for length in lengths]

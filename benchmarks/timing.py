@@ -85,8 +85,8 @@ def read_peers(path):
     for label, cases in peers.items():
         for case, entry in cases.items():
             if set(entry) != {"command", "pattern", "unit"} or entry["unit"] not in UNITS:
-                raise ValueError(f'{path}: {label}, {case} must have "command", "pattern" and "unit" ("s" or "ms"), got '
-                                 f"{entry}")
+                raise ValueError(f'{path}: {label}, {case} must have "command", "pattern" and "unit" ("s" or "ms"), '
+                                 f"got {entry}")
             if re.compile(entry["pattern"]).groups != 1:
                 raise ValueError(f'{path}: {label}, {case}: the pattern must have one group, got {entry["pattern"]!r}')
     return {label: {case: lambda entry=entry: peer_seconds(**entry) for case, entry in cases.items()}
