@@ -122,11 +122,12 @@ def replay_window(net, loss, coordinates, theta, state, step, weights, fraction,
     steps = unroll(net, loss, coordinates, theta, state, step, len(weights) - 1)
     for t, (values, gradient, theta, state) in enumerate(steps):
         losses[t], gradients[t] = values, gradient
-    # λ_{t+1} = Σ_{s>t} w_s ∇_s: a cumulative sum from the end
-    pulls = weights[1:, None] * gradients[1:]
+    # λ_{t+1} = Σ_{s>t} w_s ∇_s: a cumulative sum from the end. One name: at most two of these (T, N) live at once
+    adjoint, inputs = weights[1:, None] * gradients[1:], gradients[:-1]
     if objective == "log":
-        pulls /= coordinates.spread(losses[1:])
-    adjoint, inputs = pulls.flip(0).cumsum(0).flip(0), gradients[:-1]
+        adjoint /= coordinates.spread(losses[1:])
+    adjoint = adjoint.flip(0).cumsum_(0)
+    adjoint = adjoint.flip(0)
     grads = replay_recorded(net, coordinates, inputs, start, adjoint, fraction, generator)
     return grads, losses, theta, map_tensors(torch.Tensor.detach, state)
 

@@ -1,90 +1,162 @@
-"""Time and memory of one meta-update window: the replay against a plain autograd unroll, in one run.
+"""Time and memory of one meta-update window: the replay, a plain autograd unroll and what the arithmetic alone takes.
 
-    python benchmarks/meta_gradient.py                # one core; --threads 2 for two
-Each row is the median over alternating repetitions of `meta_gradient` with `unroll` steps. Peak memory is measured in
-a process of its own for each case: the growth of its resident set over what it held before the window.
+    python benchmarks/meta_gradient.py                # one core; --plot draws benchmarks/meta_gradient.png
+    python benchmarks/meta_gradient.py --peers FILE   # other programs beside ours, see `timing.read_peers`
+    python benchmarks/meta_gradient.py --resnet       # also a window of ResNet-18's 11.7 million coordinates
+
+1. A window of `--unroll` steps by `meta_gradient`, in float32: the replay with the kernels of numba and with those of
+   plain torch, and autograd. Median and (minimum) over alternating repetitions on one core.
+2. The floor, in the same rounds: the LSTM's matrix products alone, the optimizee alone (`floors`), and what the replay
+   takes beyond the optimizee, divided by the products. Memory is what one window adds to the resident set of a process
+   of its own.
+3. What the LSTM alone, step and replay, takes for each coordinate and step, from 100 coordinates to `--largest`, on one
+   core and on two; time and memory over the length of the window (`scaling`).
 """
 
 import argparse
+import functools
+import multiprocessing
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from memory import peak_megabytes
+from memory import peak_megabytes, reset_peak
+from timing import CORES, alternate, milliseconds, pin, read_peers, table_head, table_row
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 
-CASES = [("quadratics", 1), ("quadratics", 16), ("quadratics", 128), ("mnist", 1), ("mnist", 8)]
-METHODS = ("replay", "autograd")
-
-
-def window(problem, functions, unroll):
-    """A function of the method that runs one meta-gradient of that case."""
-    from meta_training import meta_gradient
-    from optimizees import MNISTNet, Quadratics
-    from optimizers import CoordinatewiseLSTM
-
-    if problem == "mnist":
-        net, distribution = CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1), MNISTNet()
-    else:
-        net, distribution = CoordinatewiseLSTM(), Quadratics()
-    batch = distribution.sample(functions)
-    state = net.init_state(sum(tensor.numel() for tensor in batch.params.values()))
-    return lambda method: meta_gradient(net, batch, batch.params, state, unroll=unroll, method=method)
+CASES = {f"{problem} x{functions}": (problem, functions)
+         for problem, sizes in (("quadratics", (1, 16, 128)), ("mnist", (1, 8))) for functions in sizes}
+METHODS = {"replay, numba": ("replay", "numba"), "replay, torch": ("replay", "torch"),
+           "autograd": ("autograd", "torch")}
+SMOKE = dict(unroll=2, repetitions=1, cases=["mnist x1"], largest=1e3, lengths=[2], peer_rounds=1)
 
 
-def seconds(run, repetitions):
-    """Median time of each method, alternating."""
-    times = {method: [] for method in METHODS}
-    for repetition in range(repetitions + 1):
-        for method in METHODS:
-            start = time.perf_counter()
-            run(method)
-            if repetition:  # the first is a warm-up
-                times[method].append(time.perf_counter() - start)
-    return {method: statistics.median(values) for method, values in times.items()}
+class Window:
+    """A case: the network, a meta-batch and the state at its start."""
+
+    def __init__(self, problem, functions):
+        from optimizees import MNISTNet, Quadratics
+        from optimizers import CoordinatewiseLSTM
+
+        if problem == "mnist":
+            self.net, distribution = CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1), MNISTNet()
+        else:
+            self.net, distribution = CoordinatewiseLSTM(), Quadratics()
+        self.batch = distribution.sample(functions)
+        self.N = sum(tensor.numel() for tensor in self.batch.params.values())
+        self.state = self.net.init_state(self.N)
+
+    def run(self, name, unroll):
+        """One meta-gradient by the method of that name in `METHODS`."""
+        from meta_gradients import meta_gradient
+
+        method, os.environ["L2O_KERNELS"] = METHODS[name]
+        return meta_gradient(self.net, self.batch, self.batch.params, self.state, unroll=unroll, method=method)
 
 
-def peak_memory(problem, functions, unroll, method, threads):
-    """MB that one window adds to the peak of a fresh process, after a window of one step has warmed it up."""
-    command = [sys.executable, __file__, "--memory-of", problem, str(functions), method, "--unroll", str(unroll),
-               "--threads", str(threads)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+@functools.cache
+def added_megabytes(problem, functions, unroll, name):
+    """MB that one window adds to a process of its own, after windows of one step have warmed it up.
+
+    The process is forked from one that has only imported what is needed.
+    """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["meta_gradients", "optimizees", "optimizers", "lstm_numba"])
+    with processes.Pool(1) as pool:
+        return pool.apply(measure_memory, (problem, functions, unroll, name))
+
+
+def measure_memory(problem, functions, unroll, name):
+    pin(1)
+    window = Window(problem, functions)
+    for warm in (window, Window("quadratics", 1)):  # kernels depend on the number of coordinates
+        warm.run(name, 1)
+    before = reset_peak()
+    window.run(name, unroll)
+    return peak_megabytes() - before
+
+
+def compare_cases(cases, unroll, repetitions, peers, peer_rounds):
+    """Tables 1 and 2."""
+    from floors import bare_products, optimizee_alone
+    from unrolling import Coordinates
+
+    table_head("case", *(f"{name}, ms" for name in METHODS), "autograd / replay",
+               *(column for label in peers for column in (f"{label}, ms", f"{label} / replay")))
+    floors = []
+    for case in cases:
+        window = Window(*CASES[case])
+        runs = {name: functools.partial(window.run, name, unroll) for name in METHODS}
+        runs["products"] = bare_products(window.net, window.N, unroll)
+        runs["optimizee"] = optimizee_alone(Coordinates(window.batch.params), window.batch, unroll)
+        beside = {label: entries[case] for label, entries in peers.items() if case in entries}
+        times = alternate(runs, repetitions, beside, peer_rounds)
+        ours = times["replay, numba"].median
+        theirs = [(milliseconds(times[label]), f"{times[label].median / ours:.2f}") if label in times else ("–", "–")
+                  for label in peers]
+        table_row(case.replace("x", "×"), *(milliseconds(times[name]) for name in METHODS),
+                  f"{times['autograd'].median / ours:.2f}", *(cell for pair in theirs for cell in pair))
+        floors.append((case, window.N, times))
+    print()
+    table_head("case", "coordinates", "optimizee alone, ms", "bare products, ms", "LSTM part of the replay, ms",
+               "LSTM part / bare products", *(f"{name}, MB" for name in METHODS))
+    for case, N, times in floors:
+        lstm = times["replay, numba"].median - times["optimizee"].median
+        table_row(case.replace("x", "×"), f"{N:,}", milliseconds(times["optimizee"]), milliseconds(times["products"]),
+                  milliseconds(lstm), f"{lstm / times['products'].median:.2f}",
+                  *(f"{added_megabytes(*CASES[case], unroll, name):.0f}" for name in METHODS))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--unroll", type=int, default=20, help="steps in the window (default 20)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default 1)")
-    parser.add_argument("--repetitions", type=int, default=7, help="repetitions of each case (default 7)")
-    parser.add_argument("--memory-of", nargs=3, metavar=("PROBLEM", "FUNCTIONS", "METHOD"), help=argparse.SUPPRESS)
+    parser.add_argument("--repetitions", type=int, default=7, help="repetitions of each case, at least (default 7)")
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES,
+                        help="of tables 1 and 2 (default all)")
+    parser.add_argument("--largest", type=float, default=1e7,
+                        help="coordinates of the LSTM alone at most (default 1e7; 0 for none)")
+    parser.add_argument("--lengths", nargs="*", type=int, default=[20, 50, 100, 200], metavar="T",
+                        help="steps of MNIST's windows (default 20 50 100 200)")
+    parser.add_argument("--peers", metavar="FILE.json", help="programs to run in turn with ours")
+    parser.add_argument("--peer-rounds", type=int, default=3, help="runs of each such program (default 3)")
+    parser.add_argument("--plot", nargs="?", const=str(HERE / "meta_gradient.png"), metavar="PATH",
+                        help="draw how time and memory grow (default path benchmarks/meta_gradient.png)")
+    parser.add_argument("--resnet", action="store_true", help="also large_optimizee.py: some minutes, about 11 GB")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     arguments = parser.parse_args()
+    for name, least in (("unroll", 1), ("repetitions", 1), ("peer_rounds", 1)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
+    if arguments.smoke:
+        vars(arguments).update(SMOKE)
+    peers = read_peers(arguments.peers) if arguments.peers else {}
     import torch
 
-    torch.set_num_threads(arguments.threads)
+    pin(1)
     torch.manual_seed(0)
-    if arguments.memory_of:
-        problem, functions, method = arguments.memory_of
-        window(problem, int(functions), 1)(method)
-        run = window(problem, int(functions), arguments.unroll)
-        before = peak_megabytes()
-        run(method)
-        print(peak_megabytes() - before)
-        return
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-arguments.threads:])
-    print(f"torch {torch.__version__}, {platform.machine()}, {arguments.threads} thread(s), unroll {arguments.unroll}\n")
-    print("| case | replay | autograd | ratio | replay, MB | autograd, MB |\n| --- | --- | --- | --- | --- | --- |")
-    for problem, functions in CASES:
-        times = seconds(window(problem, functions, arguments.unroll),
-                        max(2, arguments.repetitions // 3) if (problem, functions) == ("mnist", 8) else arguments.repetitions)
-        memory = [peak_memory(problem, functions, arguments.unroll, method, arguments.threads) for method in METHODS]
-        print(f"| {problem} ×{functions} | {1e3 * times['replay']:.1f} ms | {1e3 * times['autograd']:.1f} ms | "
-              f"{times['autograd'] / times['replay']:.2f} | {memory[0]:.0f} | {memory[1]:.0f} |", flush=True)
+    from optimizers import has_numba
+    from scaling import compare_lengths, compare_sizes, draw
+
+    if not has_numba():
+        sys.exit("benchmarks/meta_gradient.py compares the kernels of numba with others: pip install numba")
+    print(f"torch {torch.__version__}, {platform.machine()}, core {CORES[-1] if CORES else '?'} of "
+          f"{os.cpu_count()}, windows of {arguments.unroll} steps, float32; median (minimum)\n")
+    compare_cases(arguments.cases, arguments.unroll, arguments.repetitions, peers, arguments.peer_rounds)
+    print()
+    sizes = compare_sizes(arguments.largest, arguments.unroll, arguments.repetitions)
+    print()
+    lengths = compare_lengths(arguments.lengths, arguments.repetitions, Window("mnist", 1), added_megabytes)
+    if arguments.plot:
+        draw(sizes, lengths, arguments.plot)
+        print(f"\ndrawn: {arguments.plot}")
+    if arguments.resnet:
+        print(flush=True)
+        subprocess.run([sys.executable, str(HERE / "large_optimizee.py"), "--unroll", str(arguments.unroll),
+                        *(["--smoke"] if arguments.smoke else [])], check=True)
 
 
 if __name__ == "__main__":

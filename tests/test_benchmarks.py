@@ -1,0 +1,140 @@
+"""The benchmark of the meta-update runs, prints numbers in all its columns, and measures what it says."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_mnist
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+TABLES = {"case": 2, "LSTM alone, coordinates": 1, "steps, 15,910 coordinates": 1}  # how many of each
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def tables_in(text):
+    """The Markdown tables of a text, each a list of rows, its head first."""
+    blocks = [block.splitlines() for block in re.findall(r"(?:^\|.*\|\n)+", text, re.M)]
+    return [[[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if "---" not in line]
+            for lines in blocks]
+
+
+def check_numbers(table):
+    head, *rows = table
+    assert rows
+    for row in rows:
+        for name, cell in list(zip(head, row, strict=True))[1:]:
+            if "two" not in name:  # cores: there are too few coordinates, or cores
+                number = float(re.match(r"-?[\d.]+(e[+-]\d+)?", cell.replace(",", ""))[0])
+                assert number >= 0 if "MB" in name or "GB" in name else number > 0, name
+
+
+def test_the_command_prints_numbers_in_all_columns(tmp_path):
+    data, plot, peers = write_mnist(tmp_path / "data"), tmp_path / "figure.png", tmp_path / "peers.json"
+    entry = {"command": [sys.executable, "-c", "print('took 2.5 ms')"], "pattern": r"took ([\d.]+)", "unit": "ms"}
+    peers.write_text(json.dumps({"another": {"mnist x1": entry}}))
+    command = [sys.executable, BENCHMARKS / "meta_gradient.py", "--smoke", "--plot", plot, "--peers", peers]
+    environment = {**os.environ, "L2O_DATA": str(data)}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, env=environment).stdout
+    tables = tables_in(output)
+    assert {name: sum(table[0][0] == name for table in tables) for name in TABLES} == TABLES
+    for table in tables:
+        check_numbers(table)
+    assert dict(zip(*tables[0]))["another, ms"] == "2.50 (2.50)"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_methods_compute_the_same(monkeypatch):
+    import meta_gradient as benchmark
+
+    monkeypatch.setenv("L2O_KERNELS", "auto")  # restored after the test
+    torch.manual_seed(0)
+    window = benchmark.Window("quadratics", 2)
+    results = [window.run(name, 3)[0] for name in benchmark.METHODS]
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=1e-3, atol=1e-3)
+
+
+def test_bare_products_are_those_of_the_window(monkeypatch):
+    """Count the multiplications: three of W's size for each layer, coordinate and step, and those by its input."""
+    import floors
+    from optimizers import CoordinatewiseLSTM
+
+    count = []
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: count.append(a.numel() * b.shape[1]) or product(a, b, out=out))
+    floors.bare_products(CoordinatewiseLSTM(hidden_size=5, preprocess="log_sign"), 5000, 3)()
+    width = 1667  # 5000 in three blocks
+    assert sum(count) == 3 * 3 * width * 20 * (3 * (2 + 5) + 5 + 4 * (5 + 5))
+
+
+def test_alternate_counts_rounds_and_asks_peers_between_them():
+    from timing import MOST, Seconds, alternate
+
+    calls = []
+    times = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2,
+                      {"peer": lambda: calls.append("peer") or 0.5}, 2)
+    assert calls == ["a", "b"] + 2 * (["a", "b"] * MOST + ["peer"])
+    assert times["peer"] == Seconds(0.5, 0.5) and 0 < times["a"].minimum <= times["a"].median < 0.5
+
+
+def test_peers_that_fail_or_are_misspelled_raise(tmp_path):
+    from timing import read_peers
+
+    def peers(**changes):
+        entry = {"command": [sys.executable, "-c", "print(3)"], "pattern": "([0-9]+)", "unit": "s"} | changes
+        (tmp_path / "peers.json").write_text(json.dumps({"label": {"mnist x1": entry}}))
+        return read_peers(tmp_path / "peers.json")["label"]["mnist x1"]
+
+    assert peers()() == 3.0
+    for changes in ({"unit": "us"}, {"pattern": "[0-9]"}, {"colour": "red"}):
+        with pytest.raises(ValueError, match="label, mnist x1"):
+            peers(**changes)
+    with pytest.raises(RuntimeError, match="printed no"):
+        peers(pattern="took ([0-9]+)")()
+
+
+def test_peak_memory_can_start_anew():
+    """A tensor of 64 MB is in the peak while it lives, and after it is gone, until the peak is reset."""
+    import memory
+
+    if sys.platform != "linux":
+        pytest.skip("needs Linux's own account of a process")
+    start = memory.reset_peak()
+    torch.ones(16 << 20).sum()
+    assert memory.peak_megabytes() - start > 60
+    assert memory.reset_peak() < start + 30
+
+
+def test_large_optimizee_prints_numbers(monkeypatch, capsys):
+    import large_optimizee as large
+
+    monkeypatch.setattr(sys, "argv", ["large_optimizee.py", "--smoke", "--unroll", "2"])
+    large.main()
+    (table,) = tables_in(capsys.readouterr().out)
+    check_numbers(table)
+
+
+def test_network_problem_gives_each_function_its_own_loss():
+    import large_optimizee as large
+
+    torch.manual_seed(0)
+    network = large.small_network()
+    batch = large.NetworkProblem(network, 10, batch_size=4, side=12).sample(2, torch.Generator().manual_seed(0))
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    losses = batch.loss(batch.params, 1)
+    assert losses.shape == (2,) and losses[0] != losses[1] and batch.loss(batch.params, 5).equal(losses)
+    assert not batch.loss(batch.params, 0).equal(losses)
+    assert all(buffer.equal(buffers[name]) for name, buffer in network.named_buffers())
+    assert sum(tensor.numel() for tensor in batch.params.values()) == 2 * sum(p.numel() for p in network.parameters())
+    params = {name: tensor.clone().requires_grad_() for name, tensor in batch.params.items()}
+    grads = torch.autograd.grad(batch.loss(params, 0)[0], list(params.values()))
+    assert all(grad[0].any() and not grad[1].any() for name, grad in zip(params, grads) if name != "0.bias")
