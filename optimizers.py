@@ -486,7 +486,7 @@ class RNNProp(LSTMOptimizer):
 class NormalizedLSTM(LSTMOptimizer):
     """A coordinatewise LSTM that reads what Adam would, over several horizons, and the time: for general use.
 
-    Its readings are ∇/√v̂, m̂_β/√v̂ for every β of `betas`, and log((t + 1) / fade), with the bias-corrected moving
+    Its readings are ∇/√v̂, m̂_β/√v̂ for every β of `betas`, and log(min(t, longest) / fade), with the bias-corrected moving
     averages m̂_β of ∇ and v̂ of ∇²: none of them changes when the loss is rescaled. The update is
     output_scale · tanh(output), so no step exceeds `output_scale`. `start_as_adam` gives it weights with which it is Adam
     with a learning rate that fades. Its state is (hidden, cell, averages): averages (len(betas) + 2, N) of ∇, one for
@@ -498,6 +498,8 @@ class NormalizedLSTM(LSTMOptimizer):
         betas: of the averages of ∇, at least one, each in (0, 1).
         square_beta: of the average of ∇², in (0, 1).
         fade: steps at which the reading of the time is 0, positive.
+        longest: steps at which that reading stops growing, positive: an optimizer cannot know what to do at a reading that
+            it has not met in training. Default 1000.
         output_scale: the largest step; positive.
         eps: its square is added to v̂; positive.
         odd: keep to LSTMs that answer -∇ with exactly the opposite updates, see `symmetrize`. Others drift, however
@@ -516,20 +518,20 @@ class NormalizedLSTM(LSTMOptimizer):
     inputs, Metz et al. 2020 (arXiv 2009.11243).
     """
 
-    arguments = ("hidden_size", "num_layers", "betas", "square_beta", "fade", "output_scale", "eps", "odd")
+    arguments = ("hidden_size", "num_layers", "betas", "square_beta", "fade", "longest", "output_scale", "eps", "odd")
     squash = True
 
-    def __init__(self, hidden_size=20, num_layers=1, betas=(0.5, 0.8, 0.95), square_beta=0.95, fade=300.0, output_scale=0.1,
-                 eps=1e-8, odd=False):
+    def __init__(self, hidden_size=20, num_layers=1, betas=(0.5, 0.8, 0.95), square_beta=0.95, fade=300.0, longest=1000.0,
+                 output_scale=0.1, eps=1e-8, odd=False):
         if not (isinstance(betas, (tuple, list)) and betas):
             raise TypeError(f"betas must be a tuple of numbers, at least one, got {betas!r}")
         for beta in (*betas, square_beta):
             if not (isinstance(beta, (int, float)) and 0 < beta < 1):
                 raise ValueError(f"betas and square_beta must be in (0, 1), got {beta!r}")
-        check_positive_number(fade=fade, output_scale=output_scale, eps=eps)
+        check_positive_number(fade=fade, longest=longest, output_scale=output_scale, eps=eps)
         super().__init__(len(betas) + 2, hidden_size, num_layers)
         self.betas, self.square_beta, self.fade = tuple(betas), square_beta, fade
-        self.output_scale, self.eps, self.odd = output_scale, eps, bool(odd)
+        self.longest, self.output_scale, self.eps, self.odd = longest, output_scale, eps, bool(odd)
         self.memory_shapes = [(len(betas) + 2,)]
         if odd:
             self.load_state_dict(self.symmetrize(self.state_dict()))
@@ -548,7 +550,7 @@ class NormalizedLSTM(LSTMOptimizer):
             averages = torch.cat([decay * averages[:-1] + (1 - decay) * fresh, time])
             corrected = averages[:-1] / (1 - decay ** time[:, :1])  # t is the same for all
             size = (corrected[-1:] + self.eps**2).sqrt()
-            readings.append(torch.cat([grad[None] / size, corrected[:-1] / size, (time / self.fade).log()]))
+            readings.append(torch.cat([grad[None] / size, corrected[:-1] / size, (time.clamp(max=self.longest) / self.fade).log()]))
         return torch.stack(readings), (averages,)
 
     def embed(self, readings):
@@ -559,7 +561,7 @@ class NormalizedLSTM(LSTMOptimizer):
 def start_as_adam(net, lr, mix=0.3):
     """Write weights into a `NormalizedLSTM` with which it is Adam with a fading learning rate; meta-training starts there.
 
-    The updates are -lr / (1 + t / fade) · ((1 - mix) m̂ + mix ∇) / √v̂ for t = 1, 2, …, with m̂ the average of the second
+    The updates are -lr / (1 + t / fade) · ((1 - mix) m̂ + mix ∇) / √v̂ for t = 1, 2, … longest, with m̂ the average of the second
     of the net's `betas` (the first if there is one only), right to a few per cent where |∇| ≤ 3 √v̂. One unit of each layer
     does it: its output gate is sigmoid(-log(t / fade)) = 1 / (1 + t / fade). The other units keep their weights and start
     with output weights of 0: they are there for meta-training to use.
