@@ -490,7 +490,7 @@ class NormalizedLSTM(LSTMOptimizer):
     averages m̂_β of ∇ and v̂ of ∇²: none of them changes when the loss is rescaled. The update is
     output_scale · tanh(output), so no step exceeds `output_scale`. `start_as_adam` gives it weights with which it is Adam
     with a learning rate that fades. Its state is (hidden, cell, averages): averages (len(betas) + 2, N) of ∇, one for
-    each β, of ∇², and t.
+    each β, of ∇², and t. (Kept in bfloat16, t stops at 256, since 257 is no number there.)
 
     Args:
         hidden_size: units in each layer, positive.

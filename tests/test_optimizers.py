@@ -15,8 +15,8 @@ import lstm_blocks
 import optimizers
 from meta_training import meta_train
 from optimizees import Quadratics
-from optimizers import (CoordinatewiseLSTM, NonFiniteError, NormalizedLSTM, RNNProp, load_optimizer, log_sign,
-                        save_optimizer, start_as_adam, start_as_momentum)
+from optimizers import (CoordinatewiseLSTM, LearnedOptimizer, NonFiniteError, NormalizedLSTM, RNNProp, load_optimizer,
+                        log_sign, save_optimizer, start_as_adam, start_as_momentum)
 
 
 def random_state(net, N):
@@ -425,6 +425,28 @@ def test_start_as_adam(layers, betas, mix):
         direction = (1 - mix) * mean / (1 - beta**t) + mix * grad
         expected = -0.02 / (1 + t / 5.0) * direction / (square / (1 - 0.9**t)).sqrt()
         torch.testing.assert_close(update, expected, rtol=0.1, atol=2e-5)
+
+
+def test_the_shipped_general_optimizer():
+    """As it is, on a small ReLU network that it has never seen: ahead of Adam as it is, and steady long after that."""
+    inputs = torch.randn(256, 8)
+    labels = (inputs[:, :3].prod(1) > 0).long()
+
+    def end(make_optimizer, steps):
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+        optimizer = make_optimizer(model.parameters())
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(model(inputs), labels)
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    net = load_optimizer("general")
+    learned = end(lambda parameters: LearnedOptimizer(parameters, net), 100)
+    assert type(net) is NormalizedLSTM and learned < 0.8 * end(torch.optim.Adam, 100)
+    assert end(lambda parameters: LearnedOptimizer(parameters, net), 1500) < learned
 
 
 @pytest.mark.parametrize("arguments, error, message", [
