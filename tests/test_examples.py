@@ -36,7 +36,8 @@ def data_root(tmp_path_factory):
     root = write_art(tmp_path_factory.mktemp("data"), side=32)
     folder = root / "MNIST" / "raw"
     folder.mkdir(parents=True)
-    images = (digits.images * 15).astype(np.uint8)
+    images = np.kron(digits.images * 15, np.ones((1, 3, 3)))  # 8 × 8 -> 24 × 24, and a border: MNIST's 28 × 28
+    images = np.pad(images, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
     for split, part in (("train", slice(0, 1400)), ("t10k", slice(1400, None))):
         for name, array in (("images-idx3", images[part]), ("labels-idx1", digits.target[part].astype(np.uint8))):
             header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
