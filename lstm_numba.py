@@ -1,4 +1,4 @@
-"""The coordinatewise LSTM on a CPU, compiled by numba: the arithmetic of `lstm_blocks`, several times faster.
+"""The coordinatewise LSTM on a CPU, compiled by numba: the arithmetic of `lstm_blocks`, faster.
 
 The optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1). As in `lstm_blocks`, features lie along rows
 and coordinates along columns; here a tile of columns goes through all layers, gates and (in the replay) all steps

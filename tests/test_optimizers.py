@@ -427,6 +427,22 @@ def test_start_as_adam(layers, betas, mix):
         torch.testing.assert_close(update, expected, rtol=0.1, atol=2e-5)
 
 
+@pytest.mark.parametrize("make", [lambda: CoordinatewiseLSTM(preprocess="log_sign"), RNNProp])
+def test_two_threads_do_what_one_does(make):
+    net, grads, adjoint = make().double(), torch.randn(3, 700).double(), torch.randn(3, 700).double()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            with torch.no_grad():
+                update, state = net(grads[0], net.init_state(700))
+            found.append([update, *state, *net.replay(grads, net.init_state(700), adjoint).values()])
+        finally:
+            torch.set_num_threads(1)
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-11, atol=1e-13)
+
+
 def test_the_shipped_general_optimizer():
     """As it is, on a small ReLU network that it has never seen: ahead of Adam as it is, and steady long after that."""
     inputs = torch.randn(256, 8)
