@@ -302,24 +302,24 @@ def carve(kind, scratch, steps, layers, rows, H):
     """The arrays of a tile in one buffer: of each layer [hidden; input], gates, c and tanh(c); the top's h; the adjoint;
     then of one step dh and dc of each layer, and d[hidden; input]."""
     width = int(columns_in(kind))
-    S, start, parts = row_length(steps, width), 0, (layers * rows, layers * 4 * H, layers * H, layers * H, H, 1)
-    columns = scratch[start:start + parts[0] * S].reshape(layers, rows, S)
-    start += parts[0] * S
-    gates = scratch[start:start + parts[1] * S].reshape(layers, 4 * H, S)
-    start += parts[1] * S
-    cells = scratch[start:start + parts[2] * S].reshape(layers, H, S)
-    start += parts[2] * S
-    tanhs = scratch[start:start + parts[3] * S].reshape(layers, H, S)
-    start += parts[3] * S
-    top = scratch[start:start + H * S].reshape(H, S)
-    start += H * S
-    adjoint = scratch[start:start + S].reshape(1, S)
-    start += S
-    dhidden = scratch[start:start + layers * H * width].reshape(layers, H, width)
-    start += layers * H * width
-    dcells = scratch[start:start + layers * H * width].reshape(layers, H, width)
-    start += layers * H * width
-    return columns, gates, cells, tanhs, top, adjoint, dhidden, dcells, scratch[start:start + rows * width].reshape(rows, width)
+    S, start = row_length(steps, width), 0
+    columns, start = part_of(scratch, start, layers, rows, S)
+    gates, start = part_of(scratch, start, layers, 4 * H, S)
+    cells, start = part_of(scratch, start, layers, H, S)
+    tanhs, start = part_of(scratch, start, layers, H, S)
+    top, start = part_of(scratch, start, 1, H, S)
+    adjoint, start = part_of(scratch, start, 1, 1, S)
+    dhidden, start = part_of(scratch, start, layers, H, width)
+    dcells, start = part_of(scratch, start, layers, H, width)
+    dcolumn, start = part_of(scratch, start, 1, rows, width)
+    return columns, gates, cells, tanhs, top[0], adjoint[0], dhidden, dcells, dcolumn[0]
+
+
+@numba.njit(cache=True)
+def part_of(scratch, start, layers, rows, length):
+    """(layers, rows, length) from `start` on, and where it ends."""
+    stop = start + layers * rows * length
+    return scratch[start:stop].reshape(layers, rows, length), stop
 
 
 @compiled
