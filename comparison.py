@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from argument_checks import check_count
-from unrolling import Coordinates, bound
+from unrolling import Coordinates, bound, stepper
 
 __all__ = ["AccuracyCurves", "BASELINES", "TunedBaseline", "compare", "compare_final", "evaluate", "evaluate_baseline",
            "evaluate_lbfgs", "minimize_lbfgs", "tune_baseline", "tune_baselines"]
@@ -95,12 +95,15 @@ def learned_rule(net):
     def begin(theta, coordinates=None):
         own = net if coordinates is None else bound(net, coordinates)
         state = own.init_state(theta.numel())
-        options = {"inplace": True} if "inplace" in inspect.signature(own.forward).parameters else {}
+        step = stepper(own, state)
 
         @torch.no_grad()
         def advance(gradient):
             nonlocal state
-            update, state = own(gradient, state, **options)
+            if step:
+                update = step(gradient)
+            else:
+                update, state = own(gradient, state)
             theta.add_(update)
 
         return advance

@@ -5,6 +5,10 @@ and coordinates along columns; here a tile of columns goes through all layers, g
 within the cache, in one compiled loop, without an operation of torch. Tiles are independent: as many run at once as
 torch has threads. Beside the arguments and results, memory holds one scratch of fixed size for each thread.
 
+A tile is `LANES` columns wide. What it keeps lies step by step, each step's rows one after the other in a flat array.
+Step s of `columns` holds x_s, h⁰_{s-1}, h¹_{s-2}, …, so that what layer l multiplies at time t, the state below and its
+own last one, are consecutive rows: of step t + l.
+
 It holds arithmetic only: no parameters, no checks of what users pass. numba compiles at the first call (some seconds)
 and keeps the result in `__pycache__`. `lstm_blocks` is the plain version, which this one is tested against.
 """
@@ -17,13 +21,12 @@ import numba
 import numpy as np
 import torch
 
-__all__ = ["PackedLSTM", "replay_blocks", "step_back_blocks", "step_blocks"]
+from register_blocks import LANES, OUTER, add_outer_block, copy_rows, product_block
 
-NARROW, WIDE = None, 0  # kinds of tile: of different types, so that numba compiles each function for both widths
-WIDTHS = {NARROW: 64, WIDE: 256}  # columns
-STEP_CHUNK = 64 * 256  # columns in one call of a compiled function, whose own cost of some µs is spread over them
-REPLAY_CHUNK = 16 * 256
-WIDE_STEPS = 40  # the longest window for wide tiles: what they keep should fit in the cache
+__all__ = ["PackedLSTM", "replay_blocks", "step_back_blocks", "step_blocks", "stepper"]
+
+STEP_CHUNK = 512 * LANES  # columns in one call of a compiled function, whose own cost of some µs is spread over them
+REPLAY_CHUNK = 128 * LANES
 
 single, double = np.float32, np.float64
 # sums may be taken in another order, which lets them be vectorized; infinities and NaNs go through as usual
@@ -34,8 +37,8 @@ in_order = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"co
 class PackedLSTM:
     """The weights of an LSTM and its linear output, laid out for the compiled loops.
 
-    Layer l has one matrix W_l that multiplies [hidden; input], with rows in the order of gates of `nn.LSTM`, i, f, g, o,
-    and a column of zeros up to a multiple of 4. All layers stand in one array, padded to the widest.
+    Layer l has one matrix W_l that multiplies [input; hidden], with rows in the order of gates of `nn.LSTM`, i, f, g, o.
+    All layers stand in one array, padded to the widest.
 
     Args:
         layers: per layer (weight_ih (4H, in), weight_hh (4H, H), bias (4H,)), in `nn.LSTM`'s order of gates.
@@ -44,23 +47,21 @@ class PackedLSTM:
 
     def __init__(self, layers, output_weight, output_bias):
         self.dtype, self.hidden, self.inputs = output_weight.dtype, layers[0][1].shape[1], layers[0][0].shape[1]
-        columns = [up_to_4(w.shape[1] + self.hidden) for w, _, _ in layers]
-        kind = output_weight.numpy().dtype
-        self.counts = np.array(columns)
-        self.weights = np.zeros((len(layers), 4 * self.hidden, max(columns)), kind)
-        self.transposed = np.zeros((len(layers), max(columns), 4 * self.hidden), kind)
+        kind, most = output_weight.numpy().dtype, self.hidden + max(w.shape[1] for w, _, _ in layers)
+        self.weights = np.zeros((len(layers), 4 * self.hidden, most), kind)
+        self.transposed = np.zeros((len(layers), most, 4 * self.hidden), kind)
         self.biases = np.stack([bias.numpy() for _, _, bias in layers])
         for l, (w, u, _) in enumerate(layers):
-            both = torch.cat([u, w], 1).numpy()
+            both = torch.cat([w, u], 1).numpy()
             self.weights[l, :, :both.shape[1]] = both
             self.transposed[l, :both.shape[1]] = both.T
         self.output = np.append(output_weight.numpy(), output_bias.numpy()).astype(kind)  # (H + 1,)
 
-    def scratch(self, kind, steps):
-        """This thread's buffer for tiles of that kind and many steps: the last one again if it is large enough."""
-        layers, rows, H = len(self.counts), self.weights.shape[2], self.hidden
-        width = WIDTHS[kind]
-        count = row_length(steps, width) * (layers * (rows + 6 * H) + H + 1) + width * (layers * 2 * H + rows)  # see `carve`
+    def scratch(self, steps):
+        """This thread's buffer for tiles of that many steps: the last one again if it is large enough."""
+        layers, H, inputs = len(self.weights), self.hidden, self.inputs
+        count = LANES * ((steps + layers) * (inputs + layers * H) + (6 * steps + 1) * layers * H + steps
+                         + 6 * layers * H + 2 * (max(inputs, H) + H))  # see `carve`
         kept = getattr(_thread, "scratch", None)
         if kept is None or kept.size < count or kept.dtype != self.weights.dtype:
             _thread.scratch = kept = np.empty(count, self.weights.dtype)
@@ -74,35 +75,11 @@ class PackedLSTM:
         """A list of such sums -> gradients as of `replay_blocks`."""
         weights, biases, output = (torch.from_numpy(sum(parts)).to(self.dtype) for parts in zip(*sums))
         H, widths = self.hidden, [self.inputs] + [self.hidden] * (len(weights) - 1)
-        layers = [(w[:, H:H + width], w[:, :H], bias) for w, width, bias in zip(weights, widths, biases)]
+        layers = [(w[:, :width], w[:, width:width + H], bias) for w, width, bias in zip(weights, widths, biases)]
         return layers, output[:-1], output[-1]
 
 
-def up_to_4(count):
-    return -(-count // 4) * 4
-
-
 # What is compiled ---------------------------------------------------------------------------------------------------
-
-def columns_in(kind):
-    """Columns in a tile of that kind, a constant where it is compiled."""
-    raise NotImplementedError("only compiled functions call it")
-
-
-@numba.extending.overload(columns_in)
-def columns_in_kind(kind):
-    # unsigned: numba takes a signed column for one that may count from the end, and then does not vectorize
-    if isinstance(kind, numba.types.NoneType):
-        return lambda kind: np.uintp(64)
-    return lambda kind: np.uintp(256)
-
-
-@numba.njit(cache=True)
-def row_length(steps, width):
-    """Columns of a tile's arrays over all steps, the end included, and 16 more: rows must not fall on the same sets of
-    the cache."""
-    return (steps + 1) * width + 16
-
 
 @in_order
 def single_exponential(x):
@@ -188,199 +165,182 @@ def tanh_slope_of(y):
 
 
 @compiled
-def product(kind, weight, bias, rows, count, x, at, out, to):
-    """out[:rows, to:to + lanes] = weight[:rows, :count] x[:count, at:at + lanes] + bias, in blocks of 4 by 4.
-
-    rows and count are multiples of 4. The inner loop has 16 weights in registers and 4 sums to keep.
-    """
-    lanes = columns_in(kind)
-    for r in range(0, rows, 4):
-        a, b, c, d = bias[r], bias[r + 1], bias[r + 2], bias[r + 3]
-        for k in range(0, count, 4):
-            a0, a1, a2, a3 = weight[r, k], weight[r, k + 1], weight[r, k + 2], weight[r, k + 3]
-            b0, b1, b2, b3 = weight[r + 1, k], weight[r + 1, k + 1], weight[r + 1, k + 2], weight[r + 1, k + 3]
-            c0, c1, c2, c3 = weight[r + 2, k], weight[r + 2, k + 1], weight[r + 2, k + 2], weight[r + 2, k + 3]
-            d0, d1, d2, d3 = weight[r + 3, k], weight[r + 3, k + 1], weight[r + 3, k + 2], weight[r + 3, k + 3]
-            if k == 0:
-                for j in range(lanes):
-                    x0, x1, x2, x3 = x[k, at + j], x[k + 1, at + j], x[k + 2, at + j], x[k + 3, at + j]
-                    out[r, to + j] = a + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-                    out[r + 1, to + j] = b + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
-                    out[r + 2, to + j] = c + c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
-                    out[r + 3, to + j] = d + d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
-            else:
-                for j in range(lanes):
-                    x0, x1, x2, x3 = x[k, at + j], x[k + 1, at + j], x[k + 2, at + j], x[k + 3, at + j]
-                    out[r, to + j] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-                    out[r + 1, to + j] += b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
-                    out[r + 2, to + j] += c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
-                    out[r + 3, to + j] += d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
+def product(weight, width, bias, rows, count, x, out):
+    """out = weight x + bias, of which weight[r, k] is weight[r · width + k], with `rows` rows and `count` columns."""
+    blocks = rows // 4 * 4
+    for r in range(0, blocks, 4):
+        product_block(4, weight[r * width:], width, bias[r:], count, x, out[r * LANES:])
+    for r in range(blocks, rows):
+        product_block(1, weight[r * width:], width, bias[r:], count, x, out[r * LANES:])
 
 
 @compiled
-def add_outer(y, x, rows, count, length, total):
-    """total[:rows, :count] += y[:rows, :length] x[:count, :length]ᵀ, in blocks of 4 by 2; rows and count as above."""
-    for r in range(0, rows, 4):
-        for k in range(0, count, 2):
-            zero = y[r, 0] - y[r, 0]
-            a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = zero
-            for j in range(length):
-                x0, x1 = x[k, j], x[k + 1, j]
-                a0 += y[r, j] * x0
-                a1 += y[r, j] * x1
-                b0 += y[r + 1, j] * x0
-                b1 += y[r + 1, j] * x1
-                c0 += y[r + 2, j] * x0
-                c1 += y[r + 2, j] * x1
-                d0 += y[r + 3, j] * x0
-                d1 += y[r + 3, j] * x1
-            total[r, k] += a0
-            total[r, k + 1] += a1
-            total[r + 1, k] += b0
-            total[r + 1, k + 1] += b1
-            total[r + 2, k] += c0
-            total[r + 2, k + 1] += c1
-            total[r + 3, k] += d0
-            total[r + 3, k + 1] += d1
+def add_outer(y, y_step, rows, x, x_step, count, steps, total):
+    """total[:rows, :count] += Σ_t y_t x_tᵀ, where y_t begins at t · y_step and x_t at t · x_step."""
+    width, flat = total.shape[1], total.reshape(-1)
+    blocks, wide = rows // 4 * 4, count // OUTER * OUTER
+    for r in range(0, blocks, 4):
+        for k in range(0, wide, OUTER):
+            add_outer_block(4, OUTER, y[r * LANES:], y_step, x[k * LANES:], x_step, steps, flat[r * width + k:], width)
+        for k in range(wide, count):
+            add_outer_block(4, 1, y[r * LANES:], y_step, x[k * LANES:], x_step, steps, flat[r * width + k:], width)
+    for r in range(blocks, rows):
+        for k in range(count):
+            add_outer_block(1, 1, y[r * LANES:], y_step, x[k * LANES:], x_step, steps, flat[r * width + k:], width)
 
 
 # Loops over a row read and write few arrays each, so that what numba compiles can check that they do not overlap.
 
 @in_order
-def activate(kind, gates, cells, tanhs, above, onward, H, at):
-    """i, f, o ← sigmoid, g ← tanh, c' = f c + i g, h' = o tanh(c'), for the step whose columns begin at `at`.
-
-    gates (4H, …) in place; c' to the next step's columns of cells; h' to `above`, and to `onward` for the next step.
-    """
-    lanes = columns_in(kind)
-    after = at + lanes
-    for u in range(4 * H):
-        if u // H == 2:
-            for j in range(lanes):
-                gates[u, at + j] = tanh(gates[u, at + j])
-        else:
-            for j in range(lanes):
-                gates[u, at + j] = sigmoid(gates[u, at + j])
-    for u in range(H):
-        i, f, g, o = u, H + u, 2 * H + u, 3 * H + u
-        for j in range(lanes):
-            cells[u, after + j] = gates[f, at + j] * cells[u, at + j] + gates[i, at + j] * gates[g, at + j]
-        for j in range(lanes):
-            tanhs[u, at + j] = tanh(cells[u, after + j])
-        for j in range(lanes):
-            above[u, at + j] = gates[o, at + j] * tanhs[u, at + j]
-        for j in range(lanes):
-            onward[u, after + j] = above[u, at + j]
+def all_sigmoid(values):
+    for j in range(len(values)):
+        values[j] = sigmoid(values[j])
 
 
 @in_order
-def pull_back(kind, gates, cells, tanhs, dhidden, dcells, spare, H, at):
-    """gates ← dL/d(gates before activation), dcells ← dL/dc, from dhidden = dL/dh' and dcells = dL/dc' (H, lanes)."""
-    lanes = columns_in(kind)
-    for u in range(H):
-        i, f, g, o = u, H + u, 2 * H + u, 3 * H + u
-        for j in range(lanes):
-            dcells[u, j] += dhidden[u, j] * gates[o, at + j] * tanh_slope(tanhs[u, at + j])
-        for j in range(lanes):
-            gates[o, at + j] = dhidden[u, j] * tanhs[u, at + j] * sigmoid_slope(gates[o, at + j])
-        for j in range(lanes):
-            spare[j] = dcells[u, j] * gates[g, at + j] * sigmoid_slope(gates[i, at + j])
-        for j in range(lanes):
-            gates[g, at + j] = dcells[u, j] * gates[i, at + j] * tanh_slope(gates[g, at + j])
-        for j in range(lanes):
-            gates[i, at + j] = spare[j]
-        for j in range(lanes):
-            spare[j] = dcells[u, j] * gates[f, at + j]
-        for j in range(lanes):
-            gates[f, at + j] = dcells[u, j] * cells[u, at + j] * sigmoid_slope(gates[f, at + j])
-        for j in range(lanes):
-            dcells[u, j] = spare[j]
+def all_tanh(values):
+    for j in range(len(values)):
+        values[j] = tanh(values[j])
+
+
+@in_order
+def tanh_to(out, values):  # not onto themselves: see above
+    for j in range(len(values)):
+        out[j] = tanh(values[j])
+
+
+@in_order
+def quarters(gates):
+    """i, f, g, o of (4H rows)."""
+    size = len(gates) // 4
+    return gates[:size], gates[size:2 * size], gates[2 * size:3 * size], gates[3 * size:]
+
+
+@in_order
+def activate(gates, cell, new_cell, tanhs, hidden):
+    """i, f, o ← sigmoid, g ← tanh, in place; c' = f c + i g, tanh(c'), h' = o tanh(c')."""
+    i, f, g, o = quarters(gates)
+    all_sigmoid(gates[:2 * len(i)])
+    all_tanh(g)
+    all_sigmoid(o)
+    for j in range(len(cell)):
+        new_cell[j] = f[j] * cell[j] + i[j] * g[j]
+    tanh_to(tanhs, new_cell)
+    for j in range(len(tanhs)):
+        hidden[j] = o[j] * tanhs[j]
+
+
+@in_order
+def pull_back(gates, cell, tanhs, dhidden, dcell, spare):
+    """gates ← dL/d(gates before activation), dcell ← dL/dc, from dhidden = dL/dh' and dcell = dL/dc'."""
+    i, f, g, o = quarters(gates)
+    for j in range(len(dcell)):
+        dcell[j] += dhidden[j] * o[j] * tanh_slope(tanhs[j])
+    for j in range(len(o)):
+        o[j] = dhidden[j] * tanhs[j] * sigmoid_slope(o[j])
+    for j in range(len(spare)):
+        spare[j] = dcell[j] * g[j] * sigmoid_slope(i[j])
+    for j in range(len(g)):
+        g[j] = dcell[j] * i[j] * tanh_slope(g[j])
+    for j in range(len(i)):
+        i[j] = spare[j]
+    for j in range(len(spare)):
+        spare[j] = dcell[j] * f[j]
+    for j in range(len(f)):
+        f[j] = dcell[j] * cell[j] * sigmoid_slope(f[j])
+    for j in range(len(dcell)):
+        dcell[j] = spare[j]
 
 
 @numba.njit(cache=True)
-def carve(kind, scratch, steps, layers, rows, H):
-    """The arrays of a tile in one buffer: of each layer [hidden; input], gates, c and tanh(c); the top's h; the adjoint;
-    then of one step dh and dc of each layer, and d[hidden; input]."""
-    width = int(columns_in(kind))
-    S, start = row_length(steps, width), 0
-    columns, start = part_of(scratch, start, layers, rows, S)
-    gates, start = part_of(scratch, start, layers, 4 * H, S)
-    cells, start = part_of(scratch, start, layers, H, S)
-    tanhs, start = part_of(scratch, start, layers, H, S)
-    top, start = part_of(scratch, start, 1, H, S)
-    adjoint, start = part_of(scratch, start, 1, 1, S)
-    dhidden, start = part_of(scratch, start, layers, H, width)
-    dcells, start = part_of(scratch, start, layers, H, width)
-    dcolumn, start = part_of(scratch, start, 1, rows, width)
-    return columns, gates, cells, tanhs, top[0], adjoint[0], dhidden, dcells, dcolumn[0]
+def carve(scratch, steps, inputs, layers, rows):
+    """The arrays of a tile in one buffer: steps of columns, gates, c and tanh(c), all for all layers; the adjoint; then
+    of one step dh and dc of each layer, d[input; hidden], a spare one; sums of the gates' adjoints."""
+    H, start = rows // 4 * LANES, 0
+    columns, start = part_of(scratch, start, 1, steps + layers, inputs * LANES + layers * H)
+    gates, start = part_of(scratch, start, layers, steps, 4 * H)
+    cells, start = part_of(scratch, start, layers, steps + 1, H)
+    tanhs, start = part_of(scratch, start, layers, steps, H)
+    adjoint, start = part_of(scratch, start, 1, steps, LANES)
+    dhidden, start = part_of(scratch, start, 1, layers, H)
+    dcells, start = part_of(scratch, start, 1, layers, H)
+    rest, start = part_of(scratch, start, 1, 2, max(inputs * LANES, H) + H)
+    dgates, _ = part_of(scratch, start, 1, layers, 4 * H)
+    return columns[0], gates, cells, tanhs, adjoint[0], dhidden[0], dcells[0], rest[0, 0], rest[0, 1, :H], dgates[0]
 
 
 @numba.njit(cache=True)
-def part_of(scratch, start, layers, rows, length):
-    """(layers, rows, length) from `start` on, and where it ends."""
-    stop = start + layers * rows * length
-    return scratch[start:stop].reshape(layers, rows, length), stop
+def part_of(scratch, start, layers, steps, length):
+    """(layers, steps, length) from `start` on, and where it ends."""
+    stop = start + layers * steps * length
+    return scratch[start:stop].reshape(layers, steps, length), stop
 
 
 @compiled
-def load(kind, source, start, width, out, row, to):
-    """out[row + u, to:to + lanes] = source[u, start:start + width] and zeros, for all rows u of source."""
-    lanes = columns_in(kind)
+def load(source, start, width, out):
+    """out[u, :width] = source[u, start:start + width] and zeros, for all rows u of source."""
+    if width == LANES:
+        copy_rows(source.shape[0], source[0, start:], source.shape[1], out, LANES)
+        return
     for u in range(source.shape[0]):
         for j in range(width):
-            out[row + u, to + j] = source[u, start + j]
-        for j in range(width, lanes):
-            out[row + u, to + j] = 0
+            out[u * LANES + j] = source[u, start + j]
+        out[u * LANES + width:u * LANES + LANES] = 0
 
 
 @compiled
-def store(source, rows, at, width, out, start):
-    """out[u, start:start + width] = source[u, at:at + width] for the first rows u of source."""
-    for u in range(rows):
+def store(source, width, out, start):
+    """out[u, start:start + width] = source[u, :width] for all rows u of out."""
+    if width == LANES:
+        copy_rows(out.shape[0], source, LANES, out[0, start:], out.shape[1])
+        return
+    for u in range(out.shape[0]):
         for j in range(width):
-            out[u, start + j] = source[u, at + j]
+            out[u, start + j] = source[u * LANES + j]
 
 
 @compiled
-def record(kind, weights, biases, counts, steps, H, columns, gates, cells, tanhs, top):
+def record(weights, biases, inputs, steps, columns, gates, cells, tanhs):
     """The forward pass of a tile over its steps."""
-    layers, lanes = len(counts), columns_in(kind)
+    layers, rows, width = weights.shape
+    H = rows // 4
     for t in range(steps):
-        at = np.uintp(t) * lanes
         for l in range(layers):
-            product(kind, weights[l], biases[l], 4 * H, counts[l], columns[l], at, gates[l], at)
-            above = columns[l + 1, H:] if l + 1 < layers else top
-            activate(kind, gates[l], cells[l], tanhs[l], above, columns[l], H, at)
+            below, size = max(inputs + (l - 1) * H, 0), inputs if l == 0 else H
+            own = (below + size) * LANES
+            product(weights[l].reshape(-1), width, biases[l], rows, size + H, columns[t + l, below * LANES:], gates[l, t])
+            activate(gates[l, t], cells[l, t], cells[l, t + 1], tanhs[l, t], columns[t + l + 1, own:own + H * LANES])
 
 
 @compiled
-def run_step(kind, weights, biases, counts, output, features, offset, hidden, cells, start, stop, update, new_hidden, new_cells,
-             scratch):
-    """One step of the coordinates start … stop. features (inputs, …) begin at coordinate `offset`."""
+def load_state(hidden, cells, inputs, start, width, columns, c):
+    """The state before the first step into a tile."""
     layers, H = hidden.shape[:2]
-    columns, gates, c, tanhs, top, _, _, _, _ = carve(kind, scratch, 1, layers, weights.shape[2], H)
-    columns[:] = 0  # rows that only fill up to a multiple of 4 among them
-    zero, lanes = np.uintp(0), columns_in(kind)
-    for tile in range(start, stop, int(lanes)):
-        first, width = np.uintp(tile), np.uintp(min(int(lanes), stop - tile))
-        load(kind, features, np.uintp(tile - offset), width, columns[0], H, zero)
-        for l in range(layers):
-            load(kind, hidden[l], first, width, columns[l], 0, zero)
-            load(kind, cells[l], first, width, c[l], 0, zero)
-        record(kind, weights, biases, counts, 1, H, columns, gates, c, tanhs, top)
-        for j in range(width):
-            update[first + j] = output[H]
-        for u in range(H):
-            for j in range(width):
-                update[first + j] += output[u] * top[u, j]
-        for l in range(layers):
-            store(columns[l], H, lanes, width, new_hidden[l], first)
-            store(c[l], H, lanes, width, new_cells[l], first)
+    for l in range(layers):
+        load(hidden[l], start, width, columns[l, (inputs + l * H) * LANES:])
+        load(cells[l], start, width, c[l, 0])
 
 
 @compiled
-def run_replay(kind, weights, transposed, biases, counts, output, squash, features, offset, hidden, cells, adjoint, start, stop,
-               dfeatures, dhidden, dcells, weight_sums, bias_sums, output_sums, scratch):
+def run_step(weights, biases, output, features, offset, hidden, cells, start, stop, update, new_hidden, new_cells, scratch):
+    """One step of the coordinates start … stop. features (inputs, …) begin at coordinate `offset`."""
+    (layers, H), inputs = hidden.shape[:2], features.shape[0]
+    columns, gates, c, tanhs, outputs, _, _, _, _, _ = carve(scratch, 1, inputs, layers, 4 * H)
+    for first in range(start, stop, LANES):
+        width = min(LANES, stop - first)
+        load(features, first - offset, width, columns[0])
+        load_state(hidden, cells, inputs, first, width, columns, c)
+        record(weights, biases, inputs, 1, columns, gates, c, tanhs)
+        product(output, H, output[H:], 1, H, columns[layers, (inputs + (layers - 1) * H) * LANES:], outputs[0])
+        update[first:first + width] = outputs[0, :width]
+        for l in range(layers):
+            store(columns[l + 1, (inputs + l * H) * LANES:], width, new_hidden[l], first)
+            store(c[l, 1], width, new_cells[l], first)
+
+
+@compiled
+def run_replay(weights, transposed, biases, output, squash, features, offset, hidden, cells, adjoint, start, stop, dfeatures,
+               dhidden, dcells, weight_sums, bias_sums, output_sums, scratch):
     """The replay of the coordinates start … stop: adds to the sums.
 
     features and dfeatures (T, inputs, …) begin at coordinate `offset`; without columns dfeatures is not written.
@@ -388,95 +348,119 @@ def run_replay(kind, weights, transposed, biases, counts, output, squash, featur
     before the first one; without columns the former are zeros and the latter not written. squash: outputs go through a
     tanh.
     """
-    steps, (layers, H) = len(adjoint), hidden.shape[:2]
+    steps, (layers, H), inputs = len(adjoint), hidden.shape[:2], features.shape[1]
     wanted, carried = dfeatures.shape[2] > 0, dhidden.shape[2] > 0
-    columns, gates, c, tanhs, top, pulls, dh, dc, dcolumn = carve(kind, scratch, steps, layers, weights.shape[2], H)
-    columns[:] = 0
-    zero, lanes = np.uintp(0), columns_in(kind)
-    zeros, spare, length = np.zeros(weights.shape[2], weights.dtype), np.empty(int(lanes), weights.dtype), steps * int(lanes)
-    for tile in range(start, stop, int(lanes)):
-        first, within, width = np.uintp(tile), np.uintp(tile - offset), np.uintp(min(int(lanes), stop - tile))
+    columns, gates, c, tanhs, pulls, dh, dc, dcolumn, spare, dgates = carve(scratch, steps, inputs, layers, 4 * H)
+    zeros, top = np.zeros(weights.shape[2], weights.dtype), (inputs + (layers - 1) * H) * LANES
+    for first in range(start, stop, LANES):
+        within, width = first - offset, min(LANES, stop - first)
         for t in range(steps):
-            load(kind, features[t], within, width, columns[0], H, np.uintp(t) * lanes)
-            load(kind, adjoint[t:t + 1], first, width, pulls, 0, np.uintp(t) * lanes)
-        for l in range(layers):
-            load(kind, hidden[l], first, width, columns[l], 0, zero)
-            load(kind, cells[l], first, width, c[l], 0, zero)
-            if carried:
-                load(kind, dhidden[l], first, width, dh[l], 0, zero)
-                load(kind, dcells[l], first, width, dc[l], 0, zero)
-            else:
-                dh[l], dc[l] = 0, 0
-        record(kind, weights, biases, counts, steps, H, columns, gates, c, tanhs, top)
-        if squash:
-            squash_adjoint(output, top, pulls[0], length, H)
-        for t in range(steps - 1, -1, -1):
-            at = np.uintp(t) * lanes
-            for u in range(H):
-                for j in range(lanes):
-                    dh[layers - 1, u, j] += output[u] * pulls[0, at + j]
-            for l in range(layers - 1, -1, -1):
-                pull_back(kind, gates[l], c[l], tanhs[l], dh[l], dc[l], spare, H, at)
-                rows = counts[l] if l > 0 or wanted else (H + 3) // 4 * 4
-                product(kind, transposed[l], zeros, rows, 4 * H, gates[l], at, dcolumn, np.uintp(0))
-                dh[l] = dcolumn[:H]
-                if l > 0:  # the input of this layer is the hidden state of the one below
-                    for u in range(H):
-                        for j in range(lanes):
-                            dh[l - 1, u, j] += dcolumn[H + u, j]
-                elif wanted:
-                    store(dcolumn[H:], dfeatures.shape[1], zero, width, dfeatures[t], within)
+            load(features[t], within, width, columns[t])
+            load(adjoint[t:t + 1], first, width, pulls[t])
+        load_state(hidden, cells, inputs, first, width, columns, c)
         if carried:
             for l in range(layers):
-                store(dh[l], H, zero, width, dhidden[l], first)
-                store(dc[l], H, zero, width, dcells[l], first)
+                load(dhidden[l], first, width, dh[l])
+                load(dcells[l], first, width, dc[l])
+        else:
+            dh[:], dc[:] = 0, 0
+        dgates[:] = 0
+        record(weights, biases, inputs, steps, columns, gates, c, tanhs)
+        if squash:
+            for t in range(steps):
+                squash_adjoint(output, columns[t + layers, top:], pulls[t], spare)
+        for t in range(steps - 1, -1, -1):
+            add_output(output, pulls[t], dh[layers - 1])
+            for l in range(layers - 1, -1, -1):
+                pull_back(gates[l, t], c[l, t], tanhs[l, t], dh[l], dc[l], spare)
+                accumulate(gates[l, t], dgates[l])
+                size = inputs if l == 0 else H
+                first_row = 0 if l > 0 or wanted else size
+                product(transposed[l, first_row:].reshape(-1), 4 * H, zeros, size + H - first_row, 4 * H, gates[l, t],
+                        dcolumn[first_row * LANES:])
+                dh[l] = dcolumn[size * LANES:(size + H) * LANES]
+                if l > 0:  # the input of this layer is the hidden state of the one below
+                    accumulate(dcolumn[:H * LANES], dh[l - 1])
+                elif wanted:
+                    store(dcolumn, width, dfeatures[t], within)
+        if carried:
+            for l in range(layers):
+                store(dh[l], width, dhidden[l], first)
+                store(dc[l], width, dcells[l], first)
+        step = columns.shape[1]
         for l in range(layers):
-            add_outer(gates[l], columns[l], 4 * H, counts[l], length, weight_sums[l])
+            below, size = max(inputs + (l - 1) * H, 0), inputs if l == 0 else H
+            add_outer(gates[l].reshape(-1), gates.shape[2], 4 * H, columns[l:].reshape(-1)[below * LANES:], step, size + H, steps,
+                      weight_sums[l])
             for r in range(4 * H):
-                bias_sums[l, r] += gates[l, r, :length].sum()
-        for u in range(H):
-            output_sums[u] += dot(top[u], pulls[0], length)
-        output_sums[H] += pulls[0, :length].sum()
+                bias_sums[l, r] += total(dgates[l, r * LANES:(r + 1) * LANES])
+        add_outer(columns[layers:].reshape(-1)[top:], step, H, pulls.reshape(-1), LANES, 1, steps, output_sums[:H].reshape(H, 1))
+        output_sums[H] += total(pulls.reshape(-1))
 
 
 @compiled
-def dot(a, b, length):
-    total = a[0] - a[0]
-    for j in range(length):
-        total += a[j] * b[j]
-    return total
+def accumulate(values, total):
+    for j in range(len(values)):
+        total[j] += values[j]
 
 
 @compiled
-def squash_adjoint(output, top, pulls, length, H):
+def total(values):
+    result = values[0] - values[0]
+    for j in range(len(values)):
+        result += values[j]
+    return result
+
+
+@compiled
+def add_output(output, pulls, dhidden):
+    """dhidden += output · pulls"""
+    for u in range(len(output) - 1):
+        row, factor = dhidden[u * LANES:(u + 1) * LANES], output[u]
+        for j in range(LANES):
+            row[j] += factor * pulls[j]
+
+
+@compiled
+def squash_adjoint(output, top, pulls, spare):
     """The adjoint of tanh(z) -> that of z = output · h + bias."""
-    for j in range(length):
-        z = output[H]
-        for u in range(H):
-            z += output[u] * top[u, j]
-        pulls[j] *= tanh_slope(tanh(z))
+    H = len(output) - 1
+    product(output, H, output[H:], 1, H, top, spare)
+    for j in range(LANES):
+        pulls[j] *= tanh_slope(tanh(spare[j]))
 
 
 # What others call ---------------------------------------------------------------------------------------------------
 
 def step_blocks(packed, features, hidden, cells, inplace=False):
     """One step of the optimizer for all coordinates, without a graph: as `lstm_blocks.step_blocks`."""
-    before, N = (array(hidden), array(cells)), hidden.shape[2]
     whole = hidden.is_contiguous() and cells.is_contiguous()
-    new = (hidden, cells) if inplace and whole else (torch.empty(hidden.shape, dtype=packed.dtype) for _ in range(2))
-    new_hidden, new_cells = new
-    update = torch.empty(N, dtype=packed.dtype)
-    after = array(update), array(new_hidden), array(new_cells)
-
-    def work(start, stop):
-        kind = kind_for(stop - start, 1)
-        run_step(kind, packed.weights, packed.biases, packed.counts, packed.output, array(features(start, stop)), start,
-                 *before, start, stop, *after, packed.scratch(kind, 1))
-
-    side_by_side(work, N, STEP_CHUNK)
+    new = (hidden, cells) if inplace and whole else tuple(torch.empty(hidden.shape, dtype=packed.dtype) for _ in range(2))
+    update = stepper(packed, hidden, cells, new)(features)
     if inplace and not whole:
-        new_hidden, new_cells = hidden.copy_(new_hidden), cells.copy_(new_cells)
-    return update, new_hidden, new_cells
+        new = hidden.copy_(new[0]), cells.copy_(new[1])
+    return update, *new
+
+
+def stepper(packed, hidden, cells, new=None):
+    """A function that does `step_blocks` for features (start, stop) -> (inputs, width), and returns the update (N,).
+
+    The next state goes to `new`, hidden and cells like those given; without it over those, again and again.
+    """
+    N, (new_hidden, new_cells), before = hidden.shape[2], new or (hidden, cells), (array(hidden), array(cells))
+    after, inputs = (array(new_hidden), array(new_cells)), (packed.weights, packed.biases, packed.output)
+
+    def step(features):
+        update = torch.empty(N, dtype=packed.dtype)
+        out = update.numpy()
+
+        def work(start, stop):
+            run_step(*inputs, array(features(start, stop)), start, *before, start, stop, out, *after, packed.scratch(1))
+
+        side_by_side(work, N, STEP_CHUNK)
+        return update
+
+    return step
 
 
 def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled=None):
@@ -485,11 +469,10 @@ def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled
     none = np.empty((1, 1, 0), packed.weights.dtype)
 
     def work(start, stop):
-        kind, inputs, sums = kind_for(stop - start, len(adjoint)), features(start, stop), packed.zero_sums()
+        inputs, sums = features(start, stop), packed.zero_sums()
         dfeatures = torch.empty(inputs.shape if pulled else (1, 1, 0), dtype=packed.dtype)
-        run_replay(kind, packed.weights, packed.transposed, packed.biases, packed.counts, packed.output, squash,
-                   array(inputs), start, *before, start, stop, array(dfeatures), none, none, *sums,
-                   packed.scratch(kind, len(adjoint)))
+        run_replay(packed.weights, packed.transposed, packed.biases, packed.output, squash, array(inputs), start, *before,
+                   start, stop, array(dfeatures), none, none, *sums, packed.scratch(len(adjoint)))
         if pulled:
             pulled(start, stop, dfeatures)
         return sums
@@ -504,9 +487,9 @@ def step_back_blocks(packed, features, hidden, cells, adjoint, dhidden, dcells, 
     adjoints = array(dhidden), array(dcells)
 
     def work(start, stop):
-        kind, sums = kind_for(stop - start, 1), packed.zero_sums()
-        run_replay(kind, packed.weights, packed.transposed, packed.biases, packed.counts, packed.output, squash, before[0], 0,
-                   *before[1:], start, stop, array(dfeatures[None]), *adjoints, *sums, packed.scratch(kind, 1))
+        sums = packed.zero_sums()
+        run_replay(packed.weights, packed.transposed, packed.biases, packed.output, squash, before[0], 0, *before[1:], start,
+                   stop, array(dfeatures[None]), *adjoints, *sums, packed.scratch(1))
         return sums
 
     gradients = packed.gradients(side_by_side(work, N, REPLAY_CHUNK))
@@ -514,11 +497,6 @@ def step_back_blocks(packed, features, hidden, cells, adjoint, dhidden, dcells, 
         if not tensor.is_contiguous():  # then its array was a copy
             tensor.copy_(torch.from_numpy(adjoint))
     return dfeatures, *gradients
-
-
-def kind_for(columns, steps):
-    """Wide tiles cost less for a column, narrow ones less where there are few columns or many steps to keep."""
-    return WIDE if columns >= 2 * WIDTHS[WIDE] and steps <= WIDE_STEPS else NARROW
 
 
 def array(tensor):
@@ -534,10 +512,11 @@ _pool = (None, 0, None)  # process, threads, executor
 
 def side_by_side(work, length, most):
     """[work(start, stop), ...] over [0, length) in pieces of at most `most`, by as many threads as torch has."""
+    if length <= 4 * LANES:
+        return [work(0, length)]
     threads = torch.get_num_threads()
-    tile = WIDTHS[NARROW]
-    pieces = max(-(-length // most), min(threads, length // (2 * tile)), 1)
-    size = -(-length // (pieces * tile)) * tile  # whole tiles
+    pieces = max(-(-length // most), min(threads, length // (4 * LANES)), 1)
+    size = -(-length // (pieces * LANES)) * LANES  # whole tiles
     spans = [(start, min(start + size, length)) for start in range(0, length, size)]
     if len(spans) == 1 or threads == 1:
         return [work(*span) for span in spans]

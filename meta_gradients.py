@@ -5,6 +5,7 @@ Andrychowicz et al. 2016 (arXiv 1606.04474), section 2: L(φ) = E_f Σ_t w_t f(�
 of coordinates (N,) are as in `unrolling`.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -105,9 +106,9 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
     else:
         grads, losses, theta, state = autograd_window(net, batch.loss, coordinates, theta, state, step, weights,
                                                       second_order, objective)
-    bad = ~torch.isfinite(losses) if objective == "sum" else ~torch.isfinite(losses.log())
-    if bad.any():
-        t, function = bad.nonzero()[0].tolist()
+    values = losses if objective == "sum" else losses.log()
+    if not math.isfinite(values.sum().item()) and not torch.isfinite(values).all():  # a sum may also overflow
+        t, function = (~torch.isfinite(values)).nonzero()[0].tolist()
         raise NonFiniteError(f"the loss of function {function} at step {step + t} is {losses[t, function].item()}"
                              + (', and objective="log" needs a positive one' if objective == "log" else ""))
     if getattr(net, "odd", False):

@@ -28,6 +28,9 @@ class MetaBatch(NamedTuple):
 
     `part(first, last)`, if there is one, gives functions first … last - 1 as a meta-batch of their own, with the very
     losses that they have in the whole: what several processes share a meta-batch by.
+
+    A loss may be an object that also has `with_gradient(params, step)`, which returns the losses (B,) and the gradient of
+    their sum, a dict like params, without a graph: for functions so small that autograd costs more than they do.
     """
 
     params: dict
@@ -80,13 +83,27 @@ class Quadratics:
         theta = torch.zeros(meta_batch, self.dim, dtype=self.dtype, device=self.device)
 
         def part(first, last):
-            def loss(params, step):
-                return torch.baddbmm(y[first:last], W[first:last], params["theta"][..., None],
-                                     beta=-1).square().sum((1, 2))
+            return MetaBatch({"theta": theta[first:last]}, QuadraticLoss(W[first:last], y[first:last]))
 
-            return MetaBatch({"theta": theta[first:last]}, loss)
+        return part(0, meta_batch)._replace(part=part)
 
-        return MetaBatch({"theta": theta}, part(0, meta_batch).loss, part)
+
+class QuadraticLoss:
+    """‖Wθ − y‖² of B functions, W (B, n, n) and y (B, n, 1)."""
+
+    def __init__(self, W, y):
+        self.W, self.y, self.twice = W, y, (2 * W).mT.contiguous()
+
+    def residual(self, params):
+        return torch.baddbmm(self.y, self.W, params["theta"].unsqueeze(-1), beta=-1)
+
+    def __call__(self, params, step):
+        return self.residual(params).square().sum((1, 2))
+
+    def with_gradient(self, params, step):
+        """Losses (B,) and their gradient 2 Wᵀ(Wθ − y), a dict like params, without a graph."""
+        residual = self.residual(params)
+        return residual.square().sum((1, 2)), {"theta": torch.bmm(self.twice, residual).squeeze(-1)}
 
 
 class Variation:

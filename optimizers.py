@@ -116,6 +116,40 @@ class LSTMOptimizer(nn.Module):
             memory = [old.copy_(new) for old, new in zip(memory, new_memory)] if inplace else new_memory
             return self.finish(outputs), (hidden, cell, *memory)
 
+    def stepper(self, state):
+        """Many steps from one state, without a graph: what does not change from step to step is looked at once.
+
+        Args:
+            state: as `init_state` or a step returned it; overwritten by each step with the next one.
+
+        Returns:
+            a function of the gradient (N,) that returns the update (N,), as `forward` with `inplace` does. Call it under
+            `torch.no_grad()`, and no more once the weights have changed.
+
+        Raises:
+            ValueError: shapes, dtypes or devices do not fit each other.
+            NonFiniteError: of the function: the gradient holds an infinity or a NaN.
+        """
+        hidden, cell, *memory = state
+        shape = hidden.shape[-1:]
+        self._check(hidden[0, 0], state, shape)
+        kernels, packed = self._packed_kernels()
+        if not hasattr(kernels, "stepper") or not (hidden.is_contiguous() and cell.is_contiguous()):
+            return lambda grad: self(grad, state, inplace=True)[0]
+        run = kernels.stepper(packed, hidden, cell)
+
+        def step(grad):
+            if grad.shape != shape or grad.dtype != hidden.dtype:
+                raise ValueError(f"grad must be {hidden.dtype} of shape {tuple(shape)} as the state, got {grad.dtype} of "
+                                 f"shape {tuple(grad.shape)}")
+            check_finite(grad, "grad")
+            readings, after = self.read(grad[None], memory)
+            for old, new in zip(memory, after):
+                old.copy_(new)
+            return self.finish(run(lambda a, b: self.embed(readings[0, :, a:b])))
+
+        return step
+
     def replay(self, grads, state, adjoint):
         """Gradient of Σ_t ⟨adjoint_t, update_t⟩ with respect to the weights, over recorded inputs.
 
@@ -136,8 +170,9 @@ class LSTMOptimizer(nn.Module):
         self._check(grads, state, (adjoint.shape[0], state[0].shape[-1]))
         if adjoint.shape != grads.shape:
             raise ValueError(f"adjoint must have the shape of grads {tuple(grads.shape)}, got {tuple(adjoint.shape)}")
-        gradients = self._replay(grads, state, adjoint)
-        return {name: gradients[name] for name, parameter in self.named_parameters() if parameter.requires_grad}
+        wanted = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        gradients = self._replay(grads, state, adjoint, wanted)
+        return {name: gradients[name] for name in wanted}
 
     def pull_back(self, grad, state, adjoint, next_adjoints):
         """Backpropagate through one step, on a CPU: what the second-order replay does from the last step to the first.
@@ -170,7 +205,8 @@ class LSTMOptimizer(nn.Module):
         return pulled[0], [dhidden, dcell, *pulled[1:1 + len(memory)]], {name: gradients[name] for name in wanted}
 
     def finish(self, outputs):
-        return self.output_scale * (outputs.tanh() if self.squash else outputs)
+        outputs = outputs.tanh() if self.squash else outputs
+        return outputs if self.output_scale == 1 else self.output_scale * outputs
 
     # How it is done ---------------------------------------------------------------------------------------------
 
@@ -212,11 +248,10 @@ class LSTMOptimizer(nn.Module):
         return kernels, self._packed
 
     @torch.no_grad()
-    def _replay(self, grads, state, adjoint):
+    def _replay(self, grads, state, adjoint, wanted):
         hidden, cell, *memory = state
         kernels, packed = self._packed_kernels()
-        own = {name: parameter for name, parameter in self.named_parameters()  # those of `embed`
-               if parameter.requires_grad and not name.startswith(("lstm.", "output."))}
+        own = {name: parameter for name, parameter in wanted.items() if not name.startswith(("lstm.", "output."))}  # `embed`'s
         if kernels is lstm_blocks and grads.device.type != "cpu" or is_triton(kernels) and (own or self.squash):
             return self._replay_with_graph(grads, state, adjoint)
         pieces = []
@@ -229,7 +264,8 @@ class LSTMOptimizer(nn.Module):
                 pieces.append(torch.autograd.grad(self.embed(readings(start, stop)), list(own.values()), dfeatures))
 
         parts = kernels.replay_blocks(packed, lambda a, b: self.embed(readings(a, b)), hidden, cell,
-                                      self.output_scale * adjoint, self.squash, pulled if own else None)
+                                      adjoint if self.output_scale == 1 else self.output_scale * adjoint, self.squash,
+                                      pulled if own else None)
         return names_of(*parts) | {name: sum(piece) for name, piece in zip(own, zip(*pieces))}
 
     @torch.enable_grad()

@@ -10,7 +10,9 @@ import math
 
 import torch
 
-__all__ = ["Coordinates", "bound", "unroll"]
+from state_nests import map_tensors
+
+__all__ = ["Coordinates", "bound", "stepper", "unroll"]
 
 SMALLEST_SHARE = 1024  # coordinates of a tensor that a partial replay reads at least
 
@@ -34,11 +36,12 @@ class Coordinates:
 
     def join(self, params):
         """dict of (B, ...) -> (N,)"""
-        return torch.cat([params[name].reshape(-1) for name in self.shapes])
+        parts = [params[name].reshape(-1) for name in self.shapes]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def split(self, theta):
         """(N,) -> dict of (B, ...), views"""
-        parts = theta.split(self.sizes)
+        parts = torch.split_with_sizes(theta, self.sizes) if len(self.sizes) > 1 else (theta,)
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
 
     def losses(self, loss, theta, step):
@@ -50,7 +53,13 @@ class Coordinates:
         return losses
 
     def losses_and_gradient(self, loss, theta, step):
-        """Losses (B,) and ∇ (N,) of their sum, each function's own gradient; no graph."""
+        """Losses (B,) and ∇ (N,) of their sum, each function's own gradient; no graph.
+
+        A loss that has `with_gradient(params, step)` gives both, ∇ as a dict; autograd does it for others.
+        """
+        if hasattr(loss, "with_gradient"):
+            losses, gradients = loss.with_gradient(self.split(theta.detach()), step)
+            return losses, self.join(gradients)
         with torch.enable_grad():
             theta = theta.detach().requires_grad_()
             losses = self.losses(loss, theta, step)
@@ -99,10 +108,27 @@ def unroll(net, loss, coordinates, theta, state, step, updates, keep_states=Fals
     The state given is not changed. Those yielded are overwritten by the next step, where the network can do that, unless
     `keep_states`. Run it under `torch.no_grad()`.
     """
-    overwrites = not keep_states and "inplace" in inspect.signature(net.forward).parameters
+    advance = None if keep_states else stepper(net, state := map_tensors(clone, state))
     for t in range(updates + 1):
         losses, gradient = coordinates.losses_and_gradient(loss, theta, step + t)
         yield losses, gradient, theta, state
-        if t < updates:
-            update, state = net(gradient, state, inplace=True) if overwrites and t else net(gradient, state)
-            theta = theta + update
+        if t == updates:
+            return
+        if advance:
+            update = advance(gradient)
+        else:
+            update, state = net(gradient, state)
+        theta = theta + update
+
+
+def stepper(net, state):
+    """A function of the gradient that returns the update and overwrites `state`, or None if the network has none."""
+    if hasattr(net, "stepper"):
+        return net.stepper(state)
+    if "inplace" in inspect.signature(net.forward).parameters:
+        return lambda gradient: net(gradient, state, inplace=True)[0]
+    return None
+
+
+def clone(tensor):
+    return tensor.clone(memory_format=torch.contiguous_format)
