@@ -21,7 +21,7 @@ import numba
 import numpy as np
 import torch
 
-from register_blocks import LANES, OUTER, add_outer_block, copy_rows, product_block
+from register_blocks import LANES, OUTER, add_outer_blocks, copy_rows, product_blocks
 
 __all__ = ["PackedLSTM", "replay_blocks", "step_back_blocks", "step_blocks", "stepper"]
 
@@ -64,18 +64,23 @@ class PackedLSTM:
                          + 6 * layers * H + 2 * (max(inputs, H) + H))  # see `carve`
         kept = getattr(_thread, "scratch", None)
         if kept is None or kept.size < count or kept.dtype != self.weights.dtype:
-            _thread.scratch = kept = np.empty(count, self.weights.dtype)
+            _thread.scratch = kept = torch.empty(count, dtype=self.dtype).numpy()  # aligned, as vectors like it
         return kept
 
     def zero_sums(self):
-        """What `run_replay` adds to: of the weights, the biases and the output, in float64."""
-        return np.zeros(self.weights.shape), np.zeros(self.biases.shape), np.zeros(self.output.shape)
+        """What `run_replay` adds to: of the weights (in blocks 4 × OUTER), the biases and the output, in float64."""
+        blocks = len(self.weights), self.hidden * -(-self.weights.shape[2] // OUTER) * 4 * OUTER
+        return np.zeros(blocks), np.zeros(self.biases.shape), np.zeros(self.output.shape)
 
     def gradients(self, sums):
         """A list of such sums -> gradients as of `replay_blocks`."""
-        weights, biases, output = (torch.from_numpy(sum(parts)).to(self.dtype) for parts in zip(*sums))
-        H, widths = self.hidden, [self.inputs] + [self.hidden] * (len(weights) - 1)
-        layers = [(w[:, :width], w[:, width:width + H], bias) for w, width, bias in zip(weights, widths, biases)]
+        blocked, biases, output = (torch.from_numpy(sum(parts)).to(self.dtype) for parts in zip(*sums))
+        layers, H = [], self.hidden
+        for l, (values, bias) in enumerate(zip(blocked, biases)):
+            width = H if l else self.inputs
+            across = -(-(width + H) // OUTER)
+            weight = values[:H * across * 4 * OUTER].view(H, across, 4, OUTER).transpose(1, 2).reshape(4 * H, across * OUTER)
+            layers.append((weight[:, :width], weight[:, width:width + H], bias))
         return layers, output[:-1], output[-1]
 
 
@@ -167,26 +172,12 @@ def tanh_slope_of(y):
 @compiled
 def product(weight, width, bias, rows, count, x, out):
     """out = weight x + bias, of which weight[r, k] is weight[r · width + k], with `rows` rows and `count` columns."""
-    blocks = rows // 4 * 4
-    for r in range(0, blocks, 4):
-        product_block(4, weight[r * width:], width, bias[r:], count, x, out[r * LANES:])
-    for r in range(blocks, rows):
-        product_block(1, weight[r * width:], width, bias[r:], count, x, out[r * LANES:])
-
-
-@compiled
-def add_outer(y, y_step, rows, x, x_step, count, steps, total):
-    """total[:rows, :count] += Σ_t y_t x_tᵀ, where y_t begins at t · y_step and x_t at t · x_step."""
-    width, flat = total.shape[1], total.reshape(-1)
-    blocks, wide = rows // 4 * 4, count // OUTER * OUTER
-    for r in range(0, blocks, 4):
-        for k in range(0, wide, OUTER):
-            add_outer_block(4, OUTER, y[r * LANES:], y_step, x[k * LANES:], x_step, steps, flat[r * width + k:], width)
-        for k in range(wide, count):
-            add_outer_block(4, 1, y[r * LANES:], y_step, x[k * LANES:], x_step, steps, flat[r * width + k:], width)
-    for r in range(blocks, rows):
-        for k in range(count):
-            add_outer_block(1, 1, y[r * LANES:], y_step, x[k * LANES:], x_step, steps, flat[r * width + k:], width)
+    blocks = rows // 4
+    if blocks:
+        product_blocks(4, blocks, weight, width, bias, count, x, out)
+    if rows > 4 * blocks:
+        rest = 4 * blocks
+        product_blocks(1, rows - rest, weight[rest * width:], width, bias[rest:], count, x, out[rest * LANES:])
 
 
 # Loops over a row read and write few arrays each, so that what numba compiles can check that they do not overlap.
@@ -389,13 +380,23 @@ def run_replay(weights, transposed, biases, output, squash, features, offset, hi
                 store(dc[l], width, dcells[l], first)
         step = columns.shape[1]
         for l in range(layers):
-            below, size = max(inputs + (l - 1) * H, 0), inputs if l == 0 else H
-            add_outer(gates[l].reshape(-1), gates.shape[2], 4 * H, columns[l:].reshape(-1)[below * LANES:], step, size + H, steps,
-                      weight_sums[l])
+            below, count = max(inputs + (l - 1) * H, 0), inputs + H if l == 0 else 2 * H
+            add_outer_blocks(4, OUTER, H, (count + OUTER - 1) // OUTER, gates[l].reshape(-1), gates.shape[2],
+                             columns[l:].reshape(-1)[below * LANES:], step, steps, weight_sums[l])
             for r in range(4 * H):
                 bias_sums[l, r] += total(dgates[l, r * LANES:(r + 1) * LANES])
-        add_outer(columns[layers:].reshape(-1)[top:], step, H, pulls.reshape(-1), LANES, 1, steps, output_sums[:H].reshape(H, 1))
+        for t in range(steps):
+            for u in range(H):
+                output_sums[u] += dot(columns[t + layers, top + u * LANES:top + (u + 1) * LANES], pulls[t])
         output_sums[H] += total(pulls.reshape(-1))
+
+
+@compiled
+def dot(a, b):
+    result = a[0] - a[0]
+    for j in range(len(a)):
+        result += a[j] * b[j]
+    return result
 
 
 @compiled

@@ -9,7 +9,7 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "OUTER", "add_outer_block", "copy_rows", "product_block"]
+__all__ = ["LANES", "OUTER", "add_outer_blocks", "copy_rows", "product_blocks"]
 
 LANES = 32  # columns
 TOGETHER = 2  # vectors of a row that are in registers at once
@@ -25,7 +25,7 @@ def registers():
 
 
 REGISTER, REGISTERS = registers()
-OUTER = 5 if REGISTERS == 32 else 2  # columns of `add_outer_block`: with 4 rows, as many sums as there is room for
+OUTER = 4 if REGISTERS == 32 else 2  # columns of `add_outer_blocks`: with 4 rows, as many sums as there is room for
 
 
 class Vectors:
@@ -61,12 +61,14 @@ class Vectors:
         """total + a · b, rounded once where the machine can."""
         return self.builder.fadd(total, self.builder.fmul(a, b, flags=("contract",)), flags=("contract",))
 
-    def sum(self, vector):
-        """Of a vector's elements, in any order."""
-        kind = f"llvm.vector.reduce.fadd.v{self.length}{'f32' if self.scalar == ir.FloatType() else 'f64'}"
-        signature = ir.FunctionType(self.scalar, [self.scalar, self.type])
-        function = self.builder.module.globals.get(kind) or ir.Function(self.builder.module, signature, kind)
-        return self.builder.call(function, [ir.Constant(self.scalar, -0.0), vector], fastmath=("reassoc",))
+    def sums(self, several):
+        """As many vectors as a vector has places -> one vector of their sums."""
+        while len(several) > 1:
+            pairs, length = list(zip(several[::2], several[1::2])), self.length
+            even, odd = (ir.Constant(ir.VectorType(ir.IntType(32), length), list(range(first, 2 * length, 2))) for first in (0, 1))
+            several = [self.builder.fadd(self.builder.shuffle_vector(a, b, even), self.builder.shuffle_vector(a, b, odd))
+                       for a, b in pairs]
+        return several[0]
 
     def loop(self, count, totals, body):
         """totals ← body(k, totals) for k = 0 … count - 1; count, LLVM's, is at least 1. Returns the last totals."""
@@ -77,79 +79,104 @@ class Vectors:
         k, carried = builder.phi(INDEX), [builder.phi(self.type) for _ in totals]
         new, after = body(k, carried), builder.add(k, ir.Constant(INDEX, 1))
         k.add_incoming(ir.Constant(INDEX, 0), before)
-        k.add_incoming(after, head)
+        k.add_incoming(after, builder.block)
         for phi, first, next_one in zip(carried, totals, new):
             phi.add_incoming(first, before)
-            phi.add_incoming(next_one, head)
+            phi.add_incoming(next_one, builder.block)
         builder.cbranch(builder.icmp_unsigned("<", after, count), head, done)
         builder.position_at_end(done)
         return new
 
 
 @intrinsic(prefer_literal=True)
-def product_block(typing, rows, weight, width, bias, count, x, out):
-    """out[r, :] = bias[r] + Σ_k weight[r, k] x[k, :] for r < rows (a literal) and k < count.
+def product_blocks(typing, rows, blocks, weight, width, bias, count, x, out):
+    """out[r, :] = bias[r] + Σ_k weight[r, k] x[k, :] for r < rows · blocks (rows is a literal) and k < count.
 
-    weight (rows, ≥ count) is flat, its rows `width` apart; x (count, LANES); out (rows, LANES).
+    weight (…, ≥ count) is flat, its rows `width` apart; x (count, LANES); out (rows · blocks, LANES). Neither count nor
+    blocks is 0.
     """
     arrays, R = (weight, bias, x, out), rows.literal_value
 
     def generate(context, builder, signature, values):
         vectors = Vectors(context, builder, weight.dtype)
-        w, b, source, target = vectors.pointers([values[k] for k in (1, 3, 5, 6)], arrays)
-        stride, many = values[2], values[4]
-        for start in range(0, LANES, TOGETHER * vectors.length):
-            places = range(start, min(start + TOGETHER * vectors.length, LANES), vectors.length)
+        w, b, source, target = vectors.pointers([values[k] for k in (2, 4, 6, 7)], arrays)
+        stride, many = values[3], values[5]
 
-            def body(k, totals):
-                row = builder.mul(k, ir.Constant(INDEX, LANES))
-                xs, new = [vectors.load(vectors.at(source, row, place)) for place in places], []
-                for r in range(R):
-                    factor = vectors.spread(builder.load(vectors.at(w, builder.mul(stride, ir.Constant(INDEX, r)), k)))
-                    new += [vectors.add_product(totals[len(new) + v], factor, part) for v, part in enumerate(xs)]
-                return new
+        def block(number, _):
+            row = builder.mul(number, ir.Constant(INDEX, R))
+            biases, out = vectors.at(b, row), vectors.at(target, builder.mul(row, ir.Constant(INDEX, LANES)))
+            factors = [vectors.at(w, builder.mul(builder.add(row, ir.Constant(INDEX, r)), stride)) for r in range(R)]
+            for start in range(0, LANES, TOGETHER * vectors.length):
+                places = range(start, min(start + TOGETHER * vectors.length, LANES), vectors.length)
 
-            biases = [vectors.spread(builder.load(vectors.at(b, r))) for r in range(R)]
-            totals = vectors.loop(many, [bias for bias in biases for _ in places], body)
-            for n, total in enumerate(totals):
-                vectors.store(total, vectors.at(target, n // len(places) * LANES + places[n % len(places)]))
+                def add(k, totals):
+                    at = builder.mul(k, ir.Constant(INDEX, LANES))
+                    xs, new = [vectors.load(vectors.at(source, at, place)) for place in places], []
+                    for pointer in factors:
+                        factor = vectors.spread(builder.load(vectors.at(pointer, k)))
+                        new += [vectors.add_product(totals[len(new) + v], factor, part) for v, part in enumerate(xs)]
+                    return new
+
+                start_at = [vectors.spread(builder.load(vectors.at(biases, r))) for r in range(R)]
+                totals = vectors.loop(many, [bias for bias in start_at for _ in places], add)
+                for n, total in enumerate(totals):
+                    vectors.store(total, vectors.at(out, n // len(places) * LANES + places[n % len(places)]))
+            return []
+
+        vectors.loop(values[1], [], block)
         return context.get_dummy_value()
 
-    return types.void(rows, weight, types.intp, bias, types.intp, x, out), generate
+    return types.void(rows, types.intp, weight, types.intp, bias, types.intp, x, out), generate
 
 
 @intrinsic(prefer_literal=True)
-def add_outer_block(typing, rows, columns, y, y_step, x, x_step, steps, total, width):
-    """total[r, k] += Σ_t Σ_j y_t[r, j] x_t[k, j] for r < rows and k < columns (literals), over steps and LANES.
+def add_outer_blocks(typing, rows, columns, row_blocks, column_blocks, y, y_step, x, x_step, steps, total):
+    """total[r, k] += Σ_t Σ_j y_t[r, j] x_t[k, j], over steps and LANES, in blocks of rows by columns (literals).
 
-    y_t (rows, LANES) begins at t · y_step of the flat y, x_t (columns, LANES) likewise; total, flat, in float64, has
-    rows `width` apart.
+    y_t (rows · row_blocks, LANES) begins at t · y_step of the flat y, x_t (columns · column_blocks, LANES) likewise.
+    total (row_blocks, column_blocks, rows, columns) is flat and in float64. rows · columns is a multiple of a vector's
+    length.
     """
     arrays, R, K = (y, x, total), rows.literal_value, columns.literal_value
 
     def generate(context, builder, signature, values):
         vectors = Vectors(context, builder, y.dtype)
-        ys, xs, target = vectors.pointers([values[k] for k in (2, 4, 7)], arrays)
-        y_stride, x_stride, many, stride = values[3], values[5], values[6], values[8]
-
-        def body(t, totals):
-            left, right = vectors.at(ys, builder.mul(t, y_stride)), vectors.at(xs, builder.mul(t, x_stride))
-            for place in range(0, LANES, vectors.length):
-                b = [vectors.load(vectors.at(right, k * LANES + place)) for k in range(K)]
-                a = [vectors.load(vectors.at(left, r * LANES + place)) for r in range(R)]
-                totals = [vectors.add_product(totals[r * K + k], a[r], b[k]) for r in range(R) for k in range(K)]
-            return totals
-
+        ys, xs, target = vectors.pointers([values[k] for k in (4, 6, 9)], arrays)
+        y_stride, x_stride, many, across = values[5], values[7], values[8], values[3]
+        wide = ir.VectorType(ir.DoubleType(), vectors.length)
         zero = vectors.spread(ir.Constant(vectors.scalar, 0.0))
-        for n, sums in enumerate(vectors.loop(many, [zero] * (R * K), body)):
-            value = vectors.sum(sums)
-            if vectors.scalar == ir.FloatType():
-                value = builder.fpext(value, ir.DoubleType())
-            place = vectors.at(target, builder.mul(stride, ir.Constant(INDEX, n // K)), n % K)
-            builder.store(builder.fadd(builder.load(place), value), place)
+
+        def rows_of_blocks(row, _):
+            def block(column, _):
+                left = vectors.at(ys, builder.mul(row, ir.Constant(INDEX, R * LANES)))
+                right = vectors.at(xs, builder.mul(column, ir.Constant(INDEX, K * LANES)))
+
+                def add(t, totals):
+                    a_t, b_t = vectors.at(left, builder.mul(t, y_stride)), vectors.at(right, builder.mul(t, x_stride))
+                    for place in range(0, LANES, vectors.length):
+                        b = [vectors.load(vectors.at(b_t, k * LANES + place)) for k in range(K)]
+                        a = [vectors.load(vectors.at(a_t, r * LANES + place)) for r in range(R)]
+                        totals = [vectors.add_product(totals[r * K + k], a[r], b[k]) for r in range(R) for k in range(K)]
+                    return totals
+
+                totals = vectors.loop(many, [zero] * (R * K), add)
+                number = builder.add(builder.mul(row, across), column)
+                place = vectors.at(target, builder.mul(number, ir.Constant(INDEX, R * K)))
+                for start in range(0, R * K, vectors.length):
+                    sums = vectors.sums(totals[start:start + vectors.length])
+                    if vectors.scalar == ir.FloatType():
+                        sums = builder.fpext(sums, wide)
+                    pointer = builder.bitcast(vectors.at(place, start), wide.as_pointer())
+                    builder.store(builder.fadd(builder.load(pointer, align=8), sums), pointer, align=8)
+                return []
+
+            vectors.loop(across, [], block)
+            return []
+
+        vectors.loop(values[2], [], rows_of_blocks)
         return context.get_dummy_value()
 
-    return types.void(rows, columns, y, types.intp, x, types.intp, types.intp, total, types.intp), generate
+    return types.void(rows, columns, types.intp, types.intp, y, types.intp, x, types.intp, types.intp, total), generate
 
 
 @intrinsic
