@@ -2,7 +2,8 @@
 
 numba vectorizes a loop over a row well, a product of matrices not: between two multiplications it stores the sums. The
 two functions here say to LLVM in vectors what a block of a product is. They are called from compiled functions only and
-check nothing. A matrix with `LANES` columns is given as a flat array, its rows one after the other.
+check nothing. A matrix with `LANES` columns is given as a flat array, its rows one after the other. Whoever changes them
+must also touch the file that calls them: numba keeps what it has compiled until that file changes.
 """
 
 from llvmlite import binding, ir

@@ -23,6 +23,16 @@ def test_quadratics_follow_their_formula():
     assert not batch.params["theta"].any()
 
 
+def test_quadratics_know_their_gradient():
+    batch = Quadratics(dim=3, dtype=torch.float64).sample(4, generator())
+    coordinates, theta = Coordinates(batch.params), torch.randn(12, dtype=torch.float64)
+    losses, gradient = coordinates.losses_and_gradient(batch.loss, theta, 0)
+    expected, by_autograd = coordinates.losses_and_gradient(lambda params, step: batch.loss(params, step), theta, 0)
+    torch.testing.assert_close((losses, gradient), (expected, by_autograd), rtol=1e-13, atol=0)
+    part = batch.part(1, 3)
+    torch.testing.assert_close(part.loss.with_gradient({"theta": theta.view(4, 3)[1:3]}, 0)[1]["theta"].flatten(), gradient[3:9])
+
+
 @pytest.mark.parametrize("hidden_sizes", [(), (20,), (7, 5)])
 @pytest.mark.parametrize("activation", ["sigmoid", "relu", "tanh"])
 def test_network_equals_torch_modules(tiny_mnist, hidden_sizes, activation):

@@ -87,7 +87,7 @@ def kernels(request, monkeypatch):
 
 
 SHAPES = [(1, 20), (2, 20), (3, 5)]  # layers, hidden
-BORDERS = [1, 15, 16, 17, 37, 63, 64, 65, 131]  # around a block of 16 and a tile of 64, and primes
+BORDERS = [1, 15, 16, 17, 32, 33, 37, 64, 131]  # around a block of 16 and a tile of 32, and primes
 
 
 @pytest.fixture
@@ -130,6 +130,35 @@ def test_step_in_place_equals_step(small_blocks, net, N):
     assert all(torch.equal(part[..., :N], before) for part, before in zip(wide, state))
     with pytest.raises(ValueError, match="inplace=True records no graph"):
         net(grad, state, inplace=True)
+
+
+@pytest.mark.parametrize("N", [1, 32, 131, 300])
+@pytest.mark.parametrize("net", [CoordinatewiseLSTM(), CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1),
+                                 RNNProp(), NormalizedLSTM()])
+def test_stepper_equals_steps(small_blocks, net, N):
+    grads, state = torch.randn(3, N), random_state(net, N)
+    here = tuple(part.clone() for part in state)
+    with torch.no_grad():
+        step = net.stepper(here)
+        for grad in grads:
+            expected, state = net(grad, state)
+            assert torch.equal(step(grad), expected) and all(map(torch.equal, here, state))
+
+
+@pytest.mark.parametrize("spoil, error, message", [
+    (lambda grad: grad[1:], ValueError, "shape"), (lambda grad: grad.double(), ValueError, "float64"),
+    (lambda grad: grad.log(), ValueError, "must be finite")])
+def test_stepper_refuses_other_gradients(spoil, error, message):
+    net = CoordinatewiseLSTM()
+    step = net.stepper(net.init_state(4))
+    with torch.no_grad(), pytest.raises(error, match=message):
+        step(spoil(torch.tensor([1.0, 2.0, -3.0, 4.0])))
+
+
+def test_stepper_refuses_other_states():
+    net = CoordinatewiseLSTM()
+    with pytest.raises(ValueError, match="hidden must have shape"):
+        net.stepper(CoordinatewiseLSTM(hidden_size=5).init_state(4))
 
 
 def test_steps_in_and_out_of_inference_mode():
