@@ -557,7 +557,7 @@ class NormalizedLSTM(LSTMOptimizer):
     arguments = ("hidden_size", "num_layers", "betas", "square_beta", "fade", "longest", "output_scale", "eps", "odd")
     squash = True
 
-    def __init__(self, hidden_size=20, num_layers=1, betas=(0.5, 0.8, 0.95), square_beta=0.95, fade=300.0, longest=1000.0,
+    def __init__(self, hidden_size=20, num_layers=1, betas=(0.5, 0.9, 0.97), square_beta=0.95, fade=300.0, longest=1000.0,
                  output_scale=0.1, eps=1e-8, odd=False):
         if not (isinstance(betas, (tuple, list)) and betas):
             raise TypeError(f"betas must be a tuple of numbers, at least one, got {betas!r}")
