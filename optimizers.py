@@ -30,10 +30,11 @@ from sharing import LSTMWithGAC, NTMBFGS
 from whole_files import write_whole
 
 __all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LSTMWithGAC", "LearnedOptimizer", "NTMBFGS", "NonFiniteError",
-           "NormalizedLSTM", "PerKind", "RNNProp", "load_optimizer", "log_sign", "save_optimizer", "start_as_adam",
-           "start_as_momentum"]
+           "NormalizedLSTM", "PerKind", "RNNProp", "load_optimizer", "log_sign", "pretrained_optimizers", "save_optimizer",
+           "start_as_adam", "start_as_momentum"]
 
 FILE_FORMAT = 1
+PRETRAINED = Path(__file__).with_name("pretrained")
 GRAPH_BLOCK = 1 << 16  # coordinates that `replay` runs at once where autograd does the backward pass
 
 
@@ -734,20 +735,14 @@ def load_optimizer(path_or_name):
         FileNotFoundError: there is no such file or name; the message lists the names there are.
         ValueError: the file is corrupt, of a later format, or not one of ours.
     """
-    folder = Path(__file__).with_name("pretrained")
     path = Path(path_or_name)
     if not path.exists():
-        names = sorted(file.stem for file in folder.glob("*.safetensors"))
+        names = sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))
         if str(path_or_name) not in names:
             raise FileNotFoundError(f"no file {str(path_or_name)!r}, and no pretrained optimizer of that name; "
                                     f"there are {names}")
-        path = folder / f"{path_or_name}.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        path = PRETRAINED / f"{path_or_name}.safetensors"
+    metadata, tensors = contents(path)
     if metadata.get("class") not in LEARNED_OPTIMIZERS or not metadata.get("format", "").isdigit():
         raise ValueError(f"{path} holds no learned optimizer of this library (its metadata: {metadata})")
     if int(metadata["format"]) > FILE_FORMAT:
@@ -758,6 +753,32 @@ def load_optimizer(path_or_name):
     except (KeyError, StopIteration, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not describe a {metadata['class']}: {error}") from error
     return net
+
+
+def pretrained_optimizers():
+    """The learned optimizers in the folder `pretrained` beside this module, and what their files say about them.
+
+    Returns:
+        dict from name, as `load_optimizer` takes it, to the file's metadata, a dict of text: "class", "config", and the
+        notes that `save_optimizer` was given, such as "problem", "seed" and "validation".
+
+    Raises:
+        ValueError: a file there is corrupt.
+
+    Example:
+        >>> pretrained_optimizers()["quadratics"]["problem"]
+        'Quadratics, 10 dimensions'
+    """
+    return {path.stem: contents(path)[0] for path in sorted(PRETRAINED.glob("*.safetensors"))}
+
+
+def contents(path):
+    """(metadata, tensors) of a safetensors file, both dicts."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def rebuilt(name, config):

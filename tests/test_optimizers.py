@@ -16,7 +16,7 @@ import optimizers
 from meta_training import meta_train
 from optimizees import Quadratics
 from optimizers import (CoordinatewiseLSTM, LearnedOptimizer, NonFiniteError, NormalizedLSTM, RNNProp, load_optimizer,
-                        log_sign, save_optimizer, start_as_adam, start_as_momentum)
+                        log_sign, pretrained_optimizers, save_optimizer, start_as_adam, start_as_momentum)
 
 
 def random_state(net, N):
@@ -613,6 +613,21 @@ def test_files_that_are_not_ours(tmp_path):
         load_optimizer("no-such-optimizer")
     with pytest.raises(TypeError, match="got Linear"):
         save_optimizer(torch.nn.Linear(1, 1), path)
+
+
+def test_pretrained_optimizers_are_listed_with_their_notes(tmp_path, monkeypatch):
+    listed = pretrained_optimizers()
+    assert {"quadratics", "quadratics_odd", "mnist", "mnist_from_nag", "general"} <= set(listed)
+    for name, notes in listed.items():
+        assert notes["class"] == type(load_optimizer(name)).__name__ and notes["problem"] and notes["validation"]
+    monkeypatch.setattr(optimizers, "PRETRAINED", tmp_path)
+    assert pretrained_optimizers() == {}
+    save_optimizer(CoordinatewiseLSTM(), tmp_path / "mine.safetensors", problem="none yet")
+    assert list(pretrained_optimizers()) == ["mine"] and pretrained_optimizers()["mine"]["problem"] == "none yet"
+    assert isinstance(load_optimizer("mine"), CoordinatewiseLSTM)
+    (tmp_path / "mine.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="mine.safetensors is not a readable safetensors file"):
+        pretrained_optimizers()
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
