@@ -224,7 +224,7 @@ def make_net(options):
 
 def make_one_net(options):
     preprocess = None if options.preprocess == "none" else options.preprocess
-    for name, network in (("start_as_nag", "lstm"), ("start_as_adam", "normalized"), ("fade", "normalized")):
+    for name, network in (("start_as_nag", "lstm"), ("start_as_adam", "normalized"), ("fade", "normalized"), ("betas", "normalized")):
         if getattr(options, name) is not None and options.network != network:
             raise ValueError(f"--{name.replace('_', '-')} is for --network {network}, got --network {options.network}")
     if options.network == "rnnprop":
@@ -232,7 +232,8 @@ def make_one_net(options):
             raise ValueError("--odd is not for --network rnnprop")
         return RNNProp(options.units, options.layers)
     if options.network == "normalized":
-        net = NormalizedLSTM(options.units, options.layers, fade=options.fade or 300.0, odd=options.odd)
+        given = {name: value for name in ("betas", "fade") if (value := getattr(options, name)) is not None}
+        net = NormalizedLSTM(options.units, options.layers, odd=options.odd, **given)
         return net if options.start_as_adam is None else start_as_adam(net, options.start_as_adam)
     if options.network in SHARING:
         return SHARING[options.network](options.units, options.layers, options.shared, preprocess,
@@ -382,6 +383,8 @@ def add_training(command):
              "default 0")
     add("--start-as-adam", metavar="LR", type=float,
         help="normalized: weights that make the steps of Adam with this learning rate, which fades")
+    add("--betas", metavar="B", type=float, nargs="+",
+        help="normalized: of the averages of the gradient that it reads; Adam's is the second; default 0.5 0.9 0.97")
     add("--fade", metavar="N", type=float, help="normalized: steps after which that is half of what it was; default 300")
     add("--start-as-nag", metavar="LR", type=float,
         help="lstm with log_sign: weights that make the steps of Nesterov momentum with this learning rate")

@@ -86,9 +86,10 @@ def test_starting_as_nag_with_the_true_meta_gradient(tiny_mnist):
 def test_starting_as_adam_on_small_images(small_mnist):
     assert main(["train", "--problem", "mnist", "--data", str(small_mnist), "--hidden", "3", "--batch-size", "8",
                  "--side", "14", "--network", "normalized", "--layers", "1", "--start-as-adam", "0.02", "--fade", "50",
+                 "--betas", "0.5", "0.7",
                  "--output", "net.safetensors", "--unroll", "5", "--steps", "10", "--iterations", "2", "--lr", "1e-6",
                  "--quiet", "--device", "cpu"]) == 0
-    loaded, started = load_optimizer("net.safetensors"), start_as_adam(NormalizedLSTM(fade=50.0), 0.02)
+    loaded, started = load_optimizer("net.safetensors"), start_as_adam(NormalizedLSTM(betas=(0.5, 0.7), fade=50.0), 0.02)
     assert loaded.config == started.config
     assert torch.allclose(loaded.output.weight, started.output.weight, atol=1e-4)
 
@@ -191,6 +192,8 @@ def test_results_are_not_replaced_silently(capsys):
     (["train", "--output", "x.safetensors", *SMALL, "--side", "14"], "--side is for --problem mnist"),
     (["train", "--output", "x.safetensors", *SMALL, "--start-as-adam", "1"], "--start-as-adam is for --network norm"),
     (["train", "--output", "x.safetensors", *SMALL, "--fade", "1"], "--fade is for --network normalized"),
+    (["train", "--output", "x.safetensors", *SMALL, "--betas", "0.5"], "--betas is for --network normalized"),
+    (["train", "--output", "x.safetensors", *SMALL, "--network", "normalized", "--betas", "1.5"], "betas and square_beta must be in"),
     (["train", "--output", "x.safetensors", *SMALL, "--per-kind"], "--per-kind is for --problem cifar10"),
     (["evaluate", "mnist", *RACE, "--fc-size", "0"], "--fc-size is for --problem cifar10, got --problem quadratics"),
     (["evaluate", "mnist", *RACE, "--problem", "mnist", "--classes", "1", "2"], "--classes is for --problem cifar10"),
