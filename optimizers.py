@@ -141,8 +141,7 @@ class LSTMOptimizer(nn.Module):
 
         def step(grad):
             if grad.shape != shape or grad.dtype != hidden.dtype:
-                raise ValueError(f"grad must be {hidden.dtype} of shape {tuple(shape)} as the state, got {grad.dtype} of "
-                                 f"shape {tuple(grad.shape)}")
+                self._check(grad, state, tuple(grad.shape))  # says what does not fit
             check_finite(grad, "grad")
             readings, after = self.read(grad[None], memory)
             for old, new in zip(memory, after):
