@@ -305,13 +305,14 @@ def follow(rule, gradients):
     return torch.stack(updates)
 
 
-def plot_tuning(tuned, title, ax=None):
-    """The loss at the last step that each learning rate gave, and in the legend the one that was chosen.
+def plot_tuning(tuned, title, ax=None, quantity="loss at the last step"):
+    """The loss by which each learning rate was judged, and in the legend the one that was chosen.
 
     Args:
         tuned: dict from name to `TunedBaseline`, as `tune_baselines` returns it.
         title: says the problem and at what scale it was run.
         ax: axes to draw on; default a new figure.
+        quantity: what loss it is, for the axis; say so where they were tuned with `last`.
 
     Returns:
         The axes. Losses over a thousand times the best are cut off.
@@ -321,7 +322,7 @@ def plot_tuning(tuned, title, ax=None):
         ax.loglog(*zip(*baseline.final_losses.items()), ".-", color=COLORS.get(name), linewidth=1.2,
                   label=f"{name}: {baseline.options['lr']:.3g}")
     lowest = min(min(baseline.final_losses.values()) for baseline in tuned.values())
-    ax.set(xlabel="learning rate", ylabel="loss at the last step", title=title)
+    ax.set(xlabel="learning rate", ylabel=quantity, title=title)
     ax.set_ylim(top=min(ax.get_ylim()[1], 1e3 * lowest))
     ax.legend(fontsize=9)
     ax.grid(alpha=0.3, which="both")

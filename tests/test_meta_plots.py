@@ -182,6 +182,7 @@ def test_updates_are_those_of_the_optimizers():
 
 def test_tuning_shows_every_rate_and_the_choice():
     tuned = {"Adam": TunedBaseline(torch.optim.Adam, {"lr": 0.1}, {0.01: 2.0, 0.1: 1.0, 1.0: 5.0})}
+    assert plot_tuning(tuned, "tuning", quantity="mean loss").get_ylabel() == "mean loss"
     ax = plot_tuning(tuned, "tuning")
     assert list(ax.get_lines()[0].get_xdata()) == [0.01, 0.1, 1.0]
     assert ax.get_legend().get_texts()[0].get_text() == "Adam: 0.1"
