@@ -217,12 +217,19 @@ def make_net(options):
         if options.per_kind:
             raise ValueError(f"--per-kind is for a new optimizer, got --start {options.start}")
         return load_optimizer(options.start)
+    kinds = len(KINDS) if options.per_kind else 1
+    for name in ("start_as_nag", "sign_lr"):
+        given = getattr(options, name)
+        if given is not None and len(given) not in (1, kinds):
+            some = f"1 or {kinds} numbers with --per-kind" if options.per_kind else "1 number without --per-kind"
+            raise ValueError(f"--{name.replace('_', '-')} must be {some}, got {given}")
     if options.per_kind:
-        return PerKind({kind: make_one_net(options) for kind in KINDS})
+        return PerKind({kind: make_one_net(options, place) for place, kind in enumerate(KINDS)})
     return make_one_net(options)
 
 
-def make_one_net(options):
+def make_one_net(options, place=0):
+    """A new learned optimizer; with --per-kind, that of the kind at this place in KINDS."""
     preprocess = None if options.preprocess == "none" else options.preprocess
     for name, network in (("start_as_nag", "lstm"), ("start_as_adam", "normalized"), ("fade", "normalized"), ("betas", "normalized")):
         if getattr(options, name) is not None and options.network != network:
@@ -241,7 +248,8 @@ def make_one_net(options):
     net = CoordinatewiseLSTM(options.units, options.layers, preprocess, output_scale=options.output_scale,
                              odd=options.odd)
     if options.start_as_nag is not None:
-        start_as_momentum(net, options.start_as_nag, sign_lr=options.sign_lr, sign_fade=options.sign_fade)
+        lr, sign_lr = (given[place % len(given)] for given in (options.start_as_nag, options.sign_lr))
+        start_as_momentum(net, lr, sign_lr=sign_lr, sign_fade=options.sign_fade)
     return net
 
 
@@ -386,10 +394,11 @@ def add_training(command):
     add("--betas", metavar="B", type=float, nargs="+",
         help="normalized: of the averages of the gradient that it reads; Adam's is the second; default 0.5 0.9 0.97")
     add("--fade", metavar="N", type=float, help="normalized: steps after which that is half of what it was; default 300")
-    add("--start-as-nag", metavar="LR", type=float,
-        help="lstm with log_sign: weights that make the steps of Nesterov momentum with this learning rate")
-    add("--sign-lr", metavar="X", type=float, default=0.0,
-        help="with --start-as-nag: first steps by sign beside it, of this size; default 0")
+    add("--start-as-nag", metavar="LR", type=float, nargs="+",
+        help="lstm with log_sign: weights that make the steps of Nesterov momentum with this learning rate; with "
+             "--per-kind one for all or one for each")
+    add("--sign-lr", metavar="X", type=float, nargs="+", default=[0.0],
+        help="with --start-as-nag: first steps by sign beside it, of this size (or one for each kind); default 0")
     add("--sign-fade", metavar="N", type=float, default=8, help="steps after which a quarter of that is left; default 8")
     add("--per-kind", action="store_true",
         help=f"cifar10: two of these with weights of their own, for {' and '.join(KINDS)} parameters, trained together")

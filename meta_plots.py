@@ -7,7 +7,8 @@ from matplotlib import pyplot as plt
 
 from comparison import learned_rule, torch_rule
 
-__all__ = ["plot_curves", "plot_history", "plot_sizes", "plot_tuning", "plot_updates", "sizes_table", "summary_table"]
+__all__ = ["plot_curves", "plot_history", "plot_sizes", "plot_tuning", "plot_updates", "sizes_table", "stretches_table",
+           "summary_table"]
 
 # one colour for each optimizer, the same in every figure; black and thick for ours
 COLORS = {"SGD": "tab:gray", "SGD + momentum": "tab:green", "NAG": "tab:blue", "Adam": "tab:orange",
@@ -15,7 +16,7 @@ COLORS = {"SGD": "tab:gray", "SGD + momentum": "tab:green", "NAG": "tab:blue", "
 LEARNED_COLORS = ("black", "tab:red", "tab:brown")  # in the order in which they come
 
 
-def plot_curves(curves, title, ax=None, marks=(), steps=None, quantity="loss", log=True):
+def plot_curves(curves, title, ax=None, marks=(), steps=None, quantity="loss", log=True, average=1):
     """Mean loss against the step, log scale, with the 95 % confidence band of the mean.
 
     Args:
@@ -27,15 +28,24 @@ def plot_curves(curves, title, ax=None, marks=(), steps=None, quantity="loss", l
         steps: the step of each column; default 0, 1, 2, ….
         quantity: what the columns are, for the axis. Default "loss".
         log: draw it on a log scale. Default True.
+        average: draw means over so many columns, block after block, each at its block's middle; what is left over at
+            the end is not drawn. For losses of minibatches, which are noisy. Default 1.
 
     Returns:
         The axes.
+
+    Raises:
+        ValueError: `average` is not 1 to the number of columns.
     """
+    columns = min(losses.shape[1] for losses in curves.values())
+    if not 1 <= average <= columns:
+        raise ValueError(f"average must be 1 to the number of columns, {columns}, got {average!r}")
     ax = ax or plt.subplots(figsize=(7, 4.5))[1]
     learned = iter(LEARNED_COLORS)
     for name, losses in curves.items():
-        mean, error = mean_and_error(losses.double())
-        places = range(len(mean)) if steps is None else steps
+        mean, error = mean_and_error(blocks(losses.double(), average))
+        places = torch.arange(losses.shape[1]) if steps is None else torch.as_tensor(steps)
+        places = blocks(places[None].double(), average)[0]
         color = COLORS.get(name) or next(learned, None)
         (line,) = ax.plot(places, mean, label=name, color=color, linewidth=1.2 if name in COLORS else 2.4)
         lower = mean - 1.96 * error
@@ -69,6 +79,39 @@ def summary_table(curves, steps=100):
         final, final_error = mean_and_error(losses[:, -1:].double())
         rows.append(f"| {name} | {total.item():.2f} ± {total_error.item():.2f} | "
                     f"{final.item():.3g} ± {final_error.item():.1g} |")
+    return "\n".join(rows)
+
+
+def stretches_table(curves, stretches, tuned=None, more=None):
+    """Markdown table: mean loss over stretches of steps, ± standard error over functions if there are several.
+
+    Args:
+        curves: dict from name to losses (functions, steps).
+        stretches: dict from heading to the slice of steps that the mean is over.
+        tuned: dict from name to `TunedBaseline`, for a column of learning rates. Default: no such column.
+        more: dict from heading to a dict from name to numbers (functions,), for further columns.
+
+    Returns:
+        Text, for `IPython.display.Markdown`.
+
+    Example:
+        >>> print(stretches_table({"LSTM": torch.tensor([[3.0, 1.0]])}, {"all": slice(None)}))
+        | optimizer | all |
+        | --- | --- |
+        | LSTM | 2.000 |
+    """
+    more = more or {}
+    heads = ["optimizer", *(["learning rate"] if tuned is not None else []), *stretches, *more]
+    rows = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    for name, losses in curves.items():
+        cells = [name]
+        if tuned is not None:
+            cells.append(f"{tuned[name].options['lr']:.3g}" if name in tuned else "")
+        columns = [losses[:, stretch].mean(1) for stretch in stretches.values()]
+        for numbers in (*columns, *(column[name] for column in more.values())):
+            mean, error = mean_and_error(numbers.double())
+            cells.append(f"{mean.item():.3f}" + (f" ± {error.item():.3f}" if len(numbers) > 1 else ""))
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -262,13 +305,14 @@ def follow(rule, gradients):
     return torch.stack(updates)
 
 
-def plot_tuning(tuned, title, ax=None):
-    """The loss at the last step that each learning rate gave, and in the legend the one that was chosen.
+def plot_tuning(tuned, title, ax=None, quantity="loss at the last step"):
+    """The loss by which each learning rate was judged, and in the legend the one that was chosen.
 
     Args:
         tuned: dict from name to `TunedBaseline`, as `tune_baselines` returns it.
         title: says the problem and at what scale it was run.
         ax: axes to draw on; default a new figure.
+        quantity: what loss it is, for the axis; say so where they were tuned with `last`.
 
     Returns:
         The axes. Losses over a thousand times the best are cut off.
@@ -278,11 +322,16 @@ def plot_tuning(tuned, title, ax=None):
         ax.loglog(*zip(*baseline.final_losses.items()), ".-", color=COLORS.get(name), linewidth=1.2,
                   label=f"{name}: {baseline.options['lr']:.3g}")
     lowest = min(min(baseline.final_losses.values()) for baseline in tuned.values())
-    ax.set(xlabel="learning rate", ylabel="loss at the last step", title=title)
+    ax.set(xlabel="learning rate", ylabel=quantity, title=title)
     ax.set_ylim(top=min(ax.get_ylim()[1], 1e3 * lowest))
     ax.legend(fontsize=9)
     ax.grid(alpha=0.3, which="both")
     return ax
+
+
+def blocks(values, length):
+    """(functions, steps) -> (functions, steps // length), means over blocks of steps."""
+    return values.unfold(1, length, length).mean(2)
 
 
 def mean_and_error(losses):

@@ -109,14 +109,14 @@ def test_part_of_the_start_is_kept():
 def test_cifar10_with_an_optimizer_for_each_kind(small_cifar, capsys):
     cifar, short = [*CIFAR, "--data", str(small_cifar)], ["--steps", "4", "--functions", "2", "--seed", "3"]
     assert main(["train", *cifar, "--output", "sub.safetensors", "--per-kind", "--odd", "--start-as-nag", "0.5",
-                 "--held-out", "0", "1", "7", "--steps", "4", "--unroll", "2", "--iterations", "2", "--lr", "1e-6",
+                 "0.25", "--sign-lr", "0.02", "--held-out", "0", "1", "7", "--steps", "4", "--unroll", "2", "--iterations", "2", "--lr", "1e-6",
                  "--validation-functions", "1"]) == 0
     trained = load_optimizer("sub.safetensors")
     assert list(trained.networks) == ["conv", "fc"] and all(net.odd for net in trained.networks.values())
-    weights = [net.output.weight for net in trained.networks.values()]
-    started = start_as_momentum(CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.01, odd=True), 0.5)
-    assert all(torch.allclose(weight, started.output.weight, atol=1e-4) for weight in weights)
-    assert not torch.equal(*weights)
+    for net, lr in zip(trained.networks.values(), (0.5, 0.25)):
+        started = start_as_momentum(CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.01, odd=True), lr, sign_lr=0.02)
+        torch.testing.assert_close(net.output.weight, started.output.weight, atol=1e-4, rtol=0)
+        assert not torch.equal(net.output.weight, started.output.weight)
 
     assert main(["evaluate", "sub.safetensors", *cifar, *short, "--classes", "7", "0", "--table", "one.md"]) == 0
     assert "labels 7 0, 2 channels and 3 units, 2 functions, seed 3" in capsys.readouterr().out
@@ -195,6 +195,10 @@ def test_results_are_not_replaced_silently(capsys):
     (["train", "--output", "x.safetensors", *SMALL, "--betas", "0.5"], "--betas is for --network normalized"),
     (["train", "--output", "x.safetensors", *SMALL, "--network", "normalized", "--betas", "1.5"], "betas and square_beta must be in"),
     (["train", "--output", "x.safetensors", *SMALL, "--per-kind"], "--per-kind is for --problem cifar10"),
+    (["train", "--output", "x.safetensors", *SMALL, "--start-as-nag", "1", "2"],
+     r"--start-as-nag must be 1 number without --per-kind, got \[1.0, 2.0\]"),
+    (["train", "--output", "x.safetensors", *CIFAR, "--per-kind", "--sign-lr", "1", "2", "3"],
+     "--sign-lr must be 1 or 2 numbers with --per-kind"),
     (["evaluate", "mnist", *RACE, "--fc-size", "0"], "--fc-size is for --problem cifar10, got --problem quadratics"),
     (["evaluate", "mnist", *RACE, "--problem", "mnist", "--classes", "1", "2"], "--classes is for --problem cifar10"),
     (["evaluate", "mnist", *CIFAR, "--classes", "1", "2", "--held-out", "3"], "exclude each other"),

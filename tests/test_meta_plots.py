@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 from meta_plots import (plot_curves, plot_history, plot_sizes, plot_tuning, plot_updates, sizes_table,  # noqa: E402
-                        summary_table)
+                        stretches_table, summary_table)
 from meta_training import History, TunedBaseline  # noqa: E402
 from optimizers import CoordinatewiseLSTM  # noqa: E402
 
@@ -51,6 +51,28 @@ def test_table_by_hand():
     rows = summary_table({"LSTM": losses}, steps=2).splitlines()
     assert rows[0] == "| optimizer | sum over the first 2 steps | loss at step 2 |"
     assert rows[2] == "| LSTM | 7.00 ± 1.00 | 2 ± 1 |"
+
+
+def test_averaged_curves():
+    losses = torch.tensor([[4.0, 2.0, 1.0, 3.0, 100.0]])
+    (line,) = plot_curves({"LSTM": losses}, "a title", average=2).get_lines()
+    assert line.get_xdata().tolist() == [0.5, 2.5] and line.get_ydata().tolist() == [3, 2]
+    plt.close("all")
+    for average in (0, 6):
+        with pytest.raises(ValueError, match=f"1 to the number of columns, 5, got {average}"):
+            plot_curves({"LSTM": losses}, "a title", average=average)
+
+
+def test_stretches_by_hand():
+    curves = {"LSTM": torch.tensor([[4.0, 2.0, 1.0], [4.0, 4.0, 3.0]]), "NAG": torch.ones(2, 3)}
+    tuned = {"NAG": TunedBaseline(torch.optim.SGD, {"lr": 0.25}, {})}
+    accuracy = {name: torch.tensor([0.25, 0.75]) for name in curves}
+    stretches = {"the first 2": slice(2), "the last": slice(-1, None)}
+    rows = stretches_table(curves, stretches, tuned, {"accuracy": accuracy}).splitlines()
+    assert rows == ["| optimizer | learning rate | the first 2 | the last | accuracy |", "| --- | --- | --- | --- | --- |",
+                    "| LSTM |  | 3.500 ± 0.500 | 2.000 ± 1.000 | 0.500 ± 0.250 |",
+                    "| NAG | 0.25 | 1.000 ± 0.000 | 1.000 ± 0.000 | 0.500 ± 0.250 |"]
+    assert stretches_table({"LSTM": curves["LSTM"][:1]}, stretches).splitlines()[-1] == "| LSTM | 3.000 | 1.000 |"
 
 
 @pytest.fixture
@@ -160,6 +182,7 @@ def test_updates_are_those_of_the_optimizers():
 
 def test_tuning_shows_every_rate_and_the_choice():
     tuned = {"Adam": TunedBaseline(torch.optim.Adam, {"lr": 0.1}, {0.01: 2.0, 0.1: 1.0, 1.0: 5.0})}
+    assert plot_tuning(tuned, "tuning", quantity="mean loss").get_ylabel() == "mean loss"
     ax = plot_tuning(tuned, "tuning")
     assert list(ax.get_lines()[0].get_xdata()) == [0.01, 0.1, 1.0]
     assert ax.get_legend().get_texts()[0].get_text() == "Adam: 0.1"
