@@ -14,8 +14,7 @@ __all__ = ["Seconds", "alternate", "milliseconds", "pin", "read_peers", "table_h
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # as the process was started
 UNITS = {"s": 1.0, "ms": 1e-3}
 SLOW = 60  # seconds: rounds that take longer are run once
-SHORT = 0.5  # seconds: many rounds as short as this are run, as many as fit into it for each repetition
-MOST = 20  # of them, at most
+LEAST = 0.2  # seconds that a function's calls in a round should take together
 
 
 class Seconds(NamedTuple):
@@ -35,8 +34,9 @@ def pin(threads):
 def alternate(runs, repetitions, peers=None, peer_rounds=0):
     """Seconds that each function of a dict takes, one after the other in every round.
 
-    The first round warms up; if it took more than `SLOW` seconds, it is the measurement. Short rounds are repeated more
-    often than `repetitions`.
+    The first round warms up; if it took more than `SLOW` seconds, it is the measurement. In the others a function that
+    takes less than `LEAST` seconds is called several times in a row, as it is in a training: what ran before it has then
+    left the cache. Its time is their mean.
 
     Args:
         runs: dict from name to function without arguments.
@@ -48,18 +48,21 @@ def alternate(runs, repetitions, peers=None, peer_rounds=0):
         dict from name to `Seconds`.
     """
     times, peers = {name: [] for name in (*runs, *(peers or ()))}, peers or {}
+    calls = dict.fromkeys(runs, 1)
 
     def round_of_ours():
         for name, run in runs.items():
             start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
+            for _ in range(calls[name]):
+                run()
+            times[name].append((time.perf_counter() - start) / calls[name])
         return sum(times[name][-1] for name in runs)
 
     first = round_of_ours()
-    rounds = repetitions * int(min(max(SHORT / first, 1), MOST)) if first < SLOW else 0
+    rounds = repetitions if first < SLOW else 0
     if rounds:
         for name in runs:
+            calls[name] = max(int(LEAST / times[name][-1]), 1)
             times[name].clear()
     after = {round(rounds * (k + 1) / peer_rounds) - 1 for k in range(peer_rounds)} if peers else ()
     for number in range(rounds):
