@@ -34,7 +34,7 @@ def pin(threads):
 def alternate(runs, repetitions, peers=None, peer_rounds=0):
     """Seconds that each function of a dict takes, one after the other in every round.
 
-    The first round warms up; if it took more than `SLOW` seconds, it is the measurement. In the others a function that
+    Two rounds warm up; if the first took more than `SLOW` seconds, it is the measurement. In the others a function that
     takes less than `LEAST` seconds is called several times in a row, as it is in a training: what ran before it has then
     left the cache. Its time is their mean.
 
@@ -61,6 +61,7 @@ def alternate(runs, repetitions, peers=None, peer_rounds=0):
     first = round_of_ours()
     rounds = repetitions if first < SLOW else 0
     if rounds:
+        round_of_ours()  # the first one may have compiled what it called
         for name in runs:
             calls[name] = max(int(LEAST / times[name][-1]), 1)
             times[name].clear()
