@@ -100,10 +100,7 @@ def learned_rule(net):
         @torch.no_grad()
         def advance(gradient):
             nonlocal state
-            if step:
-                update = step(gradient)
-            else:
-                update, state = own(gradient, state)
+            update, state = step(gradient, state)
             theta.add_(update)
 
         return advance

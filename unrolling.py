@@ -108,26 +108,24 @@ def unroll(net, loss, coordinates, theta, state, step, updates, keep_states=Fals
     The state given is not changed. Those yielded are overwritten by the next step, where the network can do that, unless
     `keep_states`. Run it under `torch.no_grad()`.
     """
-    advance = None if keep_states else stepper(net, state := map_tensors(clone, state))
+    advance = net if keep_states else stepper(net, state := map_tensors(clone, state))
     for t in range(updates + 1):
         losses, gradient = coordinates.losses_and_gradient(loss, theta, step + t)
         yield losses, gradient, theta, state
-        if t == updates:
-            return
-        if advance:
-            update = advance(gradient)
-        else:
-            update, state = net(gradient, state)
-        theta = theta + update
+        if t < updates:
+            update, state = advance(gradient, state)
+            theta = theta + update
 
 
 def stepper(net, state):
-    """A function of the gradient that returns the update and overwrites `state`, or None if the network has none."""
+    """step(gradient, state) -> (update, next state), to be given this state and then its own: the network itself, or
+    where it can do that, a step that overwrites `state`."""
     if hasattr(net, "stepper"):
-        return net.stepper(state)
+        step = net.stepper(state)
+        return lambda gradient, state: (step(gradient), state)
     if "inplace" in inspect.signature(net.forward).parameters:
-        return lambda gradient: net(gradient, state, inplace=True)[0]
-    return None
+        return lambda gradient, state: net(gradient, state, inplace=True)
+    return net
 
 
 def clone(tensor):
