@@ -698,7 +698,10 @@ def test_no_graph():
 
 @pytest.mark.parametrize("kind", ["lstm", "joint"])
 def test_memory_does_not_grow(kind):
-    """L2O_FULL=1 takes ten thousand steps instead of one thousand."""
+    """L2O_FULL=1 takes ten thousand steps instead of one thousand.
+
+    A leak grows in every window; the interpreter's free lists and a thread's first allocations only in some.
+    """
     import tracemalloc
 
     parameter = nn.Parameter(torch.ones(6))
@@ -713,15 +716,14 @@ def test_memory_does_not_grow(kind):
         tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
         return tensors, tracemalloc.get_traced_memory()[0]
 
+    steps = 2000 if os.environ.get("L2O_FULL") else 200
     tracemalloc.start()
     try:
-        run(20)
-        tensors, traced = run(20)
-        after_tensors, after_traced = run(10_000 if os.environ.get("L2O_FULL") else 1000)
+        tensors, traced = zip(*(run(steps) for _ in range(6)))
     finally:
         tracemalloc.stop()
-    assert after_tensors == tensors
-    assert after_traced < traced + 20_000
+    assert len(set(tensors)) == 1
+    assert min(after - before for before, after in zip(traced, traced[1:])) < 8 * steps
 
 
 def ddp_worker(rank, folder):
