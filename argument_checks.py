@@ -29,7 +29,7 @@ def check_positive_number(**numbers):
 
 def check_finite(tensor, name):
     """Raise NonFiniteError, naming the first coordinate, unless all of `tensor` is finite."""
-    if math.isfinite(tensor.detach().sum().item()):  # one pass over it; a sum may also overflow
+    if math.isfinite(tensor.sum().item()):  # one pass over it; a sum may also overflow
         return
     finite = torch.isfinite(tensor)
     if not finite.all():

@@ -21,12 +21,12 @@ import numba
 import numpy as np
 import torch
 
-from register_blocks import LANES, OUTER, add_outer_blocks, copy_rows, product_blocks
+from register_blocks import LANES, OUTER, ROWS, add_outer_blocks, copy_rows, product_blocks
 
 __all__ = ["PackedLSTM", "replay_blocks", "step_back_blocks", "step_blocks", "stepper"]
 
-STEP_CHUNK = 512 * LANES  # columns in one call of a compiled function, whose own cost of some µs is spread over them
-REPLAY_CHUNK = 128 * LANES
+STEP_CHUNK = 1024 * LANES  # columns in one call of a compiled function, whose own cost of some µs is spread over them
+REPLAY_CHUNK = 256 * LANES
 
 single, double = np.float32, np.float64
 # sums may be taken in another order, which lets them be vectorized; infinities and NaNs go through as usual
@@ -38,7 +38,9 @@ class PackedLSTM:
     """The weights of an LSTM and its linear output, laid out for the compiled loops.
 
     Layer l has one matrix W_l that multiplies [input; hidden], with rows in the order of gates of `nn.LSTM`, i, f, g, o.
-    All layers stand in one array, padded to the widest.
+    All layers stand in one array, padded to the widest. `weights` and `biases` are those of the forward pass, scaled so
+    that sigmoid(z) = 1 / (1 + 2^y) of what they give: y = -z / ln 2, and for g, y = -2z / ln 2, since tanh(z) is
+    2 sigmoid(2z) - 1. `transposed` is not scaled.
 
     Args:
         layers: per layer (weight_ih (4H, in), weight_hh (4H, H), bias (4H,)), in `nn.LSTM`'s order of gates.
@@ -48,20 +50,23 @@ class PackedLSTM:
     def __init__(self, layers, output_weight, output_bias):
         self.dtype, self.hidden, self.inputs = output_weight.dtype, layers[0][1].shape[1], layers[0][0].shape[1]
         kind, most = output_weight.numpy().dtype, self.hidden + max(w.shape[1] for w, _, _ in layers)
-        self.weights = np.zeros((len(layers), 4 * self.hidden, most), kind)
-        self.transposed = np.zeros((len(layers), most, 4 * self.hidden), kind)
-        self.biases = np.stack([bias.numpy() for _, _, bias in layers])
+        weights = np.zeros((len(layers), 4 * self.hidden, most), kind)
+        transposed = np.zeros((len(layers), most, 4 * self.hidden), kind)
         for l, (w, u, _) in enumerate(layers):
             both = torch.cat([w, u], 1).numpy()
-            self.weights[l, :, :both.shape[1]] = both
-            self.transposed[l, :both.shape[1]] = both.T
+            weights[l, :, :both.shape[1]] = both
+            transposed[l, :both.shape[1]] = both.T
+        scales = np.repeat([-1, -1, -2, -1], self.hidden) / np.log(2)
+        self.weights = (scales[:, None] * weights).astype(kind).reshape(len(layers), -1)
+        self.biases = (scales * np.stack([bias.numpy() for _, _, bias in layers])).astype(kind)
+        self.transposed = transposed.reshape(len(layers), -1)
         self.output = np.append(output_weight.numpy(), output_bias.numpy()).astype(kind)  # (H + 1,)
 
     def scratch(self, steps):
         """This thread's buffer for tiles of that many steps: the last one again if it is large enough."""
         layers, H, inputs = len(self.weights), self.hidden, self.inputs
         count = LANES * ((steps + layers) * (inputs + layers * H) + (6 * steps + 1) * layers * H + steps
-                         + 6 * layers * H + 2 * (max(inputs, H) + H))  # see `carve`
+                         + 6 * layers * H + 2 * max(inputs, H))  # see `carve`
         kept = getattr(_thread, "scratch", None)
         if kept is None or kept.size < count or kept.dtype != self.weights.dtype:
             _thread.scratch = kept = torch.empty(count, dtype=self.dtype).numpy()  # aligned, as vectors like it
@@ -69,45 +74,48 @@ class PackedLSTM:
 
     def zero_sums(self):
         """What `run_replay` adds to: of the weights (in blocks 4 × OUTER), the biases and the output, in float64."""
-        blocks = len(self.weights), self.hidden * -(-self.weights.shape[2] // OUTER) * 4 * OUTER
+        blocks = len(self.weights), self.hidden * -(-self.weights.shape[1] // (4 * self.hidden * OUTER)) * 4 * OUTER
         return np.zeros(blocks), np.zeros(self.biases.shape), np.zeros(self.output.shape)
 
     def gradients(self, sums):
         """A list of such sums -> gradients as of `replay_blocks`."""
-        blocked, biases, output = (torch.from_numpy(sum(parts)).to(self.dtype) for parts in zip(*sums))
+        blocked, biases, output = (parts[0] if len(parts) == 1 else sum(parts) for parts in zip(*sums))
         layers, H = [], self.hidden
         for l, (values, bias) in enumerate(zip(blocked, biases)):
             width = H if l else self.inputs
             across = -(-(width + H) // OUTER)
-            weight = values[:H * across * 4 * OUTER].view(H, across, 4, OUTER).transpose(1, 2).reshape(4 * H, across * OUTER)
-            layers.append((weight[:, :width], weight[:, width:width + H], bias))
-        return layers, output[:-1], output[-1]
+            weight = values[:H * across * 4 * OUTER].reshape(H, across, 4, OUTER).transpose(0, 2, 1, 3).reshape(4 * H, -1)
+            layers.append([self.tensor(part) for part in (weight[:, :width], weight[:, width:width + H], bias)])
+        return layers, self.tensor(output[:-1]), self.tensor(output[-1:])[0]
+
+    def tensor(self, sums):
+        return torch.from_numpy(sums.astype(self.weights.dtype))
 
 
 # What is compiled ---------------------------------------------------------------------------------------------------
 
 @in_order
-def single_exponential(x):
-    """e^x = 2^n e^r with |r| ≤ ln 2 / 2: a polynomial, and n put into the exponent's bits. To 3e-7, relative."""
-    x = single(-87) if x < single(-87) else x  # a NaN stays one
-    x = single(88) if x > single(88) else x
-    shifted = x * single(1.44269504) + single(12582912 + 127)  # 1.5 · 2^23: what is left of the number are its integer bits
-    r = x - (shifted - single(12582912 + 127)) * single(0.6931472)
-    p = single(0.0083125253) * r + single(0.0418901139)
-    p = p * r + single(0.166671145)
-    p = p * r + single(0.499992318)
-    p = p * r + single(1)
+def single_power(y):
+    """2^y = 2^n 2^r with |r| ≤ 1/2: a polynomial, and n put into the exponent's bits. To 3e-7, relative."""
+    y = single(-126) if y < single(-126) else y  # a NaN stays one
+    y = single(127) if y > single(127) else y
+    shifted = y + single(12582912 + 127)  # 1.5 · 2^23: what is left of the number are its integer bits
+    r = y - (shifted - single(12582912 + 127))
+    p = single(1.3300451e-3) * r + single(9.6697018e-3)
+    p = p * r + single(5.5505592e-2)
+    p = p * r + single(2.4022281e-1)
+    p = p * r + single(6.9314718e-1)
     p = p * r + single(1)
     return p * np.int32(single(shifted).view(np.int32) << np.int32(23)).view(single)
 
 
 @in_order
-def double_exponential(x):
-    """The same for float64, to 4e-16."""
-    x = -708.0 if x < -708 else x
-    x = 709.0 if x > 709 else x
-    n = np.floor(x * 1.4426950408889634 + 0.5)
-    r = x - n * 6.93145751953125e-1 - n * 1.42860682030941723212e-6
+def double_power(y):
+    """The same for float64, to 4e-16: 2^r as e^(r ln 2)."""
+    y = -1022.0 if y < -1022 else y
+    y = 1023.0 if y > 1023 else y
+    n = np.floor(y + 0.5)
+    r = (y - n) * 0.6931471805599453
     p = 1 / 6227020800
     p = p * r + 1 / 479001600
     p = p * r + 1 / 39916800
@@ -125,15 +133,19 @@ def double_exponential(x):
     return p * np.int64((np.int64(n) + np.int64(1023)) << np.int64(52)).view(double)
 
 
-# One function for float32 and one for float64: numba takes the one for x's type.
+# One function for float32 and one for float64: numba takes the one for its argument's type.
 
-def sigmoid(x):
-    """1 / (1 + e^-x)"""
+def sigmoid(y):
+    """1 / (1 + 2^y), which is the sigmoid of -y ln 2."""
+    raise NotImplementedError("only compiled functions call it")
+
+
+def candidate(y):
+    """2 / (1 + 2^y) - 1, which is the tanh of -y ln 2 / 2."""
     raise NotImplementedError("only compiled functions call it")
 
 
 def tanh(x):
-    """2 sigmoid(2x) - 1"""
     raise NotImplementedError("only compiled functions call it")
 
 
@@ -149,17 +161,24 @@ def sigmoid_slope(y):
 
 
 @numba.extending.overload(sigmoid)
-def sigmoid_of(x):
-    if x == numba.float32:
-        return lambda x: single(1) / (single(1) + single_exponential(-x))
-    return lambda x: 1.0 / (1.0 + double_exponential(-x))
+def sigmoid_of(y):
+    if y == numba.float32:
+        return lambda y: single(1) / (single(1) + single_power(y))
+    return lambda y: 1.0 / (1.0 + double_power(y))
+
+
+@numba.extending.overload(candidate)
+def candidate_of(y):
+    if y == numba.float32:
+        return lambda y: single(2) / (single(1) + single_power(y)) - single(1)
+    return lambda y: 2.0 / (1.0 + double_power(y)) - 1.0
 
 
 @numba.extending.overload(tanh)
 def tanh_of(x):
     if x == numba.float32:
-        return lambda x: single(2) / (single(1) + single_exponential(single(-2) * x)) - single(1)
-    return lambda x: 2.0 / (1.0 + double_exponential(-2.0 * x)) - 1.0
+        return lambda x: candidate(single(-2.8853901) * x)
+    return lambda x: candidate(-2.8853900817779268 * x)
 
 
 @numba.extending.overload(tanh_slope)
@@ -172,12 +191,15 @@ def tanh_slope_of(y):
 @compiled
 def product(weight, width, bias, rows, count, x, out):
     """out = weight x + bias, of which weight[r, k] is weight[r · width + k], with `rows` rows and `count` columns."""
-    blocks = rows // 4
+    blocks = rows // ROWS
+    done = blocks * ROWS
     if blocks:
-        product_blocks(4, blocks, weight, width, bias, count, x, out)
-    if rows > 4 * blocks:
-        rest = 4 * blocks
-        product_blocks(1, rows - rest, weight[rest * width:], width, bias[rest:], count, x, out[rest * LANES:])
+        product_blocks(ROWS, blocks, weight, width, bias, count, x, out)
+    if rows - done >= 4:
+        product_blocks(4, 1, weight[done * width:], width, bias[done:], count, x, out[done * LANES:])
+        done += 4
+    if rows > done:
+        product_blocks(1, rows - done, weight[done * width:], width, bias[done:], count, x, out[done * LANES:])
 
 
 # Loops over a row read and write few arrays each, so that what numba compiles can check that they do not overlap.
@@ -189,9 +211,9 @@ def all_sigmoid(values):
 
 
 @in_order
-def all_tanh(values):
+def all_candidates(values):
     for j in range(len(values)):
-        values[j] = tanh(values[j])
+        values[j] = candidate(values[j])
 
 
 @in_order
@@ -209,10 +231,10 @@ def quarters(gates):
 
 @in_order
 def activate(gates, cell, new_cell, tanhs, hidden):
-    """i, f, o ← sigmoid, g ← tanh, in place; c' = f c + i g, tanh(c'), h' = o tanh(c')."""
+    """i, f, o ← sigmoid, g ← tanh, in place, of scaled gates; c' = f c + i g, tanh(c'), h' = o tanh(c')."""
     i, f, g, o = quarters(gates)
     all_sigmoid(gates[:2 * len(i)])
-    all_tanh(g)
+    all_candidates(g)
     all_sigmoid(o)
     for j in range(len(cell)):
         new_cell[j] = f[j] * cell[j] + i[j] * g[j]
@@ -246,7 +268,7 @@ def pull_back(gates, cell, tanhs, dhidden, dcell, spare):
 @numba.njit(cache=True)
 def carve(scratch, steps, inputs, layers, rows):
     """The arrays of a tile in one buffer: steps of columns, gates, c and tanh(c), all for all layers; the adjoint; then
-    of one step dh and dc of each layer, d[input; hidden], a spare one; sums of the gates' adjoints."""
+    of one step dh and dc of each layer, dinput, a spare one; sums of the gates' adjoints."""
     H, start = rows // 4 * LANES, 0
     columns, start = part_of(scratch, start, 1, steps + layers, inputs * LANES + layers * H)
     gates, start = part_of(scratch, start, layers, steps, 4 * H)
@@ -255,7 +277,7 @@ def carve(scratch, steps, inputs, layers, rows):
     adjoint, start = part_of(scratch, start, 1, steps, LANES)
     dhidden, start = part_of(scratch, start, 1, layers, H)
     dcells, start = part_of(scratch, start, 1, layers, H)
-    rest, start = part_of(scratch, start, 1, 2, max(inputs * LANES, H) + H)
+    rest, start = part_of(scratch, start, 1, 2, max(inputs * LANES, H))
     dgates, _ = part_of(scratch, start, 1, layers, 4 * H)
     return columns[0], gates, cells, tanhs, adjoint[0], dhidden[0], dcells[0], rest[0, 0], rest[0, 1, :H], dgates[0]
 
@@ -268,15 +290,15 @@ def part_of(scratch, start, layers, steps, length):
 
 
 @compiled
-def load(source, start, width, out):
-    """out[u, :width] = source[u, start:start + width] and zeros, for all rows u of source."""
+def load(source, first, step, rows, width, out, out_step):
+    """out[r · out_step + j] = source[first + r · step + j] for j < width, and zeros up to LANES, for r < rows."""
     if width == LANES:
-        copy_rows(source.shape[0], source[0, start:], source.shape[1], out, LANES)
+        copy_rows(rows, source[first:], step, out, out_step)
         return
-    for u in range(source.shape[0]):
+    for r in range(rows):
         for j in range(width):
-            out[u * LANES + j] = source[u, start + j]
-        out[u * LANES + width:u * LANES + LANES] = 0
+            out[r * out_step + j] = source[first + r * step + j]
+        out[r * out_step + width:r * out_step + LANES] = 0
 
 
 @compiled
@@ -293,23 +315,23 @@ def store(source, width, out, start):
 @compiled
 def record(weights, biases, inputs, steps, columns, gates, cells, tanhs):
     """The forward pass of a tile over its steps."""
-    layers, rows, width = weights.shape
-    H = rows // 4
+    layers, rows = biases.shape
+    H, width = rows // 4, weights.shape[1] // rows
     for t in range(steps):
         for l in range(layers):
             below, size = max(inputs + (l - 1) * H, 0), inputs if l == 0 else H
             own = (below + size) * LANES
-            product(weights[l].reshape(-1), width, biases[l], rows, size + H, columns[t + l, below * LANES:], gates[l, t])
+            product(weights[l], width, biases[l], rows, size + H, columns[t + l, below * LANES:], gates[l, t])
             activate(gates[l, t], cells[l, t], cells[l, t + 1], tanhs[l, t], columns[t + l + 1, own:own + H * LANES])
 
 
 @compiled
 def load_state(hidden, cells, inputs, start, width, columns, c):
     """The state before the first step into a tile."""
-    layers, H = hidden.shape[:2]
+    layers, H, N = hidden.shape
     for l in range(layers):
-        load(hidden[l], start, width, columns[l, (inputs + l * H) * LANES:])
-        load(cells[l], start, width, c[l, 0])
+        load(hidden[l].reshape(-1), start, N, H, width, columns[l, (inputs + l * H) * LANES:], LANES)
+        load(cells[l].reshape(-1), start, N, H, width, c[l, 0], LANES)
 
 
 @compiled
@@ -319,7 +341,7 @@ def run_step(weights, biases, output, features, offset, hidden, cells, start, st
     columns, gates, c, tanhs, outputs, _, _, _, _, _ = carve(scratch, 1, inputs, layers, 4 * H)
     for first in range(start, stop, LANES):
         width = min(LANES, stop - first)
-        load(features, first - offset, width, columns[0])
+        load(features.reshape(-1), first - offset, features.shape[1], inputs, width, columns[0], LANES)
         load_state(hidden, cells, inputs, first, width, columns, c)
         record(weights, biases, inputs, 1, columns, gates, c, tanhs)
         product(output, H, output[H:], 1, H, columns[layers, (inputs + (layers - 1) * H) * LANES:], outputs[0])
@@ -339,20 +361,21 @@ def run_replay(weights, transposed, biases, output, squash, features, offset, hi
     before the first one; without columns the former are zeros and the latter not written. squash: outputs go through a
     tanh.
     """
-    steps, (layers, H), inputs = len(adjoint), hidden.shape[:2], features.shape[1]
+    steps, (layers, H), (_, inputs, across) = len(adjoint), hidden.shape[:2], features.shape
     wanted, carried = dfeatures.shape[2] > 0, dhidden.shape[2] > 0
-    columns, gates, c, tanhs, pulls, dh, dc, dcolumn, spare, dgates = carve(scratch, steps, inputs, layers, 4 * H)
-    zeros, top = np.zeros(weights.shape[2], weights.dtype), (inputs + (layers - 1) * H) * LANES
+    columns, gates, c, tanhs, pulls, dh, dc, dinput, spare, dgates = carve(scratch, steps, inputs, layers, 4 * H)
+    zeros, top = np.zeros(max(inputs, H), weights.dtype), (inputs + (layers - 1) * H) * LANES
     for first in range(start, stop, LANES):
         within, width = first - offset, min(LANES, stop - first)
-        for t in range(steps):
-            load(features[t], within, width, columns[t])
-            load(adjoint[t:t + 1], first, width, pulls[t])
+        for u in range(inputs):
+            load(features.reshape(-1), u * across + within, inputs * across, steps, width, columns[0, u * LANES:],
+                 columns.shape[1])
+        load(adjoint.reshape(-1), first, adjoint.shape[1], steps, width, pulls.reshape(-1), LANES)
         load_state(hidden, cells, inputs, first, width, columns, c)
         if carried:
             for l in range(layers):
-                load(dhidden[l], first, width, dh[l])
-                load(dcells[l], first, width, dc[l])
+                load(dhidden[l].reshape(-1), first, dhidden.shape[2], H, width, dh[l], LANES)
+                load(dcells[l].reshape(-1), first, dcells.shape[2], H, width, dc[l], LANES)
         else:
             dh[:], dc[:] = 0, 0
         dgates[:] = 0
@@ -366,14 +389,13 @@ def run_replay(weights, transposed, biases, output, squash, features, offset, hi
                 pull_back(gates[l, t], c[l, t], tanhs[l, t], dh[l], dc[l], spare)
                 accumulate(gates[l, t], dgates[l])
                 size = inputs if l == 0 else H
-                first_row = 0 if l > 0 or wanted else size
-                product(transposed[l, first_row:].reshape(-1), 4 * H, zeros, size + H - first_row, 4 * H, gates[l, t],
-                        dcolumn[first_row * LANES:])
-                dh[l] = dcolumn[size * LANES:(size + H) * LANES]
+                if l > 0 or wanted:
+                    product(transposed[l], 4 * H, zeros, size, 4 * H, gates[l, t], dinput)
+                product(transposed[l, size * 4 * H:], 4 * H, zeros, H, 4 * H, gates[l, t], dh[l])
                 if l > 0:  # the input of this layer is the hidden state of the one below
-                    accumulate(dcolumn[:H * LANES], dh[l - 1])
+                    accumulate(dinput[:H * LANES], dh[l - 1])
                 elif wanted:
-                    store(dcolumn, width, dfeatures[t], within)
+                    store(dinput, width, dfeatures[t], within)
         if carried:
             for l in range(layers):
                 store(dh[l], width, dhidden[l], first)
@@ -502,7 +524,7 @@ def step_back_blocks(packed, features, hidden, cells, adjoint, dhidden, dcells, 
 
 def array(tensor):
     """A numpy array of the same memory, or a copy if that is not in one piece."""
-    return tensor.detach().contiguous().numpy()
+    return (tensor.detach() if tensor.requires_grad else tensor).contiguous().numpy()
 
 
 # Threads ------------------------------------------------------------------------------------------------------------
@@ -513,10 +535,10 @@ _pool = (None, 0, None)  # process, threads, executor
 
 def side_by_side(work, length, most):
     """[work(start, stop), ...] over [0, length) in pieces of at most `most`, by as many threads as torch has."""
-    if length <= 4 * LANES:
+    if length <= 8 * LANES:
         return [work(0, length)]
     threads = torch.get_num_threads()
-    pieces = max(-(-length // most), min(threads, length // (4 * LANES)), 1)
+    pieces = max(-(-length // most), min(threads, length // (8 * LANES)), 1)
     size = -(-length // (pieces * LANES)) * LANES  # whole tiles
     spans = [(start, min(start + size, length)) for start in range(0, length, size)]
     if len(spans) == 1 or threads == 1:

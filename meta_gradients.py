@@ -119,10 +119,11 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
 @torch.no_grad()
 def replay_window(net, loss, coordinates, theta, state, step, weights, fraction, generator, objective):
     start = state
-    losses, gradients = (theta.new_empty(len(weights), size) for size in (coordinates.functions, len(theta)))
-    steps = unroll(net, loss, coordinates, theta, state, step, len(weights) - 1)
-    for t, (values, gradient, theta, state) in enumerate(steps):
-        losses[t], gradients[t] = values, gradient
+    losses, gradients = [], []
+    for values, gradient, theta, state in unroll(net, loss, coordinates, theta, state, step, len(weights) - 1):
+        losses.append(values)
+        gradients.append(gradient)
+    losses, gradients = torch.stack(losses), torch.stack(gradients)
     # λ_{t+1} = Σ_{s>t} w_s ∇_s: a cumulative sum from the end. One name: at most two of these (T, N) live at once
     adjoint, inputs = weights[1:, None] * gradients[1:], gradients[:-1]
     if objective == "log":

@@ -103,7 +103,7 @@ class QuadraticLoss:
     def with_gradient(self, params, step):
         """Losses (B,) and their gradient 2 Wᵀ(Wθ − y), a dict like params, without a graph."""
         residual = self.residual(params)
-        return residual.square().sum((1, 2)), {"theta": torch.bmm(self.twice, residual).squeeze(-1)}
+        return torch.bmm(residual.mT, residual).view(-1), {"theta": torch.bmm(self.twice, residual).squeeze(-1)}
 
 
 class Variation:
@@ -380,11 +380,16 @@ class MNISTNet(ImageNets):
         def part(first, last):
             def loss(params, step):
                 index = minibatches(step)[first:last]
-                return network_loss(params, self.images[index], self.labels[index], activation)
+                return network_loss(params, chosen(self.images, index), self.labels[index], activation)
 
             return MetaBatch({name: tensor[first:last] for name, tensor in params.items()}, loss)
 
         return MetaBatch(params, part(0, meta_batch).loss, part)
+
+
+def chosen(images, index):
+    """images[index], on a CPU in a third of the time."""
+    return images.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def network_loss(params, x, labels, activation):
@@ -492,7 +497,7 @@ class CIFAR10Net(ImageNets):
             def loss(params, step):
                 index = minibatches(step)[first:last]
                 labels = self.labels[index]
-                scores = function_by_function(params, self.pixels(self.images[index]))
+                scores = function_by_function(params, self.pixels(chosen(self.images, index)))
                 return mean_cross_entropy(scores, labels)
 
             return MetaBatch({name: tensor[first:last] for name, tensor in params.items()}, loss)

@@ -137,7 +137,7 @@ class LSTMOptimizer(nn.Module):
         kernels, packed = self._packed_kernels()
         if not hasattr(kernels, "stepper") or not (hidden.is_contiguous() and cell.is_contiguous()):
             return lambda grad: self(grad, state, inplace=True)[0]
-        run = kernels.stepper(packed, hidden, cell)
+        run, whole = kernels.stepper(packed, hidden, cell), (0, *shape)
 
         def step(grad):
             if grad.shape != shape or grad.dtype != hidden.dtype:
@@ -146,7 +146,8 @@ class LSTMOptimizer(nn.Module):
             readings, after = self.read(grad[None], memory)
             for old, new in zip(memory, after):
                 old.copy_(new)
-            return self.finish(run(lambda a, b: self.embed(readings[0, :, a:b])))
+            readings = readings[0]
+            return self.finish(run(lambda a, b: self.embed(readings if (a, b) == whole else readings[:, a:b])))
 
         return step
 

@@ -10,10 +10,10 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "OUTER", "add_outer_blocks", "copy_rows", "product_blocks"]
+__all__ = ["LANES", "OUTER", "ROWS", "add_outer_blocks", "copy_rows", "product_blocks"]
 
-LANES = 32  # columns
-TOGETHER = 2  # vectors of a row that are in registers at once
+LANES = 16  # columns
+TOGETHER = 2  # vectors of a row, at most, that are in registers at once
 INDEX = ir.IntType(64)
 
 
@@ -26,6 +26,7 @@ def registers():
 
 
 REGISTER, REGISTERS = registers()
+ROWS = 8 if REGISTERS == 32 else 4  # of a block of `product_blocks`: with so many sums the multiplications never wait
 OUTER = 4 if REGISTERS == 32 else 2  # columns of `add_outer_blocks`: with 4 rows, as many sums as there is room for
 
 

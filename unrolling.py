@@ -55,7 +55,8 @@ class Coordinates:
     def losses_and_gradient(self, loss, theta, step):
         """Losses (B,) and ∇ (N,) of their sum, each function's own gradient; no graph.
 
-        A loss that has `with_gradient(params, step)` gives both, ∇ as a dict; autograd does it for others.
+        A loss that has `with_gradient(params, step)` gives both, ∇ as a dict, in tensors that the next step leaves alone;
+        autograd does it for others.
         """
         if hasattr(loss, "with_gradient"):
             losses, gradients = loss.with_gradient(self.split(theta.detach()), step)
