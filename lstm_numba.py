@@ -21,12 +21,13 @@ import numba
 import numpy as np
 import torch
 
-from register_blocks import LANES, OUTER, ROWS, add_outer_blocks, copy_rows, product_blocks
+from register_blocks import LANES, OUTER, ROWS, add_outer_blocks, copy_rows, fetch_rows, product_blocks
 
 __all__ = ["PackedLSTM", "replay_blocks", "step_back_blocks", "step_blocks", "stepper"]
 
 STEP_CHUNK = 1024 * LANES  # columns in one call of a compiled function, whose own cost of some µs is spread over them
 REPLAY_CHUNK = 256 * LANES
+FAR = 4096  # from so many columns on the state is no longer in the cache when the next step comes
 
 single, double = np.float32, np.float64
 # sums may be taken in another order, which lets them be vectorized; infinities and NaNs go through as usual
@@ -337,12 +338,15 @@ def load_state(hidden, cells, inputs, start, width, columns, c):
 @compiled
 def run_step(weights, biases, output, features, offset, hidden, cells, start, stop, update, new_hidden, new_cells, scratch):
     """One step of the coordinates start … stop. features (inputs, …) begin at coordinate `offset`."""
-    (layers, H), inputs = hidden.shape[:2], features.shape[0]
+    (layers, H, N), inputs = hidden.shape, features.shape[0]
     columns, gates, c, tanhs, outputs, _, _, _, _, _ = carve(scratch, 1, inputs, layers, 4 * H)
     for first in range(start, stop, LANES):
         width = min(LANES, stop - first)
         load(features.reshape(-1), first - offset, features.shape[1], inputs, width, columns[0], LANES)
         load_state(hidden, cells, inputs, first, width, columns, c)
+        if N >= FAR and first + 2 * LANES <= stop:
+            fetch_rows(layers * H, hidden.reshape(-1)[first + LANES:], N)
+            fetch_rows(layers * H, cells.reshape(-1)[first + LANES:], N)
         record(weights, biases, inputs, 1, columns, gates, c, tanhs)
         product(output, H, output[H:], 1, H, columns[layers, (inputs + (layers - 1) * H) * LANES:], outputs[0])
         update[first:first + width] = outputs[0, :width]

@@ -10,7 +10,7 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "OUTER", "ROWS", "add_outer_blocks", "copy_rows", "product_blocks"]
+__all__ = ["LANES", "OUTER", "ROWS", "add_outer_blocks", "copy_rows", "fetch_rows", "product_blocks"]
 
 LANES = 16  # columns
 TOGETHER = 2  # vectors of a row, at most, that are in registers at once
@@ -198,3 +198,25 @@ def copy_rows(typing, rows, source, source_step, out, out_step):
         return context.get_dummy_value()
 
     return types.void(types.intp, source, types.intp, out, types.intp), generate
+
+
+@intrinsic
+def fetch_rows(typing, rows, source, source_step):
+    """Have source[r · source_step + j], r < rows (1 or more) and j < LANES, brought near while something else is computed."""
+    def generate(context, builder, signature, values):
+        vectors = Vectors(context, builder, source.dtype)
+        (origin,), byte, number = vectors.pointers([values[1]], [source]), ir.IntType(8).as_pointer(), ir.IntType(32)
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte] + [number] * 3))
+        line = 64 * vectors.length // REGISTER  # elements
+
+        def body(r, totals):
+            row = vectors.at(origin, builder.mul(r, values[2]))
+            for place in range(0, LANES, line):  # where rows begin within a line, the one before has brought that line
+                last = builder.bitcast(vectors.at(row, place + line - 1), byte)
+                builder.call(fetch, [last, *(ir.Constant(number, kind) for kind in (0, 2, 1))])  # to be read, not nearest, data
+            return totals
+
+        vectors.loop(values[0], [], body)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, source, types.intp), generate
