@@ -135,6 +135,21 @@ def test_large_optimizee_prints_numbers(monkeypatch, capsys):
     check_numbers(table)
 
 
+def test_art_tests_prints_what_it_says(monkeypatch, capsys):
+    import art_tests as art
+
+    small = {name: (title, {**settings, "size": 16}) for name, (title, settings) in art.TESTS.items()}
+    monkeypatch.setattr(art, "TESTS", small)
+    monkeypatch.setattr(sys, "argv", ["art_tests.py", *"--tests style large --functions 2 --tuning 1 --steps 3".split()])
+    art.main()
+    (table,) = tables_in(capsys.readouterr().out)
+    head, *rows = table
+    assert [row[0] for row in rows] == [small[name][0] for name in ("style", "style", "large", "large")]
+    for learned, adam in zip(rows[::2], rows[1::2]):
+        ours, theirs, difference = (float(cell.split()[0]) for cell in (learned[3], adam[3], adam[4]))
+        assert ours > 0 and theirs > 0 and abs(ours - theirs - difference) < 0.02 * (ours + theirs)
+
+
 def test_network_problem_gives_each_function_its_own_loss():
     import large_optimizee as large
 
