@@ -620,6 +620,9 @@ def test_pretrained_optimizers_are_listed_with_their_notes(tmp_path, monkeypatch
     assert {"quadratics", "quadratics_odd", "mnist", "mnist_from_nag", "general"} <= set(listed)
     for name, notes in listed.items():
         assert notes["class"] == type(load_optimizer(name)).__name__ and notes["problem"] and notes["validation"]
+        assert notes["seed"].isdigit() and re.search("meta_training.py|README|ipynb", notes["command"])
+        assert re.search(r"\d", notes["result"])
+        assert (optimizers.PRETRAINED / f"{name}.safetensors").stat().st_size < 100_000
     monkeypatch.setattr(optimizers, "PRETRAINED", tmp_path)
     assert pretrained_optimizers() == {}
     save_optimizer(CoordinatewiseLSTM(), tmp_path / "mine.safetensors", problem="none yet")
