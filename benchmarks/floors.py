@@ -7,7 +7,7 @@ import time
 
 import torch
 
-__all__ = ["bare_products", "bytes_of_step", "copy_rate", "optimizee_alone"]
+__all__ = ["bare_products", "bytes_of_step", "copy_rate", "forward_products", "optimizee_alone"]
 
 BLOCK = 2048  # coordinates in a block of the products
 
@@ -36,6 +36,21 @@ def bare_products(net, N, steps):
                 torch.mm(weight, column, out=gates)
                 torch.mm(back, gates, out=dcolumn)
                 torch.mm(gates, column_t, out=dweight)
+
+    return torch.no_grad()(run)
+
+
+def forward_products(net, N):
+    """A function that runs the matrix products of one step for N coordinates: W · [input; h] of each layer, the output."""
+    count = -(-N // BLOCK)
+    width = -(-N // count)
+    weights = [torch.cat([w.detach(), u.detach()], 1) for w, u, *_ in net.lstm.all_weights] + [net.output.weight.detach()]
+    layers = [(weight, torch.randn(weight.shape[1], width), torch.empty(len(weight), width)) for weight in weights]
+
+    def run():
+        for _ in range(count):
+            for weight, column, gates in layers:
+                torch.mm(weight, column, out=gates)
 
     return torch.no_grad()(run)
 

@@ -1,6 +1,8 @@
-"""One meta-gradient window through all coordinates of a meta-ResNet-18: seconds and peak memory.
+"""One meta-gradient window through all coordinates of a meta-ResNet: seconds and peak memory.
 
-    python benchmarks/large_optimizee.py              # 11.7 million coordinates; about 11 GB and some minutes
+    python benchmarks/large_optimizee.py              # ResNet-18, 11.7 million coordinates; about 12 GB and some minutes
+    python benchmarks/large_optimizee.py --architecture resnet50 --unroll 5     # 25.6 million; about 20 GB
+
 The optimizee is a problem as a user would write it (`NetworkProblem`): any network with batch normalization, batches of
 `--batch` random images of `--side` pixels with random labels, since neither time nor memory depends on what they show.
 The peak is the whole process', torch included. "State" is the optimizer's, once: the window holds it twice, as it was
@@ -20,12 +22,12 @@ from memory import peak_megabytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import resnet_meta
 from floors import bytes_of_step, copy_rate
 from meta_gradients import meta_gradient
 from meta_module import to_meta
 from optimizees import MetaBatch
 from optimizers import CoordinatewiseLSTM
-from resnet_meta import resnet18
 
 
 class NetworkProblem:
@@ -70,6 +72,7 @@ def small_network():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", choices=("resnet18", "resnet34", "resnet50"), default="resnet18")
     parser.add_argument("--unroll", type=int, default=20, help="steps in the window (default 20)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default 1)")
     parser.add_argument("--batch", type=int, default=8, help="images in a minibatch (default 8)")
@@ -78,7 +81,7 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    network, classes = (small_network(), 10) if arguments.smoke else (resnet18(), 1000)
+    network, classes = (small_network(), 10) if arguments.smoke else (getattr(resnet_meta, arguments.architecture)(), 1000)
     batch = NetworkProblem(network, classes, arguments.batch, arguments.side).sample(1)
     N = sum(tensor.numel() for tensor in batch.params.values())
     net = CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1)
@@ -93,7 +96,7 @@ def main():
     assert all(grad.isfinite().all() and grad.any() for grad in grads.values())
     print("| optimizee | coordinates | steps | seconds | ns per coordinate and step | state, GB | peak of the process, "
           "GB | before the window, GB | moving a step's bytes, s |\n|" + " --- |" * 9)
-    name = "a small network" if arguments.smoke else "ResNet-18"
+    name = "a small network" if arguments.smoke else f"meta-{arguments.architecture}"
     name += f", batch {arguments.batch}, {arguments.side}×{arguments.side}"
     print(f"| {name} | {N:,} | {arguments.unroll} | {seconds:.3g} | {1e9 * seconds / N / arguments.unroll:.0f} | "
           f"{sum(part.nbytes for part in state) / 1e9:.2f} | {peak * 2**20 / 1e9:.2f} | "

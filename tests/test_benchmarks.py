@@ -135,6 +135,21 @@ def test_large_optimizee_prints_numbers(monkeypatch, capsys):
     check_numbers(table)
 
 
+def test_optimizer_step_prints_numbers(monkeypatch, capsys):
+    import optimizer_step as benchmark
+
+    parameter = torch.nn.Parameter(torch.randn(3000))
+    parameter.grad = torch.ones(3000)
+    monkeypatch.setattr(benchmark, "parameters", lambda architecture: [parameter])
+    monkeypatch.setattr(benchmark, "peak_memory", lambda *arguments: 1.0)
+    monkeypatch.setattr(sys, "argv", ["optimizer_step.py", "--repetitions", "1"])
+    start = parameter.detach().clone()
+    benchmark.main()
+    ((_, *rows),) = tables_in(capsys.readouterr().out)
+    assert [row[0] for row in rows][1:] == list(benchmark.OPTIMIZERS)
+    assert all(float(row[2]) > 0 for row in rows) and not parameter.equal(start)  # Adam has taken steps
+
+
 def test_art_tests_prints_what_it_says(monkeypatch, capsys):
     import art_tests as art
 

@@ -1,10 +1,11 @@
 """Time and memory of `LearnedOptimizer.step` on ResNet-18's parameters, beside the bare products of its LSTM and Adam.
 
-    python benchmarks/learned_optimizer.py            # one core; --threads 2 for two
-"Products" are the matrix products of one forward step of the LSTM for all coordinates, with the shapes and in the
-blocks of `lstm_blocks.step_blocks`, on the same buffers again and again: what no implementation of this LSTM by matrix
-products can save. Medians over alternating repetitions, in one process. Peak memory is measured in a process of its own
-for each optimizer: what three steps add to the resident set that model and gradients have.
+    python benchmarks/optimizer_step.py            # one core; --threads 2 for two, --architecture for another model
+
+"Products" are the matrix products of one forward step of the LSTM for all coordinates, by torch, in blocks that stay in
+the cache and on the same buffers again and again (`floors`). Medians over alternating repetitions, in one process. Peak
+memory is measured in a process of its own for each optimizer: what three steps add to the resident set that model and
+gradients have.
 """
 
 import argparse
@@ -45,29 +46,6 @@ def optimizer_of(name, params):
     return LearnedOptimizer(params, load_optimizer("mnist"), lr=0.0, state_dtype=state_dtype)
 
 
-def products(size):
-    """A function that runs the matrix products of one step for `size` coordinates."""
-    import torch
-
-    from lstm_blocks import STEP_BLOCK, blocks
-    from optimizers import load_optimizer
-
-    packed = load_optimizer("mnist")._pack()
-    spans = blocks(size, STEP_BLOCK)
-    width = spans[0][1]
-    columns = [torch.randn(weight.shape[1], width) for weight in packed.forward_weights]
-    gates, update = torch.empty(4 * packed.hidden, width), torch.empty(width)
-    top = torch.randn(packed.hidden, width)
-
-    def run():
-        for _ in spans:
-            for weight, column in zip(packed.forward_weights, columns):
-                torch.mm(weight, column, out=gates)
-            torch.mv(top.t(), packed.output_weight, out=update)
-
-    return run
-
-
 def seconds(runs, repetitions):
     """Median time of each function, alternating."""
     times = {name: [] for name in runs}
@@ -99,6 +77,9 @@ def main():
     arguments = parser.parse_args()
     import torch
 
+    from floors import forward_products
+    from optimizers import load_optimizer
+
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     params = parameters(arguments.architecture)
@@ -114,7 +95,7 @@ def main():
           f"{size:,} coordinates\n")
     memory = {name: peak_memory(name, arguments.architecture, arguments.threads) for name in OPTIMIZERS}
     optimizers = {name: optimizer_of(name, params) for name in OPTIMIZERS}
-    times = seconds({"products": products(size), **{name: rule.step for name, rule in optimizers.items()}},
+    times = seconds({"products": forward_products(load_optimizer("mnist"), size), **{name: rule.step for name, rule in optimizers.items()}},
                     arguments.repetitions)
     print("| | ms | ratio to the products | state, MB | peak, MB |\n| --- | --- | --- | --- | --- |")
     print(f"| the LSTM's products alone | {1e3 * times['products']:.0f} | 1 | – | – |")
