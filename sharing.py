@@ -20,13 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from argument_checks import check_count, check_finite
+from argument_checks import check_count, check_finite, check_positive_number
 from odd_weights import odd_part
 from preprocessing import log_sign
 from state_nests import tensors_in
 from unrolling import Coordinates
 
-__all__ = ["LSTMWithGAC", "LowRankMemory", "NTMBFGS"]
+__all__ = ["LSTMWithGAC", "LowRankMemory", "NTMBFGS", "start_as_coordinatewise"]
 
 PREPROCESSING = {None: (-1,), "log_sign": (1, -1), "with_log_size": (-1, 1)}  # what ∇ → -∇ does to each reading
 
@@ -387,3 +387,68 @@ class NTMBFGS(SharingLSTM):
         functions = self._functions(size)
         states, memory = (self.num_layers, self.hidden_size, size), (functions, self.rank, size // functions)
         return [states, states, (self.read_heads, size), memory, memory]
+
+
+@torch.no_grad()
+def start_as_coordinatewise(net, plain, gain=4.0):
+    """Write a trained coordinatewise LSTM into a network that shares: its answers are the same, until it is trained.
+
+    The cells that are not averaged become `plain`'s. Nothing listens to those that are, nor to what read heads bring,
+    and matrices M stay the identity: meta-training begins where `plain` has come to, and what it gains from there is
+    what sharing is worth.
+
+    For that the averages must tell something. Averaged cells with small weights are all alike and follow slowly, and
+    meta-training leaves them so. Here they begin at work: `gain` times their own weights and biases on the layer
+    below, input and output gates rather open, forget gates rather closed, and no recurrent weights, so that an average
+    tells of the present step.
+
+    Args:
+        net: a new `LSTMWithGAC` or `NTMBFGS` with as many layers and `plain.hidden_size + net.shared` cells in each, the
+            same `output_scale` and, with "log_sign", `p`; changed in place. Where `plain` reads the gradient as it
+            is, `net` may read "with_log_size", else what `plain` reads. If `net` is odd, `plain` must be.
+        plain: a `CoordinatewiseLSTM`; not changed.
+        gain: factor on what averaged cells read, positive. Default 4.
+
+    Returns:
+        `net`.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
+    Example:
+        >>> from optimizers import load_optimizer
+        >>> plain = load_optimizer("quadratics_odd")  # of 20 cells
+        >>> net = start_as_coordinatewise(LSTMWithGAC(25, shared=5, preprocess="with_log_size", p=4.0, odd=True), plain)
+
+    Reference: ours.
+    """
+    if not isinstance(net, SharingLSTM):
+        raise TypeError(f"net must be a LSTMWithGAC or NTMBFGS, got {type(net).__name__}")
+    if not (hasattr(plain, "preprocess") and hasattr(plain, "odd")) or getattr(plain, "shared", 0):
+        raise TypeError(f"plain must be a CoordinatewiseLSTM, got {type(plain).__name__}")
+    check_positive_number(gain=gain)
+    H, own = net.hidden_size, plain.hidden_size
+    if (net.num_layers, H - net.shared) != (plain.num_layers, own):
+        raise ValueError(f"net must have {plain.num_layers} layers of {own} cells, as plain, and shared ones beside them, "
+                         f"got {net.num_layers} of {H - net.shared} and {net.shared} shared")
+    fits = (plain.preprocess, "with_log_size") if plain.preprocess is None else (plain.preprocess,)
+    if net.preprocess not in fits or plain.preprocess and net.p != plain.p:
+        raise ValueError(f"net must read what plain reads, preprocess={plain.preprocess!r} and p={plain.p}, got "
+                         f"{net.preprocess!r} and {net.p}")
+    if net.output_scale != plain.output_scale or net.odd and not plain.odd:
+        raise ValueError(f"net must have plain's output_scale={plain.output_scale} and be odd only if it is, got "
+                         f"output_scale={net.output_scale} and odd={net.odd}")
+    for weights, plain_weights in zip(net.lstm.all_weights, plain.lstm.all_weights):
+        for weight, plain_weight in zip(weights, plain_weights):
+            rows, plain_rows = weight.view(4, H, -1), plain_weight.view(4, own, -1)  # gate, cell, what it reads
+            rows[:, :own] = 0
+            rows[:, :own, :plain_rows.shape[2]] = plain_rows
+        reads, recurrent, bias, second_bias = (weight.view(4, H, -1)[:, own:] for weight in weights)
+        reads *= gain
+        bias *= gain
+        bias += torch.tensor([1.0, -2.0, 0.0, 1.0]).to(bias)[:, None, None]  # input, forget, candidate, output
+        recurrent[:], second_bias[:] = 0, 0
+    net.output.weight.zero_()
+    net.output.weight[:, :own] = plain.output.weight
+    net.output.bias.copy_(plain.output.bias)
+    return net
