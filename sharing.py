@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from argument_checks import check_count, check_finite, check_positive_number
+from argument_checks import check_count, check_finite
 from odd_weights import odd_part
 from preprocessing import log_sign
 from state_nests import tensors_in
@@ -390,24 +390,23 @@ class NTMBFGS(SharingLSTM):
 
 
 @torch.no_grad()
-def start_as_coordinatewise(net, plain, gain=4.0):
+def start_as_coordinatewise(net, plain):
     """Write a trained coordinatewise LSTM into a network that shares: its answers are the same, until it is trained.
 
     The cells that are not averaged become `plain`'s. Nothing listens to those that are, nor to what read heads bring,
     and matrices M stay the identity: meta-training begins where `plain` has come to, and what it gains from there is
     what sharing is worth.
 
-    For that the averages must tell something. Averaged cells with small weights are all alike and follow slowly, and
-    meta-training leaves them so. Here they begin at work: `gain` times their own weights and biases on the layer
-    below, input and output gates rather open, forget gates rather closed, and no recurrent weights, so that an average
-    tells of the present step.
+    For that the averages must be worth listening to; left small, as in a new network, they hardly are. So the averaged
+    cells begin as gauges of the gradient's size: each puts out tanh(3 (r - r_k)) of its coordinate's reading
+    r = log|∇| / p, with thresholds r_k spread over (-1, 1). Gates are open, forget gates closed, so that an average
+    tells of the present step; higher layers pass it on, and their own cells can compare it with that of the last one.
 
     Args:
-        net: a new `LSTMWithGAC` or `NTMBFGS` with as many layers and `plain.hidden_size + net.shared` cells in each, the
-            same `output_scale` and, with "log_sign", `p`; changed in place. Where `plain` reads the gradient as it
-            is, `net` may read "with_log_size", else what `plain` reads. If `net` is odd, `plain` must be.
+        net: a new `LSTMWithGAC` or `NTMBFGS` with as many layers, and `plain.hidden_size + net.shared` cells in each;
+            changed in place. It must read "with_log_size" where `plain` reads the gradient as it is, else "log_sign"
+            with the same `p`; have the same `output_scale`; and be odd only if `plain` is.
         plain: a `CoordinatewiseLSTM`; not changed.
-        gain: factor on what averaged cells read, positive. Default 4.
 
     Returns:
         `net`.
@@ -418,7 +417,8 @@ def start_as_coordinatewise(net, plain, gain=4.0):
     Example:
         >>> from optimizers import load_optimizer
         >>> plain = load_optimizer("quadratics_odd")  # of 20 cells
-        >>> net = start_as_coordinatewise(LSTMWithGAC(25, shared=5, preprocess="with_log_size", p=4.0, odd=True), plain)
+        >>> net = LSTMWithGAC(25, shared=5, preprocess="with_log_size", p=4.0, odd=True)
+        >>> net = start_as_coordinatewise(net, plain)
 
     Reference: ours.
     """
@@ -426,29 +426,35 @@ def start_as_coordinatewise(net, plain, gain=4.0):
         raise TypeError(f"net must be a LSTMWithGAC or NTMBFGS, got {type(net).__name__}")
     if not (hasattr(plain, "preprocess") and hasattr(plain, "odd")) or getattr(plain, "shared", 0):
         raise TypeError(f"plain must be a CoordinatewiseLSTM, got {type(plain).__name__}")
-    check_positive_number(gain=gain)
-    H, own = net.hidden_size, plain.hidden_size
-    if (net.num_layers, H - net.shared) != (plain.num_layers, own):
-        raise ValueError(f"net must have {plain.num_layers} layers of {own} cells, as plain, and shared ones beside them, "
-                         f"got {net.num_layers} of {H - net.shared} and {net.shared} shared")
-    fits = (plain.preprocess, "with_log_size") if plain.preprocess is None else (plain.preprocess,)
-    if net.preprocess not in fits or plain.preprocess and net.p != plain.p:
-        raise ValueError(f"net must read what plain reads, preprocess={plain.preprocess!r} and p={plain.p}, got "
-                         f"{net.preprocess!r} and {net.p}")
+    H, own, shared = net.hidden_size, plain.hidden_size, net.shared
+    if (net.num_layers, H - shared) != (plain.num_layers, own):
+        raise ValueError(f"net must have {plain.num_layers} layers of {own} cells, as plain, and shared ones beside "
+                         f"them, got {net.num_layers} of {H - shared} and {shared} shared")
+    reads = "log_sign" if plain.preprocess else "with_log_size"
+    if net.preprocess != reads or plain.preprocess and net.p != plain.p:
+        raise ValueError(f"net must read {reads!r}{f' with p={plain.p}' if plain.preprocess else ''}, got "
+                         f"{net.preprocess!r} with p={net.p}")
     if net.output_scale != plain.output_scale or net.odd and not plain.odd:
         raise ValueError(f"net must have plain's output_scale={plain.output_scale} and be odd only if it is, got "
                          f"output_scale={net.output_scale} and odd={net.odd}")
     for weights, plain_weights in zip(net.lstm.all_weights, plain.lstm.all_weights):
         for weight, plain_weight in zip(weights, plain_weights):
             rows, plain_rows = weight.view(4, H, -1), plain_weight.view(4, own, -1)  # gate, cell, what it reads
-            rows[:, :own] = 0
+            rows.zero_()
             rows[:, :own, :plain_rows.shape[2]] = plain_rows
-        reads, recurrent, bias, second_bias = (weight.view(4, H, -1)[:, own:] for weight in weights)
-        reads *= gain
-        bias *= gain
-        bias += torch.tensor([1.0, -2.0, 0.0, 1.0]).to(bias)[:, None, None]  # input, forget, candidate, output
-        recurrent[:], second_bias[:] = 0, 0
+        weights[2].view(4, H)[:, own:] = torch.tensor(GAUGE_BIASES).to(weights[2])[:, None]
+    gauges = slice(2 * H + own, 3 * H)  # the candidates of averaged cells
+    thresholds = (2 * torch.arange(shared) + 1) / max(shared, 1) - 1
+    first, *above = net.lstm.all_weights
+    first[0][gauges, PREPROCESSING[reads].index(1)] = GAUGE_SLOPE
+    first[2][gauges] = (-GAUGE_SLOPE * thresholds).to(first[2])
+    for weight, *_ in above:
+        weight[gauges, own:] = PASSED_ON * torch.eye(shared).to(weight)
     net.output.weight.zero_()
     net.output.weight[:, :own] = plain.output.weight
     net.output.bias.copy_(plain.output.bias)
     return net
+
+
+GAUGE_BIASES = 2.0, -3.0, 0.0, 2.0  # input, forget, candidate, output: an average of this step, not of those before
+GAUGE_SLOPE, PASSED_ON = 3.0, 2.0  # of a first candidate over its reading; from an average to the candidate above
