@@ -2,7 +2,8 @@
 
 Andrychowicz et al. 2016 (arXiv 1606.04474), section 2.1 ("Information sharing between coordinates") and appendix:
 `LSTMWithGAC` averages a part of its cells over all coordinates of a function; `NTMBFGS` has, in addition, an n × n
-matrix for its n coordinates, as BFGS has its estimate of the inverse Hessian.
+matrix for its n coordinates, as BFGS has its estimate of the inverse Hessian. `start_as_coordinatewise` lets either
+begin as a trained coordinatewise LSTM.
 
 Averages are over *one* function. A meta-batch of B functions is one vector of N = B × n coordinates, so these networks
 must know which coordinate belongs to which function: `bind(coordinates)`, of an `unrolling.Coordinates`, gives the same
