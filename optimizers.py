@@ -26,12 +26,12 @@ from learned_optimizer import LearnedOptimizer
 from odd_weights import odd_part
 from per_kind import PerKind
 from preprocessing import log_sign
-from sharing import LSTMWithGAC, NTMBFGS
+from sharing import LSTMWithGAC, NTMBFGS, start_as_coordinatewise
 from whole_files import write_whole
 
 __all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LSTMWithGAC", "LearnedOptimizer", "NTMBFGS", "NonFiniteError",
            "NormalizedLSTM", "PerKind", "RNNProp", "load_optimizer", "log_sign", "pretrained_optimizers", "save_optimizer",
-           "start_as_adam", "start_as_momentum"]
+           "start_as_adam", "start_as_coordinatewise", "start_as_momentum"]
 
 FILE_FORMAT = 1
 PRETRAINED = Path(__file__).with_name("pretrained")

@@ -2,7 +2,8 @@
 
 Andrychowicz et al. 2016 (arXiv 1606.04474), section 2.1 ("Information sharing between coordinates") and appendix:
 `LSTMWithGAC` averages a part of its cells over all coordinates of a function; `NTMBFGS` has, in addition, an n × n
-matrix for its n coordinates, as BFGS has its estimate of the inverse Hessian.
+matrix for its n coordinates, as BFGS has its estimate of the inverse Hessian. `start_as_coordinatewise` lets either
+begin as a trained coordinatewise LSTM.
 
 Averages are over *one* function. A meta-batch of B functions is one vector of N = B × n coordinates, so these networks
 must know which coordinate belongs to which function: `bind(coordinates)`, of an `unrolling.Coordinates`, gives the same
@@ -26,7 +27,7 @@ from preprocessing import log_sign
 from state_nests import tensors_in
 from unrolling import Coordinates
 
-__all__ = ["LSTMWithGAC", "LowRankMemory", "NTMBFGS"]
+__all__ = ["LSTMWithGAC", "LowRankMemory", "NTMBFGS", "start_as_coordinatewise"]
 
 PREPROCESSING = {None: (-1,), "log_sign": (1, -1), "with_log_size": (-1, 1)}  # what ∇ → -∇ does to each reading
 
@@ -387,3 +388,74 @@ class NTMBFGS(SharingLSTM):
         functions = self._functions(size)
         states, memory = (self.num_layers, self.hidden_size, size), (functions, self.rank, size // functions)
         return [states, states, (self.read_heads, size), memory, memory]
+
+
+@torch.no_grad()
+def start_as_coordinatewise(net, plain):
+    """Write a trained coordinatewise LSTM into a network that shares: its answers are the same, until it is trained.
+
+    The cells that are not averaged become `plain`'s. Nothing listens to those that are, nor to what read heads bring,
+    and matrices M stay the identity: meta-training begins where `plain` has come to, and what it gains from there is
+    what sharing is worth.
+
+    For that the averages must be worth listening to; left small, as in a new network, they hardly are. So the averaged
+    cells begin as gauges of the gradient's size: each puts out tanh(3 (r - r_k)) of its coordinate's reading
+    r = log|∇| / p, with thresholds r_k spread over (-1, 1). Gates are open, forget gates closed, so that an average
+    tells of the present step; higher layers pass it on, and their own cells can compare it with that of the last one.
+
+    Args:
+        net: a new `LSTMWithGAC` or `NTMBFGS` with as many layers, and `plain.hidden_size + net.shared` cells in each;
+            changed in place. It must read "with_log_size" where `plain` reads the gradient as it is, else "log_sign"
+            with the same `p`; have the same `output_scale`; and be odd only if `plain` is.
+        plain: a `CoordinatewiseLSTM`; not changed.
+
+    Returns:
+        `net`.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
+    Example:
+        >>> from optimizers import load_optimizer
+        >>> plain = load_optimizer("quadratics_odd")  # of 20 cells
+        >>> net = LSTMWithGAC(25, shared=5, preprocess="with_log_size", p=4.0, odd=True)
+        >>> net = start_as_coordinatewise(net, plain)
+
+    Reference: ours.
+    """
+    if not isinstance(net, SharingLSTM):
+        raise TypeError(f"net must be a LSTMWithGAC or NTMBFGS, got {type(net).__name__}")
+    if not (hasattr(plain, "preprocess") and hasattr(plain, "odd")) or getattr(plain, "shared", 0):
+        raise TypeError(f"plain must be a CoordinatewiseLSTM, got {type(plain).__name__}")
+    H, own, shared = net.hidden_size, plain.hidden_size, net.shared
+    if (net.num_layers, H - shared) != (plain.num_layers, own):
+        raise ValueError(f"net must have {plain.num_layers} layers of {own} cells, as plain, and shared ones beside "
+                         f"them, got {net.num_layers} of {H - shared} and {shared} shared")
+    reads = "log_sign" if plain.preprocess else "with_log_size"
+    if net.preprocess != reads or plain.preprocess and net.p != plain.p:
+        raise ValueError(f"net must read {reads!r}{f' with p={plain.p}' if plain.preprocess else ''}, got "
+                         f"{net.preprocess!r} with p={net.p}")
+    if net.output_scale != plain.output_scale or net.odd and not plain.odd:
+        raise ValueError(f"net must have plain's output_scale={plain.output_scale} and be odd only if it is, got "
+                         f"output_scale={net.output_scale} and odd={net.odd}")
+    for weights, plain_weights in zip(net.lstm.all_weights, plain.lstm.all_weights):
+        for weight, plain_weight in zip(weights, plain_weights):
+            rows, plain_rows = weight.view(4, H, -1), plain_weight.view(4, own, -1)  # gate, cell, what it reads
+            rows.zero_()
+            rows[:, :own, :plain_rows.shape[2]] = plain_rows
+        weights[2].view(4, H)[:, own:] = torch.tensor(GAUGE_BIASES).to(weights[2])[:, None]
+    gauges = slice(2 * H + own, 3 * H)  # the candidates of averaged cells
+    thresholds = (2 * torch.arange(shared) + 1) / max(shared, 1) - 1
+    first, *above = net.lstm.all_weights
+    first[0][gauges, PREPROCESSING[reads].index(1)] = GAUGE_SLOPE
+    first[2][gauges] = (-GAUGE_SLOPE * thresholds).to(first[2])
+    for weight, *_ in above:
+        weight[gauges, own:] = PASSED_ON * torch.eye(shared).to(weight)
+    net.output.weight.zero_()
+    net.output.weight[:, :own] = plain.output.weight
+    net.output.bias.copy_(plain.output.bias)
+    return net
+
+
+GAUGE_BIASES = 2.0, -3.0, 0.0, 2.0  # input, forget, candidate, output: an average of this step, not of those before
+GAUGE_SLOPE, PASSED_ON = 3.0, 2.0  # of a first candidate over its reading; from an average to the candidate above

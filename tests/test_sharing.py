@@ -13,7 +13,7 @@ from meta_gradients import meta_gradient
 from meta_training import evaluate, meta_train
 from optimizees import MetaBatch, Quadratics
 from optimizers import (CoordinatewiseLSTM, LearnedOptimizer, LSTMWithGAC, NonFiniteError, NTMBFGS, PerKind,
-                        load_optimizer, save_optimizer)
+                        load_optimizer, save_optimizer, start_as_coordinatewise)
 from sharing import LowRankMemory
 from state_nests import map_tensors, tensors_in
 from unrolling import Coordinates
@@ -153,6 +153,35 @@ def test_a_new_network_does_not_listen_yet(net):
     assert torch.equal(one[:, 0], two[:, 0])
     two[:, 0].sum().backward()
     assert net.output.weight.grad[0, 3:].abs().min() > 0 and net.lstm.weight_ih_l1.grad[:, 3:].norm() > 0
+
+
+@pytest.mark.parametrize("network_class", [LSTMWithGAC, NTMBFGS])
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("preprocess, read", [(None, "with_log_size"), ("log_sign", "log_sign")])
+def test_start_as_coordinatewise(network_class, odd, preprocess, read):
+    torch.manual_seed(1)
+    plain = CoordinatewiseLSTM(10, 2, preprocess, p=4.0, output_scale=0.3, odd=True).double()
+    net = start_as_coordinatewise(network_class(13, 2, 3, read, p=4.0, output_scale=0.3, odd=odd).double(), plain)
+    gradients = torch.randn(6, 7, dtype=torch.float64)
+    (updates, state), (expected, _) = run(net, gradients), run(plain, gradients)
+    torch.testing.assert_close(updates, expected, rtol=1e-12, atol=1e-12)
+    updates.square().sum().backward()  # training can make them heard
+    assert net.lstm.weight_ih_l1.grad[:10, 10:].abs().min() > 0
+    assert odd or net.output.weight.grad[0, 10:].abs().min() > 0
+    if odd:
+        for name, tensor in net.symmetrize(net.state_dict()).items():
+            torch.testing.assert_close(tensor, net.state_dict()[name])
+    if network_class is NTMBFGS:
+        assert torch.equal(state[3].matrix(), torch.eye(7, dtype=torch.float64)[None])
+
+
+def test_averages_start_as_gauges_of_the_gradients_size():
+    net = start_as_coordinatewise(LSTMWithGAC(25, shared=5, preprocess="with_log_size", p=4.0), CoordinatewiseLSTM())
+    with torch.no_grad():
+        _, (hidden, _) = run(net, torch.randn(3, 6))
+        low, high = (run(net, torch.cat([torch.randn(3, 6), size * torch.ones(1, 6)]))[1][0] for size in (0.3, 3.0))
+    assert torch.equal(hidden[:, 20:], hidden[:, 20:, :1].expand(2, 5, 6)) and hidden[:, 20:].std() > 0.2
+    assert (high - low)[:, 20:].min() > 0.001 and (high - low)[0, 22].min() > 0.5  # all rise, the middle one by more
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -417,6 +446,14 @@ def test_on_cuda(name):
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=1e-9)
 
 
+def reading(**options):
+    return LSTMWithGAC(25, preprocess="with_log_size", **options)
+
+
+def start(net=reading(), plain=CoordinatewiseLSTM()):
+    return start_as_coordinatewise(net, plain)
+
+
 def bad_step(grad, state=None, net=LSTMWithGAC(2, 1, 1)):
     return net(grad, net.init_state(3) if state is None else state)
 
@@ -431,6 +468,17 @@ BAD = [
     (lambda: NTMBFGS(output_scale=0), ValueError, "output_scale must be a finite number other than 0, got 0"),
     (lambda: NTMBFGS(read_heads=0), ValueError, "read_heads must be at least 1, got 0"),
     (lambda: NTMBFGS(write_heads=3, rank=2), ValueError, "rank must be at least write_heads=3, got 2"),
+    (lambda: start(PerKind({"a": CoordinatewiseLSTM()})), TypeError, "be a LSTMWithGAC or NTMBFGS, got PerKind"),
+    (lambda: start(plain=LSTMWithGAC()), TypeError, "plain must be a CoordinatewiseLSTM, got LSTMWithGAC"),
+    (lambda: start(plain=nn.LSTM(1, 20, 2)), TypeError, "plain must be a CoordinatewiseLSTM, got LSTM"),
+    (lambda: start(LSTMWithGAC(25)), ValueError, "net must read 'with_log_size', got None with p=10.0"),
+    (lambda: start(LSTMWithGAC(20, shared=5)), ValueError, "2 layers of 20 cells, as plain.* got 2 of 15 and 5 shared"),
+    (lambda: start(LSTMWithGAC(25, 1)), ValueError, "2 layers of 20 cells.* got 1 of 20"),
+    (lambda: start(LSTMWithGAC(25, preprocess="log_sign")), ValueError, "must read 'with_log_size', got 'log_sign'"),
+    (lambda: start(LSTMWithGAC(25, preprocess="log_sign", p=3), CoordinatewiseLSTM(preprocess="log_sign")), ValueError,
+     "net must read 'log_sign' with p=10.0, got 'log_sign' with p=3"),
+    (lambda: start(reading(output_scale=0.1)), ValueError, "scale=1.0 .* got output_scale=0.1 and odd=False"),
+    (lambda: start(reading(odd=True)), ValueError, "be odd only if it is, got output_scale=1.0 and odd=True"),
     (lambda: LSTMWithGAC().bind({"a": 3}), TypeError, "coordinates must be unrolling.Coordinates, got dict"),
     (lambda: LSTMWithGAC().init_state(0), ValueError, "num_coordinates must be at least 1, got 0"),
     (lambda: NTMBFGS().bind(Coordinates({"a": torch.zeros(2, 3)})).init_state(5), ValueError,
