@@ -183,10 +183,14 @@ def show(curves, problem, options):
 def make_problem(options, split, device):
     if options.problem == "quadratics":
         return Quadratics(options.dim, device=device)
+    if len(options.batch_size) > (2 if options.problem == "mnist" else 1):
+        some = "1 or 2 numbers" if options.problem == "mnist" else "1 number"
+        raise ValueError(f"--batch-size must be {some} with --problem {options.problem}, got {options.batch_size}")
+    batch_size = options.batch_size[0] if len(options.batch_size) == 1 else tuple(options.batch_size)
     if options.problem == "cifar10":
-        return CIFAR10Net(options.batch_size, split, chosen_labels(options), options.channels, options.fc_size,
+        return CIFAR10Net(batch_size, split, chosen_labels(options), options.channels, options.fc_size,
                           options.data, device=device)
-    return MNISTNet(options.hidden, options.activation, options.batch_size, split, options.data,
+    return MNISTNet(options.hidden, options.activation, batch_size, split, options.data,
                     side=getattr(options, "side", None), device=device)
 
 
@@ -483,7 +487,9 @@ def add_problem(command):
     add("--dim", metavar="N", type=int, default=10, help="quadratics: dimensions; default 10")
     add("--hidden", metavar="N", type=int, nargs="*", default=[20], help="mnist: units of each hidden layer; default 20")
     add("--activation", choices=sorted(ACTIVATIONS), default="sigmoid", help="mnist: default sigmoid")
-    add("--batch-size", metavar="N", type=int, default=128, help="mnist, cifar10: images in a minibatch; default 128")
+    add("--batch-size", metavar="N", type=int, nargs="+", default=[128],
+        help="mnist, cifar10: images in a minibatch; mnist: or the least and the most, and each meta-batch draws its own; "
+             "default 128")
     add("--classes", metavar="LABEL", type=int, nargs="+", help="cifar10: labels to tell apart; default all of 0 … 9")
     add("--held-out", metavar="LABEL", type=int, nargs="+", help="cifar10: labels to leave out; default none")
     add("--channels", metavar="N", type=int, nargs="+", help="cifar10: of each convolution; default 16 16 16")

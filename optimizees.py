@@ -319,7 +319,9 @@ class MNISTNet(ImageNets):
     Args:
         hidden_sizes: units of each hidden layer; may be empty (a linear classifier). Default (20,), the paper's.
         activation: "sigmoid" (the paper's), "relu" or "tanh".
-        batch_size: images in a minibatch, drawn with replacement; positive. Default 128.
+        batch_size: images in a minibatch, drawn with replacement; positive. Default 128. Or (least, most): each `sample`
+            draws one between these, uniformly in its logarithm, and keeps it; an optimizer trained on these has to see
+            for itself how noisy its gradients are.
         split: "train", "validation" or "test".
         root: the data root, see `load_mnist`.
         side: None for the images as they are; a smaller number averages them down to side × side pixels, and scales pixels
@@ -341,7 +343,8 @@ class MNISTNet(ImageNets):
     def __init__(self, hidden_sizes=(20,), activation="sigmoid", batch_size=128, split="train", root=None,
                  init_std=None, side=None, dtype=torch.float32, device="cpu"):
         hidden_sizes = tuple(hidden_sizes)
-        check_count(batch_size=batch_size, **{f"hidden_sizes[{k}]": size for k, size in enumerate(hidden_sizes)})
+        batch_size = check_batch_size(batch_size)
+        check_count(**{f"hidden_sizes[{k}]": size for k, size in enumerate(hidden_sizes)})
         check_floating(dtype)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
@@ -373,7 +376,8 @@ class MNISTNet(ImageNets):
                     draw.normal_(0, self.options["init_std"], generator=generator)
                 params[name] = draw.to(self.device)
         seed = int(torch.randint(2**62, (), generator=generator))
-        minibatches = Minibatches(seed, (meta_batch, self.options["batch_size"]), len(self.labels), self.device)
+        images = drawn_batch_size(self.options["batch_size"], generator)
+        minibatches = Minibatches(seed, (meta_batch, images), len(self.labels), self.device)
 
         activation = ACTIVATIONS[self.options["activation"]]
 
@@ -390,6 +394,27 @@ class MNISTNet(ImageNets):
 def chosen(images, index):
     """images[index], on a CPU in a third of the time."""
     return images.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def check_batch_size(batch_size):
+    """A batch size, or a pair (least, most) of them as a tuple."""
+    if not isinstance(batch_size, (tuple, list)):
+        check_count(batch_size=batch_size)
+        return batch_size
+    if len(batch_size) != 2:
+        raise ValueError(f"batch_size must be a number or (least, most), got {batch_size!r}")
+    least, most = batch_size
+    check_count(**{"batch_size[0]": least})
+    check_count(least=least, **{"batch_size[1]": most})
+    return least, most
+
+
+def drawn_batch_size(batch_size, generator):
+    """That number; of a pair, one between the two, uniform in its logarithm."""
+    if isinstance(batch_size, int):
+        return batch_size
+    least, most = batch_size
+    return round(least * (most / least) ** torch.rand((), generator=generator, dtype=torch.float64).item())
 
 
 def network_loss(params, x, labels, activation):

@@ -84,10 +84,14 @@ def compare_models(title, net, make_model, draw, steps, seeds):
              f"Adam, tuned: {best}": adam(best)}
     print(f"\n{title}: loss over steps, {len(seeds)} seeds\n\n| optimizer | " + " | ".join(
         f"{k * steps // 4} to {(k + 1) * steps // 4 - 1}" for k in range(4)) + f" | last {steps // 10} |\n" + "| --- " * 6 + "|")
+    last = {}
     for name, rule in rules.items():
         curves = torch.stack([train(make_model, draw, rule, steps, seed) for seed in seeds])
-        parts = [f"{part.mean():.3f}" for part in curves.chunk(4, 1)]
-        print(f"| {name} | " + " | ".join(parts) + f" | {spread(curves[:, -steps // 10:].mean(1))} |", flush=True)
+        parts, last[name] = [f"{part.mean():.3f}" for part in curves.chunk(4, 1)], curves[:, -steps // 10:].mean(1)
+        print(f"| {name} | " + " | ".join(parts) + f" | {spread(last[name])} |", flush=True)
+    learned, *others = last
+    print("\nlearned minus " + ", minus ".join(f"{name}: {spread(last[learned] - last[name])}" for name in others) +
+          " (paired)", flush=True)
 
 
 def compare_on_mnist(title, net, activation, steps, functions, tuning_functions, marks):
@@ -106,16 +110,16 @@ def compare_on_mnist(title, net, activation, steps, functions, tuning_functions,
         print(f"| {name} | {spread(losses[:, :100].sum(1))} | " + " | ".join(ends) + " |", flush=True)
 
 
-def go_on(net, steps, functions):
+def go_on(net, activation, steps, functions):
     """Far beyond the horizon: no optimization may diverge."""
     from meta_training import evaluate
     from optimizees import MNISTNet
 
-    losses = evaluate(net, MNISTNet(split="test"), steps, functions, 7)
-    marks = [mark for mark in (1000, 2000, 5000, 10000) if mark <= steps]
-    print(f"\nMNIST, learned, {functions} functions: " + ", ".join(
-        f"{losses[:, mark - 100:mark].mean():.3f} before step {mark}" for mark in marks) +
-        f"; the highest loss after step 500 is {losses[:, 500:].max():.2f}", flush=True)
+    losses = evaluate(net, MNISTNet(activation=activation, split="test"), steps, functions, 7)
+    late, marks = min(500, steps // 2), [mark for mark in (100, 1000, 2000, 5000, 10000) if mark <= steps]
+    print(f"\nMNIST, {activation}, learned, {functions} functions: " + ", ".join(
+        f"{losses[:, mark - mark // 10:mark].mean():.3f} before step {mark}" for mark in marks) +
+        f"; the highest loss after step {late} is {losses[:, late:].max():.2f}", flush=True)
 
 
 def spread(values):
@@ -139,6 +143,7 @@ def main():
     net, steps, functions, seeds = load_optimizer(arguments.net), arguments.steps, arguments.functions, range(arguments.seeds)
     if "relu" in arguments.parts:
         compare_on_mnist("MNIST, 20 ReLU units", net, "relu", 101, functions, arguments.tuning_functions, (100,))
+        go_on(net, "relu", steps, functions)
     if "transformer" in arguments.parts:
         compare_models("A small transformer on sequences", net, Transformer, sequences, steps, seeds)
     if "cnn" in arguments.parts:
@@ -149,7 +154,7 @@ def main():
         compare_on_mnist("MNIST, base network", net, "sigmoid", steps + 1, functions, arguments.tuning_functions,
                          (100, steps))
     if "far" in arguments.parts:
-        go_on(net, 10 * steps, 2)
+        go_on(net, "sigmoid", 10 * steps, 2)
 
 
 if __name__ == "__main__":

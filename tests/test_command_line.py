@@ -65,7 +65,7 @@ def test_train_evaluate_compare(capsys):
 
 
 def test_mnist_and_refining(tiny_mnist):
-    assert main(["train", "--problem", "mnist", "--data", str(tiny_mnist), "--hidden", "3", "--batch-size", "8",
+    assert main(["train", "--problem", "mnist", "--data", str(tiny_mnist), "--hidden", "3", "--batch-size", "2", "8",
                  "--output", "net.safetensors", "--start", "mnist", "--unroll", "10", "--horizons", "1", "2",
                  "--steps", "20", "--iterations", "3", "--validation-functions", "1", "--skip-non-finite", "1",
                  "--objective", "log", "--quiet", "--device", "cpu"]) == 0
@@ -201,6 +201,7 @@ def test_results_are_not_replaced_silently(capsys):
      "--sign-lr must be 1 or 2 numbers with --per-kind"),
     (["evaluate", "mnist", *RACE, "--fc-size", "0"], "--fc-size is for --problem cifar10, got --problem quadratics"),
     (["evaluate", "mnist", *RACE, "--problem", "mnist", "--classes", "1", "2"], "--classes is for --problem cifar10"),
+    (["evaluate", "mnist", *CIFAR, "--batch-size", "2", "4"], "--batch-size must be 1 number with --problem cifar10"),
     (["evaluate", "mnist", *CIFAR, "--classes", "1", "2", "--held-out", "3"], "exclude each other"),
     (["evaluate", "mnist", *CIFAR, "--held-out", "3", "10"], r"--held-out must be different labels .* got \[3, 10\]"),
     (["train", "--output", "x.safetensors", *CIFAR, "--per-kind", "--start", "mnist"], "is for a new optimizer"),

@@ -68,6 +68,22 @@ def test_minibatches_depend_on_seed_and_step_alone(tiny_mnist):
     assert not torch.equal(one.params["weight0"], other.params["weight0"])
 
 
+def test_each_meta_batch_draws_its_batch_size(tiny_mnist):
+    """Uniformly in its logarithm, the same for a seed, for every part and for every step."""
+    problem, draw, sizes = MNISTNet((), batch_size=(2, 32), root=tiny_mnist), generator(), []
+    for _ in range(200):
+        images, labels = minibatch_of(batch := problem.sample(2, draw), problem, 40)
+        sizes.append(labels.shape[1])
+        assert images.shape[:2] == labels.shape == (2, sizes[-1])
+    assert min(sizes) == 2 and max(sizes) <= 32 and 0.4 < sum(size <= 8 for size in sizes) / 200 < 0.6
+    torch.testing.assert_close(batch.part(1, 2).loss({name: tensor[1:] for name, tensor in batch.params.items()}, 3),
+                               batch.loss(batch.params, 3)[1:])
+    again = problem.with_split("train").sample(2, generator())
+    assert minibatch_of(again, problem, 0)[1].shape[1] == sizes[0]
+    fixed = MNISTNet((), batch_size=8, root=tiny_mnist).sample(2, generator())
+    assert torch.equal(fixed.params["weight0"], again.params["weight0"])
+
+
 def test_splits_do_not_share_images(tiny_mnist):
     train, validation, test = (MNISTNet(root=tiny_mnist, split=split) for split in ("train", "validation", "test"))
     assert len(train.images) == len(validation.images) == 150 and len(test.images) == 80
@@ -207,6 +223,8 @@ BAD = [
     (lambda root: MNISTNet((20, -1), root=root), ValueError, r"hidden_sizes\[1\] must be at least 1, got -1"),
     (lambda root: MNISTNet(activation="swish", root=root), ValueError, "activation must be one of .*'swish'"),
     (lambda root: MNISTNet(batch_size=0, root=root), ValueError, "batch_size must be at least 1, got 0"),
+    (lambda root: MNISTNet(batch_size=(8, 4), root=root), ValueError, r"batch_size\[1\] must be at least 8, got 4"),
+    (lambda root: MNISTNet(batch_size=(1, 2, 3), root=root), ValueError, r"must be a number or \(least, most\), got"),
     (lambda root: MNISTNet(split="all", root=root), ValueError, "split must be .*'all'"),
     (lambda root: MNISTNet(side=5, root=root), ValueError, "side must be None or a divisor of 8, got 5"),
     (lambda root: MNISTNet(init_std=-1, root=root), ValueError, "init_std must be .* got -1"),
