@@ -124,12 +124,12 @@ def replay_window(net, loss, coordinates, theta, state, step, weights, fraction,
         losses.append(values)
         gradients.append(gradient)
     losses, gradients = torch.stack(losses), torch.stack(gradients)
-    # λ_{t+1} = Σ_{s>t} w_s ∇_s: a cumulative sum from the end. One name: at most two of these (T, N) live at once
     adjoint, inputs = weights[1:, None] * gradients[1:], gradients[:-1]
     if objective == "log":
         adjoint /= coordinates.spread(losses[1:])
-    adjoint = adjoint.flip(0).cumsum_(0)
-    adjoint = adjoint.flip(0)
+    rows = adjoint.unbind()
+    for later, row in zip(rows[:0:-1], rows[-2::-1]):  # λ_{t+1} = Σ_{s>t} w_s ∇_s, in place from the end
+        row += later
     grads = replay_recorded(net, coordinates, inputs, start, adjoint, fraction, generator)
     return grads, losses, theta, map_tensors(torch.Tensor.detach, state)
 

@@ -14,7 +14,7 @@ __all__ = ["Seconds", "alternate", "milliseconds", "pin", "read_peers", "table_h
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # as the process was started
 UNITS = {"s": 1.0, "ms": 1e-3}
 SLOW = 60  # seconds: rounds that take longer are run once
-LEAST = 0.2  # seconds that a function's calls in a round should take together
+LEAST = 1.0  # seconds that a function's calls in a round should take together
 
 
 class Seconds(NamedTuple):
