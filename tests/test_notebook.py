@@ -114,8 +114,9 @@ def test_starts_from_shipped_weights(tmp_path, monkeypatch, capsys, small_mnist,
             net, notes = load_optimizer(run), pretrained_optimizers()[run]
             assert all(map(torch.equal, net.parameters(), nets[f"{name} (shipped)"].parameters()))
             assert net.config == same_kind.config and notes["problem"] == space[problem].name
-            assert f"{name}: pretrained/{run}.safetensors\n  problem: {notes['problem']}\n" in said
-            assert f"  validation: {notes['validation']}\n" in said
+            _, at_this_one = said.split(f"{name}: pretrained/{run}.safetensors\n")
+            for key in ("command", "problem", "result", "validation"):
+                assert f"  {key}: {notes[key]}\n" in at_this_one
     written = sorted(path.name for path in tmp_path.glob("checkpoints/*"))
     assert written == [f"{run}_smoke.{kind}" for run in trained for kind in ("run", "safetensors")]
 
