@@ -13,7 +13,7 @@ __all__ = ["plot_curves", "plot_history", "plot_sizes", "plot_tuning", "plot_upd
 # one colour for each optimizer, the same in every figure; black and thick for ours
 COLORS = {"SGD": "tab:gray", "SGD + momentum": "tab:green", "NAG": "tab:blue", "Adam": "tab:orange",
           "RMSprop": "tab:purple", "L-BFGS": "tab:cyan"}
-LEARNED_COLORS = ("black", "tab:red", "tab:brown")  # in the order in which they come
+LEARNED_COLORS = ("black", "tab:red", "tab:brown", "tab:pink", "tab:olive", "navy")  # in the order in which they come
 
 
 def plot_curves(curves, title, ax=None, marks=(), steps=None, quantity="loss", log=True, average=1):

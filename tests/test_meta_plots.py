@@ -35,6 +35,14 @@ def test_curves_show_means_and_bands(curves):
     plt.close("all")
 
 
+def test_no_two_optimizers_look_the_same():
+    names = ["start", "LSTM", "LSTM, 25 cells", "LSTM+GAC", "NTM-BFGS", "SGD", "SGD + momentum", "NAG", "Adam", "RMSprop", "L-BFGS"]
+    axes = plot_curves({name: torch.rand(4, 5) + 0.5 for name in names}, "many")
+    colors = [matplotlib.colors.to_hex(line.get_color()) for line in axes.get_lines()]
+    plt.close("all")
+    assert len(set(colors)) == len(names)
+
+
 def test_other_quantities_at_some_steps():
     accuracies = {"LSTM": torch.tensor([[0.0, 0.4, 0.6], [0.1, 0.5, 0.9]])}
     ax = plot_curves(accuracies, "a title", steps=[0, 50, 100], quantity="accuracy", log=False)
