@@ -27,7 +27,7 @@ from preprocessing import log_sign
 from state_nests import tensors_in
 from unrolling import Coordinates
 
-__all__ = ["LSTMWithGAC", "LowRankMemory", "NTMBFGS", "start_as_coordinatewise"]
+__all__ = ["LSTMWithGAC", "LowRankMemory", "NTMBFGS", "Unaveraged", "start_as_coordinatewise"]
 
 PREPROCESSING = {None: (-1,), "log_sign": (1, -1), "with_log_size": (-1, 1)}  # what ∇ → -∇ does to each reading
 
@@ -264,6 +264,19 @@ class LSTMWithGAC(SharingLSTM):
 
     def _shapes(self, size):
         return [(self.num_layers, self.hidden_size, size)] * 2
+
+
+class Unaveraged(LSTMWithGAC):
+    """A control: the cells of LSTM+GAC without what they share, every coordinate being taken for a function of its own.
+
+    Example:
+        >>> net = Unaveraged(25, shared=5, preprocess="with_log_size", p=4.0)
+
+    Reference: ours.
+    """
+
+    def bind(self, coordinates):
+        return super().bind(Coordinates({"each": torch.zeros(sum(coordinates.sizes), 1)}))
 
 
 class LowRankMemory(NamedTuple):
