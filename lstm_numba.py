@@ -13,6 +13,8 @@ It holds arithmetic only: no parameters, no checks of what users pass. numba com
 and keeps the result in `__pycache__`. `lstm_blocks` is the plain version, which this one is tested against.
 """
 
+import functools
+import math
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -21,27 +23,30 @@ import numba
 import numpy as np
 import torch
 
-from register_blocks import LANES, OUTER, ROWS, add_outer_blocks, copy_rows, fetch_rows, product_blocks
+from register_blocks import (ALONE, LANES, OUTER, ROWS, UNITS, add_outer_blocks, add_product_blocks, cell_back_blocks,
+                             cell_blocks, copy_rows, fetch_rows)
 
 __all__ = ["PackedLSTM", "replay_blocks", "step_back_blocks", "step_blocks", "stepper"]
 
 STEP_CHUNK = 1024 * LANES  # columns in one call of a compiled function, whose own cost of some µs is spread over them
 REPLAY_CHUNK = 256 * LANES
+TILES = 4  # that `run_step` loads together
 FAR = 4096  # from so many columns on the state is no longer in the cache when the next step comes
 
-single, double = np.float32, np.float64
-# sums may be taken in another order, which lets them be vectorized; infinities and NaNs go through as usual
-compiled = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
-in_order = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
+# Nothing is allocated and no references are counted (`_nrt`), which for every slice would cost an atomic operation or two.
+options = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False}
+# Sums may be taken in another order, which lets them be vectorized; infinities and NaNs go through as usual.
+compiled = numba.njit(fastmath={"contract", "reassoc", "nsz", "arcp"}, **options)
+in_order = numba.njit(fastmath={"contract", "nsz"}, **options)  # not in another order: `cell_blocks` counts on it
 
 
 class PackedLSTM:
     """The weights of an LSTM and its linear output, laid out for the compiled loops.
 
-    Layer l has one matrix W_l that multiplies [input; hidden], with rows in the order of gates of `nn.LSTM`, i, f, g, o.
-    All layers stand in one array, padded to the widest. `weights` and `biases` are those of the forward pass, scaled so
-    that sigmoid(z) = 1 / (1 + 2^y) of what they give: y = -z / ln 2, and for g, y = -2z / ln 2, since tanh(z) is
-    2 sigmoid(2z) - 1. `transposed` is not scaled.
+    Layer l has one matrix W_l that multiplies [input; hidden]. Its rows are in the order of `register_blocks`; `order`
+    says where each of them is in that of `nn.LSTM`: all units' i, f, g, o. All layers stand in one array, padded to the
+    widest. `weights` and `biases` are those of the forward pass, scaled so that sigmoid(z) = 1 / (1 + 2^y) of what they
+    give: y = -z / ln 2, and for g, y = -2z / ln 2, since tanh(z) is 2 sigmoid(2z) - 1. `transposed` is not scaled.
 
     Args:
         layers: per layer (weight_ih (4H, in), weight_hh (4H, H), bias (4H,)), in `nn.LSTM`'s order of gates.
@@ -50,33 +55,31 @@ class PackedLSTM:
 
     def __init__(self, layers, output_weight, output_bias):
         self.dtype, self.hidden, self.inputs = output_weight.dtype, layers[0][1].shape[1], layers[0][0].shape[1]
-        kind, most = output_weight.numpy().dtype, self.hidden + max(w.shape[1] for w, _, _ in layers)
-        weights = np.zeros((len(layers), 4 * self.hidden, most), kind)
-        transposed = np.zeros((len(layers), most, 4 * self.hidden), kind)
+        kind, H, most = output_weight.numpy().dtype, self.hidden, self.hidden + max(w.shape[1] for w, _, _ in layers)
+        self.order, self.place = order_of_rows(H)
+        weights = np.zeros((len(layers), 4 * H, most), kind)
         for l, (w, u, _) in enumerate(layers):
-            both = torch.cat([w, u], 1).numpy()
-            weights[l, :, :both.shape[1]] = both
-            transposed[l, :both.shape[1]] = both.T
-        scales = np.repeat([-1, -1, -2, -1], self.hidden) / np.log(2)
+            weights[l, :, :w.shape[1] + H] = np.concatenate([w.numpy(), u.numpy()], 1)[self.order]
+        scales = (np.repeat([-1, -1, -2, -1], H) / np.log(2))[self.order]
         self.weights = (scales[:, None] * weights).astype(kind).reshape(len(layers), -1)
-        self.biases = (scales * np.stack([bias.numpy() for _, _, bias in layers])).astype(kind)
-        self.transposed = transposed.reshape(len(layers), -1)
+        self.biases = (scales * np.stack([bias.numpy()[self.order] for _, _, bias in layers])).astype(kind)
+        self.transposed = weights.transpose(0, 2, 1).reshape(len(layers), -1)
         self.output = np.append(output_weight.numpy(), output_bias.numpy()).astype(kind)  # (H + 1,)
 
-    def scratch(self, steps):
+    def scratch(self, steps, tiles=1):
         """This thread's buffer for tiles of that many steps: the last one again if it is large enough."""
         layers, H, inputs = len(self.weights), self.hidden, self.inputs
-        count = LANES * ((steps + layers) * (inputs + layers * H) + (6 * steps + 1) * layers * H + steps
-                         + 6 * layers * H + 2 * max(inputs, H))  # see `carve`
+        count = tiles * LANES * ((steps + layers) * (inputs + layers * H) + (6 * steps + 1) * layers * H + steps
+                                 + 2 * layers * H + inputs + 1 + ALONE)  # see `carve`; blocks read beyond
         kept = getattr(_thread, "scratch", None)
         if kept is None or kept.size < count or kept.dtype != self.weights.dtype:
             _thread.scratch = kept = torch.empty(count, dtype=self.dtype).numpy()  # aligned, as vectors like it
-        return kept
+        return kept[:count]
 
     def zero_sums(self):
-        """What `run_replay` adds to: of the weights (in blocks 4 × OUTER), the biases and the output, in float64."""
+        """What `run_replay` adds to, in float64: weights' (in blocks 4 × OUTER), biases'; the output's bias's and weight's."""
         blocks = len(self.weights), self.hidden * -(-self.weights.shape[1] // (4 * self.hidden * OUTER)) * 4 * OUTER
-        return np.zeros(blocks), np.zeros(self.biases.shape), np.zeros(self.output.shape)
+        return np.zeros(blocks), np.zeros(self.biases.shape), np.zeros(1 + -(-self.hidden // ALONE) * ALONE)
 
     def gradients(self, sums):
         """A list of such sums -> gradients as of `replay_blocks`."""
@@ -86,204 +89,81 @@ class PackedLSTM:
             width = H if l else self.inputs
             across = -(-(width + H) // OUTER)
             weight = values[:H * across * 4 * OUTER].reshape(H, across, 4, OUTER).transpose(0, 2, 1, 3).reshape(4 * H, -1)
-            layers.append([self.tensor(part) for part in (weight[:, :width], weight[:, width:width + H], bias)])
-        return layers, self.tensor(output[:-1]), self.tensor(output[-1:])[0]
+            parts = weight[:, :width], weight[:, width:width + H], bias
+            layers.append([self.tensor(part[self.place]) for part in parts])
+        return layers, self.tensor(output[1:1 + H]), self.tensor(output[:1])[0]
 
     def tensor(self, sums):
         return torch.from_numpy(sums.astype(self.weights.dtype))
 
 
+@functools.cache
+def order_of_rows(H):
+    """Where each row of `register_blocks` is among all units' i, f, g, o; and the inverse of that permutation."""
+    whole, rows = H - H % UNITS, np.arange(4 * H).reshape(4, H)  # of gates, units
+    groups = rows[:, :whole].reshape(4, -1, UNITS).swapaxes(0, 1)
+    order = np.concatenate([groups.ravel(), rows[:, whole:].T.ravel()])
+    return order, np.argsort(order)
+
+
 # What is compiled ---------------------------------------------------------------------------------------------------
 
-@in_order
-def single_power(y):
-    """2^y = 2^n 2^r with |r| ≤ 1/2: a polynomial, and n put into the exponent's bits. To 3e-7, relative."""
-    y = single(-126) if y < single(-126) else y  # a NaN stays one
-    y = single(127) if y > single(127) else y
-    shifted = y + single(12582912 + 127)  # 1.5 · 2^23: what is left of the number are its integer bits
-    r = y - (shifted - single(12582912 + 127))
-    p = single(1.3300451e-3) * r + single(9.6697018e-3)
-    p = p * r + single(5.5505592e-2)
-    p = p * r + single(2.4022281e-1)
-    p = p * r + single(6.9314718e-1)
-    p = p * r + single(1)
-    return p * np.int32(single(shifted).view(np.int32) << np.int32(23)).view(single)
-
-
-@in_order
-def double_power(y):
-    """The same for float64, to 4e-16: 2^r as e^(r ln 2)."""
-    y = -1022.0 if y < -1022 else y
-    y = 1023.0 if y > 1023 else y
-    n = np.floor(y + 0.5)
-    r = (y - n) * 0.6931471805599453
-    p = 1 / 6227020800
-    p = p * r + 1 / 479001600
-    p = p * r + 1 / 39916800
-    p = p * r + 1 / 3628800
-    p = p * r + 1 / 362880
-    p = p * r + 1 / 40320
-    p = p * r + 1 / 5040
-    p = p * r + 1 / 720
-    p = p * r + 1 / 120
-    p = p * r + 1 / 24
-    p = p * r + 1 / 6
-    p = p * r + 0.5
-    p = p * r + 1.0
-    p = p * r + 1.0
-    return p * np.int64((np.int64(n) + np.int64(1023)) << np.int64(52)).view(double)
-
-
-# One function for float32 and one for float64: numba takes the one for its argument's type.
-
-def sigmoid(y):
-    """1 / (1 + 2^y), which is the sigmoid of -y ln 2."""
-    raise NotImplementedError("only compiled functions call it")
-
-
-def candidate(y):
-    """2 / (1 + 2^y) - 1, which is the tanh of -y ln 2 / 2."""
-    raise NotImplementedError("only compiled functions call it")
-
-
-def tanh(x):
-    raise NotImplementedError("only compiled functions call it")
-
-
-def tanh_slope(y):
-    """1 - y², the derivative where tanh is y."""
-    raise NotImplementedError("only compiled functions call it")
-
-
-@in_order
-def sigmoid_slope(y):
-    """y - y², the derivative where sigmoid is y."""
-    return y - y * y
-
-
-@numba.extending.overload(sigmoid)
-def sigmoid_of(y):
-    if y == numba.float32:
-        return lambda y: single(1) / (single(1) + single_power(y))
-    return lambda y: 1.0 / (1.0 + double_power(y))
-
-
-@numba.extending.overload(candidate)
-def candidate_of(y):
-    if y == numba.float32:
-        return lambda y: single(2) / (single(1) + single_power(y)) - single(1)
-    return lambda y: 2.0 / (1.0 + double_power(y)) - 1.0
-
-
-@numba.extending.overload(tanh)
-def tanh_of(x):
-    if x == numba.float32:
-        return lambda x: candidate(single(-2.8853901) * x)
-    return lambda x: candidate(-2.8853900817779268 * x)
-
-
-@numba.extending.overload(tanh_slope)
-def tanh_slope_of(y):
-    if y == numba.float32:
-        return lambda y: single(1) - y * y
-    return lambda y: 1.0 - y * y
-
-
 @compiled
-def product(weight, width, bias, rows, count, x, out):
-    """out = weight x + bias, of which weight[r, k] is weight[r · width + k], with `rows` rows and `count` columns."""
+def add_product(weight, width, rows, count, x, out):
+    """out += weight x, of which weight[r, k] is weight[r · width + k], with `rows` rows and `count` columns."""
     blocks = rows // ROWS
     done = blocks * ROWS
     if blocks:
-        product_blocks(ROWS, blocks, weight, width, bias, count, x, out)
+        add_product_blocks(ROWS, blocks, weight, width, count, x, out)
     if rows - done >= 4:
-        product_blocks(4, 1, weight[done * width:], width, bias[done:], count, x, out[done * LANES:])
+        add_product_blocks(4, 1, weight[done * width:], width, count, x, out[done * LANES:])
         done += 4
     if rows > done:
-        product_blocks(1, rows - done, weight[done * width:], width, bias[done:], count, x, out[done * LANES:])
-
-
-# Loops over a row read and write few arrays each, so that what numba compiles can check that they do not overlap.
-
-@in_order
-def all_sigmoid(values):
-    for j in range(len(values)):
-        values[j] = sigmoid(values[j])
+        add_product_blocks(1, rows - done, weight[done * width:], width, count, x, out[done * LANES:])
 
 
 @in_order
-def all_candidates(values):
-    for j in range(len(values)):
-        values[j] = candidate(values[j])
+def run_cell(H, weight, width, bias, count, x, cell, new_cell, hidden, keep, gates, tanhs):
+    """`cell_blocks` for H units."""
+    blocks = H // UNITS
+    done = blocks * UNITS
+    if blocks:
+        cell_blocks(UNITS, blocks, weight, width, bias, count, x, cell, new_cell, hidden, keep, gates, tanhs)
+    if H > done:
+        cell_blocks(1, H - done, weight[4 * done * width:], width, bias[4 * done:], count, x, cell[done * LANES:],
+                    new_cell[done * LANES:], hidden[done * LANES:], keep, gates[4 * done * LANES:], tanhs[done * LANES:])
 
 
 @in_order
-def tanh_to(out, values):  # not onto themselves: see above
-    for j in range(len(values)):
-        out[j] = tanh(values[j])
+def pull_back(H, gates, cell, tanhs, dhidden, dcell):
+    """`cell_back_blocks` for H units."""
+    blocks = H // UNITS
+    done = blocks * UNITS
+    if blocks:
+        cell_back_blocks(UNITS, blocks, gates, cell, tanhs, dhidden, dcell)
+    if H > done:
+        cell_back_blocks(1, H - done, gates[4 * done * LANES:], cell[done * LANES:], tanhs[done * LANES:],
+                         dhidden[done * LANES:], dcell[done * LANES:])
 
 
-@in_order
-def quarters(gates):
-    """i, f, g, o of (4H rows)."""
-    size = len(gates) // 4
-    return gates[:size], gates[size:2 * size], gates[2 * size:3 * size], gates[3 * size:]
-
-
-@in_order
-def activate(gates, cell, new_cell, tanhs, hidden):
-    """i, f, o ← sigmoid, g ← tanh, in place, of scaled gates; c' = f c + i g, tanh(c'), h' = o tanh(c')."""
-    i, f, g, o = quarters(gates)
-    all_sigmoid(gates[:2 * len(i)])
-    all_candidates(g)
-    all_sigmoid(o)
-    for j in range(len(cell)):
-        new_cell[j] = f[j] * cell[j] + i[j] * g[j]
-    tanh_to(tanhs, new_cell)
-    for j in range(len(tanhs)):
-        hidden[j] = o[j] * tanhs[j]
-
-
-@in_order
-def pull_back(gates, cell, tanhs, dhidden, dcell, spare):
-    """gates ← dL/d(gates before activation), dcell ← dL/dc, from dhidden = dL/dh' and dcell = dL/dc'."""
-    i, f, g, o = quarters(gates)
-    for j in range(len(dcell)):
-        dcell[j] += dhidden[j] * o[j] * tanh_slope(tanhs[j])
-    for j in range(len(o)):
-        o[j] = dhidden[j] * tanhs[j] * sigmoid_slope(o[j])
-    for j in range(len(spare)):
-        spare[j] = dcell[j] * g[j] * sigmoid_slope(i[j])
-    for j in range(len(g)):
-        g[j] = dcell[j] * i[j] * tanh_slope(g[j])
-    for j in range(len(i)):
-        i[j] = spare[j]
-    for j in range(len(spare)):
-        spare[j] = dcell[j] * f[j]
-    for j in range(len(f)):
-        f[j] = dcell[j] * cell[j] * sigmoid_slope(f[j])
-    for j in range(len(dcell)):
-        dcell[j] = spare[j]
-
-
-@numba.njit(cache=True)
-def carve(scratch, steps, inputs, layers, rows):
-    """The arrays of a tile in one buffer: steps of columns, gates, c and tanh(c), all for all layers; the adjoint; then
-    of one step dh and dc of each layer, dinput, a spare one; sums of the gates' adjoints."""
+@compiled
+def carve(scratch, tiles, steps, inputs, layers, rows):
+    """The arrays of tiles in one buffer: steps of columns, and c, of all tiles; then, once for all, the gates, tanh(c) and
+    the adjoint; dh and dc of one step; dinput and another row of one step."""
     H, start = rows // 4 * LANES, 0
-    columns, start = part_of(scratch, start, 1, steps + layers, inputs * LANES + layers * H)
+    columns, start = part_of(scratch, start, tiles, steps + layers, inputs * LANES + layers * H)
+    cells, start = part_of(scratch, start, tiles * layers, steps + 1, H)
     gates, start = part_of(scratch, start, layers, steps, 4 * H)
-    cells, start = part_of(scratch, start, layers, steps + 1, H)
     tanhs, start = part_of(scratch, start, layers, steps, H)
     adjoint, start = part_of(scratch, start, 1, steps, LANES)
     dhidden, start = part_of(scratch, start, 1, layers, H)
     dcells, start = part_of(scratch, start, 1, layers, H)
-    rest, start = part_of(scratch, start, 1, 2, max(inputs * LANES, H))
-    dgates, _ = part_of(scratch, start, 1, layers, 4 * H)
-    return columns[0], gates, cells, tanhs, adjoint[0], dhidden[0], dcells[0], rest[0, 0], rest[0, 1, :H], dgates[0]
+    rest, _ = part_of(scratch, start, 1, 1, (inputs + 1) * LANES)
+    dinput, row = rest[0, 0, :inputs * LANES], rest[0, 0, inputs * LANES:]
+    return columns, cells, gates, tanhs, adjoint[0], dhidden[0], dcells[0], dinput, row
 
 
-@numba.njit(cache=True)
+@compiled
 def part_of(scratch, start, layers, steps, length):
     """(layers, steps, length) from `start` on, and where it ends."""
     stop = start + layers * steps * length
@@ -291,68 +171,76 @@ def part_of(scratch, start, layers, steps, length):
 
 
 @compiled
-def load(source, first, step, rows, width, out, out_step):
-    """out[r · out_step + j] = source[first + r · step + j] for j < width, and zeros up to LANES, for r < rows."""
-    if width == LANES:
-        copy_rows(rows, source[first:], step, out, out_step)
-        return
-    for r in range(rows):
-        for j in range(width):
-            out[r * out_step + j] = source[first + r * step + j]
-        out[r * out_step + width:r * out_step + LANES] = 0
+def load(source, first, step, rows, width, out, out_step, out_tile):
+    """`width` columns of source, from `first` on, rows `step` apart, into tiles `out_tile` apart, filled up with zeros."""
+    whole = width // LANES
+    if whole:
+        copy_rows(rows, whole, source[first:], step, LANES, out, out_step, out_tile)
+    if width > whole * LANES:
+        for r in range(rows):
+            start, at = first + r * step + whole * LANES, r * out_step + whole * out_tile
+            for j in range(LANES):
+                out[at + j] = source[start + j] if j < width - whole * LANES else 0
 
 
 @compiled
-def store(source, width, out, start):
-    """out[u, start:start + width] = source[u, :width] for all rows u of out."""
-    if width == LANES:
-        copy_rows(out.shape[0], source, LANES, out[0, start:], out.shape[1])
-        return
+def store(source, source_tile, width, out, start):
+    """The reverse: rows of tiles into out[:, start:start + width]."""
+    whole = width // LANES
+    if whole:
+        copy_rows(out.shape[0], whole, source, LANES, source_tile, out[0, start:], out.shape[1], LANES)
     for u in range(out.shape[0]):
-        for j in range(width):
-            out[u, start + j] = source[u * LANES + j]
+        for j in range(whole * LANES, width):
+            out[u, start + j] = source[whole * source_tile + u * LANES + j - whole * LANES]
 
 
 @compiled
-def record(weights, biases, inputs, steps, columns, gates, cells, tanhs):
-    """The forward pass of a tile over its steps."""
+def record(weights, biases, inputs, steps, columns, cells, keep, gates, tanhs):
+    """The forward pass of a tile over its steps; without `keep` nothing becomes of gates and tanhs."""
     layers, rows = biases.shape
     H, width = rows // 4, weights.shape[1] // rows
     for t in range(steps):
         for l in range(layers):
-            below, size = max(inputs + (l - 1) * H, 0), inputs if l == 0 else H
+            below, size = (inputs + (l - 1) * H, H) if l else (0, inputs)
             own = (below + size) * LANES
-            product(weights[l], width, biases[l], rows, size + H, columns[t + l, below * LANES:], gates[l, t])
-            activate(gates[l, t], cells[l, t], cells[l, t + 1], tanhs[l, t], columns[t + l + 1, own:own + H * LANES])
+            run_cell(H, weights[l], width, biases[l], size + H, columns[t + l, below * LANES:], cells[l, t], cells[l, t + 1],
+                     columns[t + l + 1, own:], keep, gates[l, t], tanhs[l, t])
 
 
 @compiled
 def load_state(hidden, cells, inputs, start, width, columns, c):
-    """The state before the first step into a tile."""
+    """The state before the first step into tiles."""
     layers, H, N = hidden.shape
     for l in range(layers):
-        load(hidden[l].reshape(-1), start, N, H, width, columns[l, (inputs + l * H) * LANES:], LANES)
-        load(cells[l].reshape(-1), start, N, H, width, c[l, 0], LANES)
+        load(hidden[l].reshape(-1), start, N, H, width, columns[0, l, (inputs + l * H) * LANES:], LANES, columns[0].size)
+        load(cells[l].reshape(-1), start, N, H, width, c[l, 0], LANES, layers * c[0].size)
 
 
 @compiled
 def run_step(weights, biases, output, features, offset, hidden, cells, start, stop, update, new_hidden, new_cells, scratch):
-    """One step of the coordinates start … stop. features (inputs, …) begin at coordinate `offset`."""
-    (layers, H, N), inputs = hidden.shape, features.shape[0]
-    columns, gates, c, tanhs, outputs, _, _, _, _, _ = carve(scratch, 1, inputs, layers, 4 * H)
-    for first in range(start, stop, LANES):
-        width = min(LANES, stop - first)
-        load(features.reshape(-1), first - offset, features.shape[1], inputs, width, columns[0], LANES)
+    """One step of the coordinates start … stop. features (inputs, …) begin at coordinate `offset`.
+
+    Rows of the state lie far apart in memory: so what `TILES` tiles need of one is read, and written, together.
+    """
+    (layers, H, N), inputs, group = hidden.shape, features.shape[0], TILES * LANES
+    columns, c, gates, tanhs, outputs, _, _, _, _ = carve(scratch, TILES, 1, inputs, layers, 4 * H)
+    for first in range(start, stop, group):
+        width = min(group, stop - first)
+        load(features.reshape(-1), first - offset, features.shape[1], inputs, width, columns[0, 0], LANES, columns[0].size)
         load_state(hidden, cells, inputs, first, width, columns, c)
-        if N >= FAR and first + 2 * LANES <= stop:
-            fetch_rows(layers * H, hidden.reshape(-1)[first + LANES:], N)
-            fetch_rows(layers * H, cells.reshape(-1)[first + LANES:], N)
-        record(weights, biases, inputs, 1, columns, gates, c, tanhs)
-        product(output, H, output[H:], 1, H, columns[layers, (inputs + (layers - 1) * H) * LANES:], outputs[0])
-        update[first:first + width] = outputs[0, :width]
+        for tile in range(-(-width // LANES)):
+            row, last = tile * layers * H // TILES, (tile + 1) * layers * H // TILES
+            if N >= FAR and first + 2 * group <= stop and row < last:  # a share of what the next tiles will read
+                fetch_rows(last - row, TILES, hidden.reshape(-1)[row * N + first + group:], N)
+                fetch_rows(last - row, TILES, cells.reshape(-1)[row * N + first + group:], N)
+            record(weights, biases, inputs, 1, columns[tile], c[tile * layers:], 0, gates, tanhs)
+            outputs[0] = output[H]
+            add_product(output, H, 1, H, columns[tile, layers, (inputs + (layers - 1) * H) * LANES:], outputs[0])
+            for j in range(min(LANES, width - tile * LANES)):
+                update[first + tile * LANES + j] = outputs[0, j]
         for l in range(layers):
-            store(columns[l + 1, (inputs + l * H) * LANES:], width, new_hidden[l], first)
-            store(c[l, 1], width, new_cells[l], first)
+            store(columns[0, l + 1, (inputs + l * H) * LANES:], columns[0].size, width, new_hidden[l], first)
+            store(c[l, 1], layers * c[0].size, width, new_cells[l], first)
 
 
 @compiled
@@ -367,76 +255,49 @@ def run_replay(weights, transposed, biases, output, squash, features, offset, hi
     """
     steps, (layers, H), (_, inputs, across) = len(adjoint), hidden.shape[:2], features.shape
     wanted, carried = dfeatures.shape[2] > 0, dhidden.shape[2] > 0
-    columns, gates, c, tanhs, pulls, dh, dc, dinput, spare, dgates = carve(scratch, steps, inputs, layers, 4 * H)
-    zeros, top = np.zeros(max(inputs, H), weights.dtype), (inputs + (layers - 1) * H) * LANES
+    tiles, c, gates, tanhs, pulls, dh, dc, dinput, z = carve(scratch, 1, steps, inputs, layers, 4 * H)
+    columns, top = tiles[0], (inputs + (layers - 1) * H) * LANES
     for first in range(start, stop, LANES):
         within, width = first - offset, min(LANES, stop - first)
         for u in range(inputs):
             load(features.reshape(-1), u * across + within, inputs * across, steps, width, columns[0, u * LANES:],
-                 columns.shape[1])
-        load(adjoint.reshape(-1), first, adjoint.shape[1], steps, width, pulls.reshape(-1), LANES)
-        load_state(hidden, cells, inputs, first, width, columns, c)
+                 columns.shape[1], 0)
+        load(adjoint.reshape(-1), first, adjoint.shape[1], steps, width, pulls.reshape(-1), LANES, 0)
+        load_state(hidden, cells, inputs, first, width, tiles, c)
         if carried:
             for l in range(layers):
-                load(dhidden[l].reshape(-1), first, dhidden.shape[2], H, width, dh[l], LANES)
-                load(dcells[l].reshape(-1), first, dcells.shape[2], H, width, dc[l], LANES)
+                load(dhidden[l].reshape(-1), first, dhidden.shape[2], H, width, dh[l], LANES, 0)
+                load(dcells[l].reshape(-1), first, dcells.shape[2], H, width, dc[l], LANES, 0)
         else:
             dh[:], dc[:] = 0, 0
-        dgates[:] = 0
-        record(weights, biases, inputs, steps, columns, gates, c, tanhs)
+        record(weights, biases, inputs, steps, columns, c, 1, gates, tanhs)
         if squash:
             for t in range(steps):
-                squash_adjoint(output, columns[t + layers, top:], pulls[t], spare)
+                squash_adjoint(output, columns[t + layers, top:], pulls[t], z)
         for t in range(steps - 1, -1, -1):
             add_output(output, pulls[t], dh[layers - 1])
             for l in range(layers - 1, -1, -1):
-                pull_back(gates[l, t], c[l, t], tanhs[l, t], dh[l], dc[l], spare)
-                accumulate(gates[l, t], dgates[l])
+                pull_back(H, gates[l, t], c[l, t], tanhs[l, t], dh[l], dc[l])
                 size = inputs if l == 0 else H
-                if l > 0 or wanted:
-                    product(transposed[l], 4 * H, zeros, size, 4 * H, gates[l, t], dinput)
-                product(transposed[l, size * 4 * H:], 4 * H, zeros, H, 4 * H, gates[l, t], dh[l])
                 if l > 0:  # the input of this layer is the hidden state of the one below
-                    accumulate(dinput[:H * LANES], dh[l - 1])
+                    add_product(transposed[l], 4 * H, H, 4 * H, gates[l, t], dh[l - 1])
                 elif wanted:
-                    store(dinput, width, dfeatures[t], within)
+                    dinput[:] = 0
+                    add_product(transposed[l], 4 * H, inputs, 4 * H, gates[l, t], dinput)
+                    store(dinput, 0, width, dfeatures[t], within)
+                dh[l] = 0
+                add_product(transposed[l, size * 4 * H:], 4 * H, H, 4 * H, gates[l, t], dh[l])
         if carried:
             for l in range(layers):
-                store(dh[l], width, dhidden[l], first)
-                store(dc[l], width, dcells[l], first)
+                store(dh[l], 0, width, dhidden[l], first)
+                store(dc[l], 0, width, dcells[l], first)
         step = columns.shape[1]
         for l in range(layers):
-            below, count = max(inputs + (l - 1) * H, 0), inputs + H if l == 0 else 2 * H
+            below, count = (inputs + (l - 1) * H, 2 * H) if l else (0, inputs + H)
             add_outer_blocks(4, OUTER, H, (count + OUTER - 1) // OUTER, gates[l].reshape(-1), gates.shape[2],
-                             columns[l:].reshape(-1)[below * LANES:], step, steps, weight_sums[l])
-            for r in range(4 * H):
-                bias_sums[l, r] += total(dgates[l, r * LANES:(r + 1) * LANES])
-        for t in range(steps):
-            for u in range(H):
-                output_sums[u] += dot(columns[t + layers, top + u * LANES:top + (u + 1) * LANES], pulls[t])
-        output_sums[H] += total(pulls.reshape(-1))
-
-
-@compiled
-def dot(a, b):
-    result = a[0] - a[0]
-    for j in range(len(a)):
-        result += a[j] * b[j]
-    return result
-
-
-@compiled
-def accumulate(values, total):
-    for j in range(len(values)):
-        total[j] += values[j]
-
-
-@compiled
-def total(values):
-    result = values[0] - values[0]
-    for j in range(len(values)):
-        result += values[j]
-    return result
+                             columns[l:].reshape(-1)[below * LANES:], step, steps, weight_sums[l], bias_sums[l])
+        add_outer_blocks(1, ALONE, 1, (H + ALONE - 1) // ALONE, pulls.reshape(-1), LANES,
+                         columns[layers:].reshape(-1)[top:], step, steps, output_sums[1:], output_sums)
 
 
 @compiled
@@ -449,12 +310,13 @@ def add_output(output, pulls, dhidden):
 
 
 @compiled
-def squash_adjoint(output, top, pulls, spare):
+def squash_adjoint(output, top, pulls, z):
     """The adjoint of tanh(z) -> that of z = output · h + bias."""
     H = len(output) - 1
-    product(output, H, output[H:], 1, H, top, spare)
+    z[:] = output[H]
+    add_product(output, H, 1, H, top, z)
     for j in range(LANES):
-        pulls[j] *= tanh_slope(tanh(spare[j]))
+        pulls[j] *= 1 - math.tanh(z[j]) ** 2
 
 
 # What others call ---------------------------------------------------------------------------------------------------
@@ -482,7 +344,8 @@ def stepper(packed, hidden, cells, new=None):
         out = update.numpy()
 
         def work(start, stop):
-            run_step(*inputs, array(features(start, stop)), start, *before, start, stop, out, *after, packed.scratch(1))
+            run_step(*inputs, array(features(start, stop)), start, *before, start, stop, out, *after,
+                     packed.scratch(1, TILES))
 
         side_by_side(work, N, STEP_CHUNK)
         return update

@@ -287,7 +287,10 @@ def with_convex_term(batch, start, target):
                      part if getattr(batch, "part", None) else None)
 
 
-ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu, "tanh": torch.tanh}
+# each with what makes of an output y and dL/dy the derivative dL/dx
+ACTIVATIONS = {"sigmoid": (torch.sigmoid, lambda dy, y: torch.ops.aten.sigmoid_backward(dy, y)),
+               "relu": (torch.relu, lambda dy, y: torch.ops.aten.threshold_backward(dy, y, 0)),
+               "tanh": (torch.tanh, lambda dy, y: torch.ops.aten.tanh_backward(dy, y))}
 
 
 class ImageNets:
@@ -379,21 +382,21 @@ class MNISTNet(ImageNets):
         images = drawn_batch_size(self.options["batch_size"], generator)
         minibatches = Minibatches(seed, (meta_batch, images), len(self.labels), self.device)
 
-        activation = ACTIVATIONS[self.options["activation"]]
 
         def part(first, last):
-            def loss(params, step):
+            def images_and_labels(step):
                 index = minibatches(step)[first:last]
-                return network_loss(params, chosen(self.images, index), self.labels[index], activation)
+                return chosen(self.images, index), chosen(self.labels, index)
 
-            return MetaBatch({name: tensor[first:last] for name, tensor in params.items()}, loss)
+            return MetaBatch({name: tensor[first:last] for name, tensor in params.items()},
+                             PerceptronLoss(images_and_labels, *ACTIVATIONS[self.options["activation"]]))
 
         return MetaBatch(params, part(0, meta_batch).loss, part)
 
 
-def chosen(images, index):
-    """images[index], on a CPU in a third of the time."""
-    return images.index_select(0, index.flatten()).unflatten(0, index.shape)
+def chosen(rows, index):
+    """rows[index], on a CPU in a third of the time."""
+    return rows.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def check_batch_size(batch_size):
@@ -417,14 +420,42 @@ def drawn_batch_size(batch_size, generator):
     return round(least * (most / least) ** torch.rand((), generator=generator, dtype=torch.float64).item())
 
 
-def network_loss(params, x, labels, activation):
-    """Mean cross-entropy (B,) of B networks, each on its minibatch x (B, batch, inputs)."""
-    last = len(params) // 2 - 1
-    for layer in range(last + 1):
-        x = torch.baddbmm(params[f"bias{layer}"][:, None], x, params[f"weight{layer}"])
-        if layer < last:
-            x = activation(x)
-    return mean_cross_entropy(x, labels)
+class PerceptronLoss:
+    """Mean cross-entropy of B multilayer perceptrons, params weight0 (B, inputs, units), bias0 (B, units), weight1, …
+
+    `minibatch(step)` gives images (B, batch, inputs) and labels (B, batch). `slope(dy, y)` is the derivative of
+    `activation` where it gave y, times dy.
+    """
+
+    def __init__(self, minibatch, activation, slope):
+        self.minibatch, self.activation, self.slope = minibatch, activation, slope
+
+    def __call__(self, params, step):
+        images, labels = self.minibatch(step)
+        return mean_cross_entropy(self.layers(params, images)[-1], labels)
+
+    def layers(self, params, x):
+        """What every layer reads, the images first, and the scores (B, batch, classes)."""
+        outputs, last = [x], len(params) // 2 - 1
+        for layer in range(last + 1):
+            x = torch.baddbmm(params[f"bias{layer}"][:, None], x, params[f"weight{layer}"])
+            outputs.append(self.activation(x) if layer < last else x)
+            x = outputs[-1]
+        return outputs
+
+    @torch.no_grad()
+    def with_gradient(self, params, step):
+        """Losses (B,) and the gradient of their sum, a dict like params, without a graph: backpropagation by hand."""
+        images, labels = self.minibatch(step)
+        *inputs, scores = self.layers(params, images)
+        logs, truth, gradients = scores.log_softmax(2), labels.unsqueeze(2), {}
+        losses = logs.gather(2, truth).mean((1, 2)).neg()
+        d = logs.exp_().scatter_add_(2, truth, logs.new_full((), -1).expand(truth.shape)).div_(labels.shape[1])
+        for layer in reversed(range(len(inputs))):
+            gradients |= {f"bias{layer}": d.sum(1), f"weight{layer}": torch.bmm(inputs[layer].mT, d)}
+            if layer:
+                d = self.slope(torch.bmm(d, params[f"weight{layer}"].mT), inputs[layer])
+        return losses, gradients
 
 
 def mean_cross_entropy(scores, labels):

@@ -1,222 +1,271 @@
-"""Products of small matrices whose sums stay in a processor's registers, for the loops that numba compiles.
+"""What an LSTM does with small matrices, in a processor's registers, for the loops that numba compiles.
 
 numba vectorizes a loop over a row well, a product of matrices not: between two multiplications it stores the sums. The
-two functions here say to LLVM in vectors what a block of a product is. They are called from compiled functions only and
-check nothing. A matrix with `LANES` columns is given as a flat array, its rows one after the other. Whoever changes them
-must also touch the file that calls them: numba keeps what it has compiled until that file changes.
+functions here say to LLVM in vectors what a block of a product is, and what becomes of its sums before they leave the
+registers. They are called from compiled functions only and check nothing. A matrix with `LANES` columns is given as a
+flat array, its rows one after the other. Whoever changes them must also touch the file that calls them: numba keeps what
+it has compiled until that file changes. `Vectors`, which they are written in, is in `register_vectors`.
+
+The 4H rows of an LSTM's gates are in an order of their own: unit after unit in groups of `UNITS` (the last ones singly),
+for each group its rows of i, then of f, g and o. So a block of rows has all that its units need, see `cell_blocks`.
 """
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "OUTER", "ROWS", "add_outer_blocks", "copy_rows", "fetch_rows", "product_blocks"]
+from register_vectors import INDEX, LANES, REGISTER, REGISTERS, Vectors
 
-LANES = 16  # columns
+__all__ = ["ALONE", "LANES", "OUTER", "ROWS", "UNITS", "add_outer_blocks", "add_product_blocks", "cell_back_blocks",
+           "cell_blocks", "copy_rows", "fetch_rows"]
+
 TOGETHER = 2  # vectors of a row, at most, that are in registers at once
-INDEX = ir.IntType(64)
-
-
-def registers():
-    """How many bytes a vector register of this machine has, and how many such registers there are."""
-    features = binding.get_host_cpu_features()
-    if features.get("avx512f"):
-        return 64, 32
-    return (32, 16) if features.get("avx") else (16, 32 if features.get("neon") else 16)
-
-
-REGISTER, REGISTERS = registers()
-ROWS = 8 if REGISTERS == 32 else 4  # of a block of `product_blocks`: with so many sums the multiplications never wait
+ROWS = 8 if REGISTERS == 32 else 4  # of a block of a product: with so many sums the multiplications never wait
+UNITS = ROWS // 4
 OUTER = 4 if REGISTERS == 32 else 2  # columns of `add_outer_blocks`: with 4 rows, as many sums as there is room for
+ALONE = 4 * OUTER  # with one row
 
 
-class Vectors:
-    """What both functions write in LLVM's language: vectors of a register's size, and where they lie."""
+def block_product(vectors, weight, rows, stride, count, x, places, totals):
+    """totals[r, place] + Σ_k weight[r, k] x[k, place], as a list in that order, for a block of rows and some places."""
+    factors = [vectors.at(weight, vectors.builder.mul(stride, ir.Constant(INDEX, r))) for r in range(rows)]
 
-    def __init__(self, context, builder, dtype):
-        self.context, self.builder, self.scalar = context, builder, context.get_data_type(dtype)
-        self.length = REGISTER // (4 if dtype == types.float32 else 8)
-        self.type = ir.VectorType(self.scalar, self.length)
-
-    def pointers(self, arrays, kinds):
-        return [self.context.make_array(kind)(self.context, self.builder, array).data for array, kind in zip(arrays, kinds)]
-
-    def at(self, pointer, *terms):
-        """pointer + the sum of the terms, each an int or LLVM's."""
-        for term in terms:
-            pointer = self.builder.gep(pointer, [ir.Constant(INDEX, term) if isinstance(term, int) else term])
-        return pointer
-
-    def load(self, pointer):
-        return self.builder.load(self.builder.bitcast(pointer, self.type.as_pointer()), align=REGISTER // self.length)
-
-    def store(self, value, pointer):
-        self.builder.store(value, self.builder.bitcast(pointer, self.type.as_pointer()), align=REGISTER // self.length)
-
-    def spread(self, scalar):
-        """A scalar in all places of a vector."""
-        undefined, positions = ir.Constant(self.type, ir.Undefined), ir.VectorType(ir.IntType(32), self.length)
-        first = self.builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
-        return self.builder.shuffle_vector(first, undefined, ir.Constant(positions, [0] * self.length))
-
-    def add_product(self, total, a, b):
-        """total + a · b, rounded once where the machine can."""
-        return self.builder.fadd(total, self.builder.fmul(a, b, flags=("contract",)), flags=("contract",))
-
-    def sums(self, several):
-        """As many vectors as a vector has places -> one vector of their sums."""
-        while len(several) > 1:
-            pairs, length = list(zip(several[::2], several[1::2])), self.length
-            even, odd = (ir.Constant(ir.VectorType(ir.IntType(32), length), list(range(first, 2 * length, 2))) for first in (0, 1))
-            several = [self.builder.fadd(self.builder.shuffle_vector(a, b, even), self.builder.shuffle_vector(a, b, odd))
-                       for a, b in pairs]
-        return several[0]
-
-    def loop(self, count, totals, body):
-        """totals ← body(k, totals) for k = 0 … count - 1; count, LLVM's, is at least 1. Returns the last totals."""
-        builder, before = self.builder, self.builder.block
-        head, done = builder.append_basic_block("block"), builder.append_basic_block("after")
-        builder.branch(head)
-        builder.position_at_end(head)
-        k, carried = builder.phi(INDEX), [builder.phi(self.type) for _ in totals]
-        new, after = body(k, carried), builder.add(k, ir.Constant(INDEX, 1))
-        k.add_incoming(ir.Constant(INDEX, 0), before)
-        k.add_incoming(after, builder.block)
-        for phi, first, next_one in zip(carried, totals, new):
-            phi.add_incoming(first, before)
-            phi.add_incoming(next_one, builder.block)
-        builder.cbranch(builder.icmp_unsigned("<", after, count), head, done)
-        builder.position_at_end(done)
+    def add(k, totals):
+        at, new = vectors.builder.mul(k, ir.Constant(INDEX, LANES)), []
+        xs = [vectors.load(vectors.at(x, at, place)) for place in places]
+        for pointer in factors:
+            factor = vectors.spread(vectors.builder.load(vectors.at(pointer, k)))
+            new += [vectors.add_product(totals[len(new) + v], factor, part) for v, part in enumerate(xs)]
         return new
+
+    return vectors.loop(count, totals, add)
 
 
 @intrinsic(prefer_literal=True)
-def product_blocks(typing, rows, blocks, weight, width, bias, count, x, out):
-    """out[r, :] = bias[r] + Σ_k weight[r, k] x[k, :] for r < rows · blocks (rows is a literal) and k < count.
+def add_product_blocks(typing, rows, blocks, weight, width, count, x, out):
+    """out[r, :] += Σ_k weight[r, k] x[k, :] for r < rows · blocks (rows is a literal) and k < count.
 
     weight (…, ≥ count) is flat, its rows `width` apart; x (count, LANES); out (rows · blocks, LANES). Neither count nor
     blocks is 0.
     """
-    arrays, R = (weight, bias, x, out), rows.literal_value
+    arrays, R = (weight, x, out), rows.literal_value
 
     def generate(context, builder, signature, values):
         vectors = Vectors(context, builder, weight.dtype)
-        w, b, source, target = vectors.pointers([values[k] for k in (2, 4, 6, 7)], arrays)
-        stride, many = values[3], values[5]
+        w, source, target = vectors.pointers([values[k] for k in (2, 5, 6)], arrays)
 
         def block(number, _):
             row = builder.mul(number, ir.Constant(INDEX, R))
-            biases, out = vectors.at(b, row), vectors.at(target, builder.mul(row, ir.Constant(INDEX, LANES)))
-            factors = [vectors.at(w, builder.mul(builder.add(row, ir.Constant(INDEX, r)), stride)) for r in range(R)]
-            for start in range(0, LANES, TOGETHER * vectors.length):
-                places = range(start, min(start + TOGETHER * vectors.length, LANES), vectors.length)
-
-                def add(k, totals):
-                    at = builder.mul(k, ir.Constant(INDEX, LANES))
-                    xs, new = [vectors.load(vectors.at(source, at, place)) for place in places], []
-                    for pointer in factors:
-                        factor = vectors.spread(builder.load(vectors.at(pointer, k)))
-                        new += [vectors.add_product(totals[len(new) + v], factor, part) for v, part in enumerate(xs)]
-                    return new
-
-                start_at = [vectors.spread(builder.load(vectors.at(biases, r))) for r in range(R)]
-                totals = vectors.loop(many, [bias for bias in start_at for _ in places], add)
-                for n, total in enumerate(totals):
-                    vectors.store(total, vectors.at(out, n // len(places) * LANES + places[n % len(places)]))
+            first = vectors.at(w, builder.mul(row, values[3]))
+            out = vectors.at(target, builder.mul(row, ir.Constant(INDEX, LANES)))
+            for start in range(0, len(vectors.places), TOGETHER):
+                places = vectors.places[start:start + TOGETHER]
+                spots = [vectors.at(out, r * LANES + place) for r in range(R) for place in places]
+                before = list(map(vectors.load, spots))
+                totals = block_product(vectors, first, R, values[3], values[4], source, places, before)
+                for total, spot in zip(totals, spots):
+                    vectors.store(total, spot)
             return []
 
         vectors.loop(values[1], [], block)
         return context.get_dummy_value()
 
-    return types.void(rows, types.intp, weight, types.intp, bias, types.intp, x, out), generate
+    return types.void(rows, types.intp, weight, types.intp, types.intp, x, out), generate
 
 
 @intrinsic(prefer_literal=True)
-def add_outer_blocks(typing, rows, columns, row_blocks, column_blocks, y, y_step, x, x_step, steps, total):
-    """total[r, k] += Σ_t Σ_j y_t[r, j] x_t[k, j], over steps and LANES, in blocks of rows by columns (literals).
+def cell_blocks(typing, units, blocks, weight, width, bias, count, x, cell, new_cell, hidden, keep, gates, tanhs):
+    """A step of units · blocks units (units is a literal, neither is 0): c' = f c + i g, h' = o tanh(c').
 
-    y_t (rows · row_blocks, LANES) begins at t · y_step of the flat y, x_t (columns · column_blocks, LANES) likewise.
-    total (row_blocks, column_blocks, rows, columns) is flat and in float64. rows · columns is a multiple of a vector's
-    length.
+    y = weight x + bias is as in `add_product_blocks`, of 4 · units rows for each block, and scaled: i, f and o are
+    1 / (1 + 2^y), g is 2 / (1 + 2^y) - 1. cell is c, new_cell and hidden become c' and h'. If `keep` is not 0, i, f, g and
+    o replace y in gates (4 · units · blocks, LANES), and tanhs becomes tanh(c').
     """
-    arrays, R, K = (y, x, total), rows.literal_value, columns.literal_value
+    arrays, U = (weight, bias, x, cell, new_cell, hidden, gates, tanhs), units.literal_value
+
+    def generate(context, builder, signature, values):
+        vectors = Vectors(context, builder, weight.dtype)
+        w, b, source, old, new, out, kept, kept_tanhs = vectors.pointers([values[k] for k in (2, 4, 6, 7, 8, 9, 11, 12)],
+                                                                         arrays)
+        keeping = builder.icmp_signed("!=", values[10], ir.Constant(INDEX, 0))
+
+        def cells_and_gates(number, _):
+            row, unit = (builder.mul(number, ir.Constant(INDEX, size)) for size in (4 * U, U * LANES))
+            first, biases = vectors.at(w, builder.mul(row, values[3])), vectors.at(b, row)
+            kept_rows = vectors.at(kept, builder.mul(row, ir.Constant(INDEX, LANES)))
+            start_at = [vectors.spread(builder.load(vectors.at(biases, r))) for r in range(4 * U)]
+            for start in range(0, len(vectors.places), TOGETHER):
+                places = vectors.places[start:start + TOGETHER]
+                totals = block_product(vectors, first, 4 * U, values[3], values[5], source, places,
+                                       [bias for bias in start_at for _ in places])
+                spots = [(u, v) for u in range(U) for v in range(len(places))]
+                gates = vectors.sigmoids([totals[(gate * U + u) * len(places) + v] for u, v in spots for gate in range(4)])
+                for (u, v), (i, f, g, o) in zip(spots, zip(*[iter(gates)] * 4)):
+                    g = vectors.minus(vectors.plus(g, g), vectors.constant(1.0))
+                    spot = u * LANES + places[v]
+                    c = vectors.add_product(vectors.times(i, g), f, vectors.load(vectors.at(old, unit, spot)))
+                    vectors.store(c, vectors.at(new, unit, spot))
+                    vectors.store(o, vectors.at(out, unit, spot))
+                    with builder.if_then(keeping):
+                        for gate, value in enumerate((i, f, g, o)):
+                            vectors.store(value, vectors.at(kept_rows, (gate * U + u) * LANES + places[v]))
+            return []
+
+        def outputs(number, _):  # of o and c'; another loop, for each of these steps waits for the one before
+            unit = builder.mul(number, ir.Constant(INDEX, U * LANES))
+            for spot in (u * LANES + place for u in range(U) for place in vectors.places):
+                t, o = vectors.tanh(vectors.load(vectors.at(new, unit, spot))), vectors.at(out, unit, spot)
+                vectors.store(vectors.times(vectors.load(o), t), o)
+                with builder.if_then(keeping):
+                    vectors.store(t, vectors.at(kept_tanhs, unit, spot))
+            return []
+
+        vectors.loop(values[1], [], cells_and_gates)
+        vectors.loop(values[1], [], outputs)
+        return context.get_dummy_value()
+
+    return types.void(units, types.intp, weight, types.intp, bias, types.intp, x, cell, new_cell, hidden, types.intp, gates,
+                      tanhs), generate
+
+
+@intrinsic(prefer_literal=True)
+def cell_back_blocks(typing, units, blocks, gates, cell, tanhs, dhidden, dcell):
+    """Back through `cell_blocks`: gates ← dL/dy (y not scaled), dcell ← dL/dc, from dhidden = dL/dh' and dcell = dL/dc'.
+
+    Of the step it takes what was kept, and c, as `cell`.
+    """
+    arrays, U = (gates, cell, tanhs, dhidden, dcell), units.literal_value
+
+    def generate(context, builder, signature, values):
+        vectors = Vectors(context, builder, gates.dtype)
+        rows, old, kept_tanhs, dh, dc = vectors.pointers(values[2:], arrays)
+
+        def block(number, _):
+            row, unit = (builder.mul(number, ir.Constant(INDEX, size * LANES)) for size in (4 * U, U))
+            for u in range(U):
+                for place in vectors.places:
+                    places = [(gate * U + u) * LANES + place for gate in range(4)]
+                    i, f, g, o = (vectors.load(vectors.at(rows, row, spot)) for spot in places)
+                    c, t, above, ahead = (vectors.load(vectors.at(pointer, unit, u * LANES + place))
+                                          for pointer in (old, kept_tanhs, dh, dc))
+                    ahead = vectors.add_product(ahead, vectors.times(above, o), vectors.tanh_slope(t))
+                    slopes = (vectors.times(vectors.times(ahead, g), vectors.sigmoid_slope(i)),
+                              vectors.times(vectors.times(ahead, c), vectors.sigmoid_slope(f)),
+                              vectors.times(vectors.times(ahead, i), vectors.tanh_slope(g)),
+                              vectors.times(vectors.times(above, t), vectors.sigmoid_slope(o)))
+                    vectors.store(vectors.times(ahead, f), vectors.at(dc, unit, u * LANES + place))
+                    for slope, spot in zip(slopes, places):
+                        vectors.store(slope, vectors.at(rows, row, spot))
+            return []
+
+        vectors.loop(values[1], [], block)
+        return context.get_dummy_value()
+
+    return types.void(units, types.intp, gates, cell, tanhs, dhidden, dcell), generate
+
+
+@intrinsic(prefer_literal=True)
+def add_outer_blocks(typing, rows, columns, row_blocks, column_blocks, y, y_step, x, x_step, steps, total, row_total):
+    """total[r, k] += Σ_t Σ_j y_t[r, j] x_t[k, j] and row_total[r] += Σ_t Σ_j y_t[r, j], over steps and LANES.
+
+    In blocks of rows by columns (literals). y_t (rows · row_blocks, LANES) begins at t · y_step of the flat y, x_t (columns
+    · column_blocks, LANES) likewise. total (row_blocks, column_blocks, rows, columns) is flat and in float64, row_total
+    too. rows · columns is a multiple of a vector's length; no number is 0.
+    """
+    arrays, R, K = (y, x, total, row_total), rows.literal_value, columns.literal_value
 
     def generate(context, builder, signature, values):
         vectors = Vectors(context, builder, y.dtype)
-        ys, xs, target = vectors.pointers([values[k] for k in (4, 6, 9)], arrays)
+        ys, xs, target, row_target = vectors.pointers([values[k] for k in (4, 6, 9, 10)], arrays)
         y_stride, x_stride, many, across = values[5], values[7], values[8], values[3]
-        wide = ir.VectorType(ir.DoubleType(), vectors.length)
-        zero = vectors.spread(ir.Constant(vectors.scalar, 0.0))
+        zero = vectors.constant(0.0)
 
         def rows_of_blocks(row, _):
-            def block(column, _):
-                left = vectors.at(ys, builder.mul(row, ir.Constant(INDEX, R * LANES)))
+            left = vectors.at(ys, builder.mul(row, ir.Constant(INDEX, R * LANES)))
+
+            def block(column, with_rows):
                 right = vectors.at(xs, builder.mul(column, ir.Constant(INDEX, K * LANES)))
 
                 def add(t, totals):
                     a_t, b_t = vectors.at(left, builder.mul(t, y_stride)), vectors.at(right, builder.mul(t, x_stride))
-                    for place in range(0, LANES, vectors.length):
+                    for place in vectors.places:
                         b = [vectors.load(vectors.at(b_t, k * LANES + place)) for k in range(K)]
                         a = [vectors.load(vectors.at(a_t, r * LANES + place)) for r in range(R)]
-                        totals = [vectors.add_product(totals[r * K + k], a[r], b[k]) for r in range(R) for k in range(K)]
+                        alone = [vectors.plus(total, part) for total, part in zip(totals[R * K:], a)]
+                        totals = [vectors.add_product(totals[r * K + k], a[r], b[k])
+                                  for r in range(R) for k in range(K)] + alone
                     return totals
 
-                totals = vectors.loop(many, [zero] * (R * K), add)
+                totals = vectors.loop(many, [zero] * (R * K + with_rows), add)
                 number = builder.add(builder.mul(row, across), column)
-                place = vectors.at(target, builder.mul(number, ir.Constant(INDEX, R * K)))
-                for start in range(0, R * K, vectors.length):
-                    sums = vectors.sums(totals[start:start + vectors.length])
-                    if vectors.scalar == ir.FloatType():
-                        sums = builder.fpext(sums, wide)
-                    pointer = builder.bitcast(vectors.at(place, start), wide.as_pointer())
-                    builder.store(builder.fadd(builder.load(pointer, align=8), sums), pointer, align=8)
-                return []
+                vectors.add_sums(totals[:R * K], vectors.at(target, builder.mul(number, ir.Constant(INDEX, R * K))))
+                return totals[R * K:]
 
-            vectors.loop(across, [], block)
+            alone = block(ir.Constant(INDEX, 0), R)
+            vectors.add_sums(alone, vectors.at(row_target, builder.mul(row, ir.Constant(INDEX, R))))
+            others = builder.sub(across, ir.Constant(INDEX, 1))
+            with builder.if_then(builder.icmp_signed(">", others, ir.Constant(INDEX, 0))):
+                vectors.loop(others, [], lambda number, _: block(builder.add(number, ir.Constant(INDEX, 1)), 0))
             return []
 
         vectors.loop(values[2], [], rows_of_blocks)
         return context.get_dummy_value()
 
-    return types.void(rows, columns, types.intp, types.intp, y, types.intp, x, types.intp, types.intp, total), generate
+    return types.void(rows, columns, types.intp, types.intp, y, types.intp, x, types.intp, types.intp, total,
+                      row_total), generate
 
 
 @intrinsic
-def copy_rows(typing, rows, source, source_step, out, out_step):
-    """out[r · out_step + j] = source[r · source_step + j] for r < rows (1 or more) and j < LANES."""
+def copy_rows(typing, rows, tiles, source, source_row, source_tile, out, out_row, out_tile):
+    """out[r · out_row + k · out_tile + j] = source[r · source_row + k · source_tile + j] for r < rows, k < tiles, j < LANES.
+
+    Neither rows nor tiles is 0."""
     def generate(context, builder, signature, values):
         vectors = Vectors(context, builder, source.dtype)
-        origin, target = vectors.pointers([values[1], values[3]], [source, out])
+        origin, target = vectors.pointers([values[2], values[5]], [source, out])
 
-        def body(r, totals):
-            old, new = vectors.at(origin, builder.mul(r, values[2])), vectors.at(target, builder.mul(r, values[4]))
-            for place in range(0, LANES, vectors.length):
-                vectors.store(vectors.load(vectors.at(old, place)), vectors.at(new, place))
-            return totals
+        def row(r, _):
+            old, new = vectors.at(origin, builder.mul(r, values[3])), vectors.at(target, builder.mul(r, values[6]))
 
-        vectors.loop(values[0], [], body)
+            def tile(k, _):
+                from_, to = vectors.at(old, builder.mul(k, values[4])), vectors.at(new, builder.mul(k, values[7]))
+                for place in vectors.places:
+                    vectors.store(vectors.load(vectors.at(from_, place)), vectors.at(to, place))
+                return []
+
+            return vectors.loop(values[1], [], tile)
+
+        vectors.loop(values[0], [], row)
         return context.get_dummy_value()
 
-    return types.void(types.intp, source, types.intp, out, types.intp), generate
+    return types.void(types.intp, types.intp, source, types.intp, types.intp, out, types.intp, types.intp), generate
 
 
 @intrinsic
-def fetch_rows(typing, rows, source, source_step):
-    """Have source[r · source_step + j], r < rows (1 or more) and j < LANES, brought near while something else is computed."""
+def fetch_rows(typing, rows, tiles, source, source_row):
+    """Have source[r · source_row + j], r < rows and j < tiles · LANES, brought near while something else is computed.
+
+    Neither rows nor tiles is 0."""
     def generate(context, builder, signature, values):
         vectors = Vectors(context, builder, source.dtype)
-        (origin,), byte, number = vectors.pointers([values[1]], [source]), ir.IntType(8).as_pointer(), ir.IntType(32)
-        fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte] + [number] * 3))
+        (origin,), byte, number = vectors.pointers([values[2]], [source]), ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
         line = 64 * vectors.length // REGISTER  # elements
 
-        def body(r, totals):
-            row = vectors.at(origin, builder.mul(r, values[2]))
-            for place in range(0, LANES, line):  # where rows begin within a line, the one before has brought that line
-                last = builder.bitcast(vectors.at(row, place + line - 1), byte)
-                builder.call(fetch, [last, *(ir.Constant(number, kind) for kind in (0, 2, 1))])  # to be read, not nearest, data
-            return totals
+        def row(r, _):
+            start = vectors.at(origin, builder.mul(r, values[3]))
 
-        vectors.loop(values[0], [], body)
+            def tile(k, _):
+                here = vectors.at(start, builder.mul(k, ir.Constant(INDEX, LANES)))
+                for place in range(0, LANES, line):  # where rows begin within a line, the one before has brought that line
+                    last = builder.bitcast(vectors.at(here, place + line - 1), byte)
+                    builder.call(fetch, [last, *(ir.Constant(number, how) for how in (0, 2, 1))])  # to be read; not nearest; data
+                return []
+
+            return vectors.loop(values[1], [], tile)
+
+        vectors.loop(values[0], [], row)
         return context.get_dummy_value()
 
-    return types.void(types.intp, source, types.intp), generate
+    return types.void(types.intp, types.intp, source, types.intp), generate

@@ -39,7 +39,7 @@ def test_network_equals_torch_modules(tiny_mnist, hidden_sizes, activation):
     problem = MNISTNet(hidden_sizes, activation, batch_size=16, root=tiny_mnist, dtype=torch.float64)
     batch = problem.sample(3, generator())
     losses = batch.loss(batch.params, 5)
-    images, labels = minibatch_of(batch, problem, 5)
+    images, labels = batch.loss.minibatch(5)
     for b in range(3):
         sizes, layers = problem.sizes, []
         for k in range(len(sizes) - 1):
@@ -50,12 +50,21 @@ def test_network_equals_torch_modules(tiny_mnist, hidden_sizes, activation):
         torch.testing.assert_close(losses[b], expected)
 
 
-def minibatch_of(batch, problem, step):
-    """The images and labels that step `step` reads, through the closure of the loss."""
-    names = batch.loss.__code__.co_freevars
-    minibatches = batch.loss.__closure__[names.index("minibatches")].cell_contents
-    index = minibatches(step)
-    return problem.images[index], problem.labels[index]
+@pytest.mark.parametrize("hidden_sizes", [(), (20,), (7, 5)])
+@pytest.mark.parametrize("activation", ["sigmoid", "relu", "tanh"])
+def test_network_knows_its_gradient(tiny_mnist, hidden_sizes, activation):
+    batch = MNISTNet(hidden_sizes, activation, batch_size=16, root=tiny_mnist, dtype=torch.float64).sample(3, generator())
+    coordinates = Coordinates(batch.params)
+    theta = coordinates.join(batch.params)
+    theta = theta + torch.randn(theta.shape, generator=generator(), dtype=torch.float64)
+    found = coordinates.losses_and_gradient(batch.loss, theta, 5)
+    expected = coordinates.losses_and_gradient(lambda params, step: batch.loss(params, step), theta, 5)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+    part = batch.part(1, 3)
+    split = {name: tensor[1:3] for name, tensor in coordinates.split(theta).items()}
+    losses, gradients = part.loss.with_gradient(split, 5)
+    torch.testing.assert_close(losses, expected[0][1:3])
+    torch.testing.assert_close(gradients["weight0"], coordinates.split(expected[1])["weight0"][1:3])
 
 
 def test_minibatches_depend_on_seed_and_step_alone(tiny_mnist):
@@ -72,14 +81,14 @@ def test_each_meta_batch_draws_its_batch_size(tiny_mnist):
     """Uniformly in its logarithm, the same for a seed, for every part and for every step."""
     problem, draw, sizes = MNISTNet((), batch_size=(2, 32), root=tiny_mnist), generator(), []
     for _ in range(200):
-        images, labels = minibatch_of(batch := problem.sample(2, draw), problem, 40)
+        images, labels = (batch := problem.sample(2, draw)).loss.minibatch(40)
         sizes.append(labels.shape[1])
         assert images.shape[:2] == labels.shape == (2, sizes[-1])
     assert min(sizes) == 2 and max(sizes) <= 32 and 0.4 < sum(size <= 8 for size in sizes) / 200 < 0.6
     torch.testing.assert_close(batch.part(1, 2).loss({name: tensor[1:] for name, tensor in batch.params.items()}, 3),
                                batch.loss(batch.params, 3)[1:])
     again = problem.with_split("train").sample(2, generator())
-    assert minibatch_of(again, problem, 0)[1].shape[1] == sizes[0]
+    assert again.loss.minibatch(0)[1].shape[1] == sizes[0]
     fixed = MNISTNet((), batch_size=8, root=tiny_mnist).sample(2, generator())
     assert torch.equal(fixed.params["weight0"], again.params["weight0"])
 

@@ -1,0 +1,192 @@
+"""Vectors of a processor's registers, and what is done with them: what `register_blocks` says to LLVM is put together here.
+
+A matrix is given as a flat array, its rows of `LANES` columns one after the other; a row is one vector, or several.
+"""
+
+import math
+
+from llvmlite import binding, ir
+from numba import types
+
+__all__ = ["INDEX", "LANES", "REGISTER", "REGISTERS", "Vectors"]
+
+LANES = 16  # columns
+INDEX = ir.IntType(64)
+
+
+def registers():
+    """How many bytes a vector register of this machine has, and how many such registers there are."""
+    features = binding.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 64, 32
+    return (32, 16) if features.get("avx") else (16, 32 if features.get("neon") else 16)
+
+
+REGISTER, REGISTERS = registers()
+
+# By whether numbers are float32: a fraction's bits; how large y may be for the product of two 1 + 2^y to be a number; bits
+# in all; factors of the polynomial that is 2^r for |r| ≤ 1/2 (to 3e-7, relative, and 4e-16), that of the highest power first.
+NUMBERS = {True: (23, 60.0, 32, (1.3300451e-3, 9.6697018e-3, 5.5505592e-2, 2.4022281e-1, 6.9314718e-1, 1.0)),
+           False: (52, 500.0, 64, [math.log(2)**k / math.factorial(k) for k in range(13, -1, -1)])}
+
+
+class Vectors:
+    """What the functions write in LLVM's language: vectors of a register's size, what is done with them, where they lie."""
+
+    def __init__(self, context, builder, dtype):
+        self.context, self.builder, self.scalar = context, builder, context.get_data_type(dtype)
+        self.length = REGISTER // (4 if dtype == types.float32 else 8)
+        self.type = ir.VectorType(self.scalar, self.length)
+        self.quarter = 16 * self.length // REGISTER  # places in 16 bytes
+        self.places = range(0, LANES, self.length)
+
+    def pointers(self, arrays, kinds):
+        if any(kind.layout != "C" for kind in kinds):
+            raise TypeError(f"arrays must be in one piece, got {kinds}")
+        return [self.context.make_array(kind)(self.context, self.builder, array).data for array, kind in zip(arrays, kinds)]
+
+    def at(self, pointer, *terms):
+        """pointer + the sum of the terms, each an int or LLVM's."""
+        for term in terms:
+            pointer = self.builder.gep(pointer, [ir.Constant(INDEX, term) if isinstance(term, int) else term])
+        return pointer
+
+    def load(self, pointer):
+        return self.builder.load(self.builder.bitcast(pointer, self.type.as_pointer()), align=REGISTER // self.length)
+
+    def store(self, value, pointer):
+        self.builder.store(value, self.builder.bitcast(pointer, self.type.as_pointer()), align=REGISTER // self.length)
+
+    def spread(self, scalar):
+        """A scalar in all places of a vector."""
+        undefined, positions = ir.Constant(self.type, ir.Undefined), ir.VectorType(ir.IntType(32), self.length)
+        first = self.builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
+        return self.builder.shuffle_vector(first, undefined, ir.Constant(positions, [0] * self.length))
+
+    def constant(self, value):
+        return ir.Constant(self.type, [value] * self.length)
+
+    # Arithmetic -------------------------------------------------------------------------------------------------
+
+    def times(self, a, b):
+        return self.builder.fmul(a, b, flags=("contract",))
+
+    def plus(self, a, b):
+        return self.builder.fadd(a, b, flags=("contract",))
+
+    def minus(self, a, b):
+        return self.builder.fsub(a, b, flags=("contract",))
+
+    def add_product(self, total, a, b):
+        """total + a · b, rounded once where the machine can."""
+        return self.plus(total, self.times(a, b))
+
+    def at_least_and_most(self, y, least, most):
+        for sign, bound in (("<", self.constant(least)), (">", self.constant(most))):
+            y = self.builder.select(self.builder.fcmp_ordered(sign, y, bound), bound, y)  # a NaN stays one
+        return y
+
+    def one_plus_powers(self, ys):
+        """1 + 2^y of each; beyond ±`widest` as there.
+
+        2^y is 2^n 2^r with |r| ≤ 1/2, a polynomial of r with n added to its exponent's bits. The steps are taken for all
+        vectors in turn, since each step waits for the one before.
+        """
+        fraction, widest, number, polynomial = NUMBERS[self.scalar == ir.FloatType()]
+        bits, shift = ir.VectorType(ir.IntType(number), self.length), self.constant(1.5 * 2.0**fraction)
+        ys = [self.at_least_and_most(y, -widest, widest) for y in ys]
+        shifted = [self.builder.fadd(y, shift) for y in ys]  # what is left of such a sum are n's bits
+        rs = [self.builder.fsub(y, self.builder.fsub(s, shift)) for y, s in zip(ys, shifted)]
+        ps = [self.constant(polynomial[0])] * len(ys)
+        for factor in polynomial[1:]:
+            ps = [self.add_product(self.constant(factor), p, r) for p, r in zip(ps, rs)]
+        places = ir.Constant(bits, [fraction] * self.length)
+        exponents = [self.builder.shl(self.builder.bitcast(s, bits), places) for s in shifted]
+        powers = [self.builder.add(self.builder.bitcast(p, bits), n) for p, n in zip(ps, exponents)]
+        return [self.builder.fadd(self.constant(1.0), self.builder.bitcast(power, self.type)) for power in powers]
+
+    def sigmoids(self, ys):
+        """1 / (1 + 2^y) of an even number of vectors, by one division for two."""
+        powers, results = self.one_plus_powers(ys), []
+        for a, b in zip(powers[::2], powers[1::2]):
+            inverse = self.builder.fdiv(self.constant(1.0), self.times(a, b))
+            results += [self.times(inverse, b), self.times(inverse, a)]
+        return results
+
+    def tanh(self, x):
+        (power,) = self.one_plus_powers([self.times(self.constant(-2 / math.log(2)), x)])
+        return self.minus(self.builder.fdiv(self.constant(2.0), power), self.constant(1.0))
+
+    def sigmoid_slope(self, y):
+        """y - y², the derivative where sigmoid is y."""
+        return self.minus(y, self.times(y, y))
+
+    def tanh_slope(self, y):
+        """1 - y², the derivative where tanh is y."""
+        return self.minus(self.constant(1.0), self.times(y, y))
+
+    # Sums of a vector's places ----------------------------------------------------------------------------------
+
+    def sums(self, several):
+        """As many vectors as a vector has places -> one vector of their sums."""
+        order = self.folded([[number] * self.length for number in range(self.length)],
+                            lambda a, b, first, _: [(a + b)[place] for place in first])  # which one's sum comes where
+        return self.folded([several[order.index(number)] for number in range(self.length)], self.add_halves)
+
+    def add_sums(self, several, pointer):
+        """The sum of each vector is added to what is in float64 at the pointer, one after the other."""
+        for start in range(0, len(several), self.length):
+            some = several[start:start + self.length]
+            sums = self.sums(some + [self.constant(0.0)] * (self.length - len(some)))
+            wide = ir.VectorType(ir.DoubleType(), len(some))
+            if len(some) < self.length:
+                positions = ir.Constant(ir.VectorType(ir.IntType(32), len(some)), list(range(len(some))))
+                sums = self.builder.shuffle_vector(sums, sums, positions)
+            if self.scalar == ir.FloatType():
+                sums = self.builder.fpext(sums, wide)
+            place = self.builder.bitcast(self.at(pointer, start), wide.as_pointer())
+            self.builder.store(self.builder.fadd(self.builder.load(place, align=8), sums), place, align=8)
+
+    def folded(self, several, fold):
+        """Vectors become half as many, `fold(a, b, first, second)` of two neighbours, until one is left."""
+        size = self.length
+        while len(several) > 1:
+            several = [fold(a, b, *self.halves(size)) for a, b in zip(several[::2], several[1::2])]
+            size //= 2
+        return several[0]
+
+    def add_halves(self, a, b, *halves):
+        """What is at the first ones' places of two vectors in a row, plus what is at the second ones'."""
+        positions = ir.VectorType(ir.IntType(32), self.length)
+        return self.builder.fadd(*(self.builder.shuffle_vector(a, b, ir.Constant(positions, half)) for half in halves))
+
+    def halves(self, size):
+        """Places of the first halves, and of the second ones, of all stretches of `size` places of two vectors in a row.
+
+        What is within a quarter of a large register stays there, since that costs less."""
+        results = []
+        for half in range(2):
+            a = [start + half * size // 2 + j for start in range(0, self.length, size) for j in range(size // 2)]
+            chunk = len(a) if size > self.quarter else self.quarter // 2
+            results.append([place + shift for start in range(0, len(a), chunk) for shift in (0, self.length)
+                            for place in a[start:start + chunk]])
+        return results
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def loop(self, count, totals, body):
+        """totals ← body(k, totals) for k = 0 … count - 1; count, LLVM's, is at least 1. Returns the last totals."""
+        builder, before = self.builder, self.builder.block
+        head, done = builder.append_basic_block("block"), builder.append_basic_block("after")
+        builder.branch(head)
+        builder.position_at_end(head)
+        k, carried = builder.phi(INDEX), [builder.phi(self.type) for _ in totals]
+        new, after = body(k, carried), builder.add(k, ir.Constant(INDEX, 1))
+        k.add_incoming(ir.Constant(INDEX, 0), before)
+        k.add_incoming(after, builder.block)
+        for phi, first, next_one in zip(carried, totals, new):
+            phi.add_incoming(first, before)
+            phi.add_incoming(next_one, builder.block)
+        builder.cbranch(builder.icmp_unsigned("<", after, count), head, done)
+        builder.position_at_end(done)
+        return new
