@@ -86,8 +86,8 @@ def kernels(request, monkeypatch):
     monkeypatch.setenv("L2O_KERNELS", request.param)
 
 
-SHAPES = [(1, 20), (2, 20), (3, 5)]  # layers, hidden
-BORDERS = [1, 15, 16, 17, 32, 33, 37, 64, 131]  # around a block of 16 and a tile of 32, and primes
+SHAPES = [(1, 20), (2, 20), (3, 5), (2, 1)]  # layers, hidden; the last one has fewer units than "log_sign" has features
+BORDERS = [1, 15, 16, 17, 32, 37, 63, 64, 65, 131]  # around a tile of 16 and a group of four, and primes
 
 
 @pytest.fixture
