@@ -29,7 +29,7 @@ from register_blocks import (ALONE, LANES, OUTER, ROWS, UNITS, add_outer_blocks,
 __all__ = ["PackedLSTM", "replay_blocks", "step_back_blocks", "step_blocks", "stepper"]
 
 STEP_CHUNK = 1024 * LANES  # columns in one call of a compiled function, whose own cost of some µs is spread over them
-REPLAY_CHUNK = 256 * LANES
+REPLAY_CHUNK = 5120 * LANES  # columns times steps, of which the inputs lie in memory at once
 TILES = 4  # that `run_step` loads together
 FAR = 4096  # from so many columns on the state is no longer in the cache when the next step comes
 
@@ -367,7 +367,7 @@ def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled
             pulled(start, stop, dfeatures)
         return sums
 
-    return packed.gradients(side_by_side(work, N, REPLAY_CHUNK))
+    return packed.gradients(side_by_side(work, N, max(REPLAY_CHUNK // len(adjoint), LANES)))
 
 
 def step_back_blocks(packed, features, hidden, cells, adjoint, dhidden, dcells, squash=False):

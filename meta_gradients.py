@@ -119,11 +119,11 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
 @torch.no_grad()
 def replay_window(net, loss, coordinates, theta, state, step, weights, fraction, generator, objective):
     start = state
-    losses, gradients = [], []
+    losses, gradients = [], theta.new_empty(len(weights), len(theta))
     for values, gradient, theta, state in unroll(net, loss, coordinates, theta, state, step, len(weights) - 1):
+        gradients[len(losses)] = gradient
         losses.append(values)
-        gradients.append(gradient)
-    losses, gradients = torch.stack(losses), torch.stack(gradients)
+    losses = torch.stack(losses)
     adjoint, inputs = weights[1:, None] * gradients[1:], gradients[:-1]
     if objective == "log":
         adjoint /= coordinates.spread(losses[1:])
