@@ -101,7 +101,7 @@ def run_train(options):
     settings = {name: getattr(options, name) for name in (
         "steps", "unroll", "meta_batch", "iterations", "lr", "seed", "warmup", "clip", "replay_fraction", "objective",
         "horizons", "curriculum", "patience", "imitation", "imitation_weight", "second_order", "adjoint_bound",
-        "averaging", "skip_non_finite", "validation_every", "validation_functions")}
+        "cuda_graph", "averaging", "skip_non_finite", "validation_every", "validation_functions")}
     for name in ("horizons", "curriculum"):
         settings[name] = tuple(settings[name]) if settings[name] else None
     with warnings.catch_warnings():
@@ -443,6 +443,8 @@ def add_training(command):
     add("--second-order", action="store_true", help="the exact meta-gradient of each window: slower")
     add("--adjoint-bound", metavar="X", type=float,
         help="with --second-order: keep adjoints within X times what they are without it, so that none explode")
+    add("--cuda-graph", action="store_true",
+        help="on a GPU: launch each window as one CUDA graph, which is faster for small functions; not with --second-order")
     add("--averaging", metavar="X", type=float, default=0.0,
         help="keep a running average of the weights, with this share of itself in each step; default 0: none")
     add("--side", metavar="N", type=int, help="mnist: train on images averaged down to N × N pixels, such as 14")

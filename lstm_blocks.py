@@ -43,7 +43,7 @@ class PackedLSTM:
         self.backward_weights = [w[:, :-1].t().contiguous() for w in self.weights]  # without the bias' column
         self.inputs = [w.shape[1] - self.hidden - 1 for w in self.weights]
         self.output_weight, self.output_bias = output_weight, output_bias
-        self.one, self.minus_one = output_weight.new_tensor(1.0), output_weight.new_tensor(-1.0)
+        self.one, self.minus_one = output_weight.new_ones(()), output_weight.new_full((), -1.0)
 
     def gradients(self, weights, output_weight, output_bias):
         """Gradients of the matrices W_l, of output_weight and of output_bias -> as the constructor takes them."""

@@ -332,17 +332,17 @@ def step_blocks(packed, features, hidden, cells, inplace=False):
 
 
 def stepper(packed, hidden, cells, new=None):
-    """A function that does `step_blocks` for features (start, stop) -> (inputs, width), and returns the update (N,).
+    """A function that does `step_blocks` for features (start, stop) -> (inputs, width), and returns the update (N,), which
+    its next call overwrites.
 
     The next state goes to `new`, hidden and cells like those given; without it over those, again and again.
     """
     N, (new_hidden, new_cells), before = hidden.shape[2], new or (hidden, cells), (array(hidden), array(cells))
     after, inputs = (array(new_hidden), array(new_cells)), (packed.weights, packed.biases, packed.output)
+    update = torch.empty(N, dtype=packed.dtype)
+    out = update.numpy()
 
     def step(features):
-        update = torch.empty(N, dtype=packed.dtype)
-        out = update.numpy()
-
         def work(start, stop):
             run_step(*inputs, array(features(start, stop)), start, *before, start, stop, out, *after,
                      packed.scratch(1, TILES))

@@ -183,22 +183,25 @@ class PaddedWeights:
         self.output_weight[:H] = packed.output_weight
 
     def rows(self, inputs, below):
-        """Where the columns of W_l = [input; hidden; 1] stand among the padded rows."""
-        return [*range(inputs), *range(below, below + self.packed.hidden), inputs]
+        """Where the columns of W_l = [input; hidden; 1] stand among the padded rows: (columns, rows), three times."""
+        H = self.packed.hidden
+        return [(slice(inputs), slice(inputs)), (slice(inputs, inputs + H), slice(below, below + H)),
+                (slice(inputs + H, None), slice(inputs, inputs + 1))]
 
     def pad(self, weight, below):
         """W_l (4H, inputs + H + 1) -> (4, BELOW + UNITS, UNITS)."""
         H, units = self.packed.hidden, self.sizes["UNITS"]
-        padded = weight.new_zeros(4, below + units, units)
-        padded[:, self.rows(weight.shape[1] - H - 1, below), :H] = weight.view(4, H, -1).mT
+        padded, weight = weight.new_zeros(4, below + units, units), weight.view(4, H, -1).mT
+        for columns, rows in self.rows(weight.shape[1] - H - 1, below):
+            padded[:, rows, :H] = weight[:, columns]
         return padded
 
     def take_off(self, padded):
         """The inverse of `pad` for all layers, from one tensor like `weights`."""
         H, units = self.packed.hidden, self.sizes["UNITS"]
         parts = padded.split([4 * (below + units) * units for below in self.below])
-        return [part.view(4, -1, units)[:, self.rows(inputs, below), :H].mT.reshape(4 * H, -1)
-                for part, inputs, below in zip(parts, self.packed.inputs, self.below)]
+        return [torch.cat([part.view(4, -1, units)[:, rows, :H] for _, rows in self.rows(inputs, below)], 1)
+                .mT.reshape(4 * H, -1) for part, inputs, below in zip(parts, self.packed.inputs, self.below)]
 
 
 def padded_size(size):

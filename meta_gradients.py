@@ -106,6 +106,11 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
     else:
         grads, losses, theta, state = autograd_window(net, batch.loss, coordinates, theta, state, step, weights,
                                                       second_order, objective)
+    return finished(net, coordinates, grads, losses, theta, state, step, objective)
+
+
+def finished(net, coordinates, grads, losses, theta, state, step, objective):
+    """What `meta_gradient` returns, unless a loss is not finite."""
     values = losses if objective == "sum" else losses.log()
     if not math.isfinite(values.sum().item()) and not torch.isfinite(values).all():  # a sum may also overflow
         t, function = (~torch.isfinite(values)).nonzero()[0].tolist()

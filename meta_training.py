@@ -21,6 +21,7 @@ from checkpoints import (describe_net, describe_problem, named_tuples, plain, re
                          write_checkpoint)
 from comparison import (BASELINES, AccuracyCurves, TunedBaseline, compare, compare_final, device_of, evaluate,
                         evaluate_baseline, on_device, tune_baseline, tune_baselines)
+from cuda_graphs import CapturedWindow
 from horizons import check_curriculum, describe_horizons, horizon_rule
 from imitation import Imitation, imitation_gradient
 from meta_gradients import check_gradient_options, meta_gradient
@@ -73,7 +74,7 @@ class History:
 
 def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=1000, lr=0.005, seed=0, device=None, *,
                warmup=50, clip=1.0, method="replay", second_order=False, replay_fraction=1.0, sigma=0.01, pairs=1,
-               objective="sum", adjoint_bound=None, averaging=0.0, horizons=None, curriculum=None,
+               objective="sum", adjoint_bound=None, cuda_graph=False, averaging=0.0, horizons=None, curriculum=None,
                patience=3, teacher=None, imitation=0.0, imitation_weight=1.0, skip_non_finite=0, validation_every=None,
                validation_functions=64, checkpoint=None, checkpoint_every=None, callback=None, progress=True):
     """Meta-train a learned optimizer by truncated backpropagation through the unrolled optimization.
@@ -103,6 +104,9 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
         warmup: iterations over which the meta-learning rate rises from 0.
         clip: largest norm of the meta-gradient, or None for no clipping.
         method, second_order, replay_fraction, sigma, pairs, objective, adjoint_bound: see `meta_gradient`.
+        cuda_graph: launch each window as one CUDA graph, see `cuda_graphs.CapturedWindow`: for small optimizees, which
+            keep a GPU waiting for Python. Changes no result but by rounding. Only with what is the default of `method`,
+            `second_order` and `replay_fraction`.
         averaging: in [0, 1): validate, and keep, a running average of the weights, φ̄ ← a φ̄ + (1 - a) φ with
             a = min(averaging, k / (k + 10)) after k iterations. It takes the
             meta-gradient's noise out of what is kept. Default 0: the weights as they are.
@@ -182,8 +186,11 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
                     validation_every=validation_every, validation_functions=validation_functions, net=describe_net(net),
                     problem=describe_problem(problem))
     check_gradient_options(net, **{name: settings[name] for name in GRADIENT_OPTIONS})
+    if cuda_graph and (method, second_order, replay_fraction) != ("replay", False, 1):
+        raise ValueError('cuda_graph=True needs method="replay", second_order=False and replay_fraction=1, got '
+                         f"{method!r}, {second_order} and {replay_fraction}")
     run = Run(net, on_device(problem, device), settings, horizon_rule(horizons, steps // unroll), skip_non_finite,
-              curriculum, patience, imitation)
+              curriculum, patience, imitation, cuda_graph)
     try:
         run.begin(checkpoint)
         with tqdm(total=iterations, initial=run.iteration, desc="meta-training", unit="it",
@@ -211,7 +218,8 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
 class Run:
     """A meta-training run: what changes from window to window, how it goes on, and how it is saved and restored."""
 
-    def __init__(self, net, problem, settings, horizon, skip_non_finite, curriculum=None, patience=1, imitation=None):
+    def __init__(self, net, problem, settings, horizon, skip_non_finite, curriculum=None, patience=1, imitation=None,
+                 cuda_graph=False):
         self.net, self.problem, self.settings = net, problem, settings
         self.validation = problem.validation_problem() if hasattr(problem, "validation_problem") else problem
         self.horizon, self.skip_non_finite = horizon, skip_non_finite
@@ -225,6 +233,7 @@ class Run:
         if curriculum:
             self.history.stages.append((0, curriculum[0]))
         self.averaged = copy.deepcopy(net) if settings["averaging"] else net
+        self.cuda_graph, self.captured = cuda_graph, None
         self.batch, self.draws = None, 0  # the functions in hand (None: to be drawn), how many draws there were
 
     @property
@@ -289,9 +298,7 @@ class Run:
         grads = figures = failure = None
         try:
             if self.demonstration is None:
-                grads, info = meta_gradient(self.net, self.batch, start, self.state, self.step, settings["unroll"],
-                                            generator=self.window_generator(),
-                                            **{name: settings[name] for name in GRADIENT_OPTIONS})
+                grads, info = self.meta_gradient(start)
             else:
                 grads, info = imitation_gradient(self.net, self.batch, self.demonstration, self.state, self.step,
                                                  settings["unroll"], self.imitation.weight, settings["replay_fraction"],
@@ -306,6 +313,15 @@ class Run:
             if self.step >= self.windows * settings["unroll"]:
                 self.batch = None
         return self.ranks.sum(grads, figures, failure)
+
+    def meta_gradient(self, start):
+        settings, window = self.settings, (self.batch, start, self.state)
+        if not self.cuda_graph:
+            return meta_gradient(self.net, *window, self.step, settings["unroll"], generator=self.window_generator(),
+                                 **{name: settings[name] for name in GRADIENT_OPTIONS})
+        if self.captured is None or not self.captured.fits(*window, self.step):
+            self.captured = CapturedWindow(self.net, *window, settings["unroll"], settings["objective"])
+        return self.captured(*window, self.step)
 
     def window_generator(self):
         """For what the meta-gradient draws: a generator of its own, so that the functions depend on the seed alone."""

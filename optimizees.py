@@ -30,7 +30,8 @@ class MetaBatch(NamedTuple):
     losses that they have in the whole: what several processes share a meta-batch by.
 
     A loss may be an object that also has `with_gradient(params, step)`, which returns the losses (B,) and the gradient of
-    their sum, a dict like params, without a graph: for functions so small that autograd costs more than they do.
+    their sum, a dict like params, without a graph: for functions so small that autograd costs more than they do. With
+    `tensors(step)` and `of(tensors)` its windows can be captured, see `cuda_graphs.CapturedWindow`.
     """
 
     params: dict
@@ -91,14 +92,20 @@ class Quadratics:
 class QuadraticLoss:
     """‖Wθ − y‖² of B functions, W (B, n, n) and y (B, n, 1)."""
 
-    def __init__(self, W, y):
-        self.W, self.y, self.twice = W, y, (2 * W).mT.contiguous()
+    def __init__(self, W, y, twice=None):
+        self.W, self.y, self.twice = W, y, (2 * W).mT.contiguous() if twice is None else twice
 
     def residual(self, params):
         return torch.baddbmm(self.y, self.W, params["theta"].unsqueeze(-1), beta=-1)
 
     def __call__(self, params, step):
         return self.residual(params).square().sum((1, 2))
+
+    def tensors(self, step):
+        return self.W, self.y, self.twice
+
+    def of(self, tensors):
+        return QuadraticLoss(*tensors)
 
     def with_gradient(self, params, step):
         """Losses (B,) and their gradient 2 Wᵀ(Wθ − y), a dict like params, without a graph."""
@@ -433,6 +440,12 @@ class PerceptronLoss:
     def __call__(self, params, step):
         images, labels = self.minibatch(step)
         return mean_cross_entropy(self.layers(params, images)[-1], labels)
+
+    def tensors(self, step):
+        return self.minibatch(step)
+
+    def of(self, tensors):
+        return PerceptronLoss(lambda step: tensors, self.activation, self.slope)
 
     def layers(self, params, x):
         """What every layer reads, the images first, and the scores (B, batch, classes)."""

@@ -124,8 +124,8 @@ class LSTMOptimizer(nn.Module):
             state: as `init_state` or a step returned it; overwritten by each step with the next one.
 
         Returns:
-            a function of the gradient (N,) that returns the update (N,), as `forward` with `inplace` does. Call it under
-            `torch.no_grad()`, and no more once the weights have changed.
+            a function of the gradient (N,) that returns the update (N,), as `forward` with `inplace` does; the next call
+            may overwrite it. Call it under `torch.no_grad()`, and no more once the weights have changed.
 
         Raises:
             ValueError: shapes, dtypes or devices do not fit each other.
@@ -208,6 +208,10 @@ class LSTMOptimizer(nn.Module):
     def finish(self, outputs):
         outputs = outputs.tanh() if self.squash else outputs
         return outputs if self.output_scale == 1 else self.output_scale * outputs
+
+    def repack(self):
+        """Have the weights packed anew at the next step, though they may not have changed."""
+        self._packed = self._packed_key = None
 
     # How it is done ---------------------------------------------------------------------------------------------
 

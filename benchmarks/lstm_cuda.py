@@ -5,10 +5,11 @@ Each time is the median over alternating repetitions, the kernels compiled and w
 of two: the bytes of state and gradient that it must read and write at the rate of a large copy, and its
 multiplications at the rate of a large product of float32 matrices (tf32 not allowed; kernels on tensor cores may go
 below that one). The floor of a replay is three forward passes' multiplications at that rate. "torch" is what runs
-without triton.
+without triton. Last, whole windows of the meta-gradient, by one launch after the other and as one CUDA graph.
 """
 
 import argparse
+import os
 import statistics
 import sys
 from functools import partial
@@ -59,6 +60,28 @@ def cases(net, N, unroll, precisions):
     return steps, replays
 
 
+def windows(unroll, repetitions):
+    """Seconds of a window: {problem: {"torch": …, "torch, graph": …, "triton": …, "triton, graph": …}}"""
+    from cuda_graphs import CapturedWindow
+    from meta_gradients import meta_gradient
+    from optimizees import MNISTNet, Quadratics
+    from optimizers import CoordinatewiseLSTM
+
+    results = {}
+    for name, problem, preprocess, functions in (("quadratics ×1", Quadratics(device="cuda"), None, 1),
+                                                 ("quadratics ×128", Quadratics(device="cuda"), None, 128),
+                                                 ("MNIST ×1", MNISTNet(device="cuda"), "log_sign", 1)):
+        net, batch = CoordinatewiseLSTM(preprocess=preprocess).cuda(), problem.sample(functions)
+        window = batch, batch.params, net.init_state(sum(tensor.numel() for tensor in batch.params.values()))
+        results[name] = {}
+        for kernels in ("torch", "triton"):
+            os.environ["L2O_KERNELS"] = kernels
+            captured = CapturedWindow(net, *window, unroll)
+            results[name] |= medians({kernels: partial(meta_gradient, net, *window, unroll=unroll),
+                                      f"{kernels}, graph": partial(captured, *window)}, repetitions)
+    return results
+
+
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,6 +115,10 @@ def main():
         for (what, floor), runs in zip(floors.items(), cases(net, N, arguments.unroll, arguments.precisions)):
             times = medians(runs, arguments.repetitions) | {"floor": floor}
             print(f"| {what} | {N} | " + " | ".join(f"{1e3 * times[name]:.3f}" for name in names) + " |", flush=True)
+    for number, (name, times) in enumerate(windows(arguments.unroll, arguments.repetitions).items()):
+        if number == 0:
+            print("\n| window | " + " | ".join(f"{kind}, ms" for kind in times) + " |\n|" + " --- |" * (len(times) + 1))
+        print(f"| {name} | " + " | ".join(f"{1e3 * seconds:.3f}" for seconds in times.values()) + " |", flush=True)
 
 
 if __name__ == "__main__":

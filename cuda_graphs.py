@@ -1,0 +1,147 @@
+"""A window of the meta-gradient as one CUDA graph: its thousands of small kernels are launched at once.
+
+With few coordinates a GPU is faster than Python, and waits for the next launch. A window that has run once under
+`torch.cuda.graph` is launched as a whole from then on, on the same memory: what differs from window to window (where it
+starts, the functions' data; the optimizer's weights lie where they always do) is copied there first.
+
+The functions' loss must be an object that says which tensors it reads, see `CapturedWindow`.
+"""
+
+import torch
+
+from argument_checks import check_count, values_unchecked
+from meta_gradients import finished, replay_window
+from state_nests import map_tensors, tensors_in
+from unrolling import Coordinates, bound, clone
+
+__all__ = ["CapturedWindow", "cuda_graph"]
+
+
+def cuda_graph(work):
+    """Capture a function without arguments.
+
+    Returns:
+        a function that launches what it did again, and its result, whose tensors are overwritten by every launch.
+
+    Raises:
+        RuntimeError: the function does what a graph cannot hold.
+    """
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # what is done once only (kernels compiled, libraries begun) must not be captured
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+    return graph.replay, result
+
+
+class CapturedWindow:
+    """The replay's meta-gradient of windows of one size, captured once: as `meta_gradient(net, …, unroll=unroll)`.
+
+    The batch's loss must be an object with two methods beside being called: `tensors(step)`, a tuple of what it reads at
+    that step, of the same shapes in all batches; and `of(tensors)`, a loss that reads these, at any step. Those of
+    `Quadratics` and `MNISTNet` have them. It may have `with_gradient`, like any loss. `loss` and `net` must do all their
+    work on the device, and what they do must not depend on values.
+
+    Only at the end is it looked whether numbers are finite.
+
+    Args:
+        net: the learned optimizer, on the device; its weights are read anew at every launch.
+        batch, params, state: a window, as of `meta_gradient`: it says which shapes all of them have.
+        unroll: T, updates in the window; positive.
+        objective: "sum" or "log", see `meta_gradient`.
+        record: what captures, see `cuda_graph`.
+
+    Raises:
+        ValueError: the loss does not say which tensors it reads; `objective` is neither.
+        RuntimeError: as `cuda_graph`; or the window does not lie on a CUDA device.
+
+    Example:
+        >>> from optimizees import Quadratics; from optimizers import CoordinatewiseLSTM
+        >>> def captured_meta_gradient(net, batch, state):
+        ...     window = CapturedWindow(net, batch, batch.params, state)
+        ...     grads, info = window(batch, batch.params, state)  # doctest: +SKIP
+    """
+
+    def __init__(self, net, batch, params, state, unroll=20, objective="sum", record=cuda_graph):
+        check_count(unroll=unroll)
+        if objective not in ("sum", "log"):
+            raise ValueError(f'objective must be "sum" or "log", got {objective!r}')
+        self.net, self.unroll, self.objective = net, unroll, objective
+        self.shapes = self.shapes_of(batch, params, state, 0)
+        self.coordinates = Coordinates(params)
+        self.theta = clone(self.coordinates.join(params).detach())
+        if record is cuda_graph and not self.theta.is_cuda:
+            raise RuntimeError(f"a CUDA graph needs a CUDA device, the window lies on {self.theta.device}")
+        self.state = map_tensors(clone, state)
+        self.data = [tuple(map(clone, batch.loss.tensors(step))) for step in range(unroll + 1)]
+        self.loss = LossesOfSteps([batch.loss.of(tensors) for tensors in self.data])
+        self.weights = torch.full_like(self.theta[:1], 1 / self.coordinates.functions).expand(unroll + 1).contiguous()
+        try:
+            self.launch, self.results = record(self.work)
+        finally:
+            repack(net)  # elsewhere than in the graph's memory
+
+    def work(self):
+        """What is captured: a window on the memory of this object."""
+        repack(self.net)
+        with values_unchecked():
+            return replay_window(bound(self.net, self.coordinates), self.loss, self.coordinates, self.theta, self.state, 0,
+                                 self.weights, 1.0, None, self.objective)
+
+    def fits(self, batch, params, state, step=0):
+        """Whether this window has the shapes that were captured."""
+        return self.shapes == self.shapes_of(batch, params, state, step)
+
+    def shapes_of(self, batch, params, state, step):
+        if not (hasattr(batch.loss, "tensors") and hasattr(batch.loss, "of")):
+            raise ValueError("a window can be captured if the batch's loss is an object with tensors(step) and of(tensors), "
+                             f"as QuadraticLoss and PerceptronLoss are; got {batch.loss!r}")
+        return ({name: tensor.shape for name, tensor in params.items()}, [tensor.shape for tensor in tensors_in(state)],
+                [tensor.shape for tensor in batch.loss.tensors(step)])
+
+    def __call__(self, batch, params, state, step=0):
+        """Launch the window of these functions from these params and this state, at that step.
+
+        Returns:
+            grads and `WindowInfo`, as `meta_gradient`; new tensors.
+
+        Raises:
+            ValueError: the window has other shapes than the one that was captured.
+            NonFiniteError: a loss in the window is infinite or NaN, or with "log" not positive.
+        """
+        shapes = self.shapes_of(batch, params, state, step)
+        if shapes != self.shapes:
+            raise ValueError(f"the window captured has shapes {self.shapes}, got one with {shapes}")
+        with torch.no_grad():
+            self.theta.copy_(self.coordinates.join(params))
+            for kept, new in zip(tensors_in(self.state), tensors_in(state)):
+                kept.copy_(new)
+            for t, kept in enumerate(self.data):
+                for old, new in zip(kept, batch.loss.tensors(step + t)):
+                    old.copy_(new)
+            self.launch()
+            grads, losses, theta, state = map_tensors(clone, self.results)
+        return finished(bound(self.net, self.coordinates), self.coordinates, grads, losses, theta, state, step, self.objective)
+
+
+class LossesOfSteps:
+    """A loss that is another one at every step."""
+
+    def __init__(self, losses):
+        self.losses = losses
+        if hasattr(losses[0], "with_gradient"):
+            self.with_gradient = lambda params, step: losses[step].with_gradient(params, step)
+
+    def __call__(self, params, step):
+        return self.losses[step](params, step)
+
+
+def repack(net):
+    """Have the optimizer pack its weights anew at the next step, though they may not have changed."""
+    for module in net.modules():
+        if hasattr(module, "repack"):
+            module.repack()
