@@ -41,7 +41,10 @@ class Coordinates:
 
     def split(self, theta):
         """(N,) -> dict of (B, ...), views"""
-        parts = torch.split_with_sizes(theta, self.sizes) if len(self.sizes) > 1 else (theta,)
+        if len(self.sizes) == 1:
+            ((name, shape),) = self.shapes.items()
+            return {name: theta.view(shape)}
+        parts = torch.split_with_sizes(theta, self.sizes)
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
 
     def losses(self, loss, theta, step):

@@ -23,14 +23,16 @@ def test_quadratics_follow_their_formula():
     assert not batch.params["theta"].any()
 
 
-def test_quadratics_know_their_gradient():
-    batch = Quadratics(dim=3, dtype=torch.float64).sample(4, generator())
-    coordinates, theta = Coordinates(batch.params), torch.randn(12, dtype=torch.float64)
+@pytest.mark.parametrize("functions", [1, 4])
+def test_quadratics_know_their_gradient(functions):
+    batch = Quadratics(dim=3, dtype=torch.float64).sample(functions, generator())
+    coordinates, theta = Coordinates(batch.params), torch.randn(3 * functions, dtype=torch.float64)
     losses, gradient = coordinates.losses_and_gradient(batch.loss, theta, 0)
     expected, by_autograd = coordinates.losses_and_gradient(lambda params, step: batch.loss(params, step), theta, 0)
     torch.testing.assert_close((losses, gradient), (expected, by_autograd), rtol=1e-13, atol=0)
-    part = batch.part(1, 3)
-    torch.testing.assert_close(part.loss.with_gradient({"theta": theta.view(4, 3)[1:3]}, 0)[1]["theta"].flatten(), gradient[3:9])
+    part, own = batch.part(functions // 2, functions), theta.view(functions, 3)[functions // 2:]
+    torch.testing.assert_close(part.loss.with_gradient({"theta": own}, 0)[1]["theta"].flatten(),
+                               gradient[functions // 2 * 3:])
 
 
 @pytest.mark.parametrize("hidden_sizes", [(), (20,), (7, 5)])
