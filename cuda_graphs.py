@@ -61,9 +61,12 @@ class CapturedWindow:
 
     Example:
         >>> from optimizees import Quadratics; from optimizers import CoordinatewiseLSTM
-        >>> def captured_meta_gradient(net, batch, state):
-        ...     window = CapturedWindow(net, batch, batch.params, state)
-        ...     grads, info = window(batch, batch.params, state)  # doctest: +SKIP
+        >>> if torch.cuda.is_available():
+        ...     net, problem = CoordinatewiseLSTM().cuda(), Quadratics(device="cuda")
+        ...     batch = problem.sample(16)
+        ...     window = CapturedWindow(net, batch, batch.params, net.init_state(160))
+        ...     grads, info = window(batch, batch.params, net.init_state(160))
+        ...     grads, info = window(batch, info.params, info.state, step=20)
     """
 
     def __init__(self, net, batch, params, state, unroll=20, objective="sum", record=cuda_graph):
@@ -71,13 +74,13 @@ class CapturedWindow:
         if objective not in ("sum", "log"):
             raise ValueError(f'objective must be "sum" or "log", got {objective!r}')
         self.net, self.unroll, self.objective = net, unroll, objective
-        self.shapes = self.shapes_of(batch, params, state, 0)
-        self.coordinates = Coordinates(params)
+        self.data = [tuple(map(clone, tensors)) for tensors in self.data_of(batch, 0)]
+        self.shapes, self.coordinates = shapes_of(params, state, self.data[0]), Coordinates(params)
+        self.own = bound(net, self.coordinates)
         self.theta = clone(self.coordinates.join(params).detach())
         if record is cuda_graph and not self.theta.is_cuda:
             raise RuntimeError(f"a CUDA graph needs a CUDA device, the window lies on {self.theta.device}")
         self.state = map_tensors(clone, state)
-        self.data = [tuple(map(clone, batch.loss.tensors(step))) for step in range(unroll + 1)]
         self.loss = LossesOfSteps([batch.loss.of(tensors) for tensors in self.data])
         self.weights = torch.full_like(self.theta[:1], 1 / self.coordinates.functions).expand(unroll + 1).contiguous()
         try:
@@ -89,19 +92,19 @@ class CapturedWindow:
         """What is captured: a window on the memory of this object."""
         repack(self.net)
         with values_unchecked():
-            return replay_window(bound(self.net, self.coordinates), self.loss, self.coordinates, self.theta, self.state, 0,
-                                 self.weights, 1.0, None, self.objective)
+            return replay_window(self.own, self.loss, self.coordinates, self.theta, self.state, 0, self.weights, 1.0, None,
+                                 self.objective)
 
     def fits(self, batch, params, state, step=0):
         """Whether this window has the shapes that were captured."""
-        return self.shapes == self.shapes_of(batch, params, state, step)
+        return self.shapes == shapes_of(params, state, batch.loss.tensors(step))
 
-    def shapes_of(self, batch, params, state, step):
+    def data_of(self, batch, step):
+        """What the loss reads at each step of the window from `step` on."""
         if not (hasattr(batch.loss, "tensors") and hasattr(batch.loss, "of")):
             raise ValueError("a window can be captured if the batch's loss is an object with tensors(step) and of(tensors), "
                              f"as QuadraticLoss and PerceptronLoss are; got {batch.loss!r}")
-        return ({name: tensor.shape for name, tensor in params.items()}, [tensor.shape for tensor in tensors_in(state)],
-                [tensor.shape for tensor in batch.loss.tensors(step)])
+        return [batch.loss.tensors(step + t) for t in range(self.unroll + 1)]
 
     def __call__(self, batch, params, state, step=0):
         """Launch the window of these functions from these params and this state, at that step.
@@ -113,19 +116,23 @@ class CapturedWindow:
             ValueError: the window has other shapes than the one that was captured.
             NonFiniteError: a loss in the window is infinite or NaN, or with "log" not positive.
         """
-        shapes = self.shapes_of(batch, params, state, step)
+        data = self.data_of(batch, step)
+        shapes = shapes_of(params, state, data[0])
         if shapes != self.shapes:
             raise ValueError(f"the window captured has shapes {self.shapes}, got one with {shapes}")
         with torch.no_grad():
             self.theta.copy_(self.coordinates.join(params))
-            for kept, new in zip(tensors_in(self.state), tensors_in(state)):
+            for kept, new in zip(tensors_in((self.state, self.data)), tensors_in((state, data))):
                 kept.copy_(new)
-            for t, kept in enumerate(self.data):
-                for old, new in zip(kept, batch.loss.tensors(step + t)):
-                    old.copy_(new)
             self.launch()
             grads, losses, theta, state = map_tensors(clone, self.results)
-        return finished(bound(self.net, self.coordinates), self.coordinates, grads, losses, theta, state, step, self.objective)
+        return finished(self.own, self.coordinates, grads, losses, theta, state, step, self.objective)
+
+
+def shapes_of(params, state, data):
+    """The shapes of a window: of parameters, of the state, of what the loss reads at a step."""
+    return ({name: tensor.shape for name, tensor in params.items()}, [tensor.shape for tensor in tensors_in(state)],
+            [tensor.shape for tensor in data])
 
 
 class LossesOfSteps:

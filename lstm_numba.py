@@ -43,9 +43,8 @@ in_order = numba.njit(fastmath={"contract", "nsz"}, **options)  # not in another
 class PackedLSTM:
     """The weights of an LSTM and its linear output, laid out for the compiled loops.
 
-    Layer l has one matrix W_l that multiplies [input; hidden]. Its rows are in the order of `register_blocks`; `order`
-    says where each of them is in that of `nn.LSTM`: all units' i, f, g, o. All layers stand in one array, padded to the
-    widest. `weights` and `biases` are those of the forward pass, scaled so that sigmoid(z) = 1 / (1 + 2^y) of what they
+    Layer l has one matrix W_l that multiplies [input; hidden]. Its rows are in the order of `register_blocks`; `place`
+    says where each row of `nn.LSTM`, all units' i, f, g, o, is in it. All layers stand in one array, padded to the widest. `weights` and `biases` are those of the forward pass, scaled so that sigmoid(z) = 1 / (1 + 2^y) of what they
     give: y = -z / ln 2, and for g, y = -2z / ln 2, since tanh(z) is 2 sigmoid(2z) - 1. `transposed` is not scaled.
 
     Args:
@@ -56,13 +55,13 @@ class PackedLSTM:
     def __init__(self, layers, output_weight, output_bias):
         self.dtype, self.hidden, self.inputs = output_weight.dtype, layers[0][1].shape[1], layers[0][0].shape[1]
         kind, H, most = output_weight.numpy().dtype, self.hidden, self.hidden + max(w.shape[1] for w, _, _ in layers)
-        self.order, self.place = order_of_rows(H)
+        order, self.place = order_of_rows(H)
         weights = np.zeros((len(layers), 4 * H, most), kind)
         for l, (w, u, _) in enumerate(layers):
-            weights[l, :, :w.shape[1] + H] = np.concatenate([w.numpy(), u.numpy()], 1)[self.order]
-        scales = (np.repeat([-1, -1, -2, -1], H) / np.log(2))[self.order]
+            weights[l, :, :w.shape[1] + H] = np.concatenate([w.numpy(), u.numpy()], 1)[order]
+        scales = (np.repeat([-1, -1, -2, -1], H) / np.log(2))[order]
         self.weights = (scales[:, None] * weights).astype(kind).reshape(len(layers), -1)
-        self.biases = (scales * np.stack([bias.numpy()[self.order] for _, _, bias in layers])).astype(kind)
+        self.biases = (scales * np.stack([bias.numpy()[order] for _, _, bias in layers])).astype(kind)
         self.transposed = weights.transpose(0, 2, 1).reshape(len(layers), -1)
         self.output = np.append(output_weight.numpy(), output_bias.numpy()).astype(kind)  # (H + 1,)
 

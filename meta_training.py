@@ -105,8 +105,8 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
         clip: largest norm of the meta-gradient, or None for no clipping.
         method, second_order, replay_fraction, sigma, pairs, objective, adjoint_bound: see `meta_gradient`.
         cuda_graph: launch each window as one CUDA graph, see `cuda_graphs.CapturedWindow`: for small optimizees, which
-            keep a GPU waiting for Python. Changes no result but by rounding. Only with what is the default of `method`,
-            `second_order` and `replay_fraction`.
+            keep a GPU waiting for Python. Changes no result but by rounding. Only with method="replay",
+            second_order=False and replay_fraction=1.
         averaging: in [0, 1): validate, and keep, a running average of the weights, φ̄ ← a φ̄ + (1 - a) φ with
             a = min(averaging, k / (k + 10)) after k iterations. It takes the
             meta-gradient's noise out of what is kept. Default 0: the weights as they are.

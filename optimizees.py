@@ -104,9 +104,11 @@ class QuadraticLoss:
         return self.residual(params).square().sum((1, 2))
 
     def tensors(self, step):
+        """What the loss reads, the same at every step."""
         return self.W, self.y, self.twice
 
     def of(self, tensors):
+        """The loss that reads these tensors."""
         return QuadraticLoss(*tensors)
 
     def with_gradient(self, params, step):
@@ -301,9 +303,9 @@ def with_convex_term(batch, start, target):
 
 
 # each with what makes of an output y and dL/dy the derivative dL/dx
-ACTIVATIONS = {"sigmoid": (torch.sigmoid, lambda dy, y: torch.ops.aten.sigmoid_backward(dy, y)),
+ACTIVATIONS = {"sigmoid": (torch.sigmoid, torch.ops.aten.sigmoid_backward),
                "relu": (torch.relu, lambda dy, y: torch.ops.aten.threshold_backward(dy, y, 0)),
-               "tanh": (torch.tanh, lambda dy, y: torch.ops.aten.tanh_backward(dy, y))}
+               "tanh": (torch.tanh, torch.ops.aten.tanh_backward)}
 
 
 class ImageNets:
@@ -395,7 +397,6 @@ class MNISTNet(ImageNets):
         images = drawn_batch_size(self.options["batch_size"], generator)
         minibatches = Minibatches(seed, (meta_batch, images), len(self.labels), self.device)
 
-
         def part(first, last):
             def images_and_labels(step):
                 index = minibatches(step)[first:last]
@@ -448,9 +449,11 @@ class PerceptronLoss:
         return mean_cross_entropy(self.layers(params, images)[-1], labels)
 
     def tensors(self, step):
+        """What the loss reads at that step: its images and labels."""
         return self.minibatch(step)
 
     def of(self, tensors):
+        """The loss that reads these tensors, at every step."""
         return PerceptronLoss(lambda step: tensors, self.activation, self.slope)
 
     def layers(self, params, x):
