@@ -46,9 +46,9 @@ FIGURE_FORMATS = (".pdf", ".png", ".svg")
 def main(arguments=None):
     """Run the command line; returns the exit status. Default arguments: the program's."""
     options = make_parser().parse_args(arguments)
-    whole = getattr(options, "second_order", False) or getattr(options, "network", None) in SHARING
-    if whole and options.replay_fraction is None:
-        options.replay_fraction = 1.0  # Hessian products and averages need every coordinate
+    whole = any(getattr(options, name, False) for name in ("second_order", "cuda_graph"))
+    if (whole or getattr(options, "network", None) in SHARING) and options.replay_fraction is None:
+        options.replay_fraction = 1.0  # Hessian products, graphs and averages need every coordinate
     for name, value in DEFAULTS[options.problem].items():
         if getattr(options, name, value) is None:
             setattr(options, name, value)

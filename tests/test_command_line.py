@@ -266,6 +266,13 @@ def test_exploding_training_fails(capsys):
     assert os.listdir() == ["explodes.safetensors"]
 
 
+def test_cuda_graph_without_cuda(tiny_mnist, capsys):
+    """It takes all coordinates, whatever the problem's default, and then says what is missing."""
+    assert main(["train", "--problem", "mnist", "--data", str(tiny_mnist), "--hidden", "3", "--cuda-graph", "--quiet",
+                 "--iterations", "1", "--validation-functions", "1", "--output", "net.safetensors", "--device", "cpu"]) == 1
+    assert "a CUDA graph needs a CUDA device, the window lies on cpu" in capsys.readouterr().err
+
+
 def test_tensorboard(monkeypatch, capsys):
     class SummaryWriter:
         scalars = []
