@@ -14,10 +14,12 @@ and keeps the result in `__pycache__`. `lstm_blocks` is the plain version, which
 """
 
 import functools
+import hashlib
 import math
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -26,18 +28,38 @@ import torch
 from register_blocks import (ALONE, LANES, OUTER, ROWS, UNITS, add_outer_blocks, add_product_blocks, cell_back_blocks,
                              cell_blocks, copy_rows, fetch_rows)
 
-__all__ = ["PackedLSTM", "replay_blocks", "step_back_blocks", "step_blocks", "stepper"]
+__all__ = ["PackedLSTM", "log_sign", "replay_blocks", "step_back_blocks", "step_blocks", "stepper"]
 
 STEP_CHUNK = 1024 * LANES  # columns in one call of a compiled function, whose own cost of some µs is spread over them
 REPLAY_CHUNK = 5120 * LANES  # columns times steps, of which the inputs lie in memory at once
 TILES = 4  # that `run_step` loads together
+TERMS, LOG2 = tuple(range(21, 0, -2)), math.log(2)  # of the series in `run_log_sign`
 FAR = 4096  # from so many columns on the state is no longer in the cache when the next step comes
+
+# numba takes what it has compiled before from `__pycache__` while the function's own file has its date; its name there says
+# what was in all of these files.
+SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("register_vectors", "register_blocks", "lstm_numba")]
 
 # Nothing is allocated and no references are counted (`_nrt`), which for every slice would cost an atomic operation or two.
 options = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False}
 # Sums may be taken in another order, which lets them be vectorized; infinities and NaNs go through as usual.
-compiled = numba.njit(fastmath={"contract", "reassoc", "nsz", "arcp"}, **options)
-in_order = numba.njit(fastmath={"contract", "nsz"}, **options)  # not in another order: `cell_blocks` counts on it
+
+
+def digest(files):
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def compiler(sources, **options):
+    """`numba.njit` that compiles anew when one of these files has changed."""
+    def compile(function):
+        function.__qualname__ += f"-{sources}"
+        return numba.njit(**options)(function)
+
+    return compile
+
+
+compiled = compiler(digest(SOURCES), fastmath={"contract", "reassoc", "nsz", "arcp"}, **options)
+in_order = compiler(digest(SOURCES), fastmath={"contract", "nsz"}, **options)  # not in another order: `cell_blocks` counts on it
 
 
 class PackedLSTM:
@@ -277,15 +299,16 @@ def run_replay(weights, transposed, biases, output, squash, features, offset, hi
             add_output(output, pulls[t], dh[layers - 1])
             for l in range(layers - 1, -1, -1):
                 pull_back(H, gates[l, t], c[l, t], tanhs[l, t], dh[l], dc[l])
-                size = inputs if l == 0 else H
-                if l > 0:  # the input of this layer is the hidden state of the one below
-                    add_product(transposed[l], 4 * H, H, 4 * H, gates[l, t], dh[l - 1])
-                elif wanted:
+                if l == 0 and wanted:
                     dinput[:] = 0
-                    add_product(transposed[l], 4 * H, inputs, 4 * H, gates[l, t], dinput)
+                    add_product(transposed[0], 4 * H, inputs, 4 * H, gates[0, t], dinput)
                     store(dinput, 0, width, dfeatures[t], within)
+                before = H if t > 0 or carried else 0  # rows of the hidden state that is asked for
                 dh[l] = 0
-                add_product(transposed[l, size * 4 * H:], 4 * H, H, 4 * H, gates[l, t], dh[l])
+                if l > 0:  # the input of this layer is the hidden state of the one below
+                    add_product(transposed[l], 4 * H, H + before, 4 * H, gates[l, t], dh[l - 1:].reshape(-1))
+                elif before:
+                    add_product(transposed[0, inputs * 4 * H:], 4 * H, H, 4 * H, gates[0, t], dh[0])
         if carried:
             for l in range(layers):
                 store(dh[l], 0, width, dhidden[l], first)
@@ -297,6 +320,32 @@ def run_replay(weights, transposed, biases, output, squash, features, offset, hi
                              columns[l:].reshape(-1)[below * LANES:], step, steps, weight_sums[l], bias_sums[l])
         add_outer_blocks(1, ALONE, 1, (H + ALONE - 1) // ALONE, pulls.reshape(-1), LANES,
                          columns[layers:].reshape(-1)[top:], step, steps, output_sums[1:], output_sums)
+
+
+@compiled
+def run_log_sign(grads, p, sizes, signs):
+    """`preprocessing.log_sign` of numbers, not NaN: log|∇| / p and sgn ∇, or -1 and e^p ∇ where |∇| < e^-p.
+
+    |∇| = 2^n m with √½ ≤ m < √2, and log m = 2 artanh s = 2 (s + s³/3 + …) for s = (m - 1) / (m + 1); to 1e-16, in
+    float64 throughout. Written out so that it is vectorized, which calls of math.log are not.
+    """
+    least, steepest, half = math.exp(-p), math.exp(p), np.int64(0x3FE6A09E667F3BCD)  # the bits of √½
+    for i in range(len(grads)):
+        bits = np.float64(max(abs(grads[i]), least)).view(np.int64)
+        n = (bits - half) >> 52
+        m = np.int64(bits - (n << 52)).view(np.float64)
+        s = (m - 1) / (m + 1)
+        z, series = s * s, 0.0
+        for k in TERMS:
+            series = series * z + 1 / k
+        sizes[i] = (n * LOG2 + 2 * s * series) / p
+        signs[i] = min(max(grads[i] * steepest, -1), 1)
+
+
+@compiled
+def run_log_signs(grads, p, features):
+    for t in range(len(grads)):
+        run_log_sign(grads[t], p, features[t, 0], features[t, 1])
 
 
 @compiled
@@ -328,6 +377,13 @@ def step_blocks(packed, features, hidden, cells, inplace=False):
     if inplace and not whole:
         new = hidden.copy_(new[0]), cells.copy_(new[1])
     return update, *new
+
+
+def log_sign(grads, p):
+    """`preprocessing.log_sign` of each of grads (T, N), without a graph: features (T, 2, N)."""
+    features = grads.new_empty(len(grads), 2, grads.shape[1])
+    run_log_signs(array(grads), float(p), features.numpy())
+    return features
 
 
 def stepper(packed, hidden, cells, new=None):

@@ -13,7 +13,7 @@ import torch
 from argument_checks import NonFiniteError, check_count, check_positive_number
 from pes import pes_window
 from state_nests import map_tensors, tensors_in
-from unrolling import Coordinates, bound, unroll
+from unrolling import Coordinates, bound, record, unroll
 
 __all__ = ["WindowInfo", "meta_gradient"]
 
@@ -124,11 +124,7 @@ def finished(net, coordinates, grads, losses, theta, state, step, objective):
 @torch.no_grad()
 def replay_window(net, loss, coordinates, theta, state, step, weights, fraction, generator, objective):
     start = state
-    losses, gradients = [], theta.new_empty(len(weights), len(theta))
-    for values, gradient, theta, state in unroll(net, loss, coordinates, theta, state, step, len(weights) - 1):
-        gradients[len(losses)] = gradient
-        losses.append(values)
-    losses = torch.stack(losses)
+    losses, gradients, theta, state = record(net, loss, coordinates, theta, state, step, len(weights) - 1)
     adjoint, inputs = weights[1:, None] * gradients[1:], gradients[:-1]
     if objective == "log":
         adjoint /= coordinates.spread(losses[1:])

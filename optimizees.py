@@ -97,6 +97,10 @@ class QuadraticLoss:
         # one function: products without a batch cost half as much
         self.alone = (self.W[0], self.y[0, :, 0], self.twice[0]) if len(W) == 1 else None
 
+    @property
+    def quadratics(self):
+        return self.W, self.y, self.twice
+
     def residual(self, params):
         return torch.baddbmm(self.y, self.W, params["theta"].unsqueeze(-1), beta=-1)
 

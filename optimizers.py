@@ -111,11 +111,11 @@ class LSTMOptimizer(nn.Module):
             readings, memory = self.read(grad[None], memory)
             features = self.embed(readings).mT  # (1, N, inputs)
             top, (hidden, cell) = self.lstm(features, (columns_last(hidden), columns_last(cell)))
-            return self.finish(self.output(top)[0, :, 0]), (hidden.mT, cell.mT, *memory)
+            return self.finish(self.output(top))[0, :, 0], (hidden.mT, cell.mT, *memory)
         with torch.no_grad():
             outputs, hidden, cell, new_memory = self._step(grad, hidden, cell, memory, inplace)
             memory = [old.copy_(new) for old, new in zip(memory, new_memory)] if inplace else new_memory
-            return self.finish(outputs), (hidden, cell, *memory)
+            return self._finish_packed(outputs), (hidden, cell, *memory)
 
     def stepper(self, state):
         """Many steps from one state, without a graph: what does not change from step to step is looked at once.
@@ -147,7 +147,7 @@ class LSTMOptimizer(nn.Module):
             for old, new in zip(memory, after):
                 old.copy_(new)
             readings = readings[0]
-            return self.finish(run(lambda a, b: self.embed(readings if (a, b) == whole else readings[:, a:b])))
+            return self._finish_packed(run(lambda a, b: self.embed(readings if (a, b) == whole else readings[:, a:b])))
 
         return step
 
@@ -195,9 +195,9 @@ class LSTMOptimizer(nn.Module):
             features = self.embed(readings)[0]
         with torch.no_grad():
             kernels, packed = self._packed_kernels()
-            dfeatures, *parts = kernels.step_back_blocks(packed, features.detach(), hidden, cell, self.output_scale * adjoint,
+            dfeatures, *parts = kernels.step_back_blocks(packed, features.detach(), hidden, cell, self._above(adjoint),
                                                          dhidden, dcell, self.squash)
-            gradients = names_of(*parts)
+            gradients = self._names_of(*parts)
         wanted = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         rest = [name for name in wanted if name not in gradients]  # those of `embed`
         pulled = torch.autograd.grad([features, *new_memory], [grad, *memory, *(wanted[name] for name in rest)],
@@ -205,9 +205,9 @@ class LSTMOptimizer(nn.Module):
         gradients |= zip(rest, pulled[1 + len(memory):])
         return pulled[0], [dhidden, dcell, *pulled[1:1 + len(memory)]], {name: gradients[name] for name in wanted}
 
-    def finish(self, outputs):
-        outputs = outputs.tanh() if self.squash else outputs
-        return outputs if self.output_scale == 1 else self.output_scale * outputs
+    def finish(self, z):
+        """What becomes of the output: the update."""
+        return self.output_scale * (z.tanh() if self.squash else z)
 
     def repack(self):
         """Have the weights packed anew at the next step, though they may not have changed."""
@@ -240,17 +240,40 @@ class LSTMOptimizer(nn.Module):
         readings, memory = self.read(grad[None], memory)
         return *kernels.step_blocks(packed, lambda a, b: self.embed(readings[0, :, a:b]), hidden, cell, inplace), memory
 
+    # The packed weights have output_scale in them, where no tanh comes between: it then costs nothing.
+
+    def _packed_scale(self):
+        return 1.0 if self.squash else self.output_scale
+
+    def _finish_packed(self, z):
+        """`finish` for what the packed weights give."""
+        return self.finish(z) if self.squash else z
+
+    def _above(self, adjoint):
+        """The adjoint of an update -> that of what the packed weights give, or of its tanh."""
+        return self.output_scale * adjoint if self.squash else adjoint
+
     def _packed_kernels(self):
         """The module that runs the LSTM, and the weights as it wants them, packed again only after they have changed."""
-        kernels = kernels_for(self.output.weight)
+        kernels, scale = kernels_for(self.output.weight), self._packed_scale()
         weights = *self.lstm._flat_weights, self.output.weight, self.output.bias
-        key = kernels, *((weight.data_ptr(), weight._version) for weight in weights)
+        key = kernels, scale, *((weight.data_ptr(), weight._version) for weight in weights)
         if key != self._packed_key:
             weights = [[w.detach() for w in layer] for layer in self.lstm.all_weights]
             self._packed = kernels.PackedLSTM([(w, u, b + c) for w, u, b, c in weights],
-                                              self.output.weight.detach()[0], self.output.bias.detach()[0])
+                                              scale * self.output.weight.detach()[0],
+                                              scale * self.output.bias.detach()[0])
             self._packed_key = key
         return kernels, self._packed
+
+    def _names_of(self, layers, output_weight, output_bias):
+        """Gradients of the packed weights as the kernels give them -> dict by the names of the parameters."""
+        scale = self._packed_scale()
+        gradients = {"output.weight": scale * output_weight[None], "output.bias": scale * output_bias[None]}
+        for l, (ih, hh, bias) in enumerate(layers):
+            gradients |= {f"lstm.weight_ih_l{l}": ih, f"lstm.weight_hh_l{l}": hh,
+                          f"lstm.bias_ih_l{l}": bias, f"lstm.bias_hh_l{l}": bias.clone()}
+        return gradients
 
     @torch.no_grad()
     def _replay(self, grads, state, adjoint, wanted):
@@ -269,9 +292,8 @@ class LSTMOptimizer(nn.Module):
                 pieces.append(torch.autograd.grad(self.embed(readings(start, stop)), list(own.values()), dfeatures))
 
         parts = kernels.replay_blocks(packed, lambda a, b: self.embed(readings(a, b)), hidden, cell,
-                                      adjoint if self.output_scale == 1 else self.output_scale * adjoint, self.squash,
-                                      pulled if own else None)
-        return names_of(*parts) | {name: sum(piece) for name, piece in zip(own, zip(*pieces))}
+                                      self._above(adjoint), self.squash, pulled if own else None)
+        return self._names_of(*parts) | {name: sum(piece) for name, piece in zip(own, zip(*pieces))}
 
     @torch.enable_grad()
     def _replay_with_graph(self, grads, state, adjoint):
@@ -353,10 +375,33 @@ class CoordinatewiseLSTM(LSTMOptimizer):
         """(T, N) -> readings (T, inputs, N), and no memory."""
         if self.preprocess is None:
             return grads.unsqueeze(-2), ()
+        kernels = kernels_for(self.output.weight)
+        if hasattr(kernels, "log_sign") and not grads.requires_grad:
+            return kernels.log_sign(grads, self.p), ()
         return log_sign(grads, self.p).movedim(0, -2), ()
 
     def embed(self, readings):
         return readings
+
+    def record_quadratics(self, quadratics, theta, state, updates):
+        """`unrolling.record` for the functions ‖Wθ − y‖², by a compiled loop; None where there is none.
+
+        Args:
+            quadratics: W (B, n, n), y (B, n, 1) and 2 Wᵀ.
+            theta: (N,) with N = B · n. Not changed, nor is `state`.
+        """
+        kernels, packed = self._packed_kernels()
+        own = type(self) is CoordinatewiseLSTM and kernels.__name__ == "lstm_numba"
+        if not own or any(tensor.dtype != theta.dtype or tensor.is_cuda for tensor in quadratics):
+            return None
+        self._check(theta, state, tuple(theta.shape))
+        recorded = import_module("quadratics_numba").record_quadratics(
+            packed, quadratics, theta, *state, updates, self.p if self.preprocess else 0)
+        fed = recorded[1][:-1]
+        if not math.isfinite(fed.sum().item()):
+            for gradient in fed:
+                check_finite(gradient, "grad")
+        return recorded
 
     def _step(self, grad, hidden, cell, memory, inplace):
         kernels, packed = self._packed_kernels()
@@ -675,15 +720,6 @@ def has_numba():
 @functools.cache
 def compiled_kernels():
     return import_module("lstm_numba")  # only now: importing numba takes a second
-
-
-def names_of(layers, output_weight, output_bias):
-    """Gradients as the kernels give them -> dict by the names of an `LSTMOptimizer`'s parameters."""
-    gradients = {"output.weight": output_weight[None], "output.bias": output_bias[None]}
-    for l, (ih, hh, bias) in enumerate(layers):
-        gradients |= {f"lstm.weight_ih_l{l}": ih, f"lstm.weight_hh_l{l}": hh,
-                      f"lstm.bias_ih_l{l}": bias, f"lstm.bias_hh_l{l}": bias.clone()}
-    return gradients
 
 
 def columns_last(state):

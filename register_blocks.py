@@ -3,8 +3,7 @@
 numba vectorizes a loop over a row well, a product of matrices not: between two multiplications it stores the sums. The
 functions here say to LLVM in vectors what a block of a product is, and what becomes of its sums before they leave the
 registers. They are called from compiled functions only and check nothing. A matrix with `LANES` columns is given as a
-flat array, its rows one after the other. Whoever changes them must also touch the file that calls them: numba keeps what
-it has compiled until that file changes. `Vectors`, which they are written in, is in `register_vectors`.
+flat array, its rows one after the other. `Vectors`, which they are written in, is in `register_vectors`.
 
 The 4H rows of an LSTM's gates are in an order of their own: unit after unit in groups of `UNITS` (the last ones singly),
 for each group its rows of i, then of f, g and o. So a block of rows has all that its units need, see `cell_blocks`.

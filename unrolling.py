@@ -12,7 +12,7 @@ import torch
 
 from state_nests import map_tensors
 
-__all__ = ["Coordinates", "bound", "stepper", "unroll"]
+__all__ = ["Coordinates", "bound", "record", "stepper", "unroll"]
 
 SMALLEST_SHARE = 1024  # coordinates of a tensor that a partial replay reads at least
 
@@ -112,13 +112,31 @@ def unroll(net, loss, coordinates, theta, state, step, updates, keep_states=Fals
     The state given is not changed. Those yielded are overwritten by the next step, where the network can do that, unless
     `keep_states`. Run it under `torch.no_grad()`.
     """
-    advance = net if keep_states else stepper(net, state := map_tensors(clone, state))
+    advance = net
     for t in range(updates + 1):
+        if t == 1 and not keep_states:
+            advance = stepper(net, state)
         losses, gradient = coordinates.losses_and_gradient(loss, theta, step + t)
         yield losses, gradient, theta, state
         if t < updates:
             update, state = advance(gradient, state)
             theta = theta + update
+
+
+def record(net, loss, coordinates, theta, state, step, updates):
+    """The same to its end: losses (updates + 1, B), gradients ∇ (updates + 1, N), θ and the state there.
+
+    Quadratics go through all steps in one compiled loop where the network can do that.
+    """
+    if hasattr(net, "record_quadratics") and hasattr(loss, "quadratics"):
+        recorded = net.record_quadratics(loss.quadratics, theta, state, updates)
+        if recorded is not None:
+            return recorded
+    losses, gradients = [], theta.new_empty(updates + 1, len(theta))
+    for values, gradient, theta, state in unroll(net, loss, coordinates, theta, state, step, updates):
+        gradients[len(losses)] = gradient
+        losses.append(values)
+    return torch.stack(losses), gradients, theta, state
 
 
 def stepper(net, state):
