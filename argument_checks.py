@@ -8,6 +8,7 @@ import torch
 
 __all__ = ["NonFiniteError", "check_count", "check_finite", "check_positive_number", "values_unchecked"]
 
+ALONE = 1 << 15  # elements that torch sums without its threads
 looking = contextvars.ContextVar("looking", default=True)  # whether `check_finite` does
 
 
@@ -35,7 +36,10 @@ def check_finite(tensor, name):
     """Raise NonFiniteError, naming the first coordinate, unless all of `tensor` is finite."""
     if not looking.get():
         return
-    if math.isfinite(tensor.sum().item()):  # one pass over it; a sum may also overflow
+    # One pass; a sum may also overflow. On a CPU in pieces too small for torch to wake its threads: they then wait for more
+    # work, busily and for some ms, on cores that ours need (N = 10^5, two cores: a step takes 1.4 times as long).
+    pieces = tensor.flatten().split(ALONE) if tensor.device.type == "cpu" and tensor.numel() > ALONE else (tensor,)
+    if all(math.isfinite(piece.sum().item()) for piece in pieces):
         return
     finite = torch.isfinite(tensor)
     if not finite.all():

@@ -28,46 +28,48 @@ import torch
 from register_blocks import (ALONE, LANES, OUTER, ROWS, UNITS, add_outer_blocks, add_product_blocks, cell_back_blocks,
                              cell_blocks, copy_rows, fetch_rows)
 
-__all__ = ["PackedLSTM", "log_sign", "replay_blocks", "step_back_blocks", "step_blocks", "stepper"]
+__all__ = ["DOES_LOG_SIGN", "PackedLSTM", "replay_blocks", "step_back_blocks", "step_blocks", "stepper"]
 
 STEP_CHUNK = 1024 * LANES  # columns in one call of a compiled function, whose own cost of some µs is spread over them
 REPLAY_CHUNK = 5120 * LANES  # columns times steps, of which the inputs lie in memory at once
 TILES = 4  # that `run_step` loads together
+DOES_LOG_SIGN = "step", "replay"  # of what is below, what takes gradients as they are
 TERMS, LOG2 = tuple(range(21, 0, -2)), math.log(2)  # of the series in `run_log_sign`
 FAR = 4096  # from so many columns on the state is no longer in the cache when the next step comes
 
-# numba takes what it has compiled before from `__pycache__` while the function's own file has its date; its name there says
-# what was in all of these files.
+# numba takes what it has compiled before from `__pycache__` while the function's own file has its date: so the name it is
+# kept by says what was in all of these.
 SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("register_vectors", "register_blocks", "lstm_numba")]
-
-# Nothing is allocated and no references are counted (`_nrt`), which for every slice would cost an atomic operation or two.
-options = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False}
-# Sums may be taken in another order, which lets them be vectorized; infinities and NaNs go through as usual.
 
 
 def digest(files):
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def compiler(sources, **options):
-    """`numba.njit` that compiles anew when one of these files has changed."""
+def compiler(*allowed, sources=digest(SOURCES)):
+    """`numba.njit` that lets LLVM change sums so, and compiles anew when a source has changed.
+
+    Nothing is allocated and no references are counted (`_nrt`), which for every slice would cost an atomic operation or two.
+    """
     def compile(function):
         function.__qualname__ += f"-{sources}"
-        return numba.njit(**options)(function)
+        return numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=set(allowed), _nrt=False)(function)
 
     return compile
 
 
-compiled = compiler(digest(SOURCES), fastmath={"contract", "reassoc", "nsz", "arcp"}, **options)
-in_order = compiler(digest(SOURCES), fastmath={"contract", "nsz"}, **options)  # not in another order: `cell_blocks` counts on it
+# Sums may be taken in another order, which lets them be vectorized; infinities and NaNs go through as usual.
+compiled = compiler("contract", "reassoc", "nsz", "arcp")
+in_order = compiler("contract", "nsz")  # not in another order: `cell_blocks` counts on it
 
 
 class PackedLSTM:
     """The weights of an LSTM and its linear output, laid out for the compiled loops.
 
     Layer l has one matrix W_l that multiplies [input; hidden]. Its rows are in the order of `register_blocks`; `place`
-    says where each row of `nn.LSTM`, all units' i, f, g, o, is in it. All layers stand in one array, padded to the widest. `weights` and `biases` are those of the forward pass, scaled so that sigmoid(z) = 1 / (1 + 2^y) of what they
-    give: y = -z / ln 2, and for g, y = -2z / ln 2, since tanh(z) is 2 sigmoid(2z) - 1. `transposed` is not scaled.
+    says where each row of `nn.LSTM`, all units' i, f, g, o, is in it. All layers stand in one array, padded to the widest.
+    `weights` and `biases` are those of the forward pass, scaled so that sigmoid(z) = 1 / (1 + 2^y) of what they give:
+    y = -z / ln 2, and for g, y = -2z / ln 2, since tanh(z) is 2 sigmoid(2z) - 1. `transposed` is not scaled.
 
     Args:
         layers: per layer (weight_ih (4H, in), weight_hh (4H, H), bias (4H,)), in `nn.LSTM`'s order of gates.
@@ -238,16 +240,50 @@ def load_state(hidden, cells, inputs, start, width, columns, c):
 
 
 @compiled
-def run_step(weights, biases, output, features, offset, hidden, cells, start, stop, update, new_hidden, new_cells, scratch):
-    """One step of the coordinates start … stop. features (inputs, …) begin at coordinate `offset`.
+def load_log_sign(source, first, width, p, out, out_tile):
+    """`width` numbers of source, from `first` on, as their log_sign into the first two rows of tiles `out_tile` apart."""
+    for tile in range(-(-width // LANES)):
+        start, at, count = first + tile * LANES, tile * out_tile, min(LANES, width - tile * LANES)
+        if count < LANES:
+            out[at:at + 2 * LANES] = 0
+        run_log_sign(source[start:start + count], p, out[at:at + LANES], out[at + LANES:at + 2 * LANES])
+
+
+@compiled
+def run_log_sign(grads, p, sizes, signs):
+    """`preprocessing.log_sign` of numbers, not NaN: log|∇| / p and sgn ∇, or -1 and e^p ∇ where |∇| < e^-p.
+
+    |∇| = 2^n m with √½ ≤ m < √2, and log m = 2 artanh s = 2 (s + s³/3 + …) for s = (m - 1) / (m + 1); to 1e-16, in
+    float64 throughout. Written out so that it is vectorized, which calls of math.log are not.
+    """
+    least, steepest, half = math.exp(-p), math.exp(p), np.int64(0x3FE6A09E667F3BCD)  # the bits of √½
+    for i in range(len(grads)):
+        bits = np.float64(max(abs(grads[i]), least)).view(np.int64)
+        n = (bits - half) >> 52
+        m = np.int64(bits - (n << 52)).view(np.float64)
+        s = (m - 1) / (m + 1)
+        z, series = s * s, 0.0
+        for k in TERMS:
+            series = series * z + 1 / k
+        sizes[i] = (n * LOG2 + 2 * s * series) / p
+        signs[i] = min(max(grads[i] * steepest, -1), 1)
+
+
+@compiled
+def run_step(weights, biases, output, p, features, offset, hidden, cells, start, stop, update, new_hidden, new_cells, scratch):
+    """One step of the coordinates start … stop. features (inputs, …) begin at coordinate `offset`; if p is not 0 they are
+    gradients (1, …), of which log_sign makes two.
 
     Rows of the state lie far apart in memory: so what `TILES` tiles need of one is read, and written, together.
     """
-    (layers, H, N), inputs, group = hidden.shape, features.shape[0], TILES * LANES
+    (layers, H, N), inputs, group = hidden.shape, 2 if p > 0 else features.shape[0], TILES * LANES
     columns, c, gates, tanhs, outputs, _, _, _, _ = carve(scratch, TILES, 1, inputs, layers, 4 * H)
     for first in range(start, stop, group):
         width = min(group, stop - first)
-        load(features.reshape(-1), first - offset, features.shape[1], inputs, width, columns[0, 0], LANES, columns[0].size)
+        if p > 0:
+            load_log_sign(features[0], first - offset, width, p, columns.reshape(-1), columns[0].size)
+        else:
+            load(features.reshape(-1), first - offset, features.shape[1], inputs, width, columns[0, 0], LANES, columns[0].size)
         load_state(hidden, cells, inputs, first, width, columns, c)
         for tile in range(-(-width // LANES)):
             row, last = tile * layers * H // TILES, (tile + 1) * layers * H // TILES
@@ -265,24 +301,29 @@ def run_step(weights, biases, output, features, offset, hidden, cells, start, st
 
 
 @compiled
-def run_replay(weights, transposed, biases, output, squash, features, offset, hidden, cells, adjoint, start, stop, dfeatures,
+def run_replay(weights, transposed, biases, output, squash, p, features, offset, hidden, cells, adjoint, start, stop, dfeatures,
                dhidden, dcells, weight_sums, bias_sums, output_sums, scratch):
     """The replay of the coordinates start … stop: adds to the sums.
 
-    features and dfeatures (T, inputs, …) begin at coordinate `offset`; without columns dfeatures is not written.
+    features (T, inputs, …) and p are as of `run_step`. dfeatures lies like them; without columns it is not written.
     dhidden and dcells (layers, H, N) are the adjoints of the state after the last step, and become those of the state
     before the first one; without columns the former are zeros and the latter not written. squash: outputs go through a
     tanh.
     """
-    steps, (layers, H), (_, inputs, across) = len(adjoint), hidden.shape[:2], features.shape
+    steps, (layers, H), (_, given, across) = len(adjoint), hidden.shape[:2], features.shape
+    inputs = 2 if p > 0 else given
     wanted, carried = dfeatures.shape[2] > 0, dhidden.shape[2] > 0
     tiles, c, gates, tanhs, pulls, dh, dc, dinput, z = carve(scratch, 1, steps, inputs, layers, 4 * H)
     columns, top = tiles[0], (inputs + (layers - 1) * H) * LANES
     for first in range(start, stop, LANES):
         within, width = first - offset, min(LANES, stop - first)
-        for u in range(inputs):
-            load(features.reshape(-1), u * across + within, inputs * across, steps, width, columns[0, u * LANES:],
-                 columns.shape[1], 0)
+        if p > 0:
+            for t in range(steps):
+                load_log_sign(features[t, 0], within, width, p, columns[t], 0)
+        else:
+            for u in range(inputs):
+                load(features.reshape(-1), u * across + within, inputs * across, steps, width, columns[0, u * LANES:],
+                     columns.shape[1], 0)
         load(adjoint.reshape(-1), first, adjoint.shape[1], steps, width, pulls.reshape(-1), LANES, 0)
         load_state(hidden, cells, inputs, first, width, tiles, c)
         if carried:
@@ -323,32 +364,6 @@ def run_replay(weights, transposed, biases, output, squash, features, offset, hi
 
 
 @compiled
-def run_log_sign(grads, p, sizes, signs):
-    """`preprocessing.log_sign` of numbers, not NaN: log|∇| / p and sgn ∇, or -1 and e^p ∇ where |∇| < e^-p.
-
-    |∇| = 2^n m with √½ ≤ m < √2, and log m = 2 artanh s = 2 (s + s³/3 + …) for s = (m - 1) / (m + 1); to 1e-16, in
-    float64 throughout. Written out so that it is vectorized, which calls of math.log are not.
-    """
-    least, steepest, half = math.exp(-p), math.exp(p), np.int64(0x3FE6A09E667F3BCD)  # the bits of √½
-    for i in range(len(grads)):
-        bits = np.float64(max(abs(grads[i]), least)).view(np.int64)
-        n = (bits - half) >> 52
-        m = np.int64(bits - (n << 52)).view(np.float64)
-        s = (m - 1) / (m + 1)
-        z, series = s * s, 0.0
-        for k in TERMS:
-            series = series * z + 1 / k
-        sizes[i] = (n * LOG2 + 2 * s * series) / p
-        signs[i] = min(max(grads[i] * steepest, -1), 1)
-
-
-@compiled
-def run_log_signs(grads, p, features):
-    for t in range(len(grads)):
-        run_log_sign(grads[t], p, features[t, 0], features[t, 1])
-
-
-@compiled
 def add_output(output, pulls, dhidden):
     """dhidden += output · pulls"""
     for u in range(len(output) - 1):
@@ -369,31 +384,27 @@ def squash_adjoint(output, top, pulls, z):
 
 # What others call ---------------------------------------------------------------------------------------------------
 
-def step_blocks(packed, features, hidden, cells, inplace=False):
-    """One step of the optimizer for all coordinates, without a graph: as `lstm_blocks.step_blocks`."""
+def step_blocks(packed, features, hidden, cells, inplace=False, log_sign=0):
+    """One step of the optimizer for all coordinates, without a graph: as `lstm_blocks.step_blocks`.
+
+    With `log_sign`, features are gradients (1, width), of which it then does `preprocessing.log_sign` with that p.
+    """
     whole = hidden.is_contiguous() and cells.is_contiguous()
     new = (hidden, cells) if inplace and whole else tuple(torch.empty(hidden.shape, dtype=packed.dtype) for _ in range(2))
-    update = stepper(packed, hidden, cells, new)(features)
+    update = stepper(packed, hidden, cells, log_sign, new)(features)
     if inplace and not whole:
         new = hidden.copy_(new[0]), cells.copy_(new[1])
     return update, *new
 
 
-def log_sign(grads, p):
-    """`preprocessing.log_sign` of each of grads (T, N), without a graph: features (T, 2, N)."""
-    features = grads.new_empty(len(grads), 2, grads.shape[1])
-    run_log_signs(array(grads), float(p), features.numpy())
-    return features
-
-
-def stepper(packed, hidden, cells, new=None):
+def stepper(packed, hidden, cells, log_sign=0, new=None):
     """A function that does `step_blocks` for features (start, stop) -> (inputs, width), and returns the update (N,), which
     its next call overwrites.
 
     The next state goes to `new`, hidden and cells like those given; without it over those, again and again.
     """
     N, (new_hidden, new_cells), before = hidden.shape[2], new or (hidden, cells), (array(hidden), array(cells))
-    after, inputs = (array(new_hidden), array(new_cells)), (packed.weights, packed.biases, packed.output)
+    after, inputs = (array(new_hidden), array(new_cells)), (packed.weights, packed.biases, packed.output, float(log_sign))
     update = torch.empty(N, dtype=packed.dtype)
     out = update.numpy()
 
@@ -408,16 +419,19 @@ def stepper(packed, hidden, cells, new=None):
     return step
 
 
-def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled=None):
-    """Gradient of Σ_t ⟨adjoint_t, output_t⟩ with respect to the packed weights: as `lstm_blocks.replay_blocks`."""
+def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled=None, log_sign=0):
+    """Gradient of Σ_t ⟨adjoint_t, output_t⟩ with respect to the packed weights: as `lstm_blocks.replay_blocks`.
+
+    log_sign: as of `step_blocks`; not with `pulled`.
+    """
     before, N = (array(hidden), array(cells), array(adjoint)), adjoint.shape[1]
     none = np.empty((1, 1, 0), packed.weights.dtype)
 
     def work(start, stop):
         inputs, sums = features(start, stop), packed.zero_sums()
         dfeatures = torch.empty(inputs.shape if pulled else (1, 1, 0), dtype=packed.dtype)
-        run_replay(packed.weights, packed.transposed, packed.biases, packed.output, squash, array(inputs), start, *before,
-                   start, stop, array(dfeatures), none, none, *sums, packed.scratch(len(adjoint)))
+        run_replay(packed.weights, packed.transposed, packed.biases, packed.output, squash, float(log_sign), array(inputs),
+                   start, *before, start, stop, array(dfeatures), none, none, *sums, packed.scratch(len(adjoint)))
         if pulled:
             pulled(start, stop, dfeatures)
         return sums
@@ -433,8 +447,8 @@ def step_back_blocks(packed, features, hidden, cells, adjoint, dhidden, dcells, 
 
     def work(start, stop):
         sums = packed.zero_sums()
-        run_replay(packed.weights, packed.transposed, packed.biases, packed.output, squash, before[0], 0, *before[1:], start,
-                   stop, array(dfeatures[None]), *adjoints, *sums, packed.scratch(1))
+        run_replay(packed.weights, packed.transposed, packed.biases, packed.output, squash, 0.0, before[0], 0, *before[1:],
+                   start, stop, array(dfeatures[None]), *adjoints, *sums, packed.scratch(1))
         return sums
 
     gradients = packed.gradients(side_by_side(work, N, REPLAY_CHUNK))
@@ -461,6 +475,7 @@ def side_by_side(work, length, most):
         return [work(0, length)]
     threads = torch.get_num_threads()
     pieces = max(-(-length // most), min(threads, length // (8 * LANES)), 1)
+    pieces = -(-pieces // threads) * threads if pieces > 1 else 1  # so many for each thread
     size = -(-length // (pieces * LANES)) * LANES  # whole tiles
     spans = [(start, min(start + size, length)) for start in range(0, length, size)]
     if len(spans) == 1 or threads == 1:

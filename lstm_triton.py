@@ -31,6 +31,7 @@ REPLAY_BLOCK = {torch.float32: 32, torch.float64: 16}  # and of the replay
 REPLAY_BYTES = 1 << 28  # bound on the memory of all programs of the replay together, unless one takes more
 PROGRAMS_PER_PROCESSOR = 4  # of the replay; it has registers for no more
 CHUNK = 1 << 20  # coordinates whose features are made at once
+DOES_LOG_SIGN = ("step",)  # of what is below, what takes gradients as they are
 MOST_HIDDEN = 32  # units whose tiles fit the shared memory of every such device (99 KB)
 
 

@@ -137,13 +137,14 @@ class LSTMOptimizer(nn.Module):
         kernels, packed = self._packed_kernels()
         if not hasattr(kernels, "stepper") or not (hidden.is_contiguous() and cell.is_contiguous()):
             return lambda grad: self(grad, state, inplace=True)[0]
-        run, whole = kernels.stepper(packed, hidden, cell), (0, *shape)
+        left, whole = self._left_to(kernels, "step"), (0, *shape)
+        run = kernels.stepper(packed, hidden, cell, **left)
 
         def step(grad):
             if grad.shape != shape or grad.dtype != hidden.dtype:
                 self._check(grad, state, tuple(grad.shape))  # says what does not fit
             check_finite(grad, "grad")
-            readings, after = self.read(grad[None], memory)
+            readings, after = (grad[None, None], ()) if left else self.read(grad[None], memory)
             for old, new in zip(memory, after):
                 old.copy_(new)
             readings = readings[0]
@@ -237,8 +238,9 @@ class LSTMOptimizer(nn.Module):
     def _step(self, grad, hidden, cell, memory, inplace):
         """z and the next state, without a graph."""
         kernels, packed = self._packed_kernels()
-        readings, memory = self.read(grad[None], memory)
-        return *kernels.step_blocks(packed, lambda a, b: self.embed(readings[0, :, a:b]), hidden, cell, inplace), memory
+        left = self._left_to(kernels, "step")
+        readings, memory = (grad[None, None], memory) if left else self.read(grad[None], memory)
+        return *kernels.step_blocks(packed, lambda a, b: self.embed(readings[0, :, a:b]), hidden, cell, inplace, **left), memory
 
     # The packed weights have output_scale in them, where no tanh comes between: it then costs nothing.
 
@@ -266,6 +268,10 @@ class LSTMOptimizer(nn.Module):
             self._packed_key = key
         return kernels, self._packed
 
+    def _left_to(self, kernels, work):
+        """What of `read` those kernels do themselves in a "step" or "replay": their argument. They are given gradients then."""
+        return {}
+
     def _names_of(self, layers, output_weight, output_bias):
         """Gradients of the packed weights as the kernels give them -> dict by the names of the parameters."""
         scale = self._packed_scale()
@@ -282,9 +288,11 @@ class LSTMOptimizer(nn.Module):
         own = {name: parameter for name, parameter in wanted.items() if not name.startswith(("lstm.", "output."))}  # `embed`'s
         if kernels is lstm_blocks and grads.device.type != "cpu" or is_triton(kernels) and (own or self.squash):
             return self._replay_with_graph(grads, state, adjoint)
-        pieces = []
+        left, pieces = self._left_to(kernels, "replay"), []
 
         def readings(start, stop):
+            if left:
+                return grads[:, None, start:stop]
             return self.read(grads[:, start:stop], [part[..., start:stop] for part in memory])[0]
 
         def pulled(start, stop, dfeatures):
@@ -292,7 +300,7 @@ class LSTMOptimizer(nn.Module):
                 pieces.append(torch.autograd.grad(self.embed(readings(start, stop)), list(own.values()), dfeatures))
 
         parts = kernels.replay_blocks(packed, lambda a, b: self.embed(readings(a, b)), hidden, cell,
-                                      self._above(adjoint), self.squash, pulled if own else None)
+                                      self._above(adjoint), self.squash, pulled if own else None, **left)
         return self._names_of(*parts) | {name: sum(piece) for name, piece in zip(own, zip(*pieces))}
 
     @torch.enable_grad()
@@ -375,9 +383,6 @@ class CoordinatewiseLSTM(LSTMOptimizer):
         """(T, N) -> readings (T, inputs, N), and no memory."""
         if self.preprocess is None:
             return grads.unsqueeze(-2), ()
-        kernels = kernels_for(self.output.weight)
-        if hasattr(kernels, "log_sign") and not grads.requires_grad:
-            return kernels.log_sign(grads, self.p), ()
         return log_sign(grads, self.p).movedim(0, -2), ()
 
     def embed(self, readings):
@@ -391,8 +396,8 @@ class CoordinatewiseLSTM(LSTMOptimizer):
             theta: (N,) with N = B · n. Not changed, nor is `state`.
         """
         kernels, packed = self._packed_kernels()
-        own = type(self) is CoordinatewiseLSTM and kernels.__name__ == "lstm_numba"
-        if not own or any(tensor.dtype != theta.dtype or tensor.is_cuda for tensor in quadratics):
+        fits = type(self) is CoordinatewiseLSTM and kernels.__name__ == "lstm_numba"
+        if not fits or any(tensor.dtype != theta.dtype or tensor.is_cuda for tensor in quadratics):
             return None
         self._check(theta, state, tuple(theta.shape))
         recorded = import_module("quadratics_numba").record_quadratics(
@@ -403,11 +408,9 @@ class CoordinatewiseLSTM(LSTMOptimizer):
                 check_finite(gradient, "grad")
         return recorded
 
-    def _step(self, grad, hidden, cell, memory, inplace):
-        kernels, packed = self._packed_kernels()
-        if self.preprocess is None or not is_triton(kernels):
-            return super()._step(grad, hidden, cell, memory, inplace)
-        return *kernels.step_blocks(packed, lambda a, b: grad[None, a:b], hidden, cell, inplace, self.p), memory
+    def _left_to(self, kernels, work):
+        left = self.preprocess and type(self) is CoordinatewiseLSTM and work in getattr(kernels, "DOES_LOG_SIGN", ())
+        return {"log_sign": self.p} if left else {}
 
 
 @torch.no_grad()

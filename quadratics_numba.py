@@ -6,9 +6,8 @@ tested against. It holds arithmetic only.
 """
 
 import numpy as np
-import torch
 
-from lstm_numba import LANES, TILES, array, compiled, run_log_sign, run_step, side_by_side
+from lstm_numba import LANES, TILES, array, compiled, run_step, side_by_side
 from unrolling import clone
 
 __all__ = ["record_quadratics"]
@@ -37,9 +36,9 @@ def value_and_gradient(W, y, twice, theta, residual, gradient):
 
 
 @compiled
-def run_window(W, y, twice, theta, p, weights, biases, output, hidden, cells, losses, gradients, first, last, features,
-               update, residual, scratch):
-    """The window of functions first … last. The state and theta are overwritten; features is used if p is not 0."""
+def run_window(W, y, twice, theta, p, weights, biases, output, hidden, cells, losses, gradients, first, last, update,
+               residual, scratch):
+    """The window of functions first … last. The state and theta are overwritten."""
     n = W.shape[1]
     start, stop = first * n, last * n
     for t in range(len(gradients)):
@@ -47,10 +46,8 @@ def run_window(W, y, twice, theta, p, weights, biases, output, hidden, cells, lo
             here = slice(b * n, (b + 1) * n)
             losses[t, b] = value_and_gradient(W[b], y[b], twice[b], theta[here], residual, gradients[t, here])
         if t + 1 < len(gradients):
-            if p > 0:
-                run_log_sign(gradients[t, start:stop], p, features[0, start:stop], features[1, start:stop])
-            run_step(weights, biases, output, features if p > 0 else gradients[t:t + 1], 0, hidden, cells, start, stop,
-                     update, hidden, cells, scratch)
+            run_step(weights, biases, output, p, gradients[t:t + 1], 0, hidden, cells, start, stop, update, hidden, cells,
+                     scratch)
             for i in range(start, stop):
                 theta[i] += update[i]
 
@@ -64,12 +61,12 @@ def record_quadratics(packed, quadratics, theta, hidden, cells, updates, p):
     (functions, n), N, kind = W.shape[:2], len(theta), packed.weights.dtype
     theta, hidden, cells = map(clone, (theta, hidden, cells))
     losses, gradients = theta.new_empty(updates + 1, functions), theta.new_empty(updates + 1, N)
-    features, update = np.empty((2, N if p else 0), kind), np.empty(N, kind)
+    update = np.empty(N, kind)
     whole = W, y.reshape(functions, n), twice, array(theta), float(p), packed.weights, packed.biases, packed.output
     own = array(hidden), array(cells), array(losses), array(gradients)
 
     def work(first, last):
-        run_window(*whole, *own, first, last, features, update, np.empty(n, kind), packed.scratch(1, TILES))
+        run_window(*whole, *own, first, last, update, np.empty(n, kind), packed.scratch(1, TILES))
 
     side_by_side(work, functions, max(CHUNK // n, LANES))
     return losses, gradients, theta, (hidden, cells)

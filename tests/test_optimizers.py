@@ -675,6 +675,10 @@ def test_bad_steps():
         net(torch.zeros(4), state[0])
     with pytest.raises(NonFiniteError, match="grad must be finite, but holds nan at coordinate 2 .1 of 4"):
         net(torch.tensor([0.0, 1.0, float("nan"), 2.0]), state)
+    many = torch.zeros(70_001)  # looked at in pieces
+    many[65_536] = float("inf")
+    with pytest.raises(NonFiniteError, match="grad must be finite, but holds inf at coordinate 65536 .1 of 70001"):
+        net(many, net.init_state(70_001))
     with pytest.raises(ValueError, match="num_coordinates must be at least 1, got 0"):
         net.init_state(0)
     with pytest.raises(ValueError, match="adjoint must have the shape of grads"):
