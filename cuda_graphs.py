@@ -11,8 +11,8 @@ import torch
 
 from argument_checks import check_count, values_unchecked
 from meta_gradients import finished, replay_window
-from state_nests import map_tensors, tensors_in
-from unrolling import Coordinates, bound, clone
+from state_nests import clone, map_tensors, tensors_in
+from unrolling import Coordinates, bound
 
 __all__ = ["CapturedWindow", "cuda_graph"]
 

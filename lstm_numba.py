@@ -25,13 +25,15 @@ import numba
 import numpy as np
 import torch
 
-from register_blocks import (ALONE, LANES, OUTER, ROWS, UNITS, add_outer_blocks, add_product_blocks, cell_back_blocks,
-                             cell_blocks, copy_rows, fetch_rows)
+from register_blocks import (ALONE, LANES, OUTER, ROWS, UNITS, add_outer_blocks, add_product_blocks, cell_again_blocks,
+                             cell_back_blocks, cell_blocks, copy_rows, fetch_rows)
 
-__all__ = ["DOES_LOG_SIGN", "PackedLSTM", "replay_blocks", "step_back_blocks", "step_blocks", "stepper"]
+__all__ = ["DOES_LOG_SIGN", "PackedLSTM", "Room", "replay_blocks", "step_back_blocks", "step_blocks", "stepper"]
 
 STEP_CHUNK = 1024 * LANES  # columns in one call of a compiled function, whose own cost of some µs is spread over them
 REPLAY_CHUNK = 5120 * LANES  # columns times steps, of which the inputs lie in memory at once
+ROOM = 96 << 20  # bytes of a `Room`
+WORTHWHILE = 0.25  # share of the top layer's tiles for which there must be room: for less it is not taken
 TILES = 4  # that `run_step` loads together
 DOES_LOG_SIGN = "step", "replay"  # of what is below, what takes gradients as they are
 TERMS, LOG2 = tuple(range(21, 0, -2)), math.log(2)  # of the series in `run_log_sign`
@@ -158,6 +160,18 @@ def run_cell(H, weight, width, bias, count, x, cell, new_cell, hidden, keep, gat
 
 
 @in_order
+def run_again(H, gates, cell, new_cell, hidden, tanhs):
+    """`cell_again_blocks` for H units."""
+    blocks = H // UNITS
+    done = blocks * UNITS
+    if blocks:
+        cell_again_blocks(UNITS, blocks, gates, cell, new_cell, hidden, tanhs)
+    if H > done:
+        cell_again_blocks(1, H - done, gates[4 * done * LANES:], cell[done * LANES:], new_cell[done * LANES:],
+                          hidden[done * LANES:], tanhs[done * LANES:])
+
+
+@in_order
 def pull_back(H, gates, cell, tanhs, dhidden, dcell):
     """`cell_back_blocks` for H units."""
     blocks = H // UNITS
@@ -218,16 +232,35 @@ def store(source, source_tile, width, out, start):
 
 
 @compiled
-def record(weights, biases, inputs, steps, columns, cells, keep, gates, tanhs):
-    """The forward pass of a tile over its steps; without `keep` nothing becomes of gates and tanhs."""
+def gates_of(l, gates, tile, room, shares, steps):
+    """Where a tile's gates (steps, 4H · LANES) of layer l are: in `room` with those of other tiles, or else in `gates`.
+    And which."""
+    if tile >= shares[l]:
+        return gates[l], False
+    length = steps * gates.shape[2]
+    start = (shares[l + 1:].sum() + tile) * length
+    return room[start:start + length].reshape(steps, gates.shape[2]), True
+
+
+@compiled
+def record(weights, biases, inputs, columns, cells, gates, tanhs, tile, room, shares, begin, end, steps, again):
+    """The forward pass of a tile over its steps begin … end - 1, which are the first ones of columns, cells and gates.
+
+    Of layers for which there is room all gates are kept there; of others here, and with `again` only. Then the gates in
+    the room are those that were kept there before.
+    """
     layers, rows = biases.shape
     H, width = rows // 4, weights.shape[1] // rows
-    for t in range(steps):
+    for t in range(end - begin):
         for l in range(layers):
             below, size = (inputs + (l - 1) * H, H) if l else (0, inputs)
-            own = (below + size) * LANES
-            run_cell(H, weights[l], width, biases[l], size + H, columns[t + l, below * LANES:], cells[l, t], cells[l, t + 1],
-                     columns[t + l + 1, own:], keep, gates[l, t], tanhs[l, t])
+            own, (place, kept) = (below + size) * LANES, gates_of(l, gates, tile, room, shares, steps)
+            gate = place[begin + t if kept else t]
+            if kept and again:
+                run_again(H, gate, cells[l, t], cells[l, t + 1], columns[t + l + 1, own:], tanhs[l, t])
+            else:
+                run_cell(H, weights[l], width, biases[l], size + H, columns[t + l, below * LANES:], cells[l, t],
+                         cells[l, t + 1], columns[t + l + 1, own:], kept or again, gate, tanhs[l, t])
 
 
 @compiled
@@ -270,9 +303,10 @@ def run_log_sign(grads, p, sizes, signs):
 
 
 @compiled
-def run_step(weights, biases, output, p, features, offset, hidden, cells, start, stop, update, new_hidden, new_cells, scratch):
+def run_step(weights, biases, output, p, features, offset, hidden, cells, start, stop, update, new_hidden, new_cells, scratch,
+             room, shares, step, steps):
     """One step of the coordinates start … stop. features (inputs, …) begin at coordinate `offset`; if p is not 0 they are
-    gradients (1, …), of which log_sign makes two.
+    gradients (1, …), of which log_sign makes two. room, shares: see `Room`; it is number `step` of its `steps`.
 
     Rows of the state lie far apart in memory: so what `TILES` tiles need of one is read, and written, together.
     """
@@ -290,7 +324,8 @@ def run_step(weights, biases, output, p, features, offset, hidden, cells, start,
             if N >= FAR and first + 2 * group <= stop and row < last:  # a share of what the next tiles will read
                 fetch_rows(last - row, TILES, hidden.reshape(-1)[row * N + first + group:], N)
                 fetch_rows(last - row, TILES, cells.reshape(-1)[row * N + first + group:], N)
-            record(weights, biases, inputs, 1, columns[tile], c[tile * layers:], 0, gates, tanhs)
+            record(weights, biases, inputs, columns[tile], c[tile * layers:], gates, tanhs, first // LANES + tile, room,
+                   shares, step, step + 1, steps, 0)
             outputs[0] = output[H]
             add_product(output, H, 1, H, columns[tile, layers, (inputs + (layers - 1) * H) * LANES:], outputs[0])
             for j in range(min(LANES, width - tile * LANES)):
@@ -302,7 +337,7 @@ def run_step(weights, biases, output, p, features, offset, hidden, cells, start,
 
 @compiled
 def run_replay(weights, transposed, biases, output, squash, p, features, offset, hidden, cells, adjoint, start, stop, dfeatures,
-               dhidden, dcells, weight_sums, bias_sums, output_sums, scratch):
+               dhidden, dcells, weight_sums, bias_sums, output_sums, scratch, room, shares):
     """The replay of the coordinates start … stop: adds to the sums.
 
     features (T, inputs, …) and p are as of `run_step`. dfeatures lies like them; without columns it is not written.
@@ -332,24 +367,29 @@ def run_replay(weights, transposed, biases, output, squash, p, features, offset,
                 load(dcells[l].reshape(-1), first, dcells.shape[2], H, width, dc[l], LANES, 0)
         else:
             dh[:], dc[:] = 0, 0
-        record(weights, biases, inputs, steps, columns, c, 1, gates, tanhs)
+        tile = first // LANES
+        record(weights, biases, inputs, columns, c, gates, tanhs, tile, room, shares, 0, steps, steps, 1)
         if squash:
             for t in range(steps):
                 squash_adjoint(output, columns[t + layers, top:], pulls[t], z)
         for t in range(steps - 1, -1, -1):
             add_output(output, pulls[t], dh[layers - 1])
             for l in range(layers - 1, -1, -1):
-                pull_back(H, gates[l, t], c[l, t], tanhs[l, t], dh[l], dc[l])
+                slopes = gates_of(l, gates, tile, room, shares, steps)[0][t]
+                coming, kept = gates_of(l, gates, tile + 1, room, shares, steps)
+                if kept and first + LANES < stop:  # the next tile will read them all before there is much to do
+                    fetch_rows(4 * H, 1, coming[t], LANES)
+                pull_back(H, slopes, c[l, t], tanhs[l, t], dh[l], dc[l])
                 if l == 0 and wanted:
                     dinput[:] = 0
-                    add_product(transposed[0], 4 * H, inputs, 4 * H, gates[0, t], dinput)
+                    add_product(transposed[0], 4 * H, inputs, 4 * H, slopes, dinput)
                     store(dinput, 0, width, dfeatures[t], within)
                 before = H if t > 0 or carried else 0  # rows of the hidden state that is asked for
                 dh[l] = 0
                 if l > 0:  # the input of this layer is the hidden state of the one below
-                    add_product(transposed[l], 4 * H, H + before, 4 * H, gates[l, t], dh[l - 1:].reshape(-1))
+                    add_product(transposed[l], 4 * H, H + before, 4 * H, slopes, dh[l - 1:].reshape(-1))
                 elif before:
-                    add_product(transposed[0, inputs * 4 * H:], 4 * H, H, 4 * H, gates[0, t], dh[0])
+                    add_product(transposed[0, inputs * 4 * H:], 4 * H, H, 4 * H, slopes, dh[0])
         if carried:
             for l in range(layers):
                 store(dh[l], 0, width, dhidden[l], first)
@@ -357,7 +397,8 @@ def run_replay(weights, transposed, biases, output, squash, p, features, offset,
         step = columns.shape[1]
         for l in range(layers):
             below, count = (inputs + (l - 1) * H, 2 * H) if l else (0, inputs + H)
-            add_outer_blocks(4, OUTER, H, (count + OUTER - 1) // OUTER, gates[l].reshape(-1), gates.shape[2],
+            slopes = gates_of(l, gates, tile, room, shares, steps)[0].reshape(-1)
+            add_outer_blocks(4, OUTER, H, (count + OUTER - 1) // OUTER, slopes, gates.shape[2],
                              columns[l:].reshape(-1)[below * LANES:], step, steps, weight_sums[l], bias_sums[l])
         add_outer_blocks(1, ALONE, 1, (H + ALONE - 1) // ALONE, pulls.reshape(-1), LANES,
                          columns[layers:].reshape(-1)[top:], step, steps, output_sums[1:], output_sums)
@@ -397,33 +438,72 @@ def step_blocks(packed, features, hidden, cells, inplace=False, log_sign=0):
     return update, *new
 
 
-def stepper(packed, hidden, cells, log_sign=0, new=None):
+class Room:
+    """Room for the gates that a window's steps compute, which its replay would else compute again: of as many tiles as fit.
+
+    Top layers come first, whose products are larger. `shares` says for how many tiles of each layer there is room. The
+    memory is kept for the next window, since new memory costs as much time as it saves.
+    """
+
+    spare = []  # what the last window left, if it is not in use
+
+    def __init__(self, packed, coordinates, steps):
+        size = steps * 4 * packed.hidden * LANES  # of a layer of a tile
+        tiles, fit = -(-coordinates // LANES), ROOM // (size * packed.weights.itemsize)
+        self.packed, self.steps, self.shares = packed, steps, no_room(packed)[1]
+        if fit >= WORTHWHILE * tiles:
+            for l in reversed(range(len(self.shares))):
+                self.shares[l] = min(tiles, fit - self.shares.sum())
+        needed = int(self.shares.sum()) * size * packed.weights.itemsize
+        self.memory = Room.spare.pop() if Room.spare else np.empty(0, np.uint8)
+        if len(self.memory) < needed:
+            self.memory = np.empty(needed, np.uint8)
+        self.array = self.memory[:needed].view(packed.weights.dtype)
+
+    def leave(self):
+        """The next window may have the memory."""
+        Room.spare[:] = [self.memory]
+        self.memory = self.array = None
+
+
+def no_room(packed):
+    return np.empty(0, packed.weights.dtype), np.zeros(len(packed.weights), np.int64)
+
+
+def stepper(packed, hidden, cells, log_sign=0, new=None, room=None):
     """A function that does `step_blocks` for features (start, stop) -> (inputs, width), and returns the update (N,), which
     its next call overwrites.
 
-    The next state goes to `new`, hidden and cells like those given; without it over those, again and again.
+    The first step reads that state, and each writes the next one to `new`, hidden and cells like those given; without it
+    over those. With a `Room`, no more steps than it has room for.
     """
-    N, (new_hidden, new_cells), before = hidden.shape[2], new or (hidden, cells), (array(hidden), array(cells))
-    after, inputs = (array(new_hidden), array(new_cells)), (packed.weights, packed.biases, packed.output, float(log_sign))
-    update = torch.empty(N, dtype=packed.dtype)
+    N, after = hidden.shape[2], tuple(map(array, new or (hidden, cells)))
+    before, inputs = (array(hidden), array(cells)), (packed.weights, packed.biases, packed.output, float(log_sign))
+    kept, shares = (room.array, room.shares) if room else no_room(packed)
+    update, steps, done = torch.empty(N, dtype=packed.dtype), room.steps if room else 1, 0
     out = update.numpy()
 
     def step(features):
+        nonlocal before, done
+
         def work(start, stop):
             run_step(*inputs, array(features(start, stop)), start, *before, start, stop, out, *after,
-                     packed.scratch(1, TILES))
+                     packed.scratch(1, TILES), kept, shares, done, steps)
 
         side_by_side(work, N, STEP_CHUNK)
+        before, done = after, done + 1 if room else 0
         return update
 
     return step
 
 
-def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled=None, log_sign=0):
+def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled=None, log_sign=0, room=None):
     """Gradient of Σ_t ⟨adjoint_t, output_t⟩ with respect to the packed weights: as `lstm_blocks.replay_blocks`.
 
-    log_sign: as of `step_blocks`; not with `pulled`.
+    log_sign: as of `step_blocks`; not with `pulled`. room: where the steps that led to this have kept their gates; what is
+    there is used up.
     """
+    kept = (room.array, room.shares) if room else no_room(packed)
     before, N = (array(hidden), array(cells), array(adjoint)), adjoint.shape[1]
     none = np.empty((1, 1, 0), packed.weights.dtype)
 
@@ -431,7 +511,7 @@ def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled
         inputs, sums = features(start, stop), packed.zero_sums()
         dfeatures = torch.empty(inputs.shape if pulled else (1, 1, 0), dtype=packed.dtype)
         run_replay(packed.weights, packed.transposed, packed.biases, packed.output, squash, float(log_sign), array(inputs),
-                   start, *before, start, stop, array(dfeatures), none, none, *sums, packed.scratch(len(adjoint)))
+                   start, *before, start, stop, array(dfeatures), none, none, *sums, packed.scratch(len(adjoint)), *kept)
         if pulled:
             pulled(start, stop, dfeatures)
         return sums
@@ -448,7 +528,7 @@ def step_back_blocks(packed, features, hidden, cells, adjoint, dhidden, dcells, 
     def work(start, stop):
         sums = packed.zero_sums()
         run_replay(packed.weights, packed.transposed, packed.biases, packed.output, squash, 0.0, before[0], 0, *before[1:],
-                   start, stop, array(dfeatures[None]), *adjoints, *sums, packed.scratch(1))
+                   start, stop, array(dfeatures[None]), *adjoints, *sums, packed.scratch(1), *no_room(packed))
         return sums
 
     gradients = packed.gradients(side_by_side(work, N, REPLAY_CHUNK))

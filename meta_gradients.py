@@ -124,28 +124,28 @@ def finished(net, coordinates, grads, losses, theta, state, step, objective):
 @torch.no_grad()
 def replay_window(net, loss, coordinates, theta, state, step, weights, fraction, generator, objective):
     start = state
-    losses, gradients, theta, state = record(net, loss, coordinates, theta, state, step, len(weights) - 1)
+    losses, gradients, theta, state, room = record(net, loss, coordinates, theta, state, step, len(weights) - 1, fraction == 1)
     adjoint, inputs = weights[1:, None] * gradients[1:], gradients[:-1]
     if objective == "log":
         adjoint /= coordinates.spread(losses[1:])
     rows = adjoint.unbind()
     for later, row in zip(rows[:0:-1], rows[-2::-1]):  # λ_{t+1} = Σ_{s>t} w_s ∇_s, in place from the end
         row += later
-    grads = replay_recorded(net, coordinates, inputs, start, adjoint, fraction, generator)
+    grads = replay_recorded(net, coordinates, inputs, start, adjoint, fraction, generator, room)
     return grads, losses, theta, map_tensors(torch.Tensor.detach, state)
 
 
-def replay_recorded(net, coordinates, inputs, start, adjoint, fraction, generator):
+def replay_recorded(net, coordinates, inputs, start, adjoint, fraction, generator, room=None):
     """Gradient of Σ_t ⟨adjoint_t, update_t⟩ over recorded inputs (T, N), from the state `start` on.
 
-    With a fraction below 1 an estimate of it, from that share of the coordinates.
+    With a fraction below 1 an estimate of it, from that share of the coordinates. room: see `unrolling.record`.
     """
     if fraction < 1:
         kept, factor = (tensor.to(inputs.device) for tensor in coordinates.subset(fraction, generator))
         inputs, adjoint = inputs[:, kept], adjoint[:, kept] * factor.to(inputs)
         start = map_tensors(lambda tensor: tensor[..., kept], start)
     replay = getattr(net, "replay", None) or (lambda *recorded: replay_by_autograd(net, *recorded))
-    return replay(inputs, start, adjoint)
+    return replay(inputs, start, adjoint, **({} if room is None else {"room": room}))
 
 
 @torch.enable_grad()

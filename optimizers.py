@@ -27,6 +27,7 @@ from odd_weights import odd_part
 from per_kind import PerKind
 from preprocessing import log_sign
 from sharing import LSTMWithGAC, NTMBFGS, start_as_coordinatewise
+from state_nests import clone
 from whole_files import write_whole
 
 __all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LSTMWithGAC", "LearnedOptimizer", "NTMBFGS", "NonFiniteError",
@@ -131,18 +132,37 @@ class LSTMOptimizer(nn.Module):
             ValueError: shapes, dtypes or devices do not fit each other.
             NonFiniteError: of the function: the gradient holds an infinity or a NaN.
         """
-        hidden, cell, *memory = state
-        shape = hidden.shape[-1:]
-        self._check(hidden[0, 0], state, shape)
+        self._check(state[0][0, 0], state, state[0].shape[-1:])
+        return self._stepper(state, state, None)
+
+    def recorder(self, state, steps=None):
+        """As `stepper`, but of a state of its own: the one given is not changed.
+
+        Args:
+            steps: so many will be taken, and `replay` will be asked about just these; or None.
+
+        Returns:
+            the function; the state that it overwrites; and what `replay` may be given as `room`, or None.
+        """
+        self._check(state[0][0, 0], state, state[0].shape[-1:])
+        kernels, packed = self._packed_kernels()
+        compiled = hasattr(kernels, "Room")
+        room = kernels.Room(packed, state[0].shape[-1], steps) if compiled and steps else None
+        own = *(part.new_empty(part.shape) if compiled else clone(part) for part in state[:2]), *map(clone, state[2:])
+        return self._stepper(state if compiled else own, own, room), own, room
+
+    def _stepper(self, state, own, room):
+        """Steps of which the first reads `state`; each overwrites `own`."""
+        (hidden, cell), memory, shape = own[:2], own[2:], own[0].shape[-1:]
         kernels, packed = self._packed_kernels()
         if not hasattr(kernels, "stepper") or not (hidden.is_contiguous() and cell.is_contiguous()):
-            return lambda grad: self(grad, state, inplace=True)[0]
+            return lambda grad: self(grad, own, inplace=True)[0]
         left, whole = self._left_to(kernels, "step"), (0, *shape)
-        run = kernels.stepper(packed, hidden, cell, **left)
+        run = kernels.stepper(packed, *state[:2], new=(hidden, cell), room=room, **left)
 
         def step(grad):
             if grad.shape != shape or grad.dtype != hidden.dtype:
-                self._check(grad, state, tuple(grad.shape))  # says what does not fit
+                self._check(grad, own, tuple(grad.shape))  # says what does not fit
             check_finite(grad, "grad")
             readings, after = (grad[None, None], ()) if left else self.read(grad[None], memory)
             for old, new in zip(memory, after):
@@ -152,7 +172,7 @@ class LSTMOptimizer(nn.Module):
 
         return step
 
-    def replay(self, grads, state, adjoint):
+    def replay(self, grads, state, adjoint, room=None):
         """Gradient of Σ_t ⟨adjoint_t, update_t⟩ with respect to the weights, over recorded inputs.
 
         This is the whole meta-gradient when the inputs count as constants (design: "The meta-gradient needs no graph
@@ -162,6 +182,7 @@ class LSTMOptimizer(nn.Module):
             grads: (T, N), the gradients fed to the network at steps 0 … T-1.
             state: the state before step 0; not changed.
             adjoint: (T, N), the derivative of the loss with respect to each update; constant.
+            room: what `recorder` gave for the steps over these gradients from this state; used up.
 
         Returns:
             dict from name to gradient, for the parameters that require grad; no graph.
@@ -173,7 +194,7 @@ class LSTMOptimizer(nn.Module):
         if adjoint.shape != grads.shape:
             raise ValueError(f"adjoint must have the shape of grads {tuple(grads.shape)}, got {tuple(adjoint.shape)}")
         wanted = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        gradients = self._replay(grads, state, adjoint, wanted)
+        gradients = self._replay(grads, state, adjoint, wanted, room)
         return {name: gradients[name] for name in wanted}
 
     def pull_back(self, grad, state, adjoint, next_adjoints):
@@ -282,9 +303,10 @@ class LSTMOptimizer(nn.Module):
         return gradients
 
     @torch.no_grad()
-    def _replay(self, grads, state, adjoint, wanted):
+    def _replay(self, grads, state, adjoint, wanted, room):
         hidden, cell, *memory = state
         kernels, packed = self._packed_kernels()
+        kept = {"room": room} if room is not None and room.packed is packed and room.steps == len(grads) else {}
         own = {name: parameter for name, parameter in wanted.items() if not name.startswith(("lstm.", "output."))}  # `embed`'s
         if kernels is lstm_blocks and grads.device.type != "cpu" or is_triton(kernels) and (own or self.squash):
             return self._replay_with_graph(grads, state, adjoint)
@@ -300,7 +322,9 @@ class LSTMOptimizer(nn.Module):
                 pieces.append(torch.autograd.grad(self.embed(readings(start, stop)), list(own.values()), dfeatures))
 
         parts = kernels.replay_blocks(packed, lambda a, b: self.embed(readings(a, b)), hidden, cell,
-                                      self._above(adjoint), self.squash, pulled if own else None, **left)
+                                      self._above(adjoint), self.squash, pulled if own else None, **left, **kept)
+        if kept:
+            room.leave()
         return self._names_of(*parts) | {name: sum(piece) for name, piece in zip(own, zip(*pieces))}
 
     @torch.enable_grad()
@@ -388,12 +412,13 @@ class CoordinatewiseLSTM(LSTMOptimizer):
     def embed(self, readings):
         return readings
 
-    def record_quadratics(self, quadratics, theta, state, updates):
+    def record_quadratics(self, quadratics, theta, state, updates, keep):
         """`unrolling.record` for the functions ‖Wθ − y‖², by a compiled loop; None where there is none.
 
         Args:
             quadratics: W (B, n, n), y (B, n, 1) and 2 Wᵀ.
             theta: (N,) with N = B · n. Not changed, nor is `state`.
+            keep: whether `replay` will be asked about these steps.
         """
         kernels, packed = self._packed_kernels()
         fits = type(self) is CoordinatewiseLSTM and kernels.__name__ == "lstm_numba"
@@ -401,7 +426,7 @@ class CoordinatewiseLSTM(LSTMOptimizer):
             return None
         self._check(theta, state, tuple(theta.shape))
         recorded = import_module("quadratics_numba").record_quadratics(
-            packed, quadratics, theta, *state, updates, self.p if self.preprocess else 0)
+            packed, quadratics, theta, *state, updates, self.p if self.preprocess else 0, keep)
         fed = recorded[1][:-1]
         if not math.isfinite(fed.sum().item()):
             for gradient in fed:

@@ -7,8 +7,8 @@ tested against. It holds arithmetic only.
 
 import numpy as np
 
-from lstm_numba import LANES, TILES, array, compiled, run_step, side_by_side
-from unrolling import clone
+from lstm_numba import LANES, TILES, Room, array, compiled, no_room, run_step, side_by_side
+from state_nests import clone
 
 __all__ = ["record_quadratics"]
 
@@ -37,7 +37,7 @@ def value_and_gradient(W, y, twice, theta, residual, gradient):
 
 @compiled
 def run_window(W, y, twice, theta, p, weights, biases, output, hidden, cells, losses, gradients, first, last, update,
-               residual, scratch):
+               residual, scratch, room, shares):
     """The window of functions first … last. The state and theta are overwritten."""
     n = W.shape[1]
     start, stop = first * n, last * n
@@ -47,12 +47,12 @@ def run_window(W, y, twice, theta, p, weights, biases, output, hidden, cells, lo
             losses[t, b] = value_and_gradient(W[b], y[b], twice[b], theta[here], residual, gradients[t, here])
         if t + 1 < len(gradients):
             run_step(weights, biases, output, p, gradients[t:t + 1], 0, hidden, cells, start, stop, update, hidden, cells,
-                     scratch)
+                     scratch, room, shares, t, len(gradients) - 1)
             for i in range(start, stop):
                 theta[i] += update[i]
 
 
-def record_quadratics(packed, quadratics, theta, hidden, cells, updates, p):
+def record_quadratics(packed, quadratics, theta, hidden, cells, updates, p, keep):
     """`unrolling.record` for quadratics and a `CoordinatewiseLSTM` with these packed weights.
 
     quadratics: W (B, n, n), y (B, n, 1) and 2 Wᵀ. p: of "log_sign", or 0 for no preprocessing.
@@ -61,12 +61,13 @@ def record_quadratics(packed, quadratics, theta, hidden, cells, updates, p):
     (functions, n), N, kind = W.shape[:2], len(theta), packed.weights.dtype
     theta, hidden, cells = map(clone, (theta, hidden, cells))
     losses, gradients = theta.new_empty(updates + 1, functions), theta.new_empty(updates + 1, N)
-    update = np.empty(N, kind)
+    update, room = np.empty(N, kind), Room(packed, N, updates) if keep else None
+    kept = (room.array, room.shares) if room else no_room(packed)
     whole = W, y.reshape(functions, n), twice, array(theta), float(p), packed.weights, packed.biases, packed.output
     own = array(hidden), array(cells), array(losses), array(gradients)
 
     def work(first, last):
-        run_window(*whole, *own, first, last, update, np.empty(n, kind), packed.scratch(1, TILES))
+        run_window(*whole, *own, first, last, update, np.empty(n, kind), packed.scratch(1, TILES), *kept)
 
     side_by_side(work, functions, max(CHUNK // n, LANES))
-    return losses, gradients, theta, (hidden, cells)
+    return losses, gradients, theta, (hidden, cells), room

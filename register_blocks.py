@@ -15,8 +15,8 @@ from numba.extending import intrinsic
 
 from register_vectors import INDEX, LANES, REGISTER, REGISTERS, Vectors
 
-__all__ = ["ALONE", "LANES", "OUTER", "ROWS", "UNITS", "add_outer_blocks", "add_product_blocks", "cell_back_blocks",
-           "cell_blocks", "copy_rows", "fetch_rows"]
+__all__ = ["ALONE", "LANES", "OUTER", "ROWS", "UNITS", "add_outer_blocks", "add_product_blocks", "cell_again_blocks",
+           "cell_back_blocks", "cell_blocks", "copy_rows", "fetch_rows"]
 
 TOGETHER = 2  # vectors of a row, at most, that are in registers at once
 ROWS = 8 if REGISTERS == 32 else 4  # of a block of a product: with so many sums the multiplications never wait
@@ -125,6 +125,33 @@ def cell_blocks(typing, units, blocks, weight, width, bias, count, x, cell, new_
 
     return types.void(units, types.intp, weight, types.intp, bias, types.intp, x, cell, new_cell, hidden, types.intp, gates,
                       tanhs), generate
+
+
+@intrinsic(prefer_literal=True)
+def cell_again_blocks(typing, units, blocks, gates, cell, new_cell, hidden, tanhs):
+    """`cell_blocks` once more, of which gates were kept: only what is not a product."""
+    arrays, U = (gates, cell, new_cell, hidden, tanhs), units.literal_value
+
+    def generate(context, builder, signature, values):
+        vectors = Vectors(context, builder, gates.dtype)
+        rows, old, new, out, kept_tanhs = vectors.pointers(values[2:], arrays)
+
+        def block(number, _):
+            row, unit = (builder.mul(number, ir.Constant(INDEX, size * LANES)) for size in (4 * U, U))
+            for u in range(U):
+                for place in vectors.places:
+                    i, f, g, o = (vectors.load(vectors.at(rows, row, (gate * U + u) * LANES + place)) for gate in range(4))
+                    spot = u * LANES + place
+                    c = vectors.add_product(vectors.times(i, g), f, vectors.load(vectors.at(old, unit, spot)))
+                    t = vectors.tanh(c)
+                    for value, pointer in ((c, new), (t, kept_tanhs), (vectors.times(o, t), out)):
+                        vectors.store(value, vectors.at(pointer, unit, spot))
+            return []
+
+        vectors.loop(values[1], [], block)
+        return context.get_dummy_value()
+
+    return types.void(units, types.intp, gates, cell, new_cell, hidden, tanhs), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -5,7 +5,7 @@ Networks choose their own nest (`init_state`); what moves, cuts or stores a stat
 
 import torch
 
-__all__ = ["fill_leaves", "map_tensors", "named_leaves", "tensors_in"]
+__all__ = ["clone", "fill_leaves", "map_tensors", "named_leaves", "tensors_in"]
 
 
 def map_leaves(function, state, name):
@@ -21,6 +21,11 @@ def map_leaves(function, state, name):
 def map_tensors(function, state):
     """Apply a function to every tensor in a state; leaves that are no tensors stay as they are."""
     return map_leaves(lambda _, leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, state, "state")
+
+
+def clone(tensor):
+    """A copy in one piece."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def tensors_in(state):

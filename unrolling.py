@@ -10,7 +10,6 @@ import math
 
 import torch
 
-from state_nests import map_tensors
 
 __all__ = ["Coordinates", "bound", "record", "stepper", "unroll"]
 
@@ -106,37 +105,42 @@ def bound(net, coordinates):
     return net.bind(coordinates) if hasattr(net, "bind") else net
 
 
-def unroll(net, loss, coordinates, theta, state, step, updates, keep_states=False):
+def unroll(net, loss, coordinates, theta, state, step, updates, keep_states=False, advance=None):
     """Yield (losses (B,), ∇ (N,), θ (N,), state) at steps step … step + updates, with an update after each but the last.
 
     The state given is not changed. Those yielded are overwritten by the next step, where the network can do that, unless
-    `keep_states`. Run it under `torch.no_grad()`.
+    `keep_states`. advance: (gradient, state) -> (update, next state), instead of the network's. Run it under
+    `torch.no_grad()`.
     """
-    advance = net
+    take = advance or net
     for t in range(updates + 1):
-        if t == 1 and not keep_states:
-            advance = stepper(net, state)
+        if t == 1 and not (advance or keep_states):
+            take = stepper(net, state)
         losses, gradient = coordinates.losses_and_gradient(loss, theta, step + t)
         yield losses, gradient, theta, state
         if t < updates:
-            update, state = advance(gradient, state)
+            update, state = take(gradient, state)
             theta = theta + update
 
 
-def record(net, loss, coordinates, theta, state, step, updates):
-    """The same to its end: losses (updates + 1, B), gradients ∇ (updates + 1, N), θ and the state there.
+def record(net, loss, coordinates, theta, state, step, updates, keep):
+    """The same to its end: losses (updates + 1, B), gradients ∇ (updates + 1, N), θ and the state there, and with `keep`
+    what the network may want to be given at their replay, as `room`, or None.
 
     Quadratics go through all steps in one compiled loop where the network can do that.
     """
     if hasattr(net, "record_quadratics") and hasattr(loss, "quadratics"):
-        recorded = net.record_quadratics(loss.quadratics, theta, state, updates)
+        recorded = net.record_quadratics(loss.quadratics, theta, state, updates, keep)
         if recorded is not None:
             return recorded
-    losses, gradients = [], theta.new_empty(updates + 1, len(theta))
-    for values, gradient, theta, state in unroll(net, loss, coordinates, theta, state, step, updates):
+    losses, gradients, advance, room = [], theta.new_empty(updates + 1, len(theta)), None, None
+    if hasattr(net, "recorder"):
+        take, own, room = net.recorder(state, updates if keep else None)
+        advance = lambda gradient, state: (take(gradient), own)  # noqa: E731
+    for values, gradient, theta, state in unroll(net, loss, coordinates, theta, state, step, updates, advance=advance):
         gradients[len(losses)] = gradient
         losses.append(values)
-    return torch.stack(losses), gradients, theta, state
+    return torch.stack(losses), gradients, theta, state, room
 
 
 def stepper(net, state):
@@ -148,7 +152,3 @@ def stepper(net, state):
     if "inplace" in inspect.signature(net.forward).parameters:
         return lambda gradient, state: net(gradient, state, inplace=True)
     return net
-
-
-def clone(tensor):
-    return tensor.clone(memory_format=torch.contiguous_format)

@@ -1,5 +1,6 @@
 """What is in the compiled kernels alone; that they do what the plain ones do is in test_optimizers and test_meta_gradients."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from preprocessing import log_sign
 numba = pytest.importorskip("numba", reason="the kernels are compiled by numba")
 import lstm_numba  # noqa: E402
 from meta_gradients import replay_by_autograd  # noqa: E402
-from optimizers import CoordinatewiseLSTM  # noqa: E402
+from optimizers import CoordinatewiseLSTM, NormalizedLSTM, RNNProp  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6)])
@@ -66,6 +67,77 @@ def test_kernels_do_not_pass_over_what_a_subclass_reads(preprocess, monkeypatch)
     traced = replay_by_autograd(net, grads, net.init_state(5), adjoint)
     for name in traced:
         torch.testing.assert_close(replayed[name], traced[name], rtol=1e-10, atol=1e-12)
+
+
+def steps_and_replays(net, N, steps, threads=1):
+    """Replays with and without what the steps have kept, as pairs of dicts; the room; and what has to be unchanged."""
+    grads, adjoint = torch.randn(2, steps, N, dtype=torch.float64)
+    state = tuple(0.3 * torch.randn(part.shape, dtype=torch.float64) for part in net.init_state(N)[:2]) + net.init_state(N)[2:]
+    before, here = tuple(part.clone() for part in state), tuple(part.clone() for part in state)
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        step, own, room = net.recorder(state, steps)
+        updates = [step(grad).clone() for grad in grads]
+        kept = net.replay(grads, state, adjoint, room=room)
+        plain = net.stepper(here)
+        assert all(torch.equal(plain(grad), update) for grad, update in zip(grads, updates))
+        assert all(map(torch.equal, own, here)) and all(map(torch.equal, state, before))
+    return kept, net.replay(grads, state, adjoint), room
+
+
+@pytest.fixture
+def one_thread_later():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("net", [
+    CoordinatewiseLSTM(), CoordinatewiseLSTM(5, 3, "log_sign", output_scale=0.1), CoordinatewiseLSTM(3, 1),
+    RNNProp(), NormalizedLSTM(hidden_size=7)])
+@pytest.mark.parametrize("N, tiles, threads", [(1, 10, 1), (150, 100, 2), (333, 12, 2), (333, 27, 1), (333, 6, 1), (333, 5, 2)])
+def test_replay_with_what_the_steps_have_kept(net, N, tiles, threads, monkeypatch, one_thread_later):
+    """Gates of all tiles, of some, of all in the upper layers and some in the lower ones, of too few to be worth it."""
+    monkeypatch.setenv("L2O_KERNELS", "numba")
+    monkeypatch.setattr(lstm_numba, "REPLAY_CHUNK", 7 * 16 * 9)
+    monkeypatch.setattr(lstm_numba, "STEP_CHUNK", 16 * 9)
+    net, steps = copy.deepcopy(net).double(), 7
+    monkeypatch.setattr(lstm_numba, "ROOM", tiles * steps * 4 * net.hidden_size * lstm_numba.LANES * 8)
+    kept, plain, room = steps_and_replays(net, N, steps, threads)
+    whole, layers = -(-N // lstm_numba.LANES), net.num_layers
+    expected = [max(0, min(whole, tiles - whole * above)) for above in reversed(range(layers))]
+    assert room.shares.tolist() == (expected if tiles >= whole / 4 else [0] * layers)
+    for name in plain:
+        assert (kept[name] - plain[name]).norm() <= 1e-12 * plain[name].norm()
+
+
+def test_what_was_kept_under_other_weights_is_not_used(monkeypatch):
+    monkeypatch.setenv("L2O_KERNELS", "numba")
+    net, grads = CoordinatewiseLSTM(), torch.randn(3, 40)
+    with torch.no_grad():
+        step, _, room = net.recorder(net.init_state(40), 3)
+        for grad in grads:
+            step(grad)
+        for parameter in net.parameters():
+            parameter *= 2
+    found, expected = net.replay(grads, net.init_state(40), grads, room=room), net.replay(grads, net.init_state(40), grads)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_windows_at_the_same_time_have_rooms_of_their_own(monkeypatch):
+    monkeypatch.setenv("L2O_KERNELS", "numba")
+    net, grads, adjoint = CoordinatewiseLSTM(), torch.randn(3, 40), torch.randn(3, 40)
+    state = net.init_state(40)
+    expected = net.replay(grads, state, adjoint)
+    with torch.no_grad():
+        (one, _, first), (two, _, second) = net.recorder(state, 3), net.recorder(state, 3)
+        for grad in grads:
+            one(grad), two(-grad)
+    found, memory = net.replay(grads, state, adjoint, room=first), second.array.ctypes.data
+    net.replay(-grads, state, adjoint, room=second)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+    assert net.recorder(state, 3)[2].array.ctypes.data == memory  # the next window uses what the last one left
 
 
 @pytest.mark.parametrize("length, most, threads, expected", [

@@ -88,7 +88,7 @@ def test_adjoint_bound():
     exploding, seen[:] = torch.stack(seen), []
     meta_gradient(**window, second_order=True, adjoint_bound=1.0)
     bounded, seen[:] = torch.stack(seen), []
-    net.replay = lambda grads, state, adjoint: seen.append(adjoint.flip(0)) or {}
+    net.replay = lambda grads, state, adjoint, room=None: seen.append(adjoint.flip(0)) or {}
     meta_gradient(**window)
     norms = [adjoints.view(30, 4, 10).norm(dim=2) for adjoints in (exploding, bounded, seen[0])]
     assert (norms[0] > 10 * norms[2]).any() and (norms[1] <= norms[2] * (1 + 1e-10)).all()

@@ -20,13 +20,13 @@ def compiled_kernels(monkeypatch):
 
 
 def window(net, problem, functions, seed=0):
-    """(net, loss, coordinates, theta, state, step, updates) of a window in the middle of an optimization."""
+    """(net, loss, coordinates, theta, state, step, updates, keep) of a window in the middle of an optimization."""
     generator = torch.Generator().manual_seed(seed)
     batch = problem.sample(functions, generator)
     coordinates = Coordinates(batch.params)
     theta = torch.randn(functions * problem.dim, generator=generator, dtype=problem.dtype)
     state = tuple(torch.rand(part.shape, generator=generator, dtype=problem.dtype) - 0.5 for part in net.init_state(len(theta)))
-    return net, batch.loss, coordinates, theta, state, 3, 7
+    return net, batch.loss, coordinates, theta, state, 3, 7, False
 
 
 def stepwise(net, loss, *rest):
