@@ -3,7 +3,8 @@
 The optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1). As in `lstm_blocks`, features lie along rows
 and coordinates along columns; here a tile of columns goes through all layers, gates and (in the replay) all steps
 within the cache, in one compiled loop, without an operation of torch. Tiles are independent: as many run at once as
-torch has threads. Beside the arguments and results, memory holds one scratch of fixed size for each thread.
+torch has threads. Beside the arguments and results, memory holds one scratch of fixed size for each thread, and a `Room` of
+at most 96 MB.
 
 A tile is `LANES` columns wide. What it keeps lies step by step, each step's rows one after the other in a flat array.
 Step s of `columns` holds x_s, h⁰_{s-1}, h¹_{s-2}, …, so that what layer l multiplies at time t, the state below and its
@@ -455,8 +456,12 @@ class Room:
             for l in reversed(range(len(self.shares))):
                 self.shares[l] = min(tiles, fit - self.shares.sum())
         needed = int(self.shares.sum()) * size * packed.weights.itemsize
-        self.memory = Room.spare.pop() if Room.spare else np.empty(0, np.uint8)
+        try:
+            self.memory = Room.spare.pop()
+        except IndexError:
+            self.memory = np.empty(0, np.uint8)
         if len(self.memory) < needed:
+            self.memory = None  # not both at once
             self.memory = np.empty(needed, np.uint8)
         self.array = self.memory[:needed].view(packed.weights.dtype)
 
@@ -485,6 +490,8 @@ def stepper(packed, hidden, cells, log_sign=0, new=None, room=None):
 
     def step(features):
         nonlocal before, done
+        if room and done == steps:
+            raise RuntimeError(f"there is room for {steps} steps only")
 
         def work(start, stop):
             run_step(*inputs, array(features(start, stop)), start, *before, start, stop, out, *after,

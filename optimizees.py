@@ -31,7 +31,9 @@ class MetaBatch(NamedTuple):
 
     A loss may be an object that also has `with_gradient(params, step)`, which returns the losses (B,) and the gradient of
     their sum, a dict like params, without a graph: for functions so small that autograd costs more than they do. With
-    `tensors(step)` and `of(tensors)` its windows can be captured, see `cuda_graphs.CapturedWindow`.
+    `tensors(step)` and `of(tensors)` its windows can be captured, see `cuda_graphs.CapturedWindow`. If it is ‖Wθ − y‖² of the
+    only parameter (B, n), whatever its name, at every step, it may say so by `quadratics`, the tensors W (B, n, n), y (B, n, 1)
+    and 2 Wᵀ: then windows are unrolled by `quadratics_numba` where they can be.
     """
 
     params: dict

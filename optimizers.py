@@ -419,12 +419,20 @@ class CoordinatewiseLSTM(LSTMOptimizer):
             quadratics: W (B, n, n), y (B, n, 1) and 2 Wᵀ.
             theta: (N,) with N = B · n. Not changed, nor is `state`.
             keep: whether `replay` will be asked about these steps.
+
+        Raises:
+            ValueError: shapes do not fit each other.
+            NonFiniteError: a gradient holds an infinity or a NaN.
         """
         kernels, packed = self._packed_kernels()
         fits = type(self) is CoordinatewiseLSTM and kernels.__name__ == "lstm_numba"
         if not fits or any(tensor.dtype != theta.dtype or tensor.is_cuda for tensor in quadratics):
             return None
         self._check(theta, state, tuple(theta.shape))
+        B, n = quadratics[1].shape[:2]
+        if [tuple(tensor.shape) for tensor in quadratics] != [(B, n, n), (B, n, 1), (B, n, n)] or B * n != len(theta):
+            raise ValueError("a loss's quadratics must be W (B, n, n), y (B, n, 1) and 2 Wᵀ, of B functions of n coordinates; got "
+                             f"{[tuple(tensor.shape) for tensor in quadratics]} for {len(theta)} coordinates")
         recorded = import_module("quadratics_numba").record_quadratics(
             packed, quadratics, theta, *state, updates, self.p if self.preprocess else 0, keep)
         fed = recorded[1][:-1]

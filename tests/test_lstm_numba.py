@@ -118,6 +118,8 @@ def test_what_was_kept_under_other_weights_is_not_used(monkeypatch):
         step, _, room = net.recorder(net.init_state(40), 3)
         for grad in grads:
             step(grad)
+        with pytest.raises(RuntimeError, match="room for 3 steps only"):
+            step(grads[0])
         for parameter in net.parameters():
             parameter *= 2
     found, expected = net.replay(grads, net.init_state(40), grads, room=room), net.replay(grads, net.init_state(40), grads)

@@ -115,6 +115,9 @@ def test_what_is_not_compiled_is_refused_or_done_as_ever(kernels, monkeypatch):
         close(record(*given), stepwise(*given), 1e-5)
         with pytest.raises(ValueError, match="state's hidden must have shape"):
             record(*given[:4], CoordinatewiseLSTM().init_state(11), *given[5:])
+        too_few = Quadratics(4).sample(2).loss
+        with pytest.raises(ValueError if kernels == "numba" else RuntimeError, match="for 12 coordinates|size"):
+            record(given[0], too_few, *given[2:])
     batch = Quadratics(4, torch.float64).sample(3)
     with torch.no_grad(), pytest.raises((ValueError, RuntimeError)):  # functions of one precision, θ of another
         record(given[0], batch.loss, *given[2:])
