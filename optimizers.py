@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import nn
 
 import lstm_blocks
-from argument_checks import NonFiniteError, check_count, check_finite, check_positive_number
+from argument_checks import NonFiniteError, check_count, check_finite, check_positive_number, sum_is_finite
 from learned_optimizer import LearnedOptimizer
 from odd_weights import odd_part
 from per_kind import PerKind
@@ -435,9 +435,8 @@ class CoordinatewiseLSTM(LSTMOptimizer):
                              f"{[tuple(tensor.shape) for tensor in quadratics]} for {len(theta)} coordinates")
         recorded = import_module("quadratics_numba").record_quadratics(
             packed, quadratics, theta, *state, updates, self.p if self.preprocess else 0, keep)
-        fed = recorded[1][:-1]
-        if not math.isfinite(fed.sum().item()):
-            for gradient in fed:
+        if not sum_is_finite(recorded[1][:-1]):
+            for gradient in recorded[1][:-1]:
                 check_finite(gradient, "grad")
         return recorded
 

@@ -148,3 +148,11 @@ def write_art(root, form="folder", side=20, counts=(("train", 6), ("validation",
 def small_art(tmp_path):
     """A data root with 6, 3 and 4 images of 20×20 pixels, two of 32×32, and two styles."""
     return write_art(tmp_path / "art")
+
+
+@pytest.fixture
+def threads_as_before():
+    """A test may set the number of torch's threads."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -32,20 +32,16 @@ def test_log_sign_of_every_scale(dtype, tolerance, p):
     assert not rows[:, width:].any()  # the last tile is filled up with zeros
 
 
-def test_a_step_reads_the_gradient_wherever_a_piece_begins(monkeypatch):
+def test_a_step_reads_the_gradient_wherever_a_piece_begins(monkeypatch, threads_as_before):
     """Tiles, pieces and threads: each coordinate's update is its own."""
     monkeypatch.setenv("L2O_KERNELS", "numba")
     net, grads = CoordinatewiseLSTM(preprocess="log_sign"), torch.randn(1000)
-    state, threads = net.init_state(1000), torch.get_num_threads()
     with torch.no_grad():
         single = torch.cat([net(grad[None], net.init_state(1))[0] for grad in grads])
-        try:
-            for count, chunk in ((1, 16 * 9), (2, 16 * 9), (2, 10**6)):
-                torch.set_num_threads(count)
-                monkeypatch.setattr(lstm_numba, "STEP_CHUNK", chunk)
-                torch.testing.assert_close(net(grads, state)[0], single, rtol=1e-6, atol=1e-7)
-        finally:
+        for threads, chunk in ((1, 16 * 9), (2, 16 * 9), (2, 10**6)):
             torch.set_num_threads(threads)
+            monkeypatch.setattr(lstm_numba, "STEP_CHUNK", chunk)
+            torch.testing.assert_close(net(grads, net.init_state(1000))[0], single, rtol=1e-6, atol=1e-7)
 
 
 class Halved(CoordinatewiseLSTM):
@@ -85,18 +81,11 @@ def steps_and_replays(net, N, steps, threads=1):
     return kept, net.replay(grads, state, adjoint), room
 
 
-@pytest.fixture
-def one_thread_later():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("net", [
     CoordinatewiseLSTM(), CoordinatewiseLSTM(5, 3, "log_sign", output_scale=0.1), CoordinatewiseLSTM(3, 1),
     RNNProp(), NormalizedLSTM(hidden_size=7)])
 @pytest.mark.parametrize("N, tiles, threads", [(1, 10, 1), (150, 100, 2), (333, 12, 2), (333, 27, 1), (333, 6, 1), (333, 5, 2)])
-def test_replay_with_what_the_steps_have_kept(net, N, tiles, threads, monkeypatch, one_thread_later):
+def test_replay_with_what_the_steps_have_kept(net, N, tiles, threads, monkeypatch, threads_as_before):
     """Gates of all tiles, of some, of all in the upper layers and some in the lower ones, of too few to be worth it."""
     monkeypatch.setenv("L2O_KERNELS", "numba")
     monkeypatch.setattr(lstm_numba, "REPLAY_CHUNK", 7 * 16 * 9)

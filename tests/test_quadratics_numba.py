@@ -53,19 +53,15 @@ def test_windows_equal_single_steps(dtype, tolerance, dim, functions, options):
     assert torch.equal(given[3], theta) and all(map(torch.equal, given[4], state))  # what is given is not changed
 
 
-def test_threads_share_the_functions(monkeypatch):
+def test_threads_share_the_functions(monkeypatch, threads_as_before):
     """The same to the last bit, in whatever pieces and by however many threads."""
-    given = window(CoordinatewiseLSTM(preprocess="log_sign"), Quadratics(7), 300)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count, chunk in ((1, 10_000_000), (1, 16 * 7), (2, 10_000_000), (2, 16 * 7)):
-            torch.set_num_threads(count)
-            monkeypatch.setattr("quadratics_numba.CHUNK", chunk)
-            with torch.no_grad():
-                found = record(*given)
-            results.append([*found[:3], *found[3]])
-    finally:
+    given, results = window(CoordinatewiseLSTM(preprocess="log_sign"), Quadratics(7), 300), []
+    for threads, chunk in ((1, 10_000_000), (1, 16 * 7), (2, 10_000_000), (2, 16 * 7)):
         torch.set_num_threads(threads)
+        monkeypatch.setattr("quadratics_numba.CHUNK", chunk)
+        with torch.no_grad():
+            found = record(*given)
+        results.append([*found[:3], *found[3]])
     assert all(torch.equal(one, other) for result in results[1:] for one, other in zip(result, results[0]))
 
 
