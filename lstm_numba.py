@@ -4,7 +4,7 @@ The optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1). As in
 and coordinates along columns; here a tile of columns goes through all layers, gates and (in the replay) all steps
 within the cache, in one compiled loop, without an operation of torch. Tiles are independent: as many run at once as
 torch has threads. Beside the arguments and results, memory holds one scratch of fixed size for each thread, and a `Room` of
-at most 96 MB.
+at most 208 MB.
 
 A tile is `LANES` columns wide. What it keeps lies step by step, each step's rows one after the other in a flat array.
 Step s of `columns` holds x_s, h⁰_{s-1}, h¹_{s-2}, …, so that what layer l multiplies at time t, the state below and its
@@ -26,18 +26,28 @@ import numba
 import numpy as np
 import torch
 
-from register_blocks import (ALONE, LANES, OUTER, ROWS, UNITS, add_outer_blocks, add_product_blocks, cell_again_blocks,
-                             cell_back_blocks, cell_blocks, copy_rows, fetch_rows)
+from register_blocks import (ALONE, BEYOND, LANES, OUTER, REGISTER, ROWS, UNITS, add_outer_blocks, add_product_blocks,
+                             cell_again_blocks, cell_back_blocks, cell_blocks, copy_rows, fetch_rows, log_sign_row)
 
 __all__ = ["DOES_LOG_SIGN", "PackedLSTM", "Room", "replay_blocks", "step_back_blocks", "step_blocks", "stepper"]
 
+
+def level_2_cache():
+    """Bytes of a core's, as Linux says, or as many processors have."""
+    try:
+        return os.sysconf("SC_LEVEL2_CACHE_SIZE") or 1 << 20
+    except (AttributeError, ValueError, OSError):  # another system
+        return 1 << 20
+
+
 STEP_CHUNK = 1024 * LANES  # columns in one call of a compiled function, whose own cost of some µs is spread over them
 REPLAY_CHUNK = 5120 * LANES  # columns times steps, of which the inputs lie in memory at once
-ROOM = 96 << 20  # bytes of a `Room`
-WORTHWHILE = 0.25  # share of the top layer's tiles for which there must be room: for less it is not taken
+ROOM = 208 << 20  # bytes of a `Room`: all of 20 steps of the paper's network on MNIST
+STATES = 48 << 20  # of its state, at most: larger ones lie as they do elsewhere
+WORTHWHILE = 0.5  # share of the top layer's tiles for which there must be room: for less it is not taken
 TILES = 4  # that `run_step` loads together
 DOES_LOG_SIGN = "step", "replay"  # of what is below, what takes gradients as they are
-TERMS, LOG2 = tuple(range(21, 0, -2)), math.log(2)  # of the series in `run_log_sign`
+CACHE = level_2_cache()
 FAR = 4096  # from so many columns on the state is no longer in the cache when the next step comes
 
 # numba takes what it has compiled before from `__pycache__` while the function's own file has its date: so the name it is
@@ -173,15 +183,15 @@ def run_again(H, gates, cell, new_cell, hidden, tanhs):
 
 
 @in_order
-def pull_back(H, gates, cell, tanhs, dhidden, dcell):
+def pull_back(H, gates, cell, tanhs, dhidden, dcell, slopes):
     """`cell_back_blocks` for H units."""
     blocks = H // UNITS
     done = blocks * UNITS
     if blocks:
-        cell_back_blocks(UNITS, blocks, gates, cell, tanhs, dhidden, dcell)
+        cell_back_blocks(UNITS, blocks, gates, cell, tanhs, dhidden, dcell, slopes)
     if H > done:
         cell_back_blocks(1, H - done, gates[4 * done * LANES:], cell[done * LANES:], tanhs[done * LANES:],
-                         dhidden[done * LANES:], dcell[done * LANES:])
+                         dhidden[done * LANES:], dcell[done * LANES:], slopes[4 * done * LANES:])
 
 
 @compiled
@@ -209,38 +219,35 @@ def part_of(scratch, start, layers, steps, length):
 
 
 @compiled
-def load(source, first, step, rows, width, out, out_step, out_tile):
-    """`width` columns of source, from `first` on, rows `step` apart, into tiles `out_tile` apart, filled up with zeros."""
+def load(source, first, row, tile, rows, width, out, out_row, out_tile):
+    """`width` columns of source, from `first` on, into tiles of `out`, filled up with zeros. Rows and tiles are so far apart."""
     whole = width // LANES
     if whole:
-        copy_rows(rows, whole, source[first:], step, LANES, out, out_step, out_tile)
+        copy_rows(rows, whole, source[first:], row, tile, out, out_row, out_tile)
     if width > whole * LANES:
         for r in range(rows):
-            start, at = first + r * step + whole * LANES, r * out_step + whole * out_tile
+            start, at = first + r * row + whole * tile, r * out_row + whole * out_tile
             for j in range(LANES):
                 out[at + j] = source[start + j] if j < width - whole * LANES else 0
 
 
 @compiled
-def store(source, source_tile, width, out, start):
-    """The reverse: rows of tiles into out[:, start:start + width]."""
+def store(source, source_tile, rows, width, out, first, row, tile):
+    """The reverse: rows of tiles into `width` columns of out, from `first` on."""
     whole = width // LANES
     if whole:
-        copy_rows(out.shape[0], whole, source, LANES, source_tile, out[0, start:], out.shape[1], LANES)
-    for u in range(out.shape[0]):
-        for j in range(whole * LANES, width):
-            out[u, start + j] = source[whole * source_tile + u * LANES + j - whole * LANES]
+        copy_rows(rows, whole, source, LANES, source_tile, out[first:], row, tile)
+    if width > whole * LANES:
+        for r in range(rows):
+            start = first + r * row + whole * tile
+            for j in range(width - whole * LANES):
+                out[start + j] = source[whole * source_tile + r * LANES + j]
 
 
 @compiled
-def gates_of(l, gates, tile, room, shares, steps):
-    """Where a tile's gates (steps, 4H · LANES) of layer l are: in `room` with those of other tiles, or else in `gates`.
-    And which."""
-    if tile >= shares[l]:
-        return gates[l], False
-    length = steps * gates.shape[2]
-    start = (shares[l + 1:].sum() + tile) * length
-    return room[start:start + length].reshape(steps, gates.shape[2]), True
+def place_in_room(l, tile, shares, length):
+    """Where in the room a tile's gates of layer l begin, which take `length` numbers; -1 where there is no room for them."""
+    return (shares[l + 1:].sum() + tile) * length if tile < shares[l] else -1
 
 
 @compiled
@@ -251,80 +258,64 @@ def record(weights, biases, inputs, columns, cells, gates, tanhs, tile, room, sh
     the room are those that were kept there before.
     """
     layers, rows = biases.shape
-    H, width = rows // 4, weights.shape[1] // rows
+    H, width, size = rows // 4, weights.shape[1] // rows, gates.shape[2]
     for t in range(end - begin):
         for l in range(layers):
-            below, size = (inputs + (l - 1) * H, H) if l else (0, inputs)
-            own, (place, kept) = (below + size) * LANES, gates_of(l, gates, tile, room, shares, steps)
-            gate = place[begin + t if kept else t]
-            if kept and again:
+            below, above = (inputs + (l - 1) * H, H) if l else (0, inputs)
+            own, start = (below + above) * LANES, place_in_room(l, tile, shares, steps * size)
+            gate, keep = (room[start + (begin + t) * size:], BEYOND) if start >= 0 else (gates[l, t], again)
+            if start >= 0 and again:
                 run_again(H, gate, cells[l, t], cells[l, t + 1], columns[t + l + 1, own:], tanhs[l, t])
             else:
-                run_cell(H, weights[l], width, biases[l], size + H, columns[t + l, below * LANES:], cells[l, t],
-                         cells[l, t + 1], columns[t + l + 1, own:], kept or again, gate, tanhs[l, t])
+                run_cell(H, weights[l], width, biases[l], above + H, columns[t + l, below * LANES:], cells[l, t],
+                         cells[l, t + 1], columns[t + l + 1, own:], keep, gate, tanhs[l, t])
 
 
 @compiled
-def load_state(hidden, cells, inputs, start, width, columns, c):
+def load_state(hidden, cells, lie, inputs, start, width, columns, c):
     """The state before the first step into tiles."""
-    layers, H, N = hidden.shape
+    layers, H = c.shape[0] // len(columns), c.shape[2] // LANES
     for l in range(layers):
-        load(hidden[l].reshape(-1), start, N, H, width, columns[0, l, (inputs + l * H) * LANES:], LANES, columns[0].size)
-        load(cells[l].reshape(-1), start, N, H, width, c[l, 0], LANES, layers * c[0].size)
+        first = l * lie[0] + start // LANES * lie[2]
+        load(hidden, first, lie[1], lie[2], H, width, columns[0, l, (inputs + l * H) * LANES:], LANES, columns[0].size)
+        load(cells, first, lie[1], lie[2], H, width, c[l, 0], LANES, layers * c[0].size)
 
 
 @compiled
 def load_log_sign(source, first, width, p, out, out_tile):
-    """`width` numbers of source, from `first` on, as their log_sign into the first two rows of tiles `out_tile` apart."""
+    """`width` numbers of source, from `first` on, as their log_sign into the first two rows of tiles `out_tile` apart, which
+    are filled up with those of 0."""
+    least, steepest = math.exp(-p), math.exp(p)
+    load(source, first, 0, LANES, 1, width, out[LANES:], 0, out_tile)
     for tile in range(-(-width // LANES)):
-        start, at, count = first + tile * LANES, tile * out_tile, min(LANES, width - tile * LANES)
-        if count < LANES:
-            out[at:at + 2 * LANES] = 0
-        run_log_sign(source[start:start + count], p, out[at:at + LANES], out[at + LANES:at + 2 * LANES])
+        log_sign_row(p, least, steepest, out[tile * out_tile:])
 
 
 @compiled
-def run_log_sign(grads, p, sizes, signs):
-    """`preprocessing.log_sign` of numbers, not NaN: log|∇| / p and sgn ∇, or -1 and e^p ∇ where |∇| < e^-p.
-
-    |∇| = 2^n m with √½ ≤ m < √2, and log m = 2 artanh s = 2 (s + s³/3 + …) for s = (m - 1) / (m + 1); to 1e-16, in
-    float64 throughout. Written out so that it is vectorized, which calls of math.log are not.
-    """
-    least, steepest, half = math.exp(-p), math.exp(p), np.int64(0x3FE6A09E667F3BCD)  # the bits of √½
-    for i in range(len(grads)):
-        bits = np.float64(max(abs(grads[i]), least)).view(np.int64)
-        n = (bits - half) >> 52
-        m = np.int64(bits - (n << 52)).view(np.float64)
-        s = (m - 1) / (m + 1)
-        z, series = s * s, 0.0
-        for k in TERMS:
-            series = series * z + 1 / k
-        sizes[i] = (n * LOG2 + 2 * s * series) / p
-        signs[i] = min(max(grads[i] * steepest, -1), 1)
-
-
-@compiled
-def run_step(weights, biases, output, p, features, offset, hidden, cells, start, stop, update, new_hidden, new_cells, scratch,
-             room, shares, step, steps):
+def run_step(weights, biases, output, p, features, offset, hidden, cells, lie, start, stop, update, new_hidden, new_cells,
+             new_lie, scratch, room, shares, step, steps):
     """One step of the coordinates start … stop. features (inputs, …) begin at coordinate `offset`; if p is not 0 they are
     gradients (1, …), of which log_sign makes two. room, shares: see `Room`; it is number `step` of its `steps`.
 
-    Rows of the state lie far apart in memory: so what `TILES` tiles need of one is read, and written, together.
+    The state before the step, flat, lies as `lie` says, that after it as `new_lie`: so far apart are layers, rows and tiles.
+    Where rows lie far apart, what `TILES` tiles need of one is read, and written, together.
     """
-    (layers, H, N), inputs, group = hidden.shape, 2 if p > 0 else features.shape[0], TILES * LANES
+    layers, inputs, group = len(weights), 2 if p > 0 else features.shape[0], TILES * LANES
+    H = biases.shape[1] // 4
     columns, c, gates, tanhs, outputs, _, _, _, _ = carve(scratch, TILES, 1, inputs, layers, 4 * H)
     for first in range(start, stop, group):
         width = min(group, stop - first)
         if p > 0:
             load_log_sign(features[0], first - offset, width, p, columns.reshape(-1), columns[0].size)
         else:
-            load(features.reshape(-1), first - offset, features.shape[1], inputs, width, columns[0, 0], LANES, columns[0].size)
-        load_state(hidden, cells, inputs, first, width, columns, c)
+            load(features.reshape(-1), first - offset, features.shape[1], LANES, inputs, width, columns[0, 0], LANES,
+                 columns[0].size)
+        load_state(hidden, cells, lie, inputs, first, width, columns, c)
         for tile in range(-(-width // LANES)):
             row, last = tile * layers * H // TILES, (tile + 1) * layers * H // TILES
-            if N >= FAR and first + 2 * group <= stop and row < last:  # a share of what the next tiles will read
-                fetch_rows(last - row, TILES, hidden.reshape(-1)[row * N + first + group:], N)
-                fetch_rows(last - row, TILES, cells.reshape(-1)[row * N + first + group:], N)
+            if lie[1] >= FAR and first + 2 * group <= stop and row < last:  # a share of what the next tiles will read
+                fetch_rows(last - row, TILES, hidden[row * lie[1] + first + group:], lie[1])
+                fetch_rows(last - row, TILES, cells[row * lie[1] + first + group:], lie[1])
             record(weights, biases, inputs, columns[tile], c[tile * layers:], gates, tanhs, first // LANES + tile, room,
                    shares, step, step + 1, steps, 0)
             outputs[0] = output[H]
@@ -332,21 +323,25 @@ def run_step(weights, biases, output, p, features, offset, hidden, cells, start,
             for j in range(min(LANES, width - tile * LANES)):
                 update[first + tile * LANES + j] = outputs[0, j]
         for l in range(layers):
-            store(columns[0, l + 1, (inputs + l * H) * LANES:], columns[0].size, width, new_hidden[l], first)
-            store(c[l, 1], layers * c[0].size, width, new_cells[l], first)
+            at = l * new_lie[0] + first // LANES * new_lie[2]
+            store(columns[0, l + 1, (inputs + l * H) * LANES:], columns[0].size, H, width, new_hidden, at, new_lie[1],
+                  new_lie[2])
+            store(c[l, 1], layers * c[0].size, H, width, new_cells, at, new_lie[1], new_lie[2])
 
 
 @compiled
-def run_replay(weights, transposed, biases, output, squash, p, features, offset, hidden, cells, adjoint, start, stop, dfeatures,
-               dhidden, dcells, weight_sums, bias_sums, output_sums, scratch, room, shares):
+def run_replay(weights, transposed, biases, output, squash, p, features, offset, hidden, cells, lie, adjoint, start, stop,
+               dfeatures, dhidden, dcells, weight_sums, bias_sums, output_sums, scratch, room, shares, ahead):
     """The replay of the coordinates start … stop: adds to the sums.
 
-    features (T, inputs, …) and p are as of `run_step`. dfeatures lies like them; without columns it is not written.
+    features (T, inputs, …), p and the state are as of `run_step`. dfeatures lies like features; without columns it is not
+    written.
     dhidden and dcells (layers, H, N) are the adjoints of the state after the last step, and become those of the state
     before the first one; without columns the former are zeros and the latter not written. squash: outputs go through a
-    tanh.
+    tanh. ahead: fetch what the next tile will read of the room.
     """
-    steps, (layers, H), (_, given, across) = len(adjoint), hidden.shape[:2], features.shape
+    (steps, N), (layers, rows), (_, given, across) = adjoint.shape, biases.shape, features.shape
+    H = rows // 4
     inputs = 2 if p > 0 else given
     wanted, carried = dfeatures.shape[2] > 0, dhidden.shape[2] > 0
     tiles, c, gates, tanhs, pulls, dh, dc, dinput, z = carve(scratch, 1, steps, inputs, layers, 4 * H)
@@ -358,14 +353,14 @@ def run_replay(weights, transposed, biases, output, squash, p, features, offset,
                 load_log_sign(features[t, 0], within, width, p, columns[t], 0)
         else:
             for u in range(inputs):
-                load(features.reshape(-1), u * across + within, inputs * across, steps, width, columns[0, u * LANES:],
+                load(features.reshape(-1), u * across + within, inputs * across, LANES, steps, width, columns[0, u * LANES:],
                      columns.shape[1], 0)
-        load(adjoint.reshape(-1), first, adjoint.shape[1], steps, width, pulls.reshape(-1), LANES, 0)
-        load_state(hidden, cells, inputs, first, width, tiles, c)
+        load(adjoint.reshape(-1), first, N, LANES, steps, width, pulls.reshape(-1), LANES, 0)
+        load_state(hidden, cells, lie, inputs, first, width, tiles, c)
         if carried:
             for l in range(layers):
-                load(dhidden[l].reshape(-1), first, dhidden.shape[2], H, width, dh[l], LANES, 0)
-                load(dcells[l].reshape(-1), first, dcells.shape[2], H, width, dc[l], LANES, 0)
+                load(dhidden[l].reshape(-1), first, N, LANES, H, width, dh[l], LANES, 0)
+                load(dcells[l].reshape(-1), first, N, LANES, H, width, dc[l], LANES, 0)
         else:
             dh[:], dc[:] = 0, 0
         tile = first // LANES
@@ -374,17 +369,17 @@ def run_replay(weights, transposed, biases, output, squash, p, features, offset,
             for t in range(steps):
                 squash_adjoint(output, columns[t + layers, top:], pulls[t], z)
         for t in range(steps - 1, -1, -1):
-            add_output(output, pulls[t], dh[layers - 1])
+            add_product(output, 1, H, 1, pulls[t], dh[layers - 1])
             for l in range(layers - 1, -1, -1):
-                slopes = gates_of(l, gates, tile, room, shares, steps)[0][t]
-                coming, kept = gates_of(l, gates, tile + 1, room, shares, steps)
-                if kept and first + LANES < stop:  # the next tile will read them all before there is much to do
-                    fetch_rows(4 * H, 1, coming[t], LANES)
-                pull_back(H, slopes, c[l, t], tanhs[l, t], dh[l], dc[l])
+                slopes, size = gates[l, t], 4 * H * LANES
+                here, coming = place_in_room(l, tile, shares, steps * size), place_in_room(l, tile + 1, shares, steps * size)
+                if ahead and coming >= 0 and first + LANES < stop:  # it will read them all before there is much to do
+                    fetch_rows(4 * H, 1, room[coming + t * size:], LANES)
+                pull_back(H, room[here + t * size:] if here >= 0 else slopes, c[l, t], tanhs[l, t], dh[l], dc[l], slopes)
                 if l == 0 and wanted:
                     dinput[:] = 0
                     add_product(transposed[0], 4 * H, inputs, 4 * H, slopes, dinput)
-                    store(dinput, 0, width, dfeatures[t], within)
+                    store(dinput, 0, inputs, width, dfeatures[t].reshape(-1), within, across, LANES)
                 before = H if t > 0 or carried else 0  # rows of the hidden state that is asked for
                 dh[l] = 0
                 if l > 0:  # the input of this layer is the hidden state of the one below
@@ -393,25 +388,15 @@ def run_replay(weights, transposed, biases, output, squash, p, features, offset,
                     add_product(transposed[0, inputs * 4 * H:], 4 * H, H, 4 * H, slopes, dh[0])
         if carried:
             for l in range(layers):
-                store(dh[l], 0, width, dhidden[l], first)
-                store(dc[l], 0, width, dcells[l], first)
+                store(dh[l], 0, H, width, dhidden[l].reshape(-1), first, N, LANES)
+                store(dc[l], 0, H, width, dcells[l].reshape(-1), first, N, LANES)
         step = columns.shape[1]
         for l in range(layers):
             below, count = (inputs + (l - 1) * H, 2 * H) if l else (0, inputs + H)
-            slopes = gates_of(l, gates, tile, room, shares, steps)[0].reshape(-1)
-            add_outer_blocks(4, OUTER, H, (count + OUTER - 1) // OUTER, slopes, gates.shape[2],
+            add_outer_blocks(4, OUTER, H, (count + OUTER - 1) // OUTER, gates[l].reshape(-1), gates.shape[2],
                              columns[l:].reshape(-1)[below * LANES:], step, steps, weight_sums[l], bias_sums[l])
         add_outer_blocks(1, ALONE, 1, (H + ALONE - 1) // ALONE, pulls.reshape(-1), LANES,
                          columns[layers:].reshape(-1)[top:], step, steps, output_sums[1:], output_sums)
-
-
-@compiled
-def add_output(output, pulls, dhidden):
-    """dhidden += output · pulls"""
-    for u in range(len(output) - 1):
-        row, factor = dhidden[u * LANES:(u + 1) * LANES], output[u]
-        for j in range(LANES):
-            row[j] += factor * pulls[j]
 
 
 @compiled
@@ -440,39 +425,57 @@ def step_blocks(packed, features, hidden, cells, inplace=False, log_sign=0):
 
 
 class Room:
-    """Room for the gates that a window's steps compute, which its replay would else compute again: of as many tiles as fit.
+    """Room for what a window's steps compute and its replay would else compute again, their gates; and for the state between
+    steps, tile by tile, since rows that lie far apart are slow to read and write.
 
-    Top layers come first, whose products are larger. `shares` says for how many tiles of each layer there is room. The
-    memory is kept for the next window, since new memory costs as much time as it saves.
+    The state comes first, then the gates of as many tiles as fit, the top layer's first, whose products are larger.
+    `shares` says for how many tiles of each layer there is room. The memory is kept for the next window, since new memory
+    costs as much time as it saves.
     """
 
     spare = []  # what the last window left, if it is not in use
 
     def __init__(self, packed, coordinates, steps):
-        size = steps * 4 * packed.hidden * LANES  # of a layer of a tile
-        tiles, fit = -(-coordinates // LANES), ROOM // (size * packed.weights.itemsize)
-        self.packed, self.steps, self.shares = packed, steps, no_room(packed)[1]
+        layers, H, size = len(packed.weights), packed.hidden, packed.weights.itemsize
+        self.packed, self.steps, self.shares, tiles = packed, steps, no_room(packed)[1], -(-coordinates // LANES)
+        self.lie = np.array([H * LANES, LANES, layers * H * LANES])
+        state, gates = 2 * tiles * layers * H * LANES * (steps > 1), 4 * steps * H * LANES  # numbers; of a layer of a tile
+        state = state if state * size <= STATES else 0
+        fit = (ROOM - state * size) // (gates * size)
         if fit >= WORTHWHILE * tiles:
-            for l in reversed(range(len(self.shares))):
+            for l in reversed(range(layers)):
                 self.shares[l] = min(tiles, fit - self.shares.sum())
-        needed = int(self.shares.sum()) * size * packed.weights.itemsize
+        needed = (state + int(self.shares.sum()) * gates) * size
         try:
             self.memory = Room.spare.pop()
         except IndexError:
-            self.memory = np.empty(0, np.uint8)
+            self.memory = aligned(0)
         if len(self.memory) < needed:
             self.memory = None  # not both at once
-            self.memory = np.empty(needed, np.uint8)
+            self.memory = aligned(needed)
         self.array = self.memory[:needed].view(packed.weights.dtype)
+        self.state, self.array = self.array[:state].reshape(2, state // 2), self.array[state:]
 
     def leave(self):
         """The next window may have the memory."""
         Room.spare[:] = [self.memory]
-        self.memory = self.array = None
+        self.memory = self.array = self.state = None
+
+
+def aligned(size):
+    """Bytes, the first at a multiple of what a vector takes."""
+    memory = np.empty(size + REGISTER, np.uint8)
+    start = -memory.ctypes.data % REGISTER
+    return memory[start:start + size]
 
 
 def no_room(packed):
     return np.empty(0, packed.weights.dtype), np.zeros(len(packed.weights), np.int64)
+
+
+def as_it_lies(hidden, cells):
+    """What compiled functions are told of a state (layers, H, N), as arrays in one piece."""
+    return hidden.reshape(-1), cells.reshape(-1), np.array([hidden[0].size, hidden.shape[2], LANES])
 
 
 def stepper(packed, hidden, cells, log_sign=0, new=None, room=None):
@@ -480,10 +483,10 @@ def stepper(packed, hidden, cells, log_sign=0, new=None, room=None):
     its next call overwrites.
 
     The first step reads that state, and each writes the next one to `new`, hidden and cells like those given; without it
-    over those. With a `Room`, no more steps than it has room for.
+    over those. With a `Room`, no more steps than it has room for, and `new` is complete after the last of them.
     """
-    N, after = hidden.shape[2], tuple(map(array, new or (hidden, cells)))
-    before, inputs = (array(hidden), array(cells)), (packed.weights, packed.biases, packed.output, float(log_sign))
+    N, end, inputs = hidden.shape[2], as_it_lies(*map(array, new or (hidden, cells))), (packed.weights, packed.biases, packed.output)
+    before, between = as_it_lies(array(hidden), array(cells)), (*room.state, room.lie) if room and room.state.size else end
     kept, shares = (room.array, room.shares) if room else no_room(packed)
     update, steps, done = torch.empty(N, dtype=packed.dtype), room.steps if room else 1, 0
     out = update.numpy()
@@ -492,9 +495,10 @@ def stepper(packed, hidden, cells, log_sign=0, new=None, room=None):
         nonlocal before, done
         if room and done == steps:
             raise RuntimeError(f"there is room for {steps} steps only")
+        after = end if done == steps - 1 else between
 
         def work(start, stop):
-            run_step(*inputs, array(features(start, stop)), start, *before, start, stop, out, *after,
+            run_step(*inputs, float(log_sign), array(features(start, stop)), start, *before, start, stop, out, *after,
                      packed.scratch(1, TILES), kept, shares, done, steps)
 
         side_by_side(work, N, STEP_CHUNK)
@@ -511,14 +515,15 @@ def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled
     there is used up.
     """
     kept = (room.array, room.shares) if room else no_room(packed)
-    before, N = (array(hidden), array(cells), array(adjoint)), adjoint.shape[1]
+    before, N = (*as_it_lies(array(hidden), array(cells)), array(adjoint)), adjoint.shape[1]
     none = np.empty((1, 1, 0), packed.weights.dtype)
+    next_tile = kept[1].astype(bool).sum() * len(adjoint) * 4 * packed.hidden * LANES * packed.weights.itemsize
 
     def work(start, stop):
-        inputs, sums = features(start, stop), packed.zero_sums()
+        inputs, sums, scratch = features(start, stop), packed.zero_sums(), packed.scratch(len(adjoint))
         dfeatures = torch.empty(inputs.shape if pulled else (1, 1, 0), dtype=packed.dtype)
         run_replay(packed.weights, packed.transposed, packed.biases, packed.output, squash, float(log_sign), array(inputs),
-                   start, *before, start, stop, array(dfeatures), none, none, *sums, packed.scratch(len(adjoint)), *kept)
+                   start, *before, start, stop, array(dfeatures), none, none, *sums, scratch, *kept, 2 * (scratch.nbytes + next_tile) <= CACHE)
         if pulled:
             pulled(start, stop, dfeatures)
         return sums
@@ -529,13 +534,13 @@ def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled
 def step_back_blocks(packed, features, hidden, cells, adjoint, dhidden, dcells, squash=False):
     """Backpropagation through one step for all coordinates: as `lstm_blocks.step_back_blocks`."""
     dfeatures, N = torch.empty(features.shape, dtype=packed.dtype), features.shape[1]
-    before = array(features[None]), array(hidden), array(cells), array(adjoint[None])
+    before = array(features[None]), *as_it_lies(array(hidden), array(cells)), array(adjoint[None])
     adjoints = array(dhidden), array(dcells)
 
     def work(start, stop):
         sums = packed.zero_sums()
         run_replay(packed.weights, packed.transposed, packed.biases, packed.output, squash, 0.0, before[0], 0, *before[1:],
-                   start, stop, array(dfeatures[None]), *adjoints, *sums, packed.scratch(1), *no_room(packed))
+                   start, stop, array(dfeatures[None]), *adjoints, *sums, packed.scratch(1), *no_room(packed), False)
         return sums
 
     gradients = packed.gradients(side_by_side(work, N, REPLAY_CHUNK))

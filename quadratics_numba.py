@@ -7,7 +7,7 @@ tested against. It holds arithmetic only.
 
 import numpy as np
 
-from lstm_numba import LANES, TILES, Room, array, compiled, no_room, run_step, side_by_side
+from lstm_numba import LANES, TILES, Room, array, as_it_lies, compiled, no_room, run_step, side_by_side
 from state_nests import clone
 
 __all__ = ["record_quadratics"]
@@ -36,7 +36,7 @@ def value_and_gradient(W, y, twice, theta, residual, gradient):
 
 
 @compiled
-def run_window(W, y, twice, theta, p, weights, biases, output, hidden, cells, losses, gradients, first, last, update,
+def run_window(W, y, twice, theta, p, weights, biases, output, hidden, cells, lie, losses, gradients, first, last, update,
                residual, scratch, room, shares):
     """The window of functions first … last. The state and theta are overwritten."""
     n = W.shape[1]
@@ -46,8 +46,8 @@ def run_window(W, y, twice, theta, p, weights, biases, output, hidden, cells, lo
             here = slice(b * n, (b + 1) * n)
             losses[t, b] = value_and_gradient(W[b], y[b], twice[b], theta[here], residual, gradients[t, here])
         if t + 1 < len(gradients):
-            run_step(weights, biases, output, p, gradients[t:t + 1], 0, hidden, cells, start, stop, update, hidden, cells,
-                     scratch, room, shares, t, len(gradients) - 1)
+            run_step(weights, biases, output, p, gradients[t:t + 1], 0, hidden, cells, lie, start, stop, update, hidden,
+                     cells, lie, scratch, room, shares, t, len(gradients) - 1)
             for i in range(start, stop):
                 theta[i] += update[i]
 
@@ -64,7 +64,7 @@ def record_quadratics(packed, quadratics, theta, hidden, cells, updates, p, keep
     update, room = np.empty(N, kind), Room(packed, N, updates) if keep else None
     kept = (room.array, room.shares) if room else no_room(packed)
     whole = W, y.reshape(functions, n), twice, array(theta), float(p), packed.weights, packed.biases, packed.output
-    own = array(hidden), array(cells), array(losses), array(gradients)
+    own = *as_it_lies(array(hidden), array(cells)), array(losses), array(gradients)
 
     def work(first, last):
         run_window(*whole, *own, first, last, update, np.empty(n, kind), packed.scratch(1, TILES), *kept)

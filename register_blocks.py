@@ -15,12 +15,13 @@ from numba.extending import intrinsic
 
 from register_vectors import INDEX, LANES, REGISTER, REGISTERS, Vectors
 
-__all__ = ["ALONE", "LANES", "OUTER", "ROWS", "UNITS", "add_outer_blocks", "add_product_blocks", "cell_again_blocks",
-           "cell_back_blocks", "cell_blocks", "copy_rows", "fetch_rows"]
+__all__ = ["ALONE", "BEYOND", "LANES", "OUTER", "ROWS", "UNITS", "add_outer_blocks", "add_product_blocks", "cell_again_blocks",
+           "cell_back_blocks", "cell_blocks", "copy_rows", "fetch_rows", "log_sign_row"]
 
 TOGETHER = 2  # vectors of a row, at most, that are in registers at once
 ROWS = 8 if REGISTERS == 32 else 4  # of a block of a product: with so many sums the multiplications never wait
 UNITS = ROWS // 4
+BEYOND = 2  # see `cell_blocks`
 OUTER = 4 if REGISTERS == 32 else 2  # columns of `add_outer_blocks`: with 4 rows, as many sums as there is room for
 ALONE = 4 * OUTER  # with one row
 
@@ -77,8 +78,8 @@ def cell_blocks(typing, units, blocks, weight, width, bias, count, x, cell, new_
     """A step of units · blocks units (units is a literal, neither is 0): c' = f c + i g, h' = o tanh(c').
 
     y = weight x + bias is as in `add_product_blocks`, of 4 · units rows for each block, and scaled: i, f and o are
-    1 / (1 + 2^y), g is 2 / (1 + 2^y) - 1. cell is c, new_cell and hidden become c' and h'. If `keep` is not 0, i, f, g and
-    o replace y in gates (4 · units · blocks, LANES), and tanhs becomes tanh(c').
+    1 / (1 + 2^y), g is 2 / (1 + 2^y) - 1. cell is c, new_cell and hidden become c' and h'. If `keep` is not 0, gates (4 · units
+    · blocks, LANES) become i, f, g and o, and tanhs tanh(c'); with `BEYOND` the former go to memory, past the cache.
     """
     arrays, U = (weight, bias, x, cell, new_cell, hidden, gates, tanhs), units.literal_value
 
@@ -86,7 +87,8 @@ def cell_blocks(typing, units, blocks, weight, width, bias, count, x, cell, new_
         vectors = Vectors(context, builder, weight.dtype)
         w, b, source, old, new, out, kept, kept_tanhs = vectors.pointers([values[k] for k in (2, 4, 6, 7, 8, 9, 11, 12)],
                                                                          arrays)
-        keeping = builder.icmp_signed("!=", values[10], ir.Constant(INDEX, 0))
+        keeping, near, beyond = (builder.icmp_signed(sign, values[10], ir.Constant(INDEX, bound))
+                                 for sign, bound in (("!=", 0), ("==", 1), ("==", BEYOND)))
 
         def cells_and_gates(number, _):
             row, unit = (builder.mul(number, ir.Constant(INDEX, size)) for size in (4 * U, U * LANES))
@@ -105,15 +107,17 @@ def cell_blocks(typing, units, blocks, weight, width, bias, count, x, cell, new_
                     c = vectors.add_product(vectors.times(i, g), f, vectors.load(vectors.at(old, unit, spot)))
                     vectors.store(c, vectors.at(new, unit, spot))
                     vectors.store(o, vectors.at(out, unit, spot))
-                    with builder.if_then(keeping):
-                        for gate, value in enumerate((i, f, g, o)):
-                            vectors.store(value, vectors.at(kept_rows, (gate * U + u) * LANES + places[v]))
+                    for wanted, put in ((near, vectors.store), (beyond, vectors.stream)):
+                        with builder.if_then(wanted):
+                            for gate, value in enumerate((i, f, g, o)):
+                                put(value, vectors.at(kept_rows, (gate * U + u) * LANES + places[v]))
             return []
 
         def outputs(number, _):  # of o and c'; another loop, for each of these steps waits for the one before
             unit = builder.mul(number, ir.Constant(INDEX, U * LANES))
-            for spot in (u * LANES + place for u in range(U) for place in vectors.places):
-                t, o = vectors.tanh(vectors.load(vectors.at(new, unit, spot))), vectors.at(out, unit, spot)
+            spots = [u * LANES + place for u in range(U) for place in vectors.places]
+            for spot, t in zip(spots, vectors.tanhs([vectors.load(vectors.at(new, unit, spot)) for spot in spots])):
+                o = vectors.at(out, unit, spot)
                 vectors.store(vectors.times(vectors.load(o), t), o)
                 with builder.if_then(keeping):
                     vectors.store(t, vectors.at(kept_tanhs, unit, spot))
@@ -143,7 +147,7 @@ def cell_again_blocks(typing, units, blocks, gates, cell, new_cell, hidden, tanh
                     i, f, g, o = (vectors.load(vectors.at(rows, row, (gate * U + u) * LANES + place)) for gate in range(4))
                     spot = u * LANES + place
                     c = vectors.add_product(vectors.times(i, g), f, vectors.load(vectors.at(old, unit, spot)))
-                    t = vectors.tanh(c)
+                    (t,) = vectors.tanhs([c])
                     for value, pointer in ((c, new), (t, kept_tanhs), (vectors.times(o, t), out)):
                         vectors.store(value, vectors.at(pointer, unit, spot))
             return []
@@ -155,16 +159,16 @@ def cell_again_blocks(typing, units, blocks, gates, cell, new_cell, hidden, tanh
 
 
 @intrinsic(prefer_literal=True)
-def cell_back_blocks(typing, units, blocks, gates, cell, tanhs, dhidden, dcell):
-    """Back through `cell_blocks`: gates ← dL/dy (y not scaled), dcell ← dL/dc, from dhidden = dL/dh' and dcell = dL/dc'.
+def cell_back_blocks(typing, units, blocks, gates, cell, tanhs, dhidden, dcell, slopes):
+    """Back through `cell_blocks`: slopes ← dL/dy (y not scaled), dcell ← dL/dc, from dhidden = dL/dh' and dcell = dL/dc'.
 
-    Of the step it takes what was kept, and c, as `cell`.
+    Of the step it takes what was kept, and c, as `cell`. slopes may be gates.
     """
-    arrays, U = (gates, cell, tanhs, dhidden, dcell), units.literal_value
+    arrays, U = (gates, cell, tanhs, dhidden, dcell, slopes), units.literal_value
 
     def generate(context, builder, signature, values):
         vectors = Vectors(context, builder, gates.dtype)
-        rows, old, kept_tanhs, dh, dc = vectors.pointers(values[2:], arrays)
+        rows, old, kept_tanhs, dh, dc, out = vectors.pointers(values[2:], arrays)
 
         def block(number, _):
             row, unit = (builder.mul(number, ir.Constant(INDEX, size * LANES)) for size in (4 * U, U))
@@ -175,19 +179,19 @@ def cell_back_blocks(typing, units, blocks, gates, cell, tanhs, dhidden, dcell):
                     c, t, above, ahead = (vectors.load(vectors.at(pointer, unit, u * LANES + place))
                                           for pointer in (old, kept_tanhs, dh, dc))
                     ahead = vectors.add_product(ahead, vectors.times(above, o), vectors.tanh_slope(t))
-                    slopes = (vectors.times(vectors.times(ahead, g), vectors.sigmoid_slope(i)),
-                              vectors.times(vectors.times(ahead, c), vectors.sigmoid_slope(f)),
-                              vectors.times(vectors.times(ahead, i), vectors.tanh_slope(g)),
-                              vectors.times(vectors.times(above, t), vectors.sigmoid_slope(o)))
+                    changes = (vectors.times(vectors.times(ahead, g), vectors.sigmoid_slope(i)),
+                               vectors.times(vectors.times(ahead, c), vectors.sigmoid_slope(f)),
+                               vectors.times(vectors.times(ahead, i), vectors.tanh_slope(g)),
+                               vectors.times(vectors.times(above, t), vectors.sigmoid_slope(o)))
                     vectors.store(vectors.times(ahead, f), vectors.at(dc, unit, u * LANES + place))
-                    for slope, spot in zip(slopes, places):
-                        vectors.store(slope, vectors.at(rows, row, spot))
+                    for change, spot in zip(changes, places):
+                        vectors.store(change, vectors.at(out, row, spot))
             return []
 
         vectors.loop(values[1], [], block)
         return context.get_dummy_value()
 
-    return types.void(units, types.intp, gates, cell, tanhs, dhidden, dcell), generate
+    return types.void(units, types.intp, gates, cell, tanhs, dhidden, dcell, slopes), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -239,6 +243,27 @@ def add_outer_blocks(typing, rows, columns, row_blocks, column_blocks, y, y_step
 
     return types.void(rows, columns, types.intp, types.intp, y, types.intp, x, types.intp, types.intp, total,
                       row_total), generate
+
+
+@intrinsic
+def log_sign_row(typing, p, least, steepest, rows):
+    """`preprocessing.log_sign` of the numbers in the second row of rows (2, LANES), not NaN: its two parts become the rows.
+
+    least is e^-p, steepest e^p."""
+    def generate(context, builder, signature, values):
+        vectors = Vectors(context, builder, rows.dtype)
+        (start,) = vectors.pointers(values[3:], [rows])
+        p, least, steepest = (vectors.spread(context.cast(builder, value, types.float64, rows.dtype)) for value in values[:3])
+        for place in vectors.places:
+            sizes, signs = vectors.at(start, place), vectors.at(start, LANES + place)
+            grad = vectors.load(signs)
+            size = builder.select(builder.fcmp_ordered("<", grad, vectors.constant(0.0)), builder.fneg(grad), grad)
+            size = builder.select(builder.fcmp_ordered("<", size, least), least, size)
+            vectors.store(builder.fdiv(vectors.log(size), p), sizes)
+            vectors.store(vectors.at_least_and_most(vectors.times(grad, steepest), -1.0, 1.0), signs)
+        return context.get_dummy_value()
+
+    return types.void(types.float64, types.float64, types.float64, rows), generate
 
 
 @intrinsic

@@ -23,11 +23,14 @@ def registers():
 
 
 REGISTER, REGISTERS = registers()
+TOGETHER = 16 if REGISTERS == 32 else 4  # vectors, of which the same function is taken at once
 
 # By whether numbers are float32: a fraction's bits; how large y may be for the product of two 1 + 2^y to be a number; bits
 # in all; factors of the polynomial that is 2^r for |r| ≤ 1/2 (to 3e-7, relative, and 4e-16), that of the highest power first.
 NUMBERS = {True: (23, 60.0, 32, (1.3300451e-3, 9.6697018e-3, 5.5505592e-2, 2.4022281e-1, 6.9314718e-1, 1.0)),
            False: (52, 500.0, 64, [math.log(2)**k / math.factorial(k) for k in range(13, -1, -1)])}
+# Likewise: the bits of √½; the last power of the series in `log` (which is then right to 4e-9, relative, and 1e-17).
+LOGARITHMS = {True: (0x3F3504F3, 9), False: (0x3FE6A09E667F3BCD, 21)}
 
 
 class Vectors:
@@ -56,6 +59,11 @@ class Vectors:
 
     def store(self, value, pointer):
         self.builder.store(value, self.builder.bitcast(pointer, self.type.as_pointer()), align=REGISTER // self.length)
+
+    def stream(self, value, pointer):
+        """Store to memory, past the cache, what is not needed soon. The pointer must be a multiple of `REGISTER`."""
+        store = self.builder.store(value, self.builder.bitcast(pointer, self.type.as_pointer()), align=REGISTER)
+        store.set_metadata("nontemporal", self.builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
 
     def spread(self, scalar):
         """A scalar in all places of a vector."""
@@ -106,16 +114,42 @@ class Vectors:
         return [self.builder.fadd(self.constant(1.0), self.builder.bitcast(power, self.type)) for power in powers]
 
     def sigmoids(self, ys):
-        """1 / (1 + 2^y) of an even number of vectors, by one division for two."""
+        """1 / (1 + 2^y) of each of some vectors, for as many at a time as there are registers for.
+
+        With many registers by one division for two; with few the three products that take its place are not worth it.
+        """
+        if len(ys) > TOGETHER:
+            return [y for start in range(0, len(ys), TOGETHER) for y in self.sigmoids(ys[start:start + TOGETHER])]
         powers, results = self.one_plus_powers(ys), []
+        if REGISTERS < 32 or len(ys) % 2:
+            return [self.builder.fdiv(self.constant(1.0), power) for power in powers]
         for a, b in zip(powers[::2], powers[1::2]):
             inverse = self.builder.fdiv(self.constant(1.0), self.times(a, b))
             results += [self.times(inverse, b), self.times(inverse, a)]
         return results
 
-    def tanh(self, x):
-        (power,) = self.one_plus_powers([self.times(self.constant(-2 / math.log(2)), x)])
-        return self.minus(self.builder.fdiv(self.constant(2.0), power), self.constant(1.0))
+    def tanhs(self, xs):
+        powers = self.one_plus_powers([self.times(self.constant(-2 / math.log(2)), x) for x in xs])
+        return [self.minus(self.builder.fdiv(self.constant(2.0), power), self.constant(1.0)) for power in powers]
+
+    def log(self, x):
+        """The logarithm of positive normal numbers.
+
+        x = 2^n m with √½ ≤ m < √2, and log m = 2 artanh s = 2 (s + s³/3 + s⁵/5 + …) for s = (m - 1) / (m + 1).
+        """
+        kind, one = self.scalar == ir.FloatType(), self.constant(1.0)
+        (fraction, _, number, _), (half, last) = NUMBERS[kind], LOGARITHMS[kind]
+        whole = ir.VectorType(ir.IntType(number), self.length)
+        places, halves = (ir.Constant(whole, [value] * self.length) for value in (fraction, half))
+        bits = self.builder.bitcast(x, whole)
+        n = self.builder.ashr(self.builder.sub(bits, halves), places)
+        m = self.builder.bitcast(self.builder.sub(bits, self.builder.shl(n, places)), self.type)
+        s = self.builder.fdiv(self.minus(m, one), self.plus(m, one))
+        z, series = self.times(s, s), self.constant(1 / last)
+        for power in range(last - 2, 0, -2):
+            series = self.add_product(self.constant(1 / power), series, z)
+        powers = self.times(self.builder.sitofp(n, self.type), self.constant(math.log(2)))
+        return self.add_product(powers, self.plus(s, s), series)
 
     def sigmoid_slope(self, y):
         """y - y², the derivative where sigmoid is y."""

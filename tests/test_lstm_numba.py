@@ -29,7 +29,7 @@ def test_log_sign_of_every_scale(dtype, tolerance, p):
     rows = out.view(-1, 2, lstm_numba.LANES).transpose(0, 1).flatten(1)
     expected = log_sign(grads.double(), p)
     assert (rows[:, :width] - expected).abs().max() <= tolerance * max(1, expected.abs().max())
-    assert not rows[:, width:].any()  # the last tile is filled up with zeros
+    assert (rows[:, width:] == torch.tensor([[-1.0], [0.0]])).all()  # the last tile is filled up as with zeros
 
 
 def test_a_step_reads_the_gradient_wherever_a_piece_begins(monkeypatch, threads_as_before):
@@ -84,18 +84,18 @@ def steps_and_replays(net, N, steps, threads=1):
 @pytest.mark.parametrize("net", [
     CoordinatewiseLSTM(), CoordinatewiseLSTM(5, 3, "log_sign", output_scale=0.1), CoordinatewiseLSTM(3, 1),
     RNNProp(), NormalizedLSTM(hidden_size=7)])
-@pytest.mark.parametrize("N, tiles, threads", [(1, 10, 1), (150, 100, 2), (333, 12, 2), (333, 27, 1), (333, 6, 1), (333, 5, 2)])
+@pytest.mark.parametrize("N, tiles, threads", [(1, 10, 1), (150, 100, 2), (333, 12, 2), (333, 27, 1), (333, 11, 1), (333, 10, 2)])
 def test_replay_with_what_the_steps_have_kept(net, N, tiles, threads, monkeypatch, threads_as_before):
     """Gates of all tiles, of some, of all in the upper layers and some in the lower ones, of too few to be worth it."""
     monkeypatch.setenv("L2O_KERNELS", "numba")
     monkeypatch.setattr(lstm_numba, "REPLAY_CHUNK", 7 * 16 * 9)
     monkeypatch.setattr(lstm_numba, "STEP_CHUNK", 16 * 9)
     net, steps = copy.deepcopy(net).double(), 7
-    monkeypatch.setattr(lstm_numba, "ROOM", tiles * steps * 4 * net.hidden_size * lstm_numba.LANES * 8)
+    whole, layers, row = -(-N // lstm_numba.LANES), net.num_layers, net.hidden_size * lstm_numba.LANES * 8
+    monkeypatch.setattr(lstm_numba, "ROOM", (tiles * steps * 4 + 2 * whole * layers) * row)  # gates; the state
     kept, plain, room = steps_and_replays(net, N, steps, threads)
-    whole, layers = -(-N // lstm_numba.LANES), net.num_layers
     expected = [max(0, min(whole, tiles - whole * above)) for above in reversed(range(layers))]
-    assert room.shares.tolist() == (expected if tiles >= whole / 4 else [0] * layers)
+    assert room.shares.tolist() == (expected if tiles >= whole / 2 else [0] * layers)
     for name in plain:
         assert (kept[name] - plain[name]).norm() <= 1e-12 * plain[name].norm()
 
