@@ -33,9 +33,9 @@ __all__ = ["DOES_LOG_SIGN", "PackedLSTM", "Room", "replay_blocks", "step_back_bl
 
 
 def level_2_cache():
-    """Bytes of a core's, as Linux says, or as many processors have."""
+    """Bytes of a core's, as Linux says; a common size where nothing is said."""
     try:
-        return os.sysconf("SC_LEVEL2_CACHE_SIZE") or 1 << 20
+        return max(os.sysconf("SC_LEVEL2_CACHE_SIZE"), 0) or 1 << 20
     except (AttributeError, ValueError, OSError):  # another system
         return 1 << 20
 
@@ -435,12 +435,12 @@ class Room:
 
     spare = []  # what the last window left, if it is not in use
 
-    def __init__(self, packed, coordinates, steps):
+    def __init__(self, packed, coordinates, steps, with_state=True):
         layers, H, size = len(packed.weights), packed.hidden, packed.weights.itemsize
         self.packed, self.steps, self.shares, tiles = packed, steps, no_room(packed)[1], -(-coordinates // LANES)
         self.lie = np.array([H * LANES, LANES, layers * H * LANES])
-        state, gates = 2 * tiles * layers * H * LANES * (steps > 1), 4 * steps * H * LANES  # numbers; of a layer of a tile
-        state = state if state * size <= STATES else 0
+        state, gates = 2 * tiles * layers * H * LANES, 4 * steps * H * LANES  # numbers; of a layer of a tile
+        state = state if with_state and steps > 1 and state * size <= STATES else 0
         fit = (ROOM - state * size) // (gates * size)
         if fit >= WORTHWHILE * tiles:
             for l in reversed(range(layers)):

@@ -61,7 +61,7 @@ def record_quadratics(packed, quadratics, theta, hidden, cells, updates, p, keep
     (functions, n), N, kind = W.shape[:2], len(theta), packed.weights.dtype
     theta, hidden, cells = map(clone, (theta, hidden, cells))
     losses, gradients = theta.new_empty(updates + 1, functions), theta.new_empty(updates + 1, N)
-    update, room = np.empty(N, kind), Room(packed, N, updates) if keep else None
+    update, room = np.empty(N, kind), Room(packed, N, updates, with_state=False) if keep else None
     kept = (room.array, room.shares) if room else no_room(packed)
     whole = W, y.reshape(functions, n), twice, array(theta), float(p), packed.weights, packed.biases, packed.output
     own = *as_it_lies(array(hidden), array(cells)), array(losses), array(gradients)

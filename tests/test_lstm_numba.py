@@ -100,6 +100,20 @@ def test_replay_with_what_the_steps_have_kept(net, N, tiles, threads, monkeypatc
         assert (kept[name] - plain[name]).norm() <= 1e-12 * plain[name].norm()
 
 
+@pytest.mark.parametrize("cache", [0, 1 << 30])
+@pytest.mark.parametrize("states", [0, 1 << 30])
+def test_where_a_state_lies_and_what_is_fetched_change_nothing(states, cache, monkeypatch, threads_as_before):
+    """A state that is too large stays in rows; the next tile's gates are fetched ahead where the cache is large enough."""
+    monkeypatch.setenv("L2O_KERNELS", "numba")
+    monkeypatch.setattr(lstm_numba, "STATES", states)
+    monkeypatch.setattr(lstm_numba, "CACHE", cache)
+    net = CoordinatewiseLSTM(preprocess="log_sign").double()
+    assert bool(net.recorder(net.init_state(150), 5)[2].state.size) == bool(states)
+    kept, plain, _ = steps_and_replays(net, 150, 5)
+    for name in plain:
+        assert (kept[name] - plain[name]).norm() <= 1e-12 * plain[name].norm()
+
+
 def test_what_was_kept_under_other_weights_is_not_used(monkeypatch):
     monkeypatch.setenv("L2O_KERNELS", "numba")
     net, grads = CoordinatewiseLSTM(), torch.randn(3, 40)
