@@ -220,7 +220,7 @@ def part_of(scratch, start, layers, steps, length):
 
 @compiled
 def load(source, first, row, tile, rows, width, out, out_row, out_tile):
-    """`width` columns of source, from `first` on, into tiles of `out`, filled up with zeros. Rows and tiles are so far apart."""
+    """`width` columns of source, from `first` on, into tiles of out, filled up with zeros; rows and tiles are so far apart."""
     whole = width // LANES
     if whole:
         copy_rows(rows, whole, source[first:], row, tile, out, out_row, out_tile)
@@ -485,8 +485,9 @@ def stepper(packed, hidden, cells, log_sign=0, new=None, room=None):
     The first step reads that state, and each writes the next one to `new`, hidden and cells like those given; without it
     over those. With a `Room`, no more steps than it has room for, and `new` is complete after the last of them.
     """
-    N, end, inputs = hidden.shape[2], as_it_lies(*map(array, new or (hidden, cells))), (packed.weights, packed.biases, packed.output)
-    before, between = as_it_lies(array(hidden), array(cells)), (*room.state, room.lie) if room and room.state.size else end
+    N, inputs = hidden.shape[2], (packed.weights, packed.biases, packed.output)
+    before, end = as_it_lies(array(hidden), array(cells)), as_it_lies(*map(array, new or (hidden, cells)))
+    between = (*room.state, room.lie) if room and room.state.size else end
     kept, shares = (room.array, room.shares) if room else no_room(packed)
     update, steps, done = torch.empty(N, dtype=packed.dtype), room.steps if room else 1, 0
     out = update.numpy()
@@ -522,8 +523,9 @@ def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled
     def work(start, stop):
         inputs, sums, scratch = features(start, stop), packed.zero_sums(), packed.scratch(len(adjoint))
         dfeatures = torch.empty(inputs.shape if pulled else (1, 1, 0), dtype=packed.dtype)
+        ahead = 2 * (scratch.nbytes + next_tile) <= CACHE
         run_replay(packed.weights, packed.transposed, packed.biases, packed.output, squash, float(log_sign), array(inputs),
-                   start, *before, start, stop, array(dfeatures), none, none, *sums, scratch, *kept, 2 * (scratch.nbytes + next_tile) <= CACHE)
+                   start, *before, start, stop, array(dfeatures), none, none, *sums, scratch, *kept, ahead)
         if pulled:
             pulled(start, stop, dfeatures)
         return sums

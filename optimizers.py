@@ -142,7 +142,8 @@ class LSTMOptimizer(nn.Module):
             steps: so many will be taken, and `replay` will be asked about just these; or None.
 
         Returns:
-            the function; the state that it overwrites; and what `replay` may be given as `room`, or None.
+            the function; the state that it overwrites, with `steps` complete after the last of them; and what `replay` may
+            be given as `room`, or None.
         """
         self._check(state[0][0, 0], state, state[0].shape[-1:])
         kernels, packed = self._packed_kernels()
