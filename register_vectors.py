@@ -23,7 +23,7 @@ def registers():
 
 
 REGISTER, REGISTERS = registers()
-TOGETHER = 16 if REGISTERS == 32 else 4  # vectors, of which the same function is taken at once
+AT_ONCE = 16 if REGISTERS == 32 else 4  # vectors, of which the same function is taken at once
 
 # By whether numbers are float32: a fraction's bits; how large y may be for the product of two 1 + 2^y to be a number; bits
 # in all; factors of the polynomial that is 2^r for |r| ≤ 1/2 (to 3e-7, relative, and 4e-16), that of the highest power first.
@@ -118,8 +118,8 @@ class Vectors:
 
         With many registers by one division for two; with few the three products that take its place are not worth it.
         """
-        if len(ys) > TOGETHER:
-            return [y for start in range(0, len(ys), TOGETHER) for y in self.sigmoids(ys[start:start + TOGETHER])]
+        if len(ys) > AT_ONCE:
+            return [y for start in range(0, len(ys), AT_ONCE) for y in self.sigmoids(ys[start:start + AT_ONCE])]
         powers, results = self.one_plus_powers(ys), []
         if REGISTERS < 32 or len(ys) % 2:
             return [self.builder.fdiv(self.constant(1.0), power) for power in powers]
