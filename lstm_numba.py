@@ -29,7 +29,8 @@ import torch
 from register_blocks import (ALONE, BEYOND, LANES, OUTER, REGISTER, ROWS, UNITS, add_outer_blocks, add_product_blocks,
                              cell_again_blocks, cell_back_blocks, cell_blocks, copy_rows, fetch_rows, log_sign_row)
 
-__all__ = ["DOES_LOG_SIGN", "PackedLSTM", "Room", "replay_blocks", "step_back_blocks", "step_blocks", "stepper"]
+__all__ = ["DOES_LOG_SIGN", "PackedLSTM", "Room", "replay_blocks", "step_back_blocks", "step_blocks", "stepper",
+           "take_parts", "threads_here"]
 
 
 def level_2_cache():
@@ -107,10 +108,7 @@ class PackedLSTM:
         layers, H, inputs = len(self.weights), self.hidden, self.inputs
         count = tiles * LANES * ((steps + layers) * (inputs + layers * H) + (6 * steps + 1) * layers * H + steps
                                  + 2 * layers * H + inputs + 1 + ALONE)  # see `carve`; blocks read beyond
-        kept = getattr(_thread, "scratch", None)
-        if kept is None or kept.size < count or kept.dtype != self.weights.dtype:
-            _thread.scratch = kept = torch.empty(count, dtype=self.dtype).numpy()  # aligned, as vectors like it
-        return kept[:count]
+        return buffer("scratch", count, self.dtype)
 
     def zero_sums(self):
         """What `run_replay` adds to, in float64: weights' (in blocks 4 × OUTER), biases'; the output's bias's and weight's."""
@@ -441,7 +439,7 @@ class Room:
         self.lie = np.array([H * LANES, LANES, layers * H * LANES])
         state, gates = 2 * tiles * layers * H * LANES, 4 * steps * H * LANES  # numbers; of a layer of a tile
         state = state if with_state and steps > 1 and state * size <= STATES else 0
-        fit = (ROOM - state * size) // (gates * size)
+        fit = (most_room(rooms_here()) - state * size) // (gates * size)
         if fit >= WORTHWHILE * tiles:
             for l in reversed(range(layers)):
                 self.shares[l] = min(tiles, fit - self.shares.sum())
@@ -458,8 +456,37 @@ class Room:
 
     def leave(self):
         """The next window may have the memory."""
-        Room.spare[:] = [self.memory]
+        Room.spare[rooms_here() - 1:] = [self.memory]
         self.memory = self.array = self.state = None
+
+
+def take_parts(work, packed, functions, size, steps):
+    """[work(first, last), ...] over parts of some functions of `size` coordinates each, which do not read each other. Work is
+    their windows of so many steps and the replays of these.
+
+    As many functions go together as there is room for, if there is for one. With several threads each part is one thread's
+    alone; without enough functions for that, all go together.
+    """
+    layers, H, number, many = len(packed.weights), packed.hidden, packed.weights.itemsize, threads_here()
+    gates, state, room = 4 * steps * H * number, 2 * layers * H * number, most_room(many)  # of a coordinate; of one layer
+    at_once = room // (layers * gates + state) // size or int(room >= (state + WORTHWHILE * gates) * size) or functions
+    parts = -(-functions // at_once)
+    turns = -(-parts // many)
+    if parts > 1:
+        parts = min(turns * many, functions)
+    if parts < 0.75 * turns * many:  # too many threads would have nothing to do
+        parts = 1
+    return each_of(work, [(functions * k // parts, functions * (k + 1) // parts) for k in range(parts)], alone=True)
+
+
+def rooms_here():
+    """How many windows run at once, each with a room of its own."""
+    return torch.get_num_threads() if getattr(_thread, "alone", False) else 1
+
+
+def most_room(rooms):
+    """Bytes of a `Room`, at most, where there are so many."""
+    return min(ROOM, 4 * ROOM // rooms)
 
 
 def aligned(size):
@@ -552,6 +579,14 @@ def step_back_blocks(packed, features, hidden, cells, adjoint, dhidden, dcells, 
     return dfeatures, *gradients
 
 
+def buffer(name, count, dtype):
+    """This thread's memory of that name as an array: the last one again if it is large enough."""
+    kept = _thread.__dict__.get(name)
+    if kept is None or len(kept) < count or kept.dtype != dtype:
+        _thread.__dict__[name] = kept = torch.empty(count, dtype=dtype)  # aligned, as vectors like it
+    return kept[:count].numpy()
+
+
 def array(tensor):
     """A numpy array of the same memory, or a copy if that is not in one piece."""
     return (tensor.detach() if tensor.requires_grad else tensor).contiguous().numpy()
@@ -559,7 +594,7 @@ def array(tensor):
 
 # Threads ------------------------------------------------------------------------------------------------------------
 
-_thread = threading.local()  # each thread's scratch
+_thread = threading.local()  # each thread's buffers
 _pool = (None, 0, None)  # process, threads, executor
 
 
@@ -567,19 +602,39 @@ def side_by_side(work, length, most):
     """[work(start, stop), ...] over [0, length) in pieces of at most `most`, by as many threads as torch has."""
     if length <= 8 * LANES:
         return [work(0, length)]
-    threads = torch.get_num_threads()
+    threads = threads_here()
     pieces = max(-(-length // most), min(threads, length // (8 * LANES)), 1)
     pieces = -(-pieces // threads) * threads if pieces > 1 else 1  # so many for each thread
     size = -(-length // (pieces * LANES)) * LANES  # whole tiles
-    spans = [(start, min(start + size, length)) for start in range(0, length, size)]
+    return each_of(work, [(start, min(start + size, length)) for start in range(0, length, size)])
+
+
+def shared_out(work, count):
+    """[work(first, last), ...] over as many equal shares of `count` as torch has threads."""
+    threads = min(threads_here(), count)
+    return each_of(work, [(count * k // threads, count * (k + 1) // threads) for k in range(threads)])
+
+
+def each_of(work, spans, alone=False):
+    """[work(*span) for span in spans], side by side. alone: what they call is not to take more threads."""
+    threads = threads_here()
     if len(spans) == 1 or threads == 1:
         return [work(*span) for span in spans]
 
     @torch.no_grad()
-    def alone(span):
-        return work(*span)
+    def one(span):
+        _thread.alone = alone
+        try:
+            return work(*span)
+        finally:
+            _thread.alone = False
 
-    return list(pool(threads).map(alone, spans))
+    return list(pool(threads).map(one, spans))
+
+
+def threads_here():
+    """How many threads the work of this one may take."""
+    return 1 if getattr(_thread, "alone", False) else torch.get_num_threads()
 
 
 def pool(threads):

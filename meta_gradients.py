@@ -98,8 +98,8 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
         grads, losses, theta, state = second_order_replay_window(net, batch.loss, coordinates, theta, state, step, weights,
                                                                  objective, adjoint_bound)
     elif method == "replay":
-        grads, losses, theta, state = replay_window(net, batch.loss, coordinates, theta, state, step, weights,
-                                                    replay_fraction, generator, objective)
+        grads, losses, theta, state = replay_in_parts(net, batch.loss, coordinates, theta, state, step, weights,
+                                                      replay_fraction, generator, objective)
     elif method == "pes":
         grads, losses, theta, state = pes_window(net, batch.loss, coordinates, theta, state, step, weights, sigma,
                                                  pairs, generator, objective)
@@ -119,6 +119,34 @@ def finished(net, coordinates, grads, losses, theta, state, step, objective):
     if getattr(net, "odd", False):
         grads = net.symmetrize(grads)
     return grads, WindowInfo(losses, coordinates.split(theta), state)
+
+
+@torch.no_grad()
+def replay_in_parts(net, loss, coordinates, theta, state, step, weights, fraction, generator, objective):
+    """`replay_window`, of some functions after the others where the network and the loss can do that."""
+    functions, whole = coordinates.functions, (theta, state)
+
+    def window(first, last):
+        if last - first == functions:
+            return replay_window(net, loss, coordinates, *whole, step, weights, fraction, generator, objective)
+        own, spans = coordinates.part(first, last)
+        start = map_tensors(lambda tensor: torch.cat([tensor[..., a:b] for a, b in spans], -1), whole)
+        grads, losses, *after = replay_window(net, loss.part(first, last), own, *start, step, weights, fraction, generator,
+                                              objective)
+        return grads, losses, *after, spans
+
+    if fraction < 1 or not (hasattr(net, "take_parts") and hasattr(loss, "part")):
+        return window(0, functions)
+    parts = net.take_parts(window, functions, sum(coordinates.sizes) // functions, len(weights) - 1)
+    if len(parts) == 1:
+        return parts[0]
+    end = map_tensors(torch.empty_like, whole)
+    for _, _, *after, spans in parts:
+        for tensor, piece in zip(tensors_in(end), tensors_in(after)):
+            for (a, b), values in zip(spans, piece.split([b - a for a, b in spans], -1)):
+                tensor[..., a:b] = values
+    grads, losses, *_ = zip(*parts)
+    return {name: sum(grad[name] for grad in grads) for name in grads[0]}, torch.cat(losses, 1), *end
 
 
 @torch.no_grad()

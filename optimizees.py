@@ -9,6 +9,7 @@ Drawing is done on the CPU, so that a seed means the same functions on every dev
 
 import itertools
 import math
+from importlib import import_module
 from typing import Callable, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from argument_checks import check_count
 from cifar_data import ColorImages, check_color_images, load_cifar10
+from kernel_choice import takes_numba
 from mnist_data import load_mnist
 
 __all__ = ["CIFAR10Net", "ConvexTerms", "MNISTNet", "MetaBatch", "Mirrored", "Quadratics", "RandomScaling"]
@@ -30,15 +32,28 @@ class MetaBatch(NamedTuple):
     losses that they have in the whole: what several processes share a meta-batch by.
 
     A loss may be an object that also has `with_gradient(params, step)`, which returns the losses (B,) and the gradient of
-    their sum, a dict like params, without a graph: for functions so small that autograd costs more than they do. With
+    their sum, a dict like params, without a graph: for functions so small that autograd costs more than they do. It may have
+    `with_vector_gradient(theta, shapes, step)` beside it, which does the same for the vector θ (N,) of `unrolling.Coordinates`,
+    where the parameters of these shapes lie one after the other, and returns ∇ (N,), or None where it cannot. With
     `tensors(step)` and `of(tensors)` its windows can be captured, see `cuda_graphs.CapturedWindow`. If it is ‖Wθ − y‖² of the
     only parameter (B, n), whatever its name, at every step, it may say so by `quadratics`, the tensors W (B, n, n), y (B, n, 1)
-    and 2 Wᵀ: then windows are unrolled by `quadratics_numba` where they can be.
+    and 2 Wᵀ: then windows are unrolled by `quadratics_numba` where they can be. If it is that of a perceptron, it may say so by
+    `perceptrons(shapes)`, see `PerceptronLoss`. With `part(first, last)`, the loss of those functions alone, a window may take
+    some functions to its end before it takes the others, or several threads may take some each.
     """
 
     params: dict
     loss: Callable
     part: Callable | None = None
+
+
+def in_parts(params, loss):
+    """A meta-batch of a loss that has parts."""
+
+    def part(first, last):
+        return MetaBatch({name: tensor[first:last] for name, tensor in params.items()}, loss.part(first, last))
+
+    return MetaBatch(params, loss, part)
 
 
 def check_floating(dtype):
@@ -83,12 +98,7 @@ class Quadratics:
         W = torch.randn(meta_batch, self.dim, self.dim, generator=generator, dtype=self.dtype).to(self.device)
         y = torch.randn(meta_batch, self.dim, 1, generator=generator, dtype=self.dtype).to(self.device)
 
-        theta = torch.zeros(meta_batch, self.dim, dtype=self.dtype, device=self.device)
-
-        def part(first, last):
-            return MetaBatch({"theta": theta[first:last]}, QuadraticLoss(W[first:last], y[first:last]))
-
-        return part(0, meta_batch)._replace(part=part)
+        return in_parts({"theta": torch.zeros(meta_batch, self.dim, dtype=self.dtype, device=self.device)}, QuadraticLoss(W, y))
 
 
 class QuadraticLoss:
@@ -116,6 +126,10 @@ class QuadraticLoss:
     def of(self, tensors):
         """The loss that reads these tensors."""
         return QuadraticLoss(*tensors)
+
+    def part(self, first, last):
+        """The loss of functions first … last - 1."""
+        return QuadraticLoss(*(tensor[first:last] for tensor in self.quadratics))
 
     def with_gradient(self, params, step):
         """Losses (B,) and their gradient 2 Wᵀ(Wθ − y), a dict like params, without a graph."""
@@ -403,15 +417,20 @@ class MNISTNet(ImageNets):
         images = drawn_batch_size(self.options["batch_size"], generator)
         minibatches = Minibatches(seed, (meta_batch, images), len(self.labels), self.device)
 
-        def part(first, last):
-            def images_and_labels(step):
-                index = minibatches(step)[first:last]
-                return chosen(self.images, index), chosen(self.labels, index)
+        return in_parts(params, PerceptronLoss(Chosen(self.images, self.labels, minibatches), self.options["activation"]))
 
-            return MetaBatch({name: tensor[first:last] for name, tensor in params.items()},
-                             PerceptronLoss(images_and_labels, *ACTIVATIONS[self.options["activation"]]))
 
-        return MetaBatch(params, part(0, meta_batch).loss, part)
+class Chosen(NamedTuple):
+    """Minibatches of images and labels, of which `index(step)` (B, batch) says which they are at that step."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    index: Callable
+
+    def __call__(self, step):
+        """images (B, batch, inputs) and labels (B, batch)"""
+        index = self.index(step)
+        return chosen(self.images, index), chosen(self.labels, index)
 
 
 def chosen(rows, index):
@@ -443,12 +462,11 @@ def drawn_batch_size(batch_size, generator):
 class PerceptronLoss:
     """Mean cross-entropy of B multilayer perceptrons, params weight0 (B, inputs, units), bias0 (B, units), weight1, …
 
-    `minibatch(step)` gives images (B, batch, inputs) and labels (B, batch). `slope(dy, y)` is the derivative of
-    `activation` where it gave y, times dy.
+    `minibatch(step)` gives images (B, batch, inputs) and labels (B, batch). activation: a name of `ACTIVATIONS`.
     """
 
-    def __init__(self, minibatch, activation, slope):
-        self.minibatch, self.activation, self.slope = minibatch, activation, slope
+    def __init__(self, minibatch, activation):
+        self.minibatch, self.activation = minibatch, activation
 
     def __call__(self, params, step):
         images, labels = self.minibatch(step)
@@ -460,18 +478,25 @@ class PerceptronLoss:
 
     def of(self, tensors):
         """The loss that reads these tensors, at every step."""
-        return PerceptronLoss(lambda step: tensors, self.activation, self.slope)
+        return PerceptronLoss(lambda step: tensors, self.activation)
+
+    def part(self, first, last):
+        """The loss of functions first … last - 1."""
+        if isinstance(self.minibatch, Chosen):
+            index = self.minibatch.index
+            return PerceptronLoss(self.minibatch._replace(index=lambda step: index(step)[first:last]), self.activation)
+        return PerceptronLoss(lambda step: tuple(part[first:last] for part in self.minibatch(step)), self.activation)
 
     def layers(self, params, images):
         """What every layer reads, the images (B, inputs, batch) first, and the scores (B, classes, batch).
 
         With images along columns products with few units are faster than along rows, and so is the softmax.
         """
-        x, last = images.mT, len(params) // 2 - 1
+        x, last, activation = images.mT, len(params) // 2 - 1, ACTIVATIONS[self.activation][0]
         outputs = [x]
         for layer in range(last + 1):
             x = torch.baddbmm(params[f"bias{layer}"].unsqueeze(2), params[f"weight{layer}"].mT, x)
-            outputs.append(self.activation(x) if layer < last else x)
+            outputs.append(activation(x) if layer < last else x)
             x = outputs[-1]
         return outputs
 
@@ -486,8 +511,24 @@ class PerceptronLoss:
         for layer in reversed(range(len(inputs))):
             gradients |= {f"bias{layer}": d.sum(2), f"weight{layer}": torch.bmm(d, inputs[layer].mT).mT}
             if layer:
-                d = self.slope(torch.bmm(params[f"weight{layer}"], d), inputs[layer])
+                d = ACTIVATIONS[self.activation][1](torch.bmm(params[f"weight{layer}"], d), inputs[layer])
         return losses, gradients
+
+    def perceptrons(self, shapes):
+        """What `perceptrons_numba` wants to know of this loss, of parameters of these shapes: images, labels, a function
+        index(step) -> (B, batch), the layers' sizes and the activation; or None if it is not for that."""
+        names = [f"{kind}{layer}" for layer in range(len(shapes) // 2) for kind in ("weight", "bias")]
+        if not isinstance(self.minibatch, Chosen) or list(shapes) != names:
+            return None
+        return *self.minibatch, [self.minibatch.images.shape[1], *(shapes[name][1] for name in names[1::2])], self.activation
+
+    def with_vector_gradient(self, theta, shapes, step):
+        """`with_gradient` for parameters in one vector, by compiled loops: see `MetaBatch`."""
+        found = self.perceptrons(shapes)
+        if not found or not takes_numba(theta) or found[0].dtype != theta.dtype:
+            return None
+        images, labels, index, *rest = found
+        return import_module("perceptrons_numba").losses_and_gradient(images, labels, index(step), theta, *rest)
 
 
 def mean_cross_entropy(scores, labels):
@@ -676,11 +717,12 @@ class Minibatches:
     def __call__(self, step):
         check_count(least=0, step=step)
         chunk, within = divmod(step, STEPS_PER_DRAW)
-        if self.drawn[0] != chunk:
+        drawn = self.drawn  # other threads may ask for other steps meanwhile
+        if drawn[0] != chunk:
             generator = torch.Generator().manual_seed((self.seed + chunk) % 2**63)
             indices = torch.randint(self.length, (STEPS_PER_DRAW, *self.shape), generator=generator)
-            self.drawn = chunk, indices.to(self.device)
-        return self.drawn[1][within]
+            self.drawn = drawn = chunk, indices.to(self.device)
+        return drawn[1][within]
 
 
 _on_device = {}

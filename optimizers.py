@@ -7,12 +7,9 @@ something. A learned optimizer is any `nn.Module` with `init_state(num_coordinat
 stands in `meta_training`; the arithmetic of the fast path in `lstm_blocks`.
 """
 
-import functools
 import json
 import math
-import os
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,6 +19,7 @@ from torch import nn
 
 import lstm_blocks
 from argument_checks import NonFiniteError, check_count, check_finite, check_positive_number, sum_is_finite
+from kernel_choice import compiled_kernels, is_triton, kernels_for, takes_numba
 from learned_optimizer import LearnedOptimizer
 from odd_weights import odd_part
 from per_kind import PerKind
@@ -151,6 +149,15 @@ class LSTMOptimizer(nn.Module):
         room = kernels.Room(packed, state[0].shape[-1], steps) if compiled and steps else None
         own = *(part.new_empty(part.shape) if compiled else clone(part) for part in state[:2]), *map(clone, state[2:])
         return self._stepper(state if compiled else own, own, room), own, room
+
+    def take_parts(self, work, functions, size, steps):
+        """[work(first, last), ...] over parts of some functions of `size` coordinates each; work is a window of so many steps of
+        functions first … last - 1, and its replay. All are one part unless it is faster to take some after the others, or
+        several at once, each by a thread of its own."""
+        kernels, packed = self._packed_kernels()
+        if not hasattr(kernels, "take_parts"):
+            return [work(0, functions)]
+        return kernels.take_parts(work, packed, functions, size, steps)
 
     def _stepper(self, state, own, room):
         """Steps of which the first reads `state`; each overwrites `own`."""
@@ -413,7 +420,7 @@ class CoordinatewiseLSTM(LSTMOptimizer):
     def embed(self, readings):
         return readings
 
-    def record_quadratics(self, quadratics, theta, state, updates, keep):
+    def record_quadratics(self, quadratics, coordinates, theta, state, step, updates, keep):
         """`unrolling.record` for the functions ‖Wθ − y‖², by a compiled loop; None where there is none.
 
         Args:
@@ -425,21 +432,33 @@ class CoordinatewiseLSTM(LSTMOptimizer):
             ValueError: shapes do not fit each other.
             NonFiniteError: a gradient holds an infinity or a NaN.
         """
-        kernels, packed = self._packed_kernels()
-        fits = type(self) is CoordinatewiseLSTM and kernels.__name__ == "lstm_numba"
-        if not fits or any(tensor.dtype != theta.dtype or tensor.is_cuda for tensor in quadratics):
+        packed = self._packed_for_windows(theta)
+        if packed is None or any(tensor.dtype != theta.dtype or tensor.is_cuda for tensor in quadratics):
             return None
         self._check(theta, state, tuple(theta.shape))
         B, n = quadratics[1].shape[:2]
         if [tuple(tensor.shape) for tensor in quadratics] != [(B, n, n), (B, n, 1), (B, n, n)] or B * n != len(theta):
             raise ValueError("a loss's quadratics must be W (B, n, n), y (B, n, 1) and 2 Wᵀ, of B functions of n coordinates; got "
                              f"{[tuple(tensor.shape) for tensor in quadratics]} for {len(theta)} coordinates")
-        recorded = import_module("quadratics_numba").record_quadratics(
-            packed, quadratics, theta, *state, updates, self.p if self.preprocess else 0, keep)
-        if not sum_is_finite(recorded[1][:-1]):
-            for gradient in recorded[1][:-1]:
-                check_finite(gradient, "grad")
-        return recorded
+        return with_finite_gradients(*import_module("quadratics_numba").record_quadratics(
+            packed, quadratics, theta, *state, updates, self.p if self.preprocess else 0, keep))
+
+    def record_perceptrons(self, perceptrons, coordinates, theta, state, step, updates, keep):
+        """The same for `optimizees.PerceptronLoss.perceptrons`, where one thread alone has this to do."""
+        packed, found = self._packed_for_windows(theta), perceptrons(coordinates.shapes)
+        if packed is None or not found or found[0].dtype != theta.dtype or compiled_kernels().threads_here() > 1:
+            return None
+        self._check(theta, state, tuple(theta.shape))
+        images, labels, index, *rest = found
+        indices = torch.stack([index(step + t) for t in range(updates + 1)])
+        return with_finite_gradients(*import_module("perceptrons_numba").record_perceptrons(
+            packed, images, labels, indices, *rest, theta, *state, self.p if self.preprocess else 0, keep))
+
+    def _packed_for_windows(self, theta):
+        """The weights as compiled windows want them; None where there are no such windows."""
+        kernels, packed = self._packed_kernels()
+        fits = type(self) is CoordinatewiseLSTM and kernels.__name__ == "lstm_numba"
+        return packed if fits and takes_numba(theta) and packed.dtype == theta.dtype else None
 
     def _left_to(self, kernels, work):
         left = self.preprocess and type(self) is CoordinatewiseLSTM and work in getattr(kernels, "DOES_LOG_SIGN", ())
@@ -728,39 +747,17 @@ def start_as_adam(net, lr, mix=0.3):
 LINEAR = 0.2  # the candidate's weight on a reading: tanh is nearly linear there
 
 
-def kernels_for(weight):
-    """The module that runs the LSTM without a graph where that weight (1, H) is.
-
-    On a CPU `lstm_numba` if numba can be had, else `lstm_blocks`, which is slower, does the same and also runs on CUDA.
-    L2O_KERNELS in the environment asks for one: "torch", "numba", or "triton" for `lstm_triton` on CUDA.
-    """
-    wanted = os.environ.get("L2O_KERNELS", "auto")
-    if wanted not in ("auto", "numba", "torch", "triton"):
-        raise ValueError(f'L2O_KERNELS must be "auto", "numba", "torch" or "triton", got {wanted!r}')
-    if wanted == "triton" and import_module("lstm_triton").supports(weight):
-        return import_module("lstm_triton")
-    if wanted == "torch" or weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
-        return lstm_blocks
-    return compiled_kernels() if wanted == "numba" or has_numba() else lstm_blocks
-
-
-def is_triton(kernels):
-    return kernels.__name__ == "lstm_triton"
-
-
-@functools.cache
-def has_numba():
-    return find_spec("numba") is not None
-
-
-@functools.cache
-def compiled_kernels():
-    return import_module("lstm_numba")  # only now: importing numba takes a second
-
-
 def columns_last(state):
     """(layers, H, N), features along rows, -> (layers, N, H), what `nn.LSTM` wants."""
     return state.mT.contiguous()
+
+
+def with_finite_gradients(losses, gradients, *rest):
+    """What was recorded, or NonFiniteError if a gradient that the network was fed is not finite."""
+    if not sum_is_finite(gradients[:-1]):
+        for gradient in gradients[:-1]:
+            check_finite(gradient, "grad")
+    return losses, gradients, *rest
 
 
 # Files --------------------------------------------------------------------------------------------------------------

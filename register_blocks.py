@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from register_vectors import INDEX, LANES, REGISTER, REGISTERS, Vectors
 
 __all__ = ["ALONE", "BEYOND", "LANES", "OUTER", "ROWS", "UNITS", "add_outer_blocks", "add_product_blocks", "cell_again_blocks",
-           "cell_back_blocks", "cell_blocks", "copy_rows", "fetch_rows", "log_sign_row"]
+           "cell_back_blocks", "cell_blocks", "copy_rows", "fetch_rows", "gather_columns", "log_sign_row"]
 
 TOGETHER = 2  # vectors of a row, at most, that are in registers at once
 ROWS = 8 if REGISTERS == 32 else 4  # of a block of a product: with so many sums the multiplications never wait
@@ -290,6 +290,35 @@ def copy_rows(typing, rows, tiles, source, source_row, source_tile, out, out_row
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, source, types.intp, types.intp, out, types.intp, types.intp), generate
+
+
+@intrinsic
+def gather_columns(typing, source, row, index, count, out):
+    """out[k · LANES + j] = source[index[j] · row + k] for j < LANES and k < count: rows become columns.
+
+    count is a multiple of `LANES`, and not 0."""
+    arrays = source, index, out
+
+    def generate(context, builder, signature, values):
+        vectors = Vectors(context, builder, source.dtype)
+        origin, numbers, target = vectors.pointers([values[k] for k in (0, 2, 4)], arrays)
+        blocks = builder.udiv(values[3], ir.Constant(INDEX, vectors.length))
+        for place in vectors.places:
+            rows = [vectors.at(origin, builder.mul(values[1], builder.load(vectors.at(numbers, place + j))))
+                    for j in range(vectors.length)]
+
+            def block(number, _):
+                first = builder.mul(number, ir.Constant(INDEX, vectors.length))
+                columns = vectors.transposed([vectors.load(vectors.at(row, first)) for row in rows])
+                out = vectors.at(target, builder.mul(first, ir.Constant(INDEX, LANES)), place)
+                for k, column in enumerate(columns):
+                    vectors.store(column, vectors.at(out, k * LANES))
+                return []
+
+            vectors.loop(blocks, [], block)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, index, types.intp, out), generate
 
 
 @intrinsic

@@ -159,7 +159,7 @@ class Vectors:
         """1 - y², the derivative where tanh is y."""
         return self.minus(self.constant(1.0), self.times(y, y))
 
-    # Sums of a vector's places ----------------------------------------------------------------------------------
+    # Sums of a vector's places, and what changes places ---------------------------------------------------------
 
     def sums(self, several):
         """As many vectors as a vector has places -> one vector of their sums."""
@@ -180,6 +180,19 @@ class Vectors:
                 sums = self.builder.fpext(sums, wide)
             place = self.builder.bitcast(self.at(pointer, start), wide.as_pointer())
             self.builder.store(self.builder.fadd(self.builder.load(place, align=8), sums), place, align=8)
+
+    def transposed(self, rows):
+        """A vector's length of vectors, as the rows of a square matrix -> those of its columns."""
+        positions, distance = ir.VectorType(ir.IntType(32), self.length), 1
+        while distance < self.length:  # squares that far apart change places with those across the diagonal
+            places, new = range(self.length), list(rows)
+            for r in (r for r in places if not r & distance):
+                above = [place + (self.length - distance if place & distance else 0) for place in places]
+                below = [place + (self.length if place & distance else distance) for place in places]
+                for row, taken in ((r, above), (r + distance, below)):
+                    new[row] = self.builder.shuffle_vector(rows[r], rows[r + distance], ir.Constant(positions, taken))
+            rows, distance = new, 2 * distance
+        return rows
 
     def folded(self, several, fold):
         """Vectors become half as many, `fold(a, b, first, second)` of two neighbours, until one is left."""

@@ -5,6 +5,7 @@ each tensor flattened; gradients, updates and states follow that order. θ_{t+1}
 is Andrychowicz et al. 2016 (arXiv 1606.04474), section 2. Nothing here carries a graph.
 """
 
+import copy
 import inspect
 import math
 
@@ -33,6 +34,17 @@ class Coordinates:
         self.shapes = {name: tensor.shape for name, tensor in params.items()}
         self.sizes = [tensor.numel() for tensor in params.values()]
 
+    def part(self, first, last):
+        """`Coordinates` of functions first … last - 1 alone, and where they are in the vector: a list of (start, stop)."""
+        part, spans, start = copy.copy(self), [], 0
+        part.functions = last - first
+        part.shapes = {name: torch.Size([last - first, *shape[1:]]) for name, shape in self.shapes.items()}
+        part.sizes = [size // self.functions * part.functions for size in self.sizes]
+        for size in self.sizes:
+            spans.append((start + size // self.functions * first, start + size // self.functions * last))
+            start += size
+        return part, spans
+
     def join(self, params):
         """dict of (B, ...) -> (N,)"""
         parts = [params[name].reshape(-1) for name in self.shapes]
@@ -57,9 +69,13 @@ class Coordinates:
     def losses_and_gradient(self, loss, theta, step):
         """Losses (B,) and ∇ (N,) of their sum, each function's own gradient; no graph.
 
-        A loss that has `with_gradient(params, step)` gives both, ∇ as a dict, in tensors that the next step leaves alone;
-        autograd does it for others.
+        A loss that has `with_gradient(params, step)`, or `with_vector_gradient`, gives both, in tensors that the next step leaves
+        alone; autograd does it for others. See `optimizees.MetaBatch`.
         """
+        if hasattr(loss, "with_vector_gradient"):
+            found = loss.with_vector_gradient(theta.detach(), self.shapes, step)
+            if found is not None:
+                return found
         if hasattr(loss, "with_gradient"):
             losses, gradients = loss.with_gradient(self.split(theta.detach()), step)
             return losses, self.join(gradients)
@@ -127,12 +143,13 @@ def record(net, loss, coordinates, theta, state, step, updates, keep):
     """The same to its end: losses (updates + 1, B), gradients ∇ (updates + 1, N), θ and the state there, and with `keep`
     what the network may want to be given at their replay, as `room`, or None.
 
-    Quadratics go through all steps in one compiled loop where the network can do that.
+    Quadratics and perceptrons go through all steps in one compiled loop where the network can do that.
     """
-    if hasattr(net, "record_quadratics") and hasattr(loss, "quadratics"):
-        recorded = net.record_quadratics(loss.quadratics, theta, state, updates, keep)
-        if recorded is not None:
-            return recorded
+    for kind in ("quadratics", "perceptrons"):
+        if hasattr(net, f"record_{kind}") and hasattr(loss, kind):
+            recorded = getattr(net, f"record_{kind}")(getattr(loss, kind), coordinates, theta, state, step, updates, keep)
+            if recorded is not None:
+                return recorded
     losses, gradients, advance, room = [], theta.new_empty(updates + 1, len(theta)), None, None
     if hasattr(net, "recorder"):
         take, own, room = net.recorder(state, updates if keep else None)

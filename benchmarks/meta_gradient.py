@@ -138,7 +138,7 @@ def main():
 
     pin(1)
     torch.manual_seed(0)
-    from optimizers import has_numba
+    from kernel_choice import has_numba
     from scaling import compare_lengths, compare_sizes, draw
 
     if not has_numba():

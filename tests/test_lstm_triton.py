@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernel_choice
 import lstm_blocks
 import lstm_triton
-import optimizers
 from lstm_blocks import PackedLSTM
 from optimizers import CoordinatewiseLSTM, RNNProp, log_sign
 
@@ -180,9 +180,9 @@ def test_replay_is_deterministic_and_leaves_the_state(small_blocks):
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_uses_them_where_asked(monkeypatch):
     weight = CoordinatewiseLSTM().cuda().output.weight
-    assert optimizers.kernels_for(weight) is lstm_blocks
+    assert kernel_choice.kernels_for(weight) is lstm_blocks
     monkeypatch.setenv("L2O_KERNELS", "triton")
-    assert (optimizers.kernels_for(weight) is lstm_triton) == lstm_triton.supports(weight)
+    assert (kernel_choice.kernels_for(weight) is lstm_triton) == lstm_triton.supports(weight)
 
 
 # What needs no triton -------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_errors(monkeypatch):
     packed, weight = CoordinatewiseLSTM(preprocess="log_sign")._packed_kernels()[1], torch.zeros(1, 20)
     state, features = torch.zeros(2, 2, 20, 3), torch.zeros(2, 3)
     if not INTERPRETED:
-        assert not lstm_triton.supports(weight) and optimizers.kernels_for(weight) is lstm_blocks
+        assert not lstm_triton.supports(weight) and kernel_choice.kernels_for(weight) is lstm_blocks
         with pytest.raises(RuntimeError, match="need triton" if lstm_triton.kernels is None else "on a CUDA device"):
             lstm_triton.replay_blocks(packed, lambda a, b: features[None], *state, torch.zeros(1, 3))
     monkeypatch.setattr(lstm_triton, "kernels", None)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.autograd import gradcheck
 
+import kernel_choice
 import lstm_blocks
 import optimizers
 from meta_training import meta_train
@@ -94,9 +95,9 @@ BORDERS = [1, 15, 16, 17, 32, 37, 63, 64, 65, 131]  # around a tile of 16 and a 
 def small_blocks(monkeypatch):
     monkeypatch.setattr(lstm_blocks, "STEP_BLOCK", 16)
     monkeypatch.setattr(lstm_blocks, "REPLAY_BLOCK", (16, 16))
-    if optimizers.has_numba():
+    if kernel_choice.has_numba():
         for chunk in ("STEP_CHUNK", "REPLAY_CHUNK"):
-            monkeypatch.setattr(optimizers.compiled_kernels(), chunk, 64)
+            monkeypatch.setattr(kernel_choice.compiled_kernels(), chunk, 64)
 
 
 @pytest.mark.parametrize("layers, hidden", SHAPES)
