@@ -5,6 +5,7 @@ The cross-entropy of `optimizees.MNISTNet`, images along columns, in tiles as in
 `optimizees.PerceptronLoss` is the plain version, which this one is tested against.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -81,84 +82,93 @@ def cross_entropy(scores, classes, labels, index, start, d, top, total):
 
 
 @compiled
-def blocked(inputs, units):
-    """How many numbers `add_outer_blocks` makes of a matrix."""
-    return (inputs + 3) // 4 * ((units + OUTER - 1) // OUTER) * 4 * OUTER
+def forward(layer, B, b, tiles, theta, kind, last, x, step, turned):
+    """What a layer of perceptron b puts out, of all tiles, `step` apart in x. layer: as of `run_perceptrons`."""
+    inputs, units, at, row = layer[0], layer[1], layer[2], layer[3]
+    weights, biases = theta[at + b * inputs * units:], theta[at + (B * inputs + b) * units:]
+    for k in range(inputs):
+        for u in range(units):
+            turned[u * inputs + k] = weights[k * units + u]
+    for tile in range(tiles):
+        below = x[tile * step + row * LANES:]
+        above = below[inputs * LANES:(inputs + units) * LANES]
+        for u in range(units):
+            above[u * LANES:(u + 1) * LANES] = biases[u]
+        add_product(turned, inputs, units, inputs, below, above)
+        if not last:
+            activate(kind, above)
 
 
 @compiled
-def run_perceptrons(images, labels, index, theta, sizes, kind, first, last, losses, gradient, scratch, sums):
+def backward(layer, B, b, tiles, theta, kind, x, d, step, sums):
+    """From dL/d(what the layer put out), in d as that is in x, to that of what it reads; the layer's own go to the sums."""
+    inputs, units, at, row, place = layer[0], layer[1], layer[2], layer[3], layer[4]
+    weights, above = theta[at + b * inputs * units:], (row + inputs) * LANES
+    add_outer_blocks(4, OUTER, (inputs + 3) // 4, (units + OUTER - 1) // OUTER, x[row * LANES:], step, d[above:], step, tiles,
+                     sums[place + units:], sums)
+    for tile in range(tiles):
+        start = tile * step + row * LANES
+        read, slopes, own = x[start:start + inputs * LANES], d[start:start + inputs * LANES], d[tile * step + above:]
+        for u in range(units):
+            sums[place + u] += own[u * LANES:(u + 1) * LANES].sum()
+        if row > 0:
+            slopes[:] = 0
+            add_product(weights, units, inputs, units, own, slopes)
+            pull_through(kind, read, slopes)
+
+
+@compiled
+def hand_over(layer, B, b, sums, gradient):
+    """A layer's sums to their places in the gradient."""
+    inputs, units, at, place = layer[0], layer[1], layer[2], layer[4]
+    weights, biases = gradient[at + b * inputs * units:], gradient[at + (B * inputs + b) * units:]
+    across = (units + OUTER - 1) // OUTER
+    for u in range(units):
+        biases[u] = sums[place + u]
+    for k in range(inputs):
+        for u in range(units):
+            block, within = k // 4 * across + u // OUTER, k % 4 * OUTER + u % OUTER
+            weights[k * units + u] = sums[place + units + block * 4 * OUTER + within]
+
+
+@compiled
+def run_perceptrons(images, labels, index, theta, layers, kind, first, last, losses, gradient, scratch, sums):
     """Perceptrons first … last - 1 of those in theta (N,): layer after layer all their weights (inputs, units), then all their
     biases (units,).
 
-    sizes: inputs, units of each layer. index (B, batch): which images each one reads. gradient (N,), losses (B,).
+    layers: of each, its inputs, its units, where its weights begin in theta, at which row of a tile its inputs do, and where
+    its sums do (biases', then the weights' in blocks; the first sums are wanted by nobody). index (B, batch): which images each
+    one reads. gradient (N,), losses (B,).
     """
-    layers, (B, batch), rows, spare = len(sizes) - 1, index.shape, sizes.sum(), sizes.sum() + 4  # sums that nobody wants
-    tiles = min(IMAGE_TILES, -(-batch // LANES))
-    stop, step = tiles * rows * LANES, rows * LANES  # of what layers read and put out, of all tiles and of one
-    x, d = scratch[:stop], scratch[stop:2 * stop]  # the latter their derivatives
-    total, top, turned = scratch[2 * stop:], scratch[2 * stop + LANES:], scratch[2 * stop + 2 * LANES:]
+    (B, batch), classes, scores = index.shape, layers[-1, 1], layers[-1, 0] + layers[-1, 3]  # rows of a tile, before the scores
+    tiles, step = min(IMAGE_TILES, -(-batch // LANES)), (scores + classes) * LANES
+    x, d, rest = scratch[:tiles * step], scratch[tiles * step:2 * tiles * step], scratch[2 * tiles * step:]
     for b in range(first, last):
         own, loss, sums[:] = index[b], 0.0, 0
         for begin in range(0, batch, tiles * LANES):
             count = min(tiles, -(-(batch - begin) // LANES))
             for tile in range(count):
                 gather(images, own, begin + tile * LANES, x[tile * step:])
-            at, row, place = 0, 0, spare  # of the layer: its weights in theta, what it reads in a tile, its sums
-            for l in range(layers):
-                inputs, units = sizes[l], sizes[l + 1]
-                after, weights = row + inputs, theta[at + b * inputs * units:]
-                for k in range(inputs):
-                    for u in range(units):
-                        turned[u * inputs + k] = weights[k * units + u]
-                at += B * inputs * units
-                for tile in range(count):
-                    y = x[tile * step + after * LANES:tile * step + (after + units) * LANES]
-                    for u in range(units):
-                        y[u * LANES:(u + 1) * LANES] = theta[at + b * units + u]
-                    add_product(turned, inputs, units, inputs, x[tile * step + row * LANES:], y)
-                    if l + 1 < layers:
-                        activate(kind, y)
-                at, row, place = at + B * units, after, place + units + blocked(inputs, units)
+            for l in range(len(layers)):
+                forward(layers[l], B, b, count, theta, kind, l + 1 == len(layers), x, step, rest)
             for tile in range(count):
-                here = tile * step + row * LANES
-                loss += cross_entropy(x[here:], sizes[layers], labels, own, begin + tile * LANES, d[here:], top, total)
-            for l in range(layers - 1, -1, -1):
-                inputs, units = sizes[l], sizes[l + 1]
-                at, before, place = at - B * (inputs + 1) * units, row - inputs, place - units - blocked(inputs, units)
-                add_outer_blocks(4, OUTER, (inputs + 3) // 4, (units + OUTER - 1) // OUTER, x[before * LANES:], step,
-                                 d[row * LANES:], step, count, sums[place + units:], sums)
-                for tile in range(count):
-                    here, below = tile * step + row * LANES, tile * step + before * LANES
-                    for u in range(units):
-                        sums[place + u] += d[here + u * LANES:here + (u + 1) * LANES].sum()
-                    if l > 0:
-                        d[below:below + inputs * LANES] = 0
-                        add_product(theta[at + b * inputs * units:], units, inputs, units, d[here:], d[below:])
-                        pull_through(kind, x[below:below + inputs * LANES], d[below:below + inputs * LANES])
-                row = before
-        losses[b], at, place = loss / batch, 0, spare
-        for l in range(layers):
-            inputs, units = sizes[l], sizes[l + 1]
-            weights, across = gradient[at + b * inputs * units:], (units + OUTER - 1) // OUTER
-            for k in range(inputs):
-                for u in range(units):
-                    block, within = k // 4 * across + u // OUTER, k % 4 * OUTER + u % OUTER
-                    weights[k * units + u] = sums[place + units + block * 4 * OUTER + within]
-            at += B * inputs * units
-            for u in range(units):
-                gradient[at + b * units + u] = sums[place + u]
-            at, place = at + B * units, place + units + blocked(inputs, units)
+                at = tile * step + scores * LANES
+                loss += cross_entropy(x[at:], classes, labels, own, begin + tile * LANES, d[at:], rest, rest[LANES:])
+            for l in range(len(layers) - 1, -1, -1):
+                backward(layers[l], B, b, count, theta, kind, x, d, step, sums)
+        losses[b] = loss / batch
+        for l in range(len(layers)):
+            hand_over(layers[l], B, b, sums, gradient)
 
 
 @compiled
-def run_window(images, labels, index, theta, sizes, kind, p, weights, biases, output, hidden, cells, lie, mid_hidden, mid_cells,
+def run_window(images, labels, index, theta, layers, kind, p, weights, biases, output, hidden, cells, lie, mid_hidden, mid_cells,
                mid_lie, end_hidden, end_cells, end_lie, losses, gradients, update, scratch, sums, step_scratch, room, shares):
     """A window of them all. index (updates + 1, B, batch); theta is overwritten; the state is read, written after the last
     step to end_…, and is between them in mid_…"""
     updates = len(gradients) - 1
     for t in range(updates + 1):
-        run_perceptrons(images, labels, index[t], theta, sizes, kind, 0, index.shape[1], losses[t], gradients[t], scratch, sums)
+        run_perceptrons(images, labels, index[t], theta, layers, kind, 0, index.shape[1], losses[t], gradients[t], scratch, sums)
         if t < updates:
             if t > 0:
                 hidden, cells, lie = mid_hidden, mid_cells, mid_lie
@@ -178,13 +188,12 @@ def losses_and_gradient(images, labels, index, theta, sizes, activation):
         sizes: inputs, units of each layer.
         activation: one of `ACTIVATIONS`.
     """
-    sizes, kind = np.array(sizes), ACTIVATIONS.index(activation)
-    losses, gradient = theta.new_empty(len(index)), torch.empty_like(theta)
-    given, results = map(array, (images, labels, index, theta)), (array(losses), array(gradient))
-    given = *given, sizes, kind
+    losses, gradient, (layers, buffers) = theta.new_empty(len(index)), torch.empty_like(theta), layout(sizes, *index.shape)
+    given = *map(array, (images, labels, index, theta)), layers, ACTIVATIONS.index(activation)
+    results = array(losses), array(gradient)
 
     def work(first, last):
-        run_perceptrons(*given, first, last, *results, *buffers(sizes, index.shape[1], theta.dtype))
+        run_perceptrons(*given, first, last, *results, *buffers(theta.dtype))
 
     shared_out(work, len(index))
     return losses, gradient
@@ -195,21 +204,29 @@ def record_perceptrons(packed, images, labels, index, sizes, activation, theta, 
 
     index (updates + 1, B, batch); else as of `losses_and_gradient`. p: of "log_sign", or 0 for no preprocessing.
     """
-    sizes, updates, N = np.array(sizes), len(index) - 1, len(theta)
+    (layers, buffers), updates, N = layout(sizes, *index.shape[1:]), len(index) - 1, len(theta)
     losses, gradients, theta = theta.new_empty(index.shape[:2]), theta.new_empty(updates + 1, N), clone(theta)
     room, own = Room(packed, N, updates) if keep else None, tuple(torch.empty(hidden.shape, dtype=theta.dtype) for _ in range(2))
     end = as_it_lies(*map(array, own))
     between = (*room.state, room.lie) if room and room.state.size else end
-    run_window(*map(array, (images, labels, index, theta)), sizes, ACTIVATIONS.index(activation), float(p), packed.weights,
+    run_window(*map(array, (images, labels, index, theta)), layers, ACTIVATIONS.index(activation), float(p), packed.weights,
                packed.biases, packed.output, *as_it_lies(array(hidden), array(cells)), *between, *end, array(losses),
-               array(gradients), np.empty(N, packed.weights.dtype), *buffers(sizes, index.shape[2], theta.dtype),
-               packed.scratch(1, TILES), *((room.array, room.shares) if room else no_room(packed)))
+               array(gradients), np.empty(N, packed.weights.dtype), *buffers(theta.dtype), packed.scratch(1, TILES),
+               *((room.array, room.shares) if room else no_room(packed)))
     return losses, gradients, theta, own, room
 
 
-def buffers(sizes, batch, dtype):
-    """This thread's scratch and sums for `run_perceptrons`."""
-    layers, tiles = list(zip(sizes.tolist(), sizes[1:].tolist())), min(IMAGE_TILES, -(-batch // LANES))
-    count = 2 * tiles * int(sizes.sum()) * LANES + max(i * u for i, u in layers) + (2 + OUTER) * LANES
-    places = int(sizes.sum()) + 4 + sum((i + 4) * (u + OUTER) + u for i, u in layers)  # blocks reach beyond
-    return buffer("images", count, dtype), buffer("sums", places, torch.float64)
+def layout(sizes, B, batch):
+    """The layers of B perceptrons as `run_perceptrons` wants them, and a function of a dtype that gives this thread's scratch
+    and sums for it."""
+    layers, at, row, place = [], 0, 0, max(sizes) + 3  # in blocks of 4
+    for inputs, units in itertools.pairwise(sizes):
+        layers.append((inputs, units, at, row, place))
+        at, row, place = at + B * (inputs + 1) * units, row + inputs, place + units + (inputs + 3) * (units + OUTER)
+    tiles, matrix = min(IMAGE_TILES, -(-batch // LANES)), max(inputs * units for inputs, units, *_ in layers)
+    numbers = (2 * tiles * (row + sizes[-1]) + 2 + OUTER) * LANES + matrix  # blocks read beyond
+
+    def buffers(dtype):
+        return buffer("images", numbers, dtype), buffer("sums", place, torch.float64)
+
+    return np.array(layers), buffers

@@ -80,6 +80,15 @@ def measure_memory(problem, functions, unroll, name):
     return peak_megabytes() - before
 
 
+def with_numba(run):
+    """The function, with kernels of numba."""
+    def run_so():
+        os.environ["L2O_KERNELS"] = "numba"
+        run()
+
+    return run_so
+
+
 def compare_cases(cases, unroll, repetitions, peers, peer_rounds):
     """Tables 1 and 2."""
     from floors import bare_products, optimizee_alone
@@ -92,7 +101,7 @@ def compare_cases(cases, unroll, repetitions, peers, peer_rounds):
         window = Window(*CASES[case])
         runs = {name: functools.partial(window.run, name, unroll) for name in METHODS}
         runs["products"] = bare_products(window.net, window.N, unroll)
-        runs["optimizee"] = optimizee_alone(Coordinates(window.batch.params), window.batch, unroll)
+        runs["optimizee"] = with_numba(optimizee_alone(Coordinates(window.batch.params), window.batch, unroll))
         beside = {label: entries[case] for label, entries in peers.items() if case in entries}
         times = alternate(runs, repetitions, beside, peer_rounds)
         ours = times["replay, numba"].median
