@@ -8,7 +8,7 @@
    plain torch, and autograd. Median and (minimum) over alternating repetitions on one core.
 2. The floor, in the same rounds: the LSTM's matrix products alone, the optimizee alone (`floors`), and what the replay
    takes beyond the optimizee, divided by the products. Memory is what one window adds to the resident set of a process
-   of its own.
+   of its own. And eight networks on MNIST beside one.
 3. What the LSTM alone, step and replay, takes for each coordinate and step, from 100 coordinates to `--largest`, on one
    core and on two; time and memory over the length of the window (`scaling`).
 """
@@ -120,6 +120,14 @@ def compare_cases(cases, unroll, repetitions, peers, peer_rounds):
                   *(f"{added_megabytes(*CASES[case], unroll, name):.0f}" for name in METHODS))
 
 
+def compare_batches(unroll, repetitions):
+    """How much longer eight networks on MNIST take than one, in turn: what a machine does changes within minutes."""
+    times = alternate({number: functools.partial(Window("mnist", number).run, "replay, numba", unroll) for number in (1, 8)},
+                      repetitions)
+    print(f"MNIST ×8 and ×1 in turn: {milliseconds(times[8])} and {milliseconds(times[1])} ms, "
+          f"{times[8].median / times[1].median:.2f} ({times[8].minimum / times[1].minimum:.2f}) times as long")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--unroll", type=int, default=20, help="steps in the window (default 20)")
@@ -155,6 +163,8 @@ def main():
     print(f"torch {torch.__version__}, {platform.machine()}, core {CORES[-1] if CORES else '?'} of "
           f"{os.cpu_count()}, windows of {arguments.unroll} steps, float32; median (minimum)\n")
     compare_cases(arguments.cases, arguments.unroll, arguments.repetitions, peers, arguments.peer_rounds)
+    print()
+    compare_batches(arguments.unroll, arguments.repetitions)
     print()
     sizes = compare_sizes(arguments.largest, arguments.unroll, arguments.repetitions)
     print()
