@@ -414,10 +414,10 @@ def step_blocks(packed, features, hidden, cells, inplace=False, log_sign=0):
 
     With `log_sign`, features are gradients (1, width), of which it then does `preprocessing.log_sign` with that p.
     """
-    whole = hidden.is_contiguous() and cells.is_contiguous()
-    new = (hidden, cells) if inplace and whole else tuple(torch.empty(hidden.shape, dtype=packed.dtype) for _ in range(2))
+    there = inplace and in_rows(hidden, cells)
+    new = (hidden, cells) if there else tuple(torch.empty(hidden.shape, dtype=packed.dtype) for _ in range(2))
     update = stepper(packed, hidden, cells, log_sign, new)(features)
-    if inplace and not whole:
+    if inplace and not there:
         new = hidden.copy_(new[0]), cells.copy_(new[1])
     return update, *new
 
@@ -505,6 +505,22 @@ def as_it_lies(hidden, cells):
     return hidden.reshape(-1), cells.reshape(-1), np.array([hidden[0].size, hidden.shape[2], LANES])
 
 
+def in_rows(*parts):
+    """Whether a state's tensors (layers, H, N) are those of whole ones, or of the same stretch of their coordinates."""
+    strides = parts[0].stride()
+    return strides[2] == 1 and strides[0] == parts[0].shape[1] * strides[1] and all(part.stride() == strides for part in parts)
+
+
+def in_place(hidden, cells):
+    """`as_it_lies` for tensors, of the memory itself where that is `in_rows`."""
+    if not in_rows(hidden, cells):
+        return as_it_lies(array(hidden), array(cells))
+    layer, row, _ = hidden.stride()
+    size = (len(hidden) - 1) * layer + (hidden.shape[1] - 1) * row + hidden.shape[2]
+    flat = (array(part.as_strided((size,), (1,))) for part in (hidden, cells))
+    return *flat, np.array([layer, row, LANES])
+
+
 def stepper(packed, hidden, cells, log_sign=0, new=None, room=None):
     """A function that does `step_blocks` for features (start, stop) -> (inputs, width), and returns the update (N,), which
     its next call overwrites.
@@ -513,7 +529,7 @@ def stepper(packed, hidden, cells, log_sign=0, new=None, room=None):
     over those. With a `Room`, no more steps than it has room for, and `new` is complete after the last of them.
     """
     N, inputs = hidden.shape[2], (packed.weights, packed.biases, packed.output)
-    before, end = as_it_lies(array(hidden), array(cells)), as_it_lies(*map(array, new or (hidden, cells)))
+    before, end = in_place(hidden, cells), in_place(*(new or (hidden, cells)))
     between = (*room.state, room.lie) if room and room.state.size else end
     kept, shares = (room.array, room.shares) if room else no_room(packed)
     update, steps, done = torch.empty(N, dtype=packed.dtype), room.steps if room else 1, 0

@@ -114,6 +114,24 @@ def test_where_a_state_lies_and_what_is_fetched_change_nothing(states, cache, mo
         assert (kept[name] - plain[name]).norm() <= 1e-12 * plain[name].norm()
 
 
+@pytest.mark.parametrize("N, start, stop", [(300, 16, 293), (300, 0, 300), (90, 89, 90), (20000, 5000, 15003)])
+@pytest.mark.parametrize("net", [CoordinatewiseLSTM(), CoordinatewiseLSTM(5, 3, "log_sign"), CoordinatewiseLSTM(3, 1)])
+def test_a_stretch_of_a_state_is_renewed_where_it_lies(net, N, start, stop, monkeypatch):
+    """In no other memory, and what is beside it stays."""
+    monkeypatch.setenv("L2O_KERNELS", "numba")
+    net = copy.deepcopy(net).double()
+    whole = [torch.rand(part.shape, dtype=torch.float64) for part in net.init_state(N)]
+    before, grad = [part.clone() for part in whole], torch.randn(stop - start, dtype=torch.float64)
+    with torch.no_grad():
+        expected, new = net(grad, tuple(part[..., start:stop].contiguous() for part in before))
+        update, after = net(grad, tuple(part[..., start:stop] for part in whole), inplace=True)
+    torch.testing.assert_close(update, expected, rtol=1e-13, atol=1e-13)
+    for part, old, here, there in zip(whole, before, after, new):
+        assert here.data_ptr() == part[..., start:].data_ptr()
+        torch.testing.assert_close(part[..., start:stop], there, rtol=1e-13, atol=1e-13)
+        assert torch.equal(part[..., :start], old[..., :start]) and torch.equal(part[..., stop:], old[..., stop:])
+
+
 def test_what_was_kept_under_other_weights_is_not_used(monkeypatch):
     monkeypatch.setenv("L2O_KERNELS", "numba")
     net, grads = CoordinatewiseLSTM(), torch.randn(3, 40)
