@@ -46,7 +46,7 @@ REPLAY_CHUNK = 5120 * LANES  # columns times steps, of which the inputs lie in m
 ROOM = 208 << 20  # bytes of a `Room`: all of 20 steps of the paper's network on MNIST
 STATES = 48 << 20  # of its state, at most: larger ones lie as they do elsewhere
 WORTHWHILE = 0.5  # share of the top layer's tiles for which there must be room: for less it is not taken
-TILES = 4  # that `run_step` loads together
+TILES, MORE_TILES = 4, 16  # that `run_step` loads together; the latter where rows are so long that `FAR` says so
 DOES_LOG_SIGN = "step", "replay"  # of what is below, what takes gradients as they are
 CACHE = level_2_cache()
 FAR = 4096  # from so many columns on the state is no longer in the cache when the next step comes
@@ -296,11 +296,11 @@ def run_step(weights, biases, output, p, features, offset, hidden, cells, lie, s
     gradients (1, …), of which log_sign makes two. room, shares: see `Room`; it is number `step` of its `steps`.
 
     The state before the step, flat, lies as `lie` says, that after it as `new_lie`: so far apart are layers, rows and tiles.
-    Where rows lie far apart, what `TILES` tiles need of one is read, and written, together.
+    What some tiles need of a row is read, and written, together: of rows that lie far apart, more of them.
     """
-    layers, inputs, group = len(weights), 2 if p > 0 else features.shape[0], TILES * LANES
-    H = biases.shape[1] // 4
-    columns, c, gates, tanhs, outputs, _, _, _, _ = carve(scratch, TILES, 1, inputs, layers, 4 * H)
+    layers, inputs, tiles = len(weights), 2 if p > 0 else features.shape[0], MORE_TILES if lie[1] >= FAR else TILES
+    H, group = biases.shape[1] // 4, tiles * LANES
+    columns, c, gates, tanhs, outputs, _, _, _, _ = carve(scratch, tiles, 1, inputs, layers, 4 * H)
     for first in range(start, stop, group):
         width = min(group, stop - first)
         if p > 0:
@@ -310,10 +310,10 @@ def run_step(weights, biases, output, p, features, offset, hidden, cells, lie, s
                  columns[0].size)
         load_state(hidden, cells, lie, inputs, first, width, columns, c)
         for tile in range(-(-width // LANES)):
-            row, last = tile * layers * H // TILES, (tile + 1) * layers * H // TILES
+            row, last = tile * layers * H // tiles, (tile + 1) * layers * H // tiles
             if lie[1] >= FAR and first + 2 * group <= stop and row < last:  # a share of what the next tiles will read
-                fetch_rows(last - row, TILES, hidden[row * lie[1] + first + group:], lie[1])
-                fetch_rows(last - row, TILES, cells[row * lie[1] + first + group:], lie[1])
+                fetch_rows(last - row, tiles, hidden[row * lie[1] + first + group:], lie[1])
+                fetch_rows(last - row, tiles, cells[row * lie[1] + first + group:], lie[1])
             record(weights, biases, inputs, columns[tile], c[tile * layers:], gates, tanhs, first // LANES + tile, room,
                    shares, step, step + 1, steps, 0)
             outputs[0] = output[H]
@@ -543,7 +543,7 @@ def stepper(packed, hidden, cells, log_sign=0, new=None, room=None):
 
         def work(start, stop):
             run_step(*inputs, float(log_sign), array(features(start, stop)), start, *before, start, stop, out, *after,
-                     packed.scratch(1, TILES), kept, shares, done, steps)
+                     packed.scratch(1, MORE_TILES), kept, shares, done, steps)
 
         side_by_side(work, N, STEP_CHUNK)
         before, done = after, done + 1 if room else 0

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import torch
 
-from lstm_numba import (LANES, TILES, Room, add_product, array, as_it_lies, buffer, compiled, no_room, run_step, shared_out)
+from lstm_numba import (LANES, MORE_TILES, Room, add_product, array, as_it_lies, buffer, compiled, no_room, run_step, shared_out)
 from register_blocks import OUTER, add_outer_blocks, gather_columns
 from state_nests import clone
 
@@ -211,7 +211,7 @@ def record_perceptrons(packed, images, labels, index, sizes, activation, theta, 
     between = (*room.state, room.lie) if room and room.state.size else end
     run_window(*map(array, (images, labels, index, theta)), layers, ACTIVATIONS.index(activation), float(p), packed.weights,
                packed.biases, packed.output, *as_it_lies(array(hidden), array(cells)), *between, *end, array(losses),
-               array(gradients), np.empty(N, packed.weights.dtype), *buffers(theta.dtype), packed.scratch(1, TILES),
+               array(gradients), np.empty(N, packed.weights.dtype), *buffers(theta.dtype), packed.scratch(1, MORE_TILES),
                *((room.array, room.shares) if room else no_room(packed)))
     return losses, gradients, theta, own, room
 

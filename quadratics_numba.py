@@ -7,7 +7,7 @@ tested against. It holds arithmetic only.
 
 import numpy as np
 
-from lstm_numba import LANES, TILES, Room, array, as_it_lies, compiled, no_room, run_step, side_by_side
+from lstm_numba import LANES, MORE_TILES, Room, array, as_it_lies, compiled, no_room, run_step, side_by_side
 from state_nests import clone
 
 __all__ = ["record_quadratics"]
@@ -67,7 +67,7 @@ def record_quadratics(packed, quadratics, theta, hidden, cells, updates, p, keep
     own = *as_it_lies(array(hidden), array(cells)), array(losses), array(gradients)
 
     def work(first, last):
-        run_window(*whole, *own, first, last, update, np.empty(n, kind), packed.scratch(1, TILES), *kept)
+        run_window(*whole, *own, first, last, update, np.empty(n, kind), packed.scratch(1, MORE_TILES), *kept)
 
     side_by_side(work, functions, max(CHUNK // n, LANES))
     return losses, gradients, theta, (hidden, cells), room
