@@ -23,7 +23,8 @@ from state_nests import fill_leaves, map_tensors, named_leaves
 
 __all__ = ["LearnedOptimizer"]
 
-CHUNK = {"cpu": 1 << 14, "elsewhere": 1 << 18}  # coordinates that a coordinatewise network gets at once, at most
+# Coordinates that a coordinatewise network gets at once, at most: more where it writes over what is stored, without copies.
+CHUNK = {"cpu": 1 << 14, "cpu, in place": 1 << 18, "elsewhere": 1 << 18}
 OPTIONS = ("net", "lr", "weight_decay", "maximize", "state_dtype")
 SMALL = 2048  # coordinates of a parameter up to which it runs together with others: a call costs as much as some 1,000
 UNSAVED = ("net", "state_dtype")  # options of a group that belong to the program, not to a checkpoint
@@ -363,7 +364,7 @@ class Network:
         elsewhere = any(tensor.device != device for tensor in tensors_of(net))
         self.net, self.device, self.version = copy.deepcopy(net).to(device) if elsewhere else net, device, version
         self.options = {"inplace": True} if "inplace" in inspect.signature(net.forward).parameters else {}
-        self.most = CHUNK.get(device.type, CHUNK["elsewhere"]) if is_coordinatewise(net) else math.inf
+        self.most = {in_place: self.at_once(in_place) for in_place in (False, True)}
         nests = [self.net.init_state(n) for n in ((2, 3) if is_coordinatewise(net) else (size,))]
         self.parts = parts_of(nests, type(net).__name__)
         self.nest = map_tensors(lambda leaf: leaf.new_empty(0), nests[0])
@@ -372,8 +373,20 @@ class Network:
         weights, state = ([kind for kind in some if kind.is_floating_point] for some in kinds)
         self.dtype = weights[0] if weights else reduce(torch.promote_types, state) if state else None
 
-    def chunks(self, size):
-        return [(0, size)] if size <= self.most else blocks(size, self.most)
+    def at_once(self, in_place):
+        """Coordinates that the network gets at most; in_place: it writes over what is stored."""
+        if not is_coordinatewise(self.net):
+            return math.inf
+        kind = self.device.type + ", in place" * in_place
+        return CHUNK[kind if kind in CHUNK else "elsewhere"]
+
+    def in_place(self, vector):
+        """Whether it writes over this vector's state as that is stored."""
+        return bool(self.options) and all(vector.state[name].dtype == part.dtype for name, part in self.parts.items()
+                                          if part.dtype)
+
+    def chunks(self, size, in_place=False):
+        return [(0, size)] if size <= self.most[in_place] else blocks(size, self.most[in_place])
 
     def new_state(self, size, state_dtype):
         """The state before the first step, for a vector of that size."""
@@ -401,11 +414,11 @@ class Network:
         """One step: fills the vectors' updates and renews their states. Small vectors run together, large ones cut."""
         batch, size = [], 0
         for vector in vectors:
-            if not self.joins or vector.size > min(SMALL, self.most):
-                for span in self.chunks(vector.size):
+            if not self.joins or vector.size > min(SMALL, self.most[False]):
+                for span in self.chunks(vector.size, self.in_place(vector)):
                     self.run([(vector, *span)])
                 continue
-            if size + vector.size > self.most:
+            if size + vector.size > self.most[False]:
                 self.run(batch)
                 batch, size = [], 0
             batch.append((vector, 0, vector.size))

@@ -41,7 +41,7 @@ def level_2_cache():
         return 1 << 20
 
 
-STEP_CHUNK = 1024 * LANES  # columns in one call of a compiled function, whose own cost of some µs is spread over them
+STEP_CHUNK = 1024 * LANES  # columns of which the inputs lie in memory at once; with gradients as they are, there are none
 REPLAY_CHUNK = 5120 * LANES  # columns times steps, of which the inputs lie in memory at once
 ROOM = 208 << 20  # bytes of a `Room`: all of 20 steps of the paper's network on MNIST
 STATES = 48 << 20  # of its state, at most: larger ones lie as they do elsewhere
@@ -545,7 +545,7 @@ def stepper(packed, hidden, cells, log_sign=0, new=None, room=None):
             run_step(*inputs, float(log_sign), array(features(start, stop)), start, *before, start, stop, out, *after,
                      packed.scratch(1, MORE_TILES), kept, shares, done, steps)
 
-        side_by_side(work, N, STEP_CHUNK)
+        side_by_side(work, N, N if log_sign else STEP_CHUNK)
         before, done = after, done + 1 if room else 0
         return update
 

@@ -187,7 +187,8 @@ def test_follows_the_curves_of_evaluate(name):
 @pytest.mark.parametrize("chunk", [4, 1 << 14])
 def test_adam_as_a_network_equals_adam(kind, options, chunk, monkeypatch):
     """A rule whose result is known, through every kind of state, in pieces and whole."""
-    monkeypatch.setitem(learned_optimizer.CHUNK, "cpu", chunk)
+    for where in ("cpu", "cpu, in place"):
+        monkeypatch.setitem(learned_optimizer.CHUNK, where, chunk)
     ours, theirs = model(torch.float64), model(torch.float64)
     train(ours, LearnedOptimizer(ours.parameters(), NETS[kind](), **options), 10)
     train(theirs, torch.optim.Adam(theirs.parameters(), lr=0.01, **options), 10)
@@ -208,7 +209,8 @@ def test_chunks_change_nothing(kind, small, chunk, state_dtype, monkeypatch):
     monkeypatch.setattr(learned_optimizer, "SMALL", 0)
     whole = run()
     monkeypatch.setattr(learned_optimizer, "SMALL", small)
-    monkeypatch.setitem(learned_optimizer.CHUNK, "cpu", chunk)
+    for where in ("cpu", "cpu, in place"):
+        monkeypatch.setitem(learned_optimizer.CHUNK, where, chunk)
     tolerance = 1e-12 if state_dtype is None else 1e-2
     torch.testing.assert_close(run(), whole, rtol=tolerance, atol=tolerance)
 
