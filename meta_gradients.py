@@ -125,31 +125,27 @@ def finished(net, coordinates, grads, losses, theta, state, step, objective):
 def replay_in_parts(net, loss, coordinates, theta, state, step, weights, fraction, generator, objective):
     """`replay_window`, of some functions after the others where the network and the loss can do that."""
     functions, whole = coordinates.functions, (theta, state)
+    end = map_tensors(torch.empty_like, whole)
 
     def window(first, last):
         if last - first == functions:
             return replay_window(net, loss, coordinates, *whole, step, weights, fraction, generator, objective)
         own, spans = coordinates.part(first, last)
         start = map_tensors(lambda tensor: torch.cat([tensor[..., a:b] for a, b in spans], -1), whole)
-        grads, losses, *end = replay_window(net, loss.part(first, last), own, *start, step, weights, fraction, generator,
-                                            objective)
-        return grads, losses, *end, own.sizes
+        grads, losses, *after = replay_window(net, loss.part(first, last), own, *start, step, weights, fraction, generator,
+                                              objective)
+        for tensor, part in zip(tensors_in(end), tensors_in(after)):
+            for (a, b), piece in zip(spans, part.split(own.sizes, -1)):
+                tensor[..., a:b] = piece
+        return grads, losses
 
     if fraction < 1 or not (getattr(net, "coordinatewise", False) and hasattr(net, "take_parts") and hasattr(loss, "part")):
         return window(0, functions)
     parts = net.take_parts(window, functions, sum(coordinates.sizes) // functions, len(weights) - 1)
     if len(parts) == 1:
         return parts[0]
-    grads, losses, *ends, sizes = zip(*parts)
-    joint = iter([joined(tensors, sizes) for tensors in zip(*map(tensors_in, zip(*ends)))])
-    end = map_tensors(lambda _: next(joint), whole)
+    grads, losses = zip(*parts)
     return {name: sum(grad[name] for grad in grads) for name in grads[0]}, torch.cat(losses, 1), *end
-
-
-def joined(parts, sizes):
-    """Vectors (…, N) of parts of the functions, and how many coordinates of each tensor they have -> that of all."""
-    pieces = [part.split(own, -1) for part, own in zip(parts, sizes)]
-    return torch.cat([piece for tensor in zip(*pieces) for piece in tensor], -1)
 
 
 @torch.no_grad()

@@ -3,20 +3,19 @@
     python benchmarks/optimizer_step.py            # one core; --threads 2 for two, --architecture for another model
 
 "Products" are the matrix products of one forward step of the LSTM for all coordinates, by torch, in blocks that stay in
-the cache and on the same buffers again and again (`floors`). Medians over alternating repetitions, in one process. Peak
-memory is measured in a process of its own for each optimizer: what three steps add to the resident set that model and
-gradients have.
+the cache and on the same buffers again and again (`floors`). Medians (minima) over alternating repetitions, in one
+process; the ratio is the median of each repetition's own. Peak memory is measured in a process of its own for each
+optimizer: what three steps add to the resident set that model and gradients have.
 """
 
 import argparse
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from memory import peak_megabytes
+from timing import alternate, milliseconds, ratio, table_head, table_row
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -44,18 +43,6 @@ def optimizer_of(name, params):
     state_dtype = torch.bfloat16 if "bfloat16" in name else None
     # lr 0: the parameters stay where they are, and the update is computed and added all the same
     return LearnedOptimizer(params, load_optimizer("mnist"), lr=0.0, state_dtype=state_dtype)
-
-
-def seconds(runs, repetitions):
-    """Median time of each function, alternating."""
-    times = {name: [] for name in runs}
-    for repetition in range(repetitions + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if repetition:  # the first is a warm-up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def peak_memory(name, architecture, threads):
@@ -95,13 +82,13 @@ def main():
           f"{size:,} coordinates\n")
     memory = {name: peak_memory(name, arguments.architecture, arguments.threads) for name in OPTIMIZERS}
     optimizers = {name: optimizer_of(name, params) for name in OPTIMIZERS}
-    times = seconds({"products": forward_products(load_optimizer("mnist"), size), **{name: rule.step for name, rule in optimizers.items()}},
-                    arguments.repetitions)
-    print("| | ms | ratio to the products | state, MB | peak, MB |\n| --- | --- | --- | --- | --- |")
-    print(f"| the LSTM's products alone | {1e3 * times['products']:.0f} | 1 | – | – |")
+    runs = {name: optimizer.step for name, optimizer in optimizers.items()}
+    times = alternate({"products": forward_products(load_optimizer("mnist"), size), **runs}, arguments.repetitions)
+    table_head("", "ms", "ratio to the products", "state, MB", "peak, MB")
+    table_row("the LSTM's products alone", milliseconds(times["products"]), 1, "–", "–")
     for name, optimizer in optimizers.items():
-        print(f"| {name} | {1e3 * times[name]:.0f} | {times[name] / times['products']:.2f} | "
-              f"{state_megabytes(optimizer):.0f} | {memory[name]:.0f} |")
+        table_row(name, milliseconds(times[name]), f"{ratio(times[name], times['products']):.2f}",
+                  f"{state_megabytes(optimizer):.0f}", f"{memory[name]:.0f}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 
 from floors import bare_products, bytes_of_step, copy_rate
 from memory import available_bytes
-from timing import CORES, alternate, milliseconds, pin, table_head, table_row
+from timing import CORES, alternate, milliseconds, pin, ratio, table_head, table_row
 
 __all__ = ["compare_lengths", "compare_sizes", "draw"]
 
@@ -74,11 +74,12 @@ def compare_sizes(largest, steps, repetitions):
         if N >= TWO_CORES_FROM and len(CORES) > 1:
             runs["two"] = functools.partial(run, 2)
         runs["products"] = functools.partial(on_one_core, bare_products(net, N, product_steps))
-        times = {name: 1e9 * seconds.median / N / (product_steps if name == "products" else steps)
-                 for name, seconds in alternate(runs, repetitions).items()}
+        seconds = alternate(runs, repetitions)
+        times = {name: 1e9 * taken.median / N / (product_steps if name == "products" else steps)
+                 for name, taken in seconds.items()}
         pin(1)
         sizes.append(Size(N, times["one"], times.get("two"), times["products"]))
-        two = (f"{times['two']:.0f}", f"{times['one'] / times['two']:.2f}") if "two" in times else ("–", "–")
+        two = (f"{times['two']:.0f}", f"{ratio(seconds['one'], seconds['two']):.2f}") if "two" in times else ("–", "–")
         table_row(f"{N:,}", f"{times['one']:.0f}", f"{times['products']:.0f}",
                   f"{times['one'] / times['products']:.2f}", *two)
     return sizes

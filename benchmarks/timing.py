@@ -8,8 +8,7 @@ import subprocess
 import time
 from typing import NamedTuple
 
-__all__ = ["Seconds", "alternate", "milliseconds", "pin", "read_peers", "table_head",
-           "table_row"]
+__all__ = ["Seconds", "alternate", "milliseconds", "pin", "ratio", "read_peers", "table_head", "table_row"]
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # as the process was started
 UNITS = {"s": 1.0, "ms": 1e-3}
@@ -20,6 +19,7 @@ LEAST = 1.0  # seconds that a function's calls in a round should take together
 class Seconds(NamedTuple):
     median: float
     minimum: float
+    rounds: list  # all of them
 
 
 def pin(threads):
@@ -74,7 +74,12 @@ def alternate(runs, repetitions, peers=None, peer_rounds=0):
     if peers and not rounds:
         for name, run in peers.items():
             times[name].append(run())
-    return {name: Seconds(statistics.median(values), min(values)) for name, values in times.items()}
+    return {name: Seconds(statistics.median(values), min(values), values) for name, values in times.items()}
+
+
+def ratio(a, b):
+    """Median over the rounds of how many times as long one takes as the other: a machine is faster in some than in others."""
+    return statistics.median(one / other for one, other in zip(a.rounds, b.rounds, strict=True))
 
 
 def read_peers(path):

@@ -86,7 +86,16 @@ def test_alternate_counts_rounds_and_asks_peers_between_them(monkeypatch):
     times = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 4,
                       {"peer": lambda: calls.append("peer") or 0.5}, 2)
     assert calls == ["a", "b"] * 2 + 2 * (["a", "b"] * 2 + ["peer"])
-    assert times["peer"] == Seconds(0.5, 0.5) and 0 < times["a"].minimum <= times["a"].median < 0.5
+    assert times["peer"] == Seconds(0.5, 0.5, [0.5] * 2) and 0 < times["a"].minimum <= times["a"].median < 0.5
+
+
+def test_ratio_is_that_of_the_same_round():
+    from timing import Seconds, ratio
+
+    slow_first, even = Seconds(2.0, 1.0, [8.0, 2.0, 1.0]), Seconds(1.0, 0.5, [4.0, 1.0, 0.5])
+    assert ratio(slow_first, even) == 2 and ratio(even, slow_first) == 0.5
+    with pytest.raises(ValueError):
+        ratio(even, Seconds(1.0, 1.0, [1.0]))
 
 
 def test_alternate_calls_short_functions_several_times_in_a_row(monkeypatch):
