@@ -386,7 +386,8 @@ class Network:
                                           if part.dtype)
 
     def chunks(self, size, in_place=False):
-        return [(0, size)] if size <= self.most[in_place] else blocks(size, self.most[in_place])
+        most = min(self.most[in_place], size)
+        return [(a, min(a + most, size)) for a in range(0, size, most)]
 
     def new_state(self, size, state_dtype):
         """The state before the first step, for a vector of that size."""
