@@ -382,8 +382,13 @@ class Network:
 
     def in_place(self, vector):
         """Whether it writes over this vector's state as that is stored."""
-        return bool(self.options) and all(vector.state[name].dtype == part.dtype for name, part in self.parts.items()
-                                          if part.dtype)
+        return bool(self.options) and all(self.dtype_of(name, vector.state[name]) == vector.state[name].dtype
+                                          for name, part in self.parts.items() if part.dtype)
+
+    def dtype_of(self, name, stored):
+        """In which dtype the network is given a part that is stored so: in its own, or as it is."""
+        kind, renews = self.parts[name].dtype, getattr(self.net, "renews", None)
+        return stored.dtype if self.options and renews and stored.dtype != kind and renews(stored.dtype) else kind
 
     def chunks(self, size, in_place=False):
         most = min(self.most[in_place], size)
@@ -466,7 +471,7 @@ class Network:
         if part.dtype is None:
             return places[0]
         if part.along:
-            leaf = joined(places).to(part.dtype)
+            leaf = joined(places).to(self.dtype_of(name, places[0]))
             return leaf if self.options else leaf.contiguous()  # a user's network may rely on it
         return places[0].to(part.dtype, copy=spans[0][2] - spans[0][1] < spans[0][0].size)
 

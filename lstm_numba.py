@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from register_blocks import (ALONE, BEYOND, LANES, OUTER, REGISTER, ROWS, UNITS, add_outer_blocks, add_product_blocks,
-                             cell_again_blocks, cell_back_blocks, cell_blocks, copy_rows, fetch_rows, log_sign_row)
+                             cell_again_blocks, cell_back_blocks, cell_blocks, copy_numbers, copy_rows, fetch_rows, log_sign_row)
 
-__all__ = ["DOES_LOG_SIGN", "PackedLSTM", "Room", "replay_blocks", "step_back_blocks", "step_blocks", "stepper",
+__all__ = ["DOES_LOG_SIGN", "PackedLSTM", "Room", "STEPS_BFLOAT16", "replay_blocks", "step_back_blocks", "step_blocks", "stepper",
            "take_parts", "threads_here"]
 
 
@@ -48,6 +48,7 @@ STATES = 48 << 20  # of its state, at most: larger ones lie as they do elsewhere
 WORTHWHILE = 0.5  # share of the top layer's tiles for which there must be room: for less it is not taken
 TILES, MORE_TILES = 4, 16  # that `run_step` loads together; the latter where rows are so long that `FAR` says so
 DOES_LOG_SIGN = "step", "replay"  # of what is below, what takes gradients as they are
+STEPS_BFLOAT16 = True  # `step_blocks` takes such a state
 CACHE = level_2_cache()
 FAR = 4096  # from so many columns on the state is no longer in the cache when the next step comes
 
@@ -225,8 +226,9 @@ def load(source, first, row, tile, rows, width, out, out_row, out_tile):
     if width > whole * LANES:
         for r in range(rows):
             start, at = first + r * row + whole * tile, r * out_row + whole * out_tile
-            for j in range(LANES):
-                out[at + j] = source[start + j] if j < width - whole * LANES else 0
+            copy_numbers(width - whole * LANES, source, start, out, at)
+            for j in range(width - whole * LANES, LANES):
+                out[at + j] = 0
 
 
 @compiled
@@ -238,8 +240,7 @@ def store(source, source_tile, rows, width, out, first, row, tile):
     if width > whole * LANES:
         for r in range(rows):
             start = first + r * row + whole * tile
-            for j in range(width - whole * LANES):
-                out[start + j] = source[whole * source_tile + r * LANES + j]
+            copy_numbers(width - whole * LANES, source, whole * source_tile + r * LANES, out, start)
 
 
 @compiled
@@ -412,7 +413,8 @@ def squash_adjoint(output, top, pulls, z):
 def step_blocks(packed, features, hidden, cells, inplace=False, log_sign=0):
     """One step of the optimizer for all coordinates, without a graph: as `lstm_blocks.step_blocks`.
 
-    With `log_sign`, features are gradients (1, width), of which it then does `preprocessing.log_sign` with that p.
+    With `log_sign`, features are gradients (1, width), of which it then does `preprocessing.log_sign` with that p. The state
+    may be of bfloat16, each of its numbers then rounded after the step.
     """
     there = inplace and in_rows(hidden, cells)
     new = (hidden, cells) if there else tuple(torch.empty(hidden.shape, dtype=packed.dtype) for _ in range(2))
@@ -604,8 +606,9 @@ def buffer(name, count, dtype):
 
 
 def array(tensor):
-    """A numpy array of the same memory, or a copy if that is not in one piece."""
-    return (tensor.detach() if tensor.requires_grad else tensor).contiguous().numpy()
+    """A numpy array of the same memory, or a copy if that is not in one piece. bfloat16 as int16."""
+    tensor = (tensor.detach() if tensor.requires_grad else tensor).contiguous()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 # Threads ------------------------------------------------------------------------------------------------------------

@@ -91,7 +91,8 @@ class LSTMOptimizer(nn.Module):
         Args:
             grad: (N,), the optimizee's gradient, in the weights' dtype and on their device.
             state: as `init_state` or the previous step returned it; changed only if `inplace`.
-            inplace: write the next state over `state` (the same tensors are returned). Not with a graph.
+            inplace: write the next state over `state` (the same tensors are returned). Not with a graph. It may then
+                be stored in a dtype that `renews` says yes to.
 
         Returns:
             update (N,), to be added to the parameters, and the next state. Both carry a graph back to the weights, to
@@ -101,7 +102,7 @@ class LSTMOptimizer(nn.Module):
             ValueError: shapes, dtypes or devices do not fit each other, or `inplace` where a graph would be recorded.
             NonFiniteError: `grad` holds an infinity or a NaN.
         """
-        self._check(grad, state, (grad.numel(),) if isinstance(grad, torch.Tensor) else None)
+        self._check(grad, state, (grad.numel(),) if isinstance(grad, torch.Tensor) else None, inplace)
         check_finite(grad, "grad")
         hidden, cell, *memory = state
         if torch.is_grad_enabled() and any(part.requires_grad for part in (grad, *state, *self.parameters())):
@@ -112,9 +113,16 @@ class LSTMOptimizer(nn.Module):
             top, (hidden, cell) = self.lstm(features, (columns_last(hidden), columns_last(cell)))
             return self.finish(self.output(top))[0, :, 0], (hidden.mT, cell.mT, *memory)
         with torch.no_grad():
-            outputs, hidden, cell, new_memory = self._step(grad, hidden, cell, memory, inplace)
+            read = [part.to(grad.dtype) for part in memory]
+            outputs, hidden, cell, new_memory = self._step(grad, hidden, cell, read, inplace)
             memory = [old.copy_(new) for old, new in zip(memory, new_memory)] if inplace else new_memory
             return self._finish_packed(outputs), (hidden, cell, *memory)
+
+    def renews(self, dtype):
+        """Whether `forward` with `inplace` takes a state stored in that dtype: the weights', and bfloat16 where numba runs the
+        step. It computes in the weights' dtype, and rounds at the end."""
+        weight = self.output.weight
+        return dtype == weight.dtype or dtype == torch.bfloat16 and getattr(kernels_for(weight), "STEPS_BFLOAT16", False)
 
     def stepper(self, state):
         """Many steps from one state, without a graph: what does not change from step to step is looked at once.
@@ -245,7 +253,7 @@ class LSTMOptimizer(nn.Module):
 
     # How it is done ---------------------------------------------------------------------------------------------
 
-    def _check(self, grad, state, shape):
+    def _check(self, grad, state, shape, inplace=False):
         if not isinstance(grad, torch.Tensor):
             raise TypeError(f"grad must be a tensor, got {type(grad).__name__}")
         weight, N = self.output.weight, grad.shape[-1] if grad.dim() else 0
@@ -259,8 +267,9 @@ class LSTMOptimizer(nn.Module):
             if tuple(tensor.shape) != (*rows, N):
                 raise ValueError(f"state's {name} must have shape {(*rows, N)} for {N} coordinates, got "
                                  f"{tuple(tensor.shape)}")
-        for name, tensor in (("grad", grad), ("state", state[0])):
-            if tensor.dtype != weight.dtype or tensor.device != weight.device:
+        for name, tensor in (("grad", grad), *(("state", part) for part in state[:2])):
+            fits = tensor.dtype == weight.dtype or name == "state" and inplace and self.renews(tensor.dtype)
+            if not fits or tensor.device != weight.device:
                 raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, the network {weight.dtype} on "
                                  f"{weight.device}: move one of them")
 

@@ -16,12 +16,13 @@ from numba.extending import intrinsic
 from register_vectors import INDEX, LANES, REGISTER, REGISTERS, Vectors
 
 __all__ = ["ALONE", "BEYOND", "LANES", "OUTER", "ROWS", "UNITS", "add_outer_blocks", "add_product_blocks", "cell_again_blocks",
-           "cell_back_blocks", "cell_blocks", "copy_rows", "fetch_rows", "gather_columns", "log_sign_row"]
+           "cell_back_blocks", "cell_blocks", "copy_numbers", "copy_rows", "fetch_rows", "gather_columns", "log_sign_row"]
 
 TOGETHER = 2  # vectors of a row, at most, that are in registers at once
 ROWS = 8 if REGISTERS == 32 else 4  # of a block of a product: with so many sums the multiplications never wait
 UNITS = ROWS // 4
 BEYOND = 2  # see `cell_blocks`
+BFLOAT16 = types.int16  # as what numba is given it
 OUTER = 4 if REGISTERS == 32 else 2  # columns of `add_outer_blocks`: with 4 rows, as many sums as there is room for
 ALONE = 4 * OUTER  # with one row
 
@@ -266,13 +267,22 @@ def log_sign_row(typing, p, least, steepest, rows):
     return types.void(types.float64, types.float64, types.float64, rows), generate
 
 
+def copy_between(source, out):
+    """The numbers' dtype, and functions of `Vectors` that load from one array and store to the other: either may be bfloat16."""
+    number = out.dtype if source.dtype == BFLOAT16 else source.dtype
+    return (number, Vectors.load_bfloat16 if source.dtype == BFLOAT16 else Vectors.load,
+            Vectors.store_bfloat16 if out.dtype == BFLOAT16 else Vectors.store)
+
+
 @intrinsic
 def copy_rows(typing, rows, tiles, source, source_row, source_tile, out, out_row, out_tile):
     """out[r · out_row + k · out_tile + j] = source[r · source_row + k · source_tile + j] for r < rows, k < tiles, j < LANES.
 
-    Neither rows nor tiles is 0."""
+    Neither rows nor tiles is 0. One of the arrays may be of bfloat16, as int16."""
+    number, load, store = copy_between(source, out)
+
     def generate(context, builder, signature, values):
-        vectors = Vectors(context, builder, source.dtype)
+        vectors = Vectors(context, builder, number)
         origin, target = vectors.pointers([values[2], values[5]], [source, out])
 
         def row(r, _):
@@ -281,7 +291,7 @@ def copy_rows(typing, rows, tiles, source, source_row, source_tile, out, out_row
             def tile(k, _):
                 from_, to = vectors.at(old, builder.mul(k, values[4])), vectors.at(new, builder.mul(k, values[7]))
                 for place in vectors.places:
-                    vectors.store(vectors.load(vectors.at(from_, place)), vectors.at(to, place))
+                    store(vectors, load(vectors, vectors.at(from_, place)), vectors.at(to, place))
                 return []
 
             return vectors.loop(values[1], [], tile)
@@ -290,6 +300,25 @@ def copy_rows(typing, rows, tiles, source, source_row, source_tile, out, out_row
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, source, types.intp, types.intp, out, types.intp, types.intp), generate
+
+
+@intrinsic
+def copy_numbers(typing, count, source, first, out, at):
+    """out[at + k] = source[first + k] for k < count, which is not 0, of arrays as of `copy_rows`."""
+    number, load, store = copy_between(source, out)
+
+    def generate(context, builder, signature, values):
+        single = Vectors(context, builder, number, length=1)
+        origin, target = single.pointers([values[1], values[3]], [source, out])
+
+        def copy(k, _):
+            store(single, load(single, single.at(origin, values[2], k)), single.at(target, values[4], k))
+            return []
+
+        single.loop(values[0], [], copy)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, source, types.intp, out, types.intp), generate
 
 
 @intrinsic
@@ -331,7 +360,7 @@ def fetch_rows(typing, rows, tiles, source, source_row):
         (origin,), byte, number = vectors.pointers([values[2]], [source]), ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
         fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        line = 64 * vectors.length // REGISTER  # elements
+        line = 64 * 8 // source.dtype.bitwidth  # elements
 
         def row(r, _):
             start = vectors.at(origin, builder.mul(r, values[3]))

@@ -36,9 +36,10 @@ LOGARITHMS = {True: (0x3F3504F3, 9), False: (0x3FE6A09E667F3BCD, 21)}
 class Vectors:
     """What the functions write in LLVM's language: vectors of a register's size, what is done with them, where they lie."""
 
-    def __init__(self, context, builder, dtype):
+    def __init__(self, context, builder, dtype, length=None):
         self.context, self.builder, self.scalar = context, builder, context.get_data_type(dtype)
-        self.length = REGISTER // (4 if dtype == types.float32 else 8)
+        self.bytes = 4 if dtype == types.float32 else 8  # of a number
+        self.length = length or REGISTER // self.bytes
         self.type = ir.VectorType(self.scalar, self.length)
         self.quarter = 16 * self.length // REGISTER  # places in 16 bytes
         self.places = range(0, LANES, self.length)
@@ -55,15 +56,36 @@ class Vectors:
         return pointer
 
     def load(self, pointer):
-        return self.builder.load(self.builder.bitcast(pointer, self.type.as_pointer()), align=REGISTER // self.length)
+        return self.builder.load(self.builder.bitcast(pointer, self.type.as_pointer()), align=self.bytes)
 
     def store(self, value, pointer):
-        self.builder.store(value, self.builder.bitcast(pointer, self.type.as_pointer()), align=REGISTER // self.length)
+        self.builder.store(value, self.builder.bitcast(pointer, self.type.as_pointer()), align=self.bytes)
 
     def stream(self, value, pointer):
         """Store to memory, past the cache, what is not needed soon. The pointer must be a multiple of `REGISTER`."""
         store = self.builder.store(value, self.builder.bitcast(pointer, self.type.as_pointer()), align=REGISTER)
         store.set_metadata("nontemporal", self.builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+
+    # bfloat16, which numba does not know, is given as int16: the upper halves of float32 numbers.
+
+    def load_bfloat16(self, pointer):
+        builder, (halves, bits, floats) = self.builder, self.halves_and_floats()
+        upper = builder.load(builder.bitcast(pointer, halves.as_pointer()), align=2)
+        value = builder.bitcast(builder.shl(builder.zext(upper, bits), ir.Constant(bits, [16] * self.length)), floats)
+        return value if floats == self.type else builder.fpext(value, self.type)
+
+    def store_bfloat16(self, value, pointer):
+        """Rounded to the nearest, of two to the even one, as torch does it."""
+        builder, (halves, bits, floats) = self.builder, self.halves_and_floats()
+        value = value if floats == self.type else builder.fptrunc(value, floats)
+        sixteen, one, below_half, a_nan = (ir.Constant(bits, [number] * self.length) for number in (16, 1, 0x7FFF, 0x7FC0))
+        whole = builder.bitcast(value, bits)
+        rounded = builder.add(builder.add(whole, below_half), builder.and_(builder.lshr(whole, sixteen), one))
+        upper = builder.select(builder.fcmp_unordered("uno", value, value), a_nan, builder.lshr(rounded, sixteen))
+        builder.store(builder.trunc(upper, halves), builder.bitcast(pointer, halves.as_pointer()), align=2)
+
+    def halves_and_floats(self):
+        return (ir.VectorType(kind, self.length) for kind in (ir.IntType(16), ir.IntType(32), ir.FloatType()))
 
     def spread(self, scalar):
         """A scalar in all places of a vector."""

@@ -32,10 +32,11 @@ def test_log_sign_of_every_scale(dtype, tolerance, p):
     assert (rows[:, width:] == torch.tensor([[-1.0], [0.0]])).all()  # the last tile is filled up as with zeros
 
 
-def test_a_step_reads_the_gradient_wherever_a_piece_begins(monkeypatch, threads_as_before):
+@pytest.mark.parametrize("preprocess", [None, "log_sign"])
+def test_a_step_reads_the_gradient_wherever_a_piece_begins(preprocess, monkeypatch, threads_as_before):
     """Tiles, pieces and threads: each coordinate's update is its own."""
     monkeypatch.setenv("L2O_KERNELS", "numba")
-    net, grads = CoordinatewiseLSTM(preprocess="log_sign"), torch.randn(1000)
+    net, grads = CoordinatewiseLSTM(preprocess=preprocess), torch.randn(1000)
     with torch.no_grad():
         single = torch.cat([net(grad[None], net.init_state(1))[0] for grad in grads])
         for threads, chunk in ((1, 16 * 9), (2, 16 * 9), (2, 10**6)):
@@ -129,6 +130,54 @@ def test_a_stretch_of_a_state_is_renewed_where_it_lies(net, N, start, stop, monk
     for part, old, here, there in zip(whole, before, after, new):
         assert here.data_ptr() == part[..., start:].data_ptr()
         torch.testing.assert_close(part[..., start:stop], there, rtol=1e-13, atol=1e-13)
+        assert torch.equal(part[..., :start], old[..., :start]) and torch.equal(part[..., stop:], old[..., stop:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bfloat16_is_rounded_as_torch_does(dtype):
+    """To the nearest, of two to the even one; what is not a number stays so. Whole tiles and the last columns."""
+    generator, steps = torch.Generator().manual_seed(0), torch.tensor([1, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 1 + 2**-7])
+    special = torch.tensor([0.0, math.inf, math.nan, 3.4e38, torch.finfo(torch.bfloat16).max, 1e-40, 2**-133, 1e-45])
+    sizes = 10 ** torch.empty(999).uniform_(-38, 38, generator=generator)
+    every_bit = torch.tensor([2**31 - 1], dtype=torch.int32).view(torch.float32)  # a NaN that rounding up would make -0
+    values = torch.cat([sizes, special, every_bit, steps, -sizes, -special, -steps]).to(dtype)
+    values = values[torch.randperm(len(values), generator=generator)]
+    N, tiles = len(values), -(-len(values) // lstm_numba.LANES)
+    tiled, stored = torch.zeros(tiles * lstm_numba.LANES, dtype=dtype), torch.zeros(N + 2, dtype=torch.bfloat16)
+    tiled[:N], expected = values, values.to(torch.bfloat16)
+    lstm_numba.store(tiled.numpy(), lstm_numba.LANES, 1, N, lstm_numba.array(stored), 1, 0, lstm_numba.LANES)
+    torch.testing.assert_close(stored[1:-1], expected, rtol=0, atol=0, equal_nan=True)
+    assert stored[0] == stored[-1] == 0
+    back = torch.full_like(tiled, math.nan)
+    lstm_numba.load(lstm_numba.array(stored), 1, 0, lstm_numba.LANES, 1, N, back.numpy(), 0, lstm_numba.LANES)
+    torch.testing.assert_close(back[:N], expected.to(dtype), rtol=0, atol=0, equal_nan=True)
+    assert not back[N:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("N, start, stop", [(1, 0, 1), (100, 17, 90), (5000, 100, 4903)])
+@pytest.mark.parametrize("net", [CoordinatewiseLSTM(preprocess="log_sign"), CoordinatewiseLSTM(3, 1), RNNProp(hidden_size=5)])
+def test_a_state_in_bfloat16_is_renewed_where_it_lies(net, N, start, stop, dtype, monkeypatch):
+    """As if it were taken out, computed with, and rounded."""
+    monkeypatch.setenv("L2O_KERNELS", "numba")
+    net = copy.deepcopy(net).to(dtype)
+    whole = [torch.rand(part.shape).to(torch.bfloat16) for part in net.init_state(N)]
+    before, grad = [part.clone() for part in whole], torch.randn(stop - start, dtype=dtype)
+    with torch.no_grad():
+        assert net.renews(torch.bfloat16) and not net.renews(torch.float16)
+        expected, new = net(grad, tuple(part[..., start:stop].to(dtype) for part in before))
+        update, after = net(grad, tuple(part[..., start:stop] for part in whole), inplace=True)
+        with pytest.raises(ValueError, match="state is torch.bfloat16"):
+            net(grad, tuple(part[..., start:stop] for part in whole))
+        monkeypatch.setenv("L2O_KERNELS", "torch")
+        with pytest.raises(ValueError, match="state is torch.bfloat16"):
+            net(grad, tuple(part[..., start:stop] for part in whole), inplace=True)
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-6  # it is compiled for each dtype of the state
+    torch.testing.assert_close(update, expected, rtol=tolerance, atol=tolerance)
+    for part, old, here, there in zip(whole, before, after, new):
+        assert here.data_ptr() == part[..., start:].data_ptr()
+        torch.testing.assert_close(part[..., start:stop].to(dtype), there, rtol=2**-8 + tolerance, atol=tolerance)
+        assert (part[..., start:stop] != there.to(torch.bfloat16)).sum() <= 1e-3 * there.numel()
         assert torch.equal(part[..., :start], old[..., :start]) and torch.equal(part[..., stop:], old[..., stop:])
 
 
