@@ -27,10 +27,11 @@ import numpy as np
 import torch
 
 from register_blocks import (ALONE, BEYOND, LANES, OUTER, REGISTER, ROWS, UNITS, add_outer_blocks, add_product_blocks,
-                             cell_again_blocks, cell_back_blocks, cell_blocks, copy_numbers, copy_rows, fetch_rows, log_sign_row)
+                             cell_again_blocks, cell_back_blocks, cell_blocks, copy_numbers, copy_rows, fetch_rows,
+                             log_sign_row)
 
-__all__ = ["DOES_LOG_SIGN", "PackedLSTM", "Room", "STEPS_BFLOAT16", "replay_blocks", "step_back_blocks", "step_blocks", "stepper",
-           "take_parts", "threads_here"]
+__all__ = ["DOES_LOG_SIGN", "STEPS_BFLOAT16", "PackedLSTM", "Room", "replay_blocks", "step_back_blocks", "step_blocks",
+           "stepper", "take_parts", "threads_here"]
 
 
 def level_2_cache():

@@ -268,7 +268,7 @@ def log_sign_row(typing, p, least, steepest, rows):
 
 
 def copy_between(source, out):
-    """The numbers' dtype, and functions of `Vectors` that load from one array and store to the other: either may be bfloat16."""
+    """The numbers' dtype, and what of `Vectors` loads from one array and stores to the other: either may be bfloat16."""
     number = out.dtype if source.dtype == BFLOAT16 else source.dtype
     return (number, Vectors.load_bfloat16 if source.dtype == BFLOAT16 else Vectors.load,
             Vectors.store_bfloat16 if out.dtype == BFLOAT16 else Vectors.store)

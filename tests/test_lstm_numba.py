@@ -136,7 +136,8 @@ def test_a_stretch_of_a_state_is_renewed_where_it_lies(net, N, start, stop, monk
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bfloat16_is_rounded_as_torch_does(dtype):
     """To the nearest, of two to the even one; what is not a number stays so. Whole tiles and the last columns."""
-    generator, steps = torch.Generator().manual_seed(0), torch.tensor([1, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 1 + 2**-7])
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.tensor([1, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 1 + 2**-7])
     special = torch.tensor([0.0, math.inf, math.nan, 3.4e38, torch.finfo(torch.bfloat16).max, 1e-40, 2**-133, 1e-45])
     sizes = 10 ** torch.empty(999).uniform_(-38, 38, generator=generator)
     every_bit = torch.tensor([2**31 - 1], dtype=torch.int32).view(torch.float32)  # a NaN that rounding up would make -0
