@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from argument_checks import check_finite
-from lstm_blocks import blocks
 from state_nests import fill_leaves, map_tensors, named_leaves
 
 __all__ = ["LearnedOptimizer"]

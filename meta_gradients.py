@@ -124,8 +124,7 @@ def finished(net, coordinates, grads, losses, theta, state, step, objective):
 @torch.no_grad()
 def replay_in_parts(net, loss, coordinates, theta, state, step, weights, fraction, generator, objective):
     """`replay_window`, of some functions after the others where the network and the loss can do that."""
-    functions, whole = coordinates.functions, (theta, state)
-    end = map_tensors(torch.empty_like, whole)
+    functions, whole, ends = coordinates.functions, (theta, state), []
 
     def window(first, last):
         if last - first == functions:
@@ -134,7 +133,9 @@ def replay_in_parts(net, loss, coordinates, theta, state, step, weights, fractio
         start = map_tensors(lambda tensor: torch.cat([tensor[..., a:b] for a, b in spans], -1), whole)
         grads, losses, *after = replay_window(net, loss.part(first, last), own, *start, step, weights, fraction, generator,
                                               objective)
-        for tensor, part in zip(tensors_in(end), tensors_in(after)):
+        if not ends:  # the first one is for all parts, if several threads come here at once too
+            ends.append(map_tensors(torch.empty_like, whole))
+        for tensor, part in zip(tensors_in(ends[0]), tensors_in(after)):
             for (a, b), piece in zip(spans, part.split(own.sizes, -1)):
                 tensor[..., a:b] = piece
         return grads, losses
@@ -145,7 +146,7 @@ def replay_in_parts(net, loss, coordinates, theta, state, step, weights, fractio
     if len(parts) == 1:
         return parts[0]
     grads, losses = zip(*parts)
-    return {name: sum(grad[name] for grad in grads) for name in grads[0]}, torch.cat(losses, 1), *end
+    return {name: sum(grad[name] for grad in grads) for name in grads[0]}, torch.cat(losses, 1), *ends[0]
 
 
 @torch.no_grad()
