@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from argument_checks import check_finite
+from argument_checks import check_finite, sum_is_finite, values_unchecked
 from state_nests import fill_leaves, map_tensors, named_leaves
 
 __all__ = ["LearnedOptimizer"]
@@ -124,8 +124,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for vector in work:
             vector.prepare(self.state)
             by_network.setdefault(vector.network, []).append(vector)
-        for network, vectors in by_network.items():
-            network.advance(vectors)
+        with values_unchecked():  # gradients have been looked at
+            for network, vectors in by_network.items():
+                network.advance(vectors)
         for vector in work:
             vector.apply()
         return loss
@@ -278,12 +279,15 @@ def label(group, number, index):
 
 
 def check_gradients(vectors):
-    """Raise NonFiniteError unless all gradients are finite; one synchronization for each device."""
-    flags = {}
+    """Raise NonFiniteError unless all gradients are finite; one synchronization for each device that is not a CPU."""
+    flags, finite = {}, True
     for vector in vectors:
         for gradient in vector.gradients:
-            flags.setdefault(gradient.device, []).append(torch.isfinite(gradient).all())
-    if not all(torch.stack(flags_there).all() for flags_there in flags.values()):
+            if gradient.device.type == "cpu":
+                finite = finite and sum_is_finite(gradient)
+            else:
+                flags.setdefault(gradient.device, []).append(torch.isfinite(gradient).all())
+    if not (finite and all(torch.stack(flags_there).all() for flags_there in flags.values())):
         for vector in vectors:
             for place, gradient in enumerate(vector.gradients):
                 check_finite(gradient, f"the gradient of {vector.label(place)}")

@@ -26,9 +26,8 @@ import numba
 import numpy as np
 import torch
 
-from register_blocks import (ALONE, BEYOND, LANES, OUTER, REGISTER, ROWS, UNITS, add_outer_blocks, add_product_blocks,
-                             cell_again_blocks, cell_back_blocks, cell_blocks, copy_numbers, copy_rows, fetch_rows,
-                             log_sign_row)
+from register_blocks import (ALONE, BEYOND, LANES, OUTER, REGISTER, ROWS, add_outer_blocks, add_product_blocks, affine_blocks,
+                             cell_again_units, cell_back_units, cell_units, copy_numbers, copy_rows, fetch_rows, log_sign_row)
 
 __all__ = ["DOES_LOG_SIGN", "STEPS_BFLOAT16", "PackedLSTM", "Room", "replay_blocks", "step_back_blocks", "step_blocks",
            "stepper", "take_parts", "threads_here"]
@@ -76,7 +75,7 @@ def compiler(*allowed, sources=digest(SOURCES)):
 
 # Sums may be taken in another order, which lets them be vectorized; infinities and NaNs go through as usual.
 compiled = compiler("contract", "reassoc", "nsz", "arcp")
-in_order = compiler("contract", "nsz")  # not in another order: `cell_blocks` counts on it
+in_order = compiler("contract", "nsz")  # not in another order: `cell_units` counts on it
 
 
 class PackedLSTM:
@@ -136,62 +135,63 @@ class PackedLSTM:
 @functools.cache
 def order_of_rows(H):
     """Where each row of `register_blocks` is among all units' i, f, g, o; and the inverse of that permutation."""
-    whole, rows = H - H % UNITS, np.arange(4 * H).reshape(4, H)  # of gates, units
-    groups = rows[:, :whole].reshape(4, -1, UNITS).swapaxes(0, 1)
-    order = np.concatenate([groups.ravel(), rows[:, whole:].T.ravel()])
+    order = np.arange(4 * H).reshape(4, H).T.ravel()
     return order, np.argsort(order)
 
 
 # What is compiled ---------------------------------------------------------------------------------------------------
 
 @compiled
+def shared_rows(rows):
+    """rows = ROWS · a + 4 · b + c with as small a c as can be, then b -> a, b, c."""
+    for single in range(4):
+        for fours in range(ROWS):
+            rest = rows - single - 4 * fours
+            if rest >= 0 and rest % ROWS == 0:
+                return rest // ROWS, fours, single
+    return 0, 0, rows
+
+
+@compiled
 def add_product(weight, width, rows, count, x, out):
     """out += weight x, of which weight[r, k] is weight[r · width + k], with `rows` rows and `count` columns."""
-    blocks = rows // ROWS
+    blocks, fours, singles = shared_rows(rows)
     done = blocks * ROWS
     if blocks:
         add_product_blocks(ROWS, blocks, weight, width, count, x, out)
-    if rows - done >= 4:
-        add_product_blocks(4, 1, weight[done * width:], width, count, x, out[done * LANES:])
-        done += 4
-    if rows > done:
-        add_product_blocks(1, rows - done, weight[done * width:], width, count, x, out[done * LANES:])
+    if fours:
+        add_product_blocks(4, fours, weight[done * width:], width, count, x, out[done * LANES:])
+        done += 4 * fours
+    if singles:
+        add_product_blocks(1, singles, weight[done * width:], width, count, x, out[done * LANES:])
+
+
+@compiled
+def affine(weight, width, bias, rows, count, x, out):
+    """out = weight x + bias, as in `add_product`; rows is a multiple of 4."""
+    blocks, fours, _ = shared_rows(rows)
+    done = blocks * ROWS
+    if blocks:
+        affine_blocks(ROWS, blocks, weight, width, bias, count, x, out)
+    if fours:
+        affine_blocks(4, fours, weight[done * width:], width, bias[done:], count, x, out[done * LANES:])
 
 
 @in_order
-def run_cell(H, weight, width, bias, count, x, cell, new_cell, hidden, keep, gates, tanhs):
-    """`cell_blocks` for H units."""
-    blocks = H // UNITS
-    done = blocks * UNITS
-    if blocks:
-        cell_blocks(UNITS, blocks, weight, width, bias, count, x, cell, new_cell, hidden, keep, gates, tanhs)
-    if H > done:
-        cell_blocks(1, H - done, weight[4 * done * width:], width, bias[4 * done:], count, x, cell[done * LANES:],
-                    new_cell[done * LANES:], hidden[done * LANES:], keep, gates[4 * done * LANES:], tanhs[done * LANES:])
+def run_cell(H, weight, width, bias, count, x, sums, cell, new_cell, hidden, keep, gates, tanhs):
+    """`cell_units` for H units, of the sums weight x + bias."""
+    affine(weight, width, bias, 4 * H, count, x, sums)
+    cell_units(H, sums, cell, new_cell, hidden, keep, gates, tanhs)
 
 
 @in_order
 def run_again(H, gates, cell, new_cell, hidden, tanhs):
-    """`cell_again_blocks` for H units."""
-    blocks = H // UNITS
-    done = blocks * UNITS
-    if blocks:
-        cell_again_blocks(UNITS, blocks, gates, cell, new_cell, hidden, tanhs)
-    if H > done:
-        cell_again_blocks(1, H - done, gates[4 * done * LANES:], cell[done * LANES:], new_cell[done * LANES:],
-                          hidden[done * LANES:], tanhs[done * LANES:])
+    cell_again_units(H, gates, cell, new_cell, hidden, tanhs)
 
 
 @in_order
 def pull_back(H, gates, cell, tanhs, dhidden, dcell, slopes):
-    """`cell_back_blocks` for H units."""
-    blocks = H // UNITS
-    done = blocks * UNITS
-    if blocks:
-        cell_back_blocks(UNITS, blocks, gates, cell, tanhs, dhidden, dcell, slopes)
-    if H > done:
-        cell_back_blocks(1, H - done, gates[4 * done * LANES:], cell[done * LANES:], tanhs[done * LANES:],
-                         dhidden[done * LANES:], dcell[done * LANES:], slopes[4 * done * LANES:])
+    cell_back_units(H, gates, cell, tanhs, dhidden, dcell, slopes)
 
 
 @compiled
@@ -267,7 +267,7 @@ def record(weights, biases, inputs, columns, cells, gates, tanhs, tile, room, sh
             if start >= 0 and again:
                 run_again(H, gate, cells[l, t], cells[l, t + 1], columns[t + l + 1, own:], tanhs[l, t])
             else:
-                run_cell(H, weights[l], width, biases[l], above + H, columns[t + l, below * LANES:], cells[l, t],
+                run_cell(H, weights[l], width, biases[l], above + H, columns[t + l, below * LANES:], gates[l, t], cells[l, t],
                          cells[l, t + 1], columns[t + l + 1, own:], keep, gate, tanhs[l, t])
 
 

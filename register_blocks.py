@@ -5,23 +5,22 @@ functions here say to LLVM in vectors what a block of a product is, and what bec
 registers. They are called from compiled functions only and check nothing. A matrix with `LANES` columns is given as a
 flat array, its rows one after the other. `Vectors`, which they are written in, is in `register_vectors`.
 
-The 4H rows of an LSTM's gates are in an order of their own: unit after unit in groups of `UNITS` (the last ones singly),
-for each group its rows of i, then of f, g and o. So a block of rows has all that its units need, see `cell_blocks`.
+The 4H rows of an LSTM's gates are in an order of their own: unit after unit, of each its i, f, g and o.
 """
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from register_vectors import INDEX, LANES, REGISTER, REGISTERS, Vectors
+from register_vectors import INDEX, LANES, REGISTER, REGISTERS, TO_POWERS, Vectors
 
-__all__ = ["ALONE", "BEYOND", "LANES", "OUTER", "ROWS", "UNITS", "add_outer_blocks", "add_product_blocks", "cell_again_blocks",
-           "cell_back_blocks", "cell_blocks", "copy_numbers", "copy_rows", "fetch_rows", "gather_columns", "log_sign_row"]
+__all__ = ["ALONE", "BEYOND", "LANES", "OUTER", "REGISTER", "ROWS", "add_outer_blocks", "add_product_blocks", "affine_blocks",
+           "cell_again_units", "cell_back_units", "cell_units", "copy_numbers", "copy_rows", "fetch_rows", "gather_columns",
+           "log_sign_row"]
 
 TOGETHER = 2  # vectors of a row, at most, that are in registers at once
-ROWS = 8 if REGISTERS == 32 else 4  # of a block of a product: with so many sums the multiplications never wait
-UNITS = ROWS // 4
-BEYOND = 2  # see `cell_blocks`
+ROWS = 8 if REGISTERS == 32 else 5  # of a block of a product: with so many sums the multiplications hardly wait
+BEYOND = 2  # see `cell_units`
 BFLOAT16 = types.int16  # as what numba is given it
 OUTER = 4 if REGISTERS == 32 else 2  # columns of `add_outer_blocks`: with 4 rows, as many sums as there is room for
 ALONE = 4 * OUTER  # with one row
@@ -42,6 +41,24 @@ def block_product(vectors, weight, rows, stride, count, x, places, totals):
     return vectors.loop(count, totals, add)
 
 
+def products(vectors, rows, blocks, weight, width, count, x, out, first):
+    """out[r, :] ← first(r of the block's first row, where the block's rows are in out) + Σ_k weight[r, k] x[k, :]."""
+    builder = vectors.builder
+
+    def block(number, _):
+        row = builder.mul(number, ir.Constant(INDEX, rows))
+        factors, target = vectors.at(weight, builder.mul(row, width)), vectors.at(out, builder.mul(row, ir.Constant(INDEX, LANES)))
+        for start in range(0, len(vectors.places), TOGETHER):
+            places = vectors.places[start:start + TOGETHER]
+            spots = [vectors.at(target, r * LANES + place) for r in range(rows) for place in places]
+            totals = block_product(vectors, factors, rows, width, count, x, places, first(row, spots))
+            for total, spot in zip(totals, spots):
+                vectors.store(total, spot)
+        return []
+
+    vectors.loop(blocks, [], block)
+
+
 @intrinsic(prefer_literal=True)
 def add_product_blocks(typing, rows, blocks, weight, width, count, x, out):
     """out[r, :] += Σ_k weight[r, k] x[k, :] for r < rows · blocks (rows is a literal) and k < count.
@@ -54,145 +71,152 @@ def add_product_blocks(typing, rows, blocks, weight, width, count, x, out):
     def generate(context, builder, signature, values):
         vectors = Vectors(context, builder, weight.dtype)
         w, source, target = vectors.pointers([values[k] for k in (2, 5, 6)], arrays)
-
-        def block(number, _):
-            row = builder.mul(number, ir.Constant(INDEX, R))
-            first = vectors.at(w, builder.mul(row, values[3]))
-            out = vectors.at(target, builder.mul(row, ir.Constant(INDEX, LANES)))
-            for start in range(0, len(vectors.places), TOGETHER):
-                places = vectors.places[start:start + TOGETHER]
-                spots = [vectors.at(out, r * LANES + place) for r in range(R) for place in places]
-                before = list(map(vectors.load, spots))
-                totals = block_product(vectors, first, R, values[3], values[4], source, places, before)
-                for total, spot in zip(totals, spots):
-                    vectors.store(total, spot)
-            return []
-
-        vectors.loop(values[1], [], block)
+        products(vectors, R, values[1], w, values[3], values[4], source, target,
+                 lambda _, spots: list(map(vectors.load, spots)))
         return context.get_dummy_value()
 
     return types.void(rows, types.intp, weight, types.intp, types.intp, x, out), generate
 
 
 @intrinsic(prefer_literal=True)
-def cell_blocks(typing, units, blocks, weight, width, bias, count, x, cell, new_cell, hidden, keep, gates, tanhs):
-    """A step of units · blocks units (units is a literal, neither is 0): c' = f c + i g, h' = o tanh(c').
-
-    y = weight x + bias is as in `add_product_blocks`, of 4 · units rows for each block, and scaled: i, f and o are
-    1 / (1 + 2^y), g is 2 / (1 + 2^y) - 1. cell is c, new_cell and hidden become c' and h'. If `keep` is not 0, gates (4 · units
-    · blocks, LANES) become i, f, g and o, and tanhs tanh(c'); with `BEYOND` the former go to memory, past the cache.
-    """
-    arrays, U = (weight, bias, x, cell, new_cell, hidden, gates, tanhs), units.literal_value
+def affine_blocks(typing, rows, blocks, weight, width, bias, count, x, out):
+    """out[r, :] = bias[r] + Σ_k weight[r, k] x[k, :], else as `add_product_blocks`."""
+    arrays, R = (weight, bias, x, out), rows.literal_value
 
     def generate(context, builder, signature, values):
         vectors = Vectors(context, builder, weight.dtype)
-        w, b, source, old, new, out, kept, kept_tanhs = vectors.pointers([values[k] for k in (2, 4, 6, 7, 8, 9, 11, 12)],
-                                                                         arrays)
-        keeping, near, beyond = (builder.icmp_signed(sign, values[10], ir.Constant(INDEX, bound))
-                                 for sign, bound in (("!=", 0), ("==", 1), ("==", BEYOND)))
+        w, b, source, target = vectors.pointers([values[k] for k in (2, 4, 6, 7)], arrays)
 
-        def cells_and_gates(number, _):
-            row, unit = (builder.mul(number, ir.Constant(INDEX, size)) for size in (4 * U, U * LANES))
-            first, biases = vectors.at(w, builder.mul(row, values[3])), vectors.at(b, row)
-            kept_rows = vectors.at(kept, builder.mul(row, ir.Constant(INDEX, LANES)))
-            start_at = [vectors.spread(builder.load(vectors.at(biases, r))) for r in range(4 * U)]
-            for start in range(0, len(vectors.places), TOGETHER):
-                places = vectors.places[start:start + TOGETHER]
-                totals = block_product(vectors, first, 4 * U, values[3], values[5], source, places,
-                                       [bias for bias in start_at for _ in places])
-                spots = [(u, v) for u in range(U) for v in range(len(places))]
-                gates = vectors.sigmoids([totals[(gate * U + u) * len(places) + v] for u, v in spots for gate in range(4)])
-                for (u, v), (i, f, g, o) in zip(spots, zip(*[iter(gates)] * 4)):
-                    g = vectors.minus(vectors.plus(g, g), vectors.constant(1.0))
-                    spot = u * LANES + places[v]
-                    c = vectors.add_product(vectors.times(i, g), f, vectors.load(vectors.at(old, unit, spot)))
-                    vectors.store(c, vectors.at(new, unit, spot))
-                    vectors.store(o, vectors.at(out, unit, spot))
-                    for wanted, put in ((near, vectors.store), (beyond, vectors.stream)):
-                        with builder.if_then(wanted):
-                            for gate, value in enumerate((i, f, g, o)):
-                                put(value, vectors.at(kept_rows, (gate * U + u) * LANES + places[v]))
-            return []
+        def biases(row, spots):
+            each = [vectors.spread(builder.load(vectors.at(b, row, r))) for r in range(R)]
+            return [bias for bias in each for _ in range(len(spots) // R)]
 
-        def outputs(number, _):  # of o and c'; another loop, for each of these steps waits for the one before
-            unit = builder.mul(number, ir.Constant(INDEX, U * LANES))
-            spots = [u * LANES + place for u in range(U) for place in vectors.places]
-            for spot, t in zip(spots, vectors.tanhs([vectors.load(vectors.at(new, unit, spot)) for spot in spots])):
-                o = vectors.at(out, unit, spot)
-                vectors.store(vectors.times(vectors.load(o), t), o)
-                with builder.if_then(keeping):
-                    vectors.store(t, vectors.at(kept_tanhs, unit, spot))
-            return []
-
-        vectors.loop(values[1], [], cells_and_gates)
-        vectors.loop(values[1], [], outputs)
+        products(vectors, R, values[1], w, values[3], values[5], source, target, biases)
         return context.get_dummy_value()
 
-    return types.void(units, types.intp, weight, types.intp, bias, types.intp, x, cell, new_cell, hidden, types.intp, gates,
-                      tanhs), generate
+    return types.void(rows, types.intp, weight, types.intp, bias, types.intp, x, out), generate
 
 
-@intrinsic(prefer_literal=True)
-def cell_again_blocks(typing, units, blocks, gates, cell, new_cell, hidden, tanhs):
-    """`cell_blocks` once more, of which gates were kept: only what is not a product."""
-    arrays, U = (gates, cell, new_cell, hidden, tanhs), units.literal_value
+class Units:
+    """What functions below do for each unit: where its numbers are, taken and put there, in vectors."""
+
+    def __init__(self, vectors):
+        self.vectors = vectors
+
+    def spots(self, unit):
+        """Where i, f, g and o are among the rows of gates, and where the unit's are in others."""
+        gates, own = (self.vectors.builder.mul(unit, ir.Constant(INDEX, size * LANES)) for size in (4, 1))
+        return [([(gates, gate * LANES + place) for gate in range(4)], (own, place)) for place in self.vectors.places]
+
+    def load(self, spot, *pointers):
+        return [self.vectors.load(self.vectors.at(pointer, *spot)) for pointer in pointers]
+
+    def load_gates(self, spots, pointer):
+        return [self.vectors.load(self.vectors.at(pointer, *spot)) for spot in spots]
+
+    def store(self, spot, *values_and_pointers):
+        for value, pointer in values_and_pointers:
+            self.vectors.store(value, self.vectors.at(pointer, *spot))
+
+
+@intrinsic
+def cell_units(typing, units, sums, cell, new_cell, hidden, keep, gates, tanhs):
+    """A step of so many units, at least one: c' = f c + i g, h' = o tanh(c').
+
+    sums are y (4 · units, LANES), scaled: i, f and o are 1 / (1 + 2^y), g is 2 / (1 + 2^y) - 1. cell is c, new_cell and hidden
+    become c' and h', each by one division. If `keep` is not 0, gates, which may be the sums, become i, f, g and o, and tanhs
+    tanh(c'); with `BEYOND` the former go to memory, past the cache.
+    """
+    arrays = sums, cell, new_cell, hidden, gates, tanhs
+
+    def generate(context, builder, signature, values):
+        vectors = Vectors(context, builder, sums.dtype)
+        ys, old, new, out, kept, kept_tanhs = vectors.pointers([*values[1:5], *values[6:]], arrays)
+        keeping, near, beyond = (builder.icmp_signed(sign, values[5], ir.Constant(INDEX, bound))
+                                 for sign, bound in (("!=", 0), ("==", 1), ("==", BEYOND)))
+        of, times, one, two = Units(vectors), vectors.times, vectors.constant(1.0), vectors.constant(2.0)
+
+        def cells(unit, _):
+            for rows, here in of.spots(unit):  # with p = 1 + 2^y each: i = 1 / p_i and so on, g = (2 - p_g) / p_g
+                ps, (c,) = [vectors.one_plus_power(y) for y in of.load_gates(rows, ys)], of.load(here, old)
+                i, f, g, o = ps
+                total = vectors.add_product(times(vectors.minus(two, g), f), c, times(i, g))
+                of.store(here, (builder.fdiv(total, times(times(i, g), f)), new), (o, out))
+                for wanted, store in ((near, vectors.store), (beyond, vectors.stream)):
+                    with builder.if_then(wanted):
+                        i, f, g, o = vectors.inverses(ps)
+                        for value, row in zip((i, f, vectors.minus(vectors.plus(g, g), one), o), rows):
+                            store(value, vectors.at(kept, *row))
+            return []
+
+        def outputs(unit, _):  # in another loop, for each of these steps waits for the one before
+            for _, here in of.spots(unit):
+                c, o = of.load(here, new, out)  # 1 + 2^y of o
+                p = vectors.one_plus_power(times(vectors.constant(TO_POWERS), c))
+                of.store(here, (builder.fdiv(vectors.minus(two, p), times(p, o)), out))
+                with builder.if_then(keeping):
+                    of.store(here, (builder.fdiv(vectors.minus(two, p), p), kept_tanhs))
+            return []
+
+        for body in (cells, outputs):
+            vectors.loop(values[0], [], body)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, sums, cell, new_cell, hidden, types.intp, gates, tanhs), generate
+
+
+@intrinsic
+def cell_again_units(typing, units, gates, cell, new_cell, hidden, tanhs):
+    """`cell_units` once more, of which gates were kept: what follows from them."""
+    arrays = gates, cell, new_cell, hidden, tanhs
 
     def generate(context, builder, signature, values):
         vectors = Vectors(context, builder, gates.dtype)
-        rows, old, new, out, kept_tanhs = vectors.pointers(values[2:], arrays)
+        kept, old, new, out, kept_tanhs = vectors.pointers(values[1:], arrays)
+        of = Units(vectors)
 
-        def block(number, _):
-            row, unit = (builder.mul(number, ir.Constant(INDEX, size * LANES)) for size in (4 * U, U))
-            for u in range(U):
-                for place in vectors.places:
-                    i, f, g, o = (vectors.load(vectors.at(rows, row, (gate * U + u) * LANES + place)) for gate in range(4))
-                    spot = u * LANES + place
-                    c = vectors.add_product(vectors.times(i, g), f, vectors.load(vectors.at(old, unit, spot)))
-                    (t,) = vectors.tanhs([c])
-                    for value, pointer in ((c, new), (t, kept_tanhs), (vectors.times(o, t), out)):
-                        vectors.store(value, vectors.at(pointer, unit, spot))
+        def again(unit, _):
+            for rows, here in of.spots(unit):
+                (i, f, g, o), (c,) = of.load_gates(rows, kept), of.load(here, old)
+                c = vectors.add_product(vectors.times(i, g), f, c)
+                t = vectors.tanh(c)
+                of.store(here, (c, new), (t, kept_tanhs), (vectors.times(o, t), out))
             return []
 
-        vectors.loop(values[1], [], block)
+        vectors.loop(values[0], [], again)
         return context.get_dummy_value()
 
-    return types.void(units, types.intp, gates, cell, new_cell, hidden, tanhs), generate
+    return types.void(types.intp, gates, cell, new_cell, hidden, tanhs), generate
 
 
-@intrinsic(prefer_literal=True)
-def cell_back_blocks(typing, units, blocks, gates, cell, tanhs, dhidden, dcell, slopes):
-    """Back through `cell_blocks`: slopes ← dL/dy (y not scaled), dcell ← dL/dc, from dhidden = dL/dh' and dcell = dL/dc'.
+@intrinsic
+def cell_back_units(typing, units, gates, cell, tanhs, dhidden, dcell, slopes):
+    """Back through `cell_units`: slopes ← dL/dy (y not scaled), dcell ← dL/dc, from dhidden = dL/dh' and dcell = dL/dc'.
 
     Of the step it takes what was kept, and c, as `cell`. slopes may be gates.
     """
-    arrays, U = (gates, cell, tanhs, dhidden, dcell, slopes), units.literal_value
+    arrays = gates, cell, tanhs, dhidden, dcell, slopes
 
     def generate(context, builder, signature, values):
         vectors = Vectors(context, builder, gates.dtype)
-        rows, old, kept_tanhs, dh, dc, out = vectors.pointers(values[2:], arrays)
+        kept, old, kept_tanhs, dh, dc, out = vectors.pointers(values[1:], arrays)
+        of, times = Units(vectors), vectors.times
 
-        def block(number, _):
-            row, unit = (builder.mul(number, ir.Constant(INDEX, size * LANES)) for size in (4 * U, U))
-            for u in range(U):
-                for place in vectors.places:
-                    places = [(gate * U + u) * LANES + place for gate in range(4)]
-                    i, f, g, o = (vectors.load(vectors.at(rows, row, spot)) for spot in places)
-                    c, t, above, ahead = (vectors.load(vectors.at(pointer, unit, u * LANES + place))
-                                          for pointer in (old, kept_tanhs, dh, dc))
-                    ahead = vectors.add_product(ahead, vectors.times(above, o), vectors.tanh_slope(t))
-                    changes = (vectors.times(vectors.times(ahead, g), vectors.sigmoid_slope(i)),
-                               vectors.times(vectors.times(ahead, c), vectors.sigmoid_slope(f)),
-                               vectors.times(vectors.times(ahead, i), vectors.tanh_slope(g)),
-                               vectors.times(vectors.times(above, t), vectors.sigmoid_slope(o)))
-                    vectors.store(vectors.times(ahead, f), vectors.at(dc, unit, u * LANES + place))
-                    for change, spot in zip(changes, places):
-                        vectors.store(change, vectors.at(out, row, spot))
+        def back(unit, _):
+            for rows, here in of.spots(unit):
+                (i, f, g, o), (c, t, above, ahead) = of.load_gates(rows, kept), of.load(here, old, kept_tanhs, dh, dc)
+                ahead = vectors.add_product(ahead, times(above, o), vectors.tanh_slope(t))
+                changes = (times(times(ahead, g), vectors.sigmoid_slope(i)), times(times(ahead, c), vectors.sigmoid_slope(f)),
+                           times(times(ahead, i), vectors.tanh_slope(g)), times(times(above, t), vectors.sigmoid_slope(o)))
+                of.store(here, (times(ahead, f), dc))
+                for change, row in zip(changes, rows):
+                    of.store(row, (change, out))
             return []
 
-        vectors.loop(values[1], [], block)
+        vectors.loop(values[0], [], back)
         return context.get_dummy_value()
 
-    return types.void(units, types.intp, gates, cell, tanhs, dhidden, dcell, slopes), generate
+    return types.void(types.intp, gates, cell, tanhs, dhidden, dcell, slopes), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -8,7 +8,7 @@ import math
 from llvmlite import binding, ir
 from numba import types
 
-__all__ = ["INDEX", "LANES", "REGISTER", "REGISTERS", "Vectors"]
+__all__ = ["INDEX", "LANES", "REGISTER", "REGISTERS", "TO_POWERS", "Vectors"]
 
 LANES = 16  # columns
 INDEX = ir.IntType(64)
@@ -23,14 +23,14 @@ def registers():
 
 
 REGISTER, REGISTERS = registers()
-AT_ONCE = 16 if REGISTERS == 32 else 4  # vectors, of which the same function is taken at once
 
-# By whether numbers are float32: a fraction's bits; how large y may be for the product of two 1 + 2^y to be a number; bits
+# By whether numbers are float32: a fraction's bits; how large y may be for the product of three 1 + 2^y to be a number; bits
 # in all; factors of the polynomial that is 2^r for |r| ≤ 1/2 (to 3e-7, relative, and 4e-16), that of the highest power first.
-NUMBERS = {True: (23, 60.0, 32, (1.3300451e-3, 9.6697018e-3, 5.5505592e-2, 2.4022281e-1, 6.9314718e-1, 1.0)),
-           False: (52, 500.0, 64, [math.log(2)**k / math.factorial(k) for k in range(13, -1, -1)])}
+NUMBERS = {True: (23, 40.0, 32, (1.3300451e-3, 9.6697018e-3, 5.5505592e-2, 2.4022281e-1, 6.9314718e-1, 1.0)),
+           False: (52, 330.0, 64, [math.log(2)**k / math.factorial(k) for k in range(13, -1, -1)])}
 # Likewise: the bits of √½; the last power of the series in `log` (which is then right to 4e-9, relative, and 1e-17).
 LOGARITHMS = {True: (0x3F3504F3, 9), False: (0x3FE6A09E667F3BCD, 21)}
+TO_POWERS = -2 / math.log(2)  # tanh x = 2 / (1 + 2^y) - 1 for y so many times x
 
 
 class Vectors:
@@ -116,43 +116,35 @@ class Vectors:
             y = self.builder.select(self.builder.fcmp_ordered(sign, y, bound), bound, y)  # a NaN stays one
         return y
 
-    def one_plus_powers(self, ys):
-        """1 + 2^y of each; beyond ±`widest` as there.
-
-        2^y is 2^n 2^r with |r| ≤ 1/2, a polynomial of r with n added to its exponent's bits. The steps are taken for all
-        vectors in turn, since each step waits for the one before.
-        """
+    def one_plus_power(self, y):
+        """1 + 2^y; beyond ±`widest` as there. 2^y is 2^n 2^r with |r| ≤ 1/2, the latter a polynomial."""
         fraction, widest, number, polynomial = NUMBERS[self.scalar == ir.FloatType()]
-        bits, shift = ir.VectorType(ir.IntType(number), self.length), self.constant(1.5 * 2.0**fraction)
-        ys = [self.at_least_and_most(y, -widest, widest) for y in ys]
-        shifted = [self.builder.fadd(y, shift) for y in ys]  # what is left of such a sum are n's bits
-        rs = [self.builder.fsub(y, self.builder.fsub(s, shift)) for y, s in zip(ys, shifted)]
-        ps = [self.constant(polynomial[0])] * len(ys)
+        bits = ir.VectorType(ir.IntType(number), self.length)
+        shift = self.constant(1.5 * 2.0**fraction + 2**(number - fraction - 2) - 1)
+        y = self.at_least_and_most(y, -widest, widest)
+        shifted = self.builder.fadd(y, shift)  # its last bits are those of 2^n's exponent
+        r, p = self.builder.fsub(y, self.builder.fsub(shifted, shift)), self.constant(polynomial[0])
         for factor in polynomial[1:]:
-            ps = [self.add_product(self.constant(factor), p, r) for p, r in zip(ps, rs)]
-        places = ir.Constant(bits, [fraction] * self.length)
-        exponents = [self.builder.shl(self.builder.bitcast(s, bits), places) for s in shifted]
-        powers = [self.builder.add(self.builder.bitcast(p, bits), n) for p, n in zip(ps, exponents)]
-        return [self.builder.fadd(self.constant(1.0), self.builder.bitcast(power, self.type)) for power in powers]
+            p = self.add_product(self.constant(factor), p, r)
+        power = self.builder.shl(self.builder.bitcast(shifted, bits), ir.Constant(bits, [fraction] * self.length))
+        return self.add_product(self.constant(1.0), p, self.builder.bitcast(power, self.type))
 
-    def sigmoids(self, ys):
-        """1 / (1 + 2^y) of each of some vectors, for as many at a time as there are registers for.
+    def inverses(self, powers):
+        """1 over each of some of these vectors.
 
         With many registers by one division for two; with few the three products that take its place are not worth it.
         """
-        if len(ys) > AT_ONCE:
-            return [y for start in range(0, len(ys), AT_ONCE) for y in self.sigmoids(ys[start:start + AT_ONCE])]
-        powers, results = self.one_plus_powers(ys), []
-        if REGISTERS < 32 or len(ys) % 2:
-            return [self.builder.fdiv(self.constant(1.0), power) for power in powers]
+        results, one = [], self.constant(1.0)
+        if REGISTERS < 32 or len(powers) % 2:
+            return [self.builder.fdiv(one, power) for power in powers]
         for a, b in zip(powers[::2], powers[1::2]):
-            inverse = self.builder.fdiv(self.constant(1.0), self.times(a, b))
+            inverse = self.builder.fdiv(one, self.times(a, b))
             results += [self.times(inverse, b), self.times(inverse, a)]
         return results
 
-    def tanhs(self, xs):
-        powers = self.one_plus_powers([self.times(self.constant(-2 / math.log(2)), x) for x in xs])
-        return [self.minus(self.builder.fdiv(self.constant(2.0), power), self.constant(1.0)) for power in powers]
+    def tanh(self, x):
+        power = self.one_plus_power(self.times(self.constant(TO_POWERS), x))
+        return self.minus(self.builder.fdiv(self.constant(2.0), power), self.constant(1.0))
 
     def log(self, x):
         """The logarithm of positive normal numbers.
