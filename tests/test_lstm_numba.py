@@ -239,3 +239,44 @@ def test_compiled_code_is_kept_by_what_is_in_its_sources(tmp_path):
 
     assert double(3.0) == 6
     assert list(Path(double.stats.cache_path).glob(f"*double-{lstm_numba.digest(lstm_numba.SOURCES)}*.nbi"))
+
+
+@pytest.mark.parametrize("rows", [*range(1, 30), 40, 80])
+def test_products_of_any_number_of_rows(rows):
+    width, count, lanes = 9, 7, lstm_numba.LANES
+    weight, x, out, bias = (torch.randn(*shape).numpy() for shape in ((rows, width), (count, lanes), (rows, lanes), (rows, 1)))
+    product, sums = weight[:, :count].astype("f8") @ x, out.copy()
+    blocks, fours, singles = lstm_numba.shared_rows(rows)
+    assert lstm_numba.ROWS * blocks + 4 * fours + singles == rows and singles < 4
+    lstm_numba.add_product(weight.reshape(-1), width, rows, count, x.reshape(-1), sums.reshape(-1))
+    assert abs(sums - (out + product)).max() <= 1e-5
+    if rows % 4 == 0:
+        lstm_numba.affine(weight.reshape(-1), width, bias.reshape(-1), rows, count, x.reshape(-1), sums.reshape(-1))
+        assert abs(sums - (bias + product)).max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("units", [1, 7, 2000])
+def test_a_cell_with_gates_of_any_size(units, dtype, tolerance):
+    """Nothing leaves the numbers' range, a NaN stays one, and what is kept changes nothing."""
+    sizes = torch.tensor([0, 1e-30, 0.1, 1, 20, 45, 1e3, 1e30, math.inf], dtype=torch.float64)
+    sizes, seed = torch.cat([sizes, -sizes, torch.tensor([math.nan])]), torch.Generator().manual_seed(units)
+    z = sizes[torch.randint(len(sizes), (units, 4), generator=seed)].to(dtype)
+    cell = (10 ** torch.empty(units, lstm_numba.LANES).uniform_(-3, 3, generator=seed)).to(dtype)
+    i, f, g, o = (gate[:, None] for gate in z.double().unbind(1))
+    c = i.sigmoid() * g.tanh() + f.sigmoid() * cell.double()
+    expected = c, o.sigmoid() * c.tanh(), c.tanh(), torch.stack([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], 1)[..., 0]
+    bias = (z.double() * torch.tensor([-1, -1, -2, -1]) / math.log(2)).to(dtype).reshape(-1).numpy()
+    weight, x, results = torch.zeros(4 * units, dtype=dtype).numpy(), torch.zeros(lstm_numba.LANES, dtype=dtype).numpy(), []
+    for keep in (0, 1, lstm_numba.BEYOND):
+        sums, kept = (torch.empty(4 * units, lstm_numba.LANES, dtype=dtype) for _ in range(2))
+        new, hidden, tanhs = (torch.empty_like(cell) for _ in range(3))
+        arrays = [part.view(-1).numpy() for part in (sums, cell, new, hidden, sums if keep == 1 else kept, tanhs)]
+        lstm_numba.run_cell(units, weight, 1, bias, 1, x, *arrays[:4], keep, *arrays[4:])
+        results.append((new, hidden))
+        parts = (new, hidden, tanhs, (sums if keep == 1 else kept).view(units, 4, -1)[..., 3]) if keep else (new, hidden)
+        for part, there in zip(parts, expected):
+            scale = there.abs().clamp(min=1)
+            torch.testing.assert_close(part.double() / scale, there / scale, rtol=0, atol=tolerance, equal_nan=True)
+    for new, hidden in results[1:]:
+        torch.testing.assert_close((new, hidden), results[0], rtol=0, atol=0, equal_nan=True)
