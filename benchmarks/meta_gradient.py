@@ -100,6 +100,7 @@ def compare_cases(cases, unroll, repetitions, peers, peer_rounds):
     for case in cases:
         window = Window(*CASES[case])
         runs = {name: functools.partial(window.run, name, unroll) for name in METHODS}
+        window.run("replay, numba", 1)  # numba compiles: up to a minute, which is no round's time
         runs["products"] = bare_products(window.net, window.N, unroll)
         runs["optimizee"] = with_numba(optimizee_alone(Coordinates(window.batch.params), window.batch, unroll))
         beside = {label: entries[case] for label, entries in peers.items() if case in entries}

@@ -3,7 +3,8 @@
     python benchmarks/optimizer_step.py            # one core; --threads 2 for two, --architecture for another model
 
 "Products" are the matrix products of one forward step of the LSTM for all coordinates, by torch, in blocks that stay in
-the cache and on the same buffers again and again (`floors`). Medians (minima) over alternating repetitions, in one
+the cache and on the same buffers again and again (`floors`). The state in float32 is read and written once, in place, by
+torch, as every step has to. Medians (minima) over alternating repetitions, in one
 process; the ratio is the median of each repetition's own. Peak memory is measured in a process of its own for each
 optimizer: what three steps add to the resident set that model and gradients have.
 """
@@ -51,8 +52,18 @@ def peak_memory(name, architecture, threads):
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def state_of(optimizer):
+    return [part for state in optimizer.state.values() for part in state.values()]
+
+
 def state_megabytes(optimizer):
-    return sum(part.nbytes for state in optimizer.state.values() for part in state.values()) / 2**20
+    return sum(part.nbytes for part in state_of(optimizer)) / 2**20
+
+
+def pass_over_state(optimizer):
+    """Read and write it all, which changes nothing."""
+    for part in state_of(optimizer):
+        part.mul_(1)
 
 
 def main():
@@ -83,9 +94,13 @@ def main():
     memory = {name: peak_memory(name, arguments.architecture, arguments.threads) for name in OPTIMIZERS}
     optimizers = {name: optimizer_of(name, params) for name in OPTIMIZERS}
     runs = {name: optimizer.step for name, optimizer in optimizers.items()}
-    times = alternate({"products": forward_products(load_optimizer("mnist"), size), **runs}, arguments.repetitions)
+    floors = {"products": forward_products(load_optimizer("mnist"), size),
+              "state": lambda: pass_over_state(optimizers["LearnedOptimizer"])}
+    times = alternate(runs | floors, arguments.repetitions)
     table_head("", "ms", "ratio to the products", "state, MB", "peak, MB")
     table_row("the LSTM's products alone", milliseconds(times["products"]), 1, "–", "–")
+    table_row("its float32 state, read and written", milliseconds(times["state"]),
+              f"{ratio(times['state'], times['products']):.2f}", "–", "–")
     for name, optimizer in optimizers.items():
         table_row(name, milliseconds(times[name]), f"{ratio(times[name], times['products']):.2f}",
                   f"{state_megabytes(optimizer):.0f}", f"{memory[name]:.0f}")
