@@ -47,7 +47,8 @@ def products(vectors, rows, blocks, weight, width, count, x, out, first):
 
     def block(number, _):
         row = builder.mul(number, ir.Constant(INDEX, rows))
-        factors, target = vectors.at(weight, builder.mul(row, width)), vectors.at(out, builder.mul(row, ir.Constant(INDEX, LANES)))
+        factors = vectors.at(weight, builder.mul(row, width))
+        target = vectors.at(out, builder.mul(row, ir.Constant(INDEX, LANES)))
         for start in range(0, len(vectors.places), TOGETHER):
             places = vectors.places[start:start + TOGETHER]
             spots = [vectors.at(target, r * LANES + place) for r in range(rows) for place in places]
