@@ -47,12 +47,12 @@ def products(vectors, rows, blocks, weight, width, count, x, out, first):
 
     def block(number, _):
         row = builder.mul(number, ir.Constant(INDEX, rows))
-        factors = vectors.at(weight, builder.mul(row, width))
+        weights = vectors.at(weight, builder.mul(row, width))
         target = vectors.at(out, builder.mul(row, ir.Constant(INDEX, LANES)))
         for start in range(0, len(vectors.places), TOGETHER):
             places = vectors.places[start:start + TOGETHER]
             spots = [vectors.at(target, r * LANES + place) for r in range(rows) for place in places]
-            totals = block_product(vectors, factors, rows, width, count, x, places, first(row, spots))
+            totals = block_product(vectors, weights, rows, width, count, x, places, first(row, spots))
             for total, spot in zip(totals, spots):
                 vectors.store(total, spot)
         return []

@@ -4,9 +4,9 @@
 
 "Products" are the matrix products of one forward step of the LSTM for all coordinates, by torch, in blocks that stay in
 the cache and on the same buffers again and again (`floors`). The state in float32 is read and written once, in place, by
-torch, as every step has to. Medians (minima) over alternating repetitions, in one
-process; the ratio is the median of each repetition's own. Peak memory is measured in a process of its own for each
-optimizer: what three steps add to the resident set that model and gradients have.
+torch, as every step has to. Medians (minima) over alternating repetitions, in one process; the ratio is the median of each
+repetition's own. Peak memory is measured in a process of its own for each optimizer: what three steps add to the resident
+set that model and gradients have.
 """
 
 import argparse
