@@ -83,8 +83,8 @@ class PackedLSTM:
 
     Layer l has one matrix W_l that multiplies [input; hidden]. Its rows are in the order of `register_blocks`; `place`
     says where each row of `nn.LSTM`, all units' i, f, g, o, is in it. All layers stand in one array, padded to the widest.
-    `weights` and `biases` are those of the forward pass, scaled so that sigmoid(z) = 1 / (1 + 2^y) of what they give:
-    y = -z / ln 2, and for g, y = -2z / ln 2, since tanh(z) is 2 sigmoid(2z) - 1. `transposed` is not scaled.
+    `weights`, put `in_blocks`, and `biases` are those of the forward pass, scaled so that sigmoid(z) = 1 / (1 + 2^y) of what
+    they give: y = -z / ln 2, and for g, y = -2z / ln 2, since tanh(z) is 2 sigmoid(2z) - 1. `transposed` is not scaled.
 
     Args:
         layers: per layer (weight_ih (4H, in), weight_hh (4H, H), bias (4H,)), in `nn.LSTM`'s order of gates.
@@ -99,7 +99,7 @@ class PackedLSTM:
         for l, (w, u, _) in enumerate(layers):
             weights[l, :, :w.shape[1] + H] = np.concatenate([w.numpy(), u.numpy()], 1)[order]
         scales = (np.repeat([-1, -1, -2, -1], H) / np.log(2))[order]
-        self.weights = (scales[:, None] * weights).astype(kind).reshape(len(layers), -1)
+        self.weights = (scales[:, None] * weights).astype(kind).reshape(len(layers), -1).take(in_blocks(4 * H, most), axis=1)
         self.biases = (scales * np.stack([bias.numpy()[order] for _, _, bias in layers])).astype(kind)
         self.transposed = weights.transpose(0, 2, 1).reshape(len(layers), -1)
         self.output = np.append(output_weight.numpy(), output_bias.numpy()).astype(kind)  # (H + 1,)
@@ -139,6 +139,15 @@ def order_of_rows(H):
     return order, np.argsort(order)
 
 
+@functools.cache
+def in_blocks(rows, width):
+    """Where in a flat matrix (rows, width) the numbers are that `affine` takes one after the other: block by block, of each
+    column by column."""
+    blocks, _, _ = shared_rows(rows)
+    parts = zip(np.split(np.arange(rows * width).reshape(rows, width), [blocks * ROWS]), (ROWS, 4))
+    return np.concatenate([part.reshape(-1, size, width).swapaxes(1, 2).ravel() for part, size in parts])
+
+
 # What is compiled ---------------------------------------------------------------------------------------------------
 
 @compiled
@@ -168,7 +177,7 @@ def add_product(weight, width, rows, count, x, out):
 
 @compiled
 def affine(weight, width, bias, rows, count, x, out):
-    """out = weight x + bias, as in `add_product`; rows is a multiple of 4."""
+    """out = weight x + bias, weight put `in_blocks`, else as in `add_product`; rows is a multiple of 4."""
     blocks, fours, _ = shared_rows(rows)
     done = blocks * ROWS
     if blocks:

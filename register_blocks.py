@@ -26,24 +26,31 @@ OUTER = 4 if REGISTERS == 32 else 2  # columns of `add_outer_blocks`: with 4 row
 ALONE = 4 * OUTER  # with one row
 
 
-def block_product(vectors, weight, rows, stride, count, x, places, totals):
-    """totals[r, place] + Σ_k weight[r, k] x[k, place], as a list in that order, for a block of rows and some places."""
-    factors = [vectors.at(weight, vectors.builder.mul(stride, ir.Constant(INDEX, r))) for r in range(rows)]
+def block_product(vectors, weight, rows, row, column, count, x, places, totals):
+    """totals[r, place] + Σ_k weight[r, k] x[k, place], as a list in that order, for a block of rows and some places.
+
+    weight's rows and columns are `row` and `column` numbers apart.
+    """
+    factors = [vectors.at(weight, vectors.builder.mul(row, ir.Constant(INDEX, r))) for r in range(rows)]
 
     def add(k, totals):
         at, new = vectors.builder.mul(k, ir.Constant(INDEX, LANES)), []
         xs = [vectors.load(vectors.at(x, at, place)) for place in places]
         for pointer in factors:
-            factor = vectors.spread(vectors.builder.load(vectors.at(pointer, k)))
+            factor = vectors.spread(vectors.builder.load(vectors.at(pointer, vectors.builder.mul(k, column))))
             new += [vectors.add_product(totals[len(new) + v], factor, part) for v, part in enumerate(xs)]
         return new
 
     return vectors.loop(count, totals, add)
 
 
-def products(vectors, rows, blocks, weight, width, count, x, out, first):
-    """out[r, :] ← first(r of the block's first row, where the block's rows are in out) + Σ_k weight[r, k] x[k, :]."""
-    builder = vectors.builder
+def products(vectors, rows, blocks, weight, width, count, x, out, first, column_wise=False):
+    """out[r, :] ← first(r of the block's first row, where the block's rows are in out) + Σ_k weight[r, k] x[k, :].
+
+    Each block of weight (rows, width) lies row after row, or column after column.
+    """
+    builder, one = vectors.builder, ir.Constant(INDEX, 1)
+    apart = (one, ir.Constant(INDEX, rows)) if column_wise else (width, one)
 
     def block(number, _):
         row = builder.mul(number, ir.Constant(INDEX, rows))
@@ -52,7 +59,7 @@ def products(vectors, rows, blocks, weight, width, count, x, out, first):
         for start in range(0, len(vectors.places), TOGETHER):
             places = vectors.places[start:start + TOGETHER]
             spots = [vectors.at(target, r * LANES + place) for r in range(rows) for place in places]
-            totals = block_product(vectors, weights, rows, width, count, x, places, first(row, spots))
+            totals = block_product(vectors, weights, rows, *apart, count, x, places, first(row, spots))
             for total, spot in zip(totals, spots):
                 vectors.store(total, spot)
         return []
@@ -81,7 +88,8 @@ def add_product_blocks(typing, rows, blocks, weight, width, count, x, out):
 
 @intrinsic(prefer_literal=True)
 def affine_blocks(typing, rows, blocks, weight, width, bias, count, x, out):
-    """out[r, :] = bias[r] + Σ_k weight[r, k] x[k, :], else as `add_product_blocks`."""
+    """out[r, :] = bias[r] + Σ_k weight[r, k] x[k, :], else as `add_product_blocks`, but of each block of weight (rows, width)
+    column lies after column: it is read from one end to the other."""
     arrays, R = (weight, bias, x, out), rows.literal_value
 
     def generate(context, builder, signature, values):
@@ -92,7 +100,7 @@ def affine_blocks(typing, rows, blocks, weight, width, bias, count, x, out):
             each = [vectors.spread(builder.load(vectors.at(b, row, r))) for r in range(R)]
             return [bias for bias in each for _ in range(len(spots) // R)]
 
-        products(vectors, R, values[1], w, values[3], values[5], source, target, biases)
+        products(vectors, R, values[1], w, values[3], values[5], source, target, biases, column_wise=True)
         return context.get_dummy_value()
 
     return types.void(rows, types.intp, weight, types.intp, bias, types.intp, x, out), generate

@@ -251,7 +251,8 @@ def test_products_of_any_number_of_rows(rows):
     lstm_numba.add_product(weight.reshape(-1), width, rows, count, x.reshape(-1), sums.reshape(-1))
     assert abs(sums - (out + product)).max() <= 1e-5
     if rows % 4 == 0:
-        lstm_numba.affine(weight.reshape(-1), width, bias.reshape(-1), rows, count, x.reshape(-1), sums.reshape(-1))
+        blocks = weight.reshape(-1)[lstm_numba.in_blocks(rows, width)]
+        lstm_numba.affine(blocks, width, bias.reshape(-1), rows, count, x.reshape(-1), sums.reshape(-1))
         assert abs(sums - (bias + product)).max() <= 1e-5
 
 
