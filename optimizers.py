@@ -7,6 +7,7 @@ something. A learned optimizer is any `nn.Module` with `init_state(num_coordinat
 stands in `meta_training`; the arithmetic of the fast path in `lstm_blocks`.
 """
 
+import hashlib
 import json
 import math
 from importlib import import_module
@@ -32,7 +33,7 @@ __all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LSTMWithGAC", "LearnedOptimiz
            "NormalizedLSTM", "PerKind", "RNNProp", "load_optimizer", "log_sign", "pretrained_optimizers", "save_optimizer",
            "start_as_adam", "start_as_coordinatewise", "start_as_momentum"]
 
-FILE_FORMAT = 1
+FILE_FORMAT = 2  # since 2 files hold a digest
 PRETRAINED = Path(__file__).with_name("pretrained")
 GRAPH_BLOCK = 1 << 16  # coordinates that `replay` runs at once where autograd does the backward pass
 
@@ -778,15 +779,18 @@ LEARNED_OPTIMIZERS = {"CoordinatewiseLSTM": CoordinatewiseLSTM, "LSTMWithGAC": L
 def save_optimizer(net, path, **notes):
     """Write a learned optimizer to a safetensors file: its weights, and in the metadata its class and arguments.
 
-    The file is written beside its place and then renamed, so that a failure leaves an older file as it was.
+    The file is written beside its place and then renamed, so that a failure leaves an older file as it was. It holds a digest
+    of its content, so that a damaged one is found out when it is loaded.
 
     Args:
         net: one of this module's learned optimizers; or a `PerKind` of some, whose rule is a dict.
         path: where to; the folder is made if it is not there.
-        notes: what else the metadata should say (problem, seed, result …), kept as text.
+        notes: what else the metadata should say (problem, seed, result …), kept as text; not by the names "format", "class",
+            "config" and "sha256", which are taken.
 
     Raises:
         TypeError: `net` is not one of this module's classes, or its rule is a function.
+        ValueError: a weight is infinite or NaN, or a note has a name that is taken.
         OSError: the file cannot be written.
 
     Example:
@@ -798,10 +802,15 @@ def save_optimizer(net, path, **notes):
             raise TypeError(f"net must be one of {sorted(LEARNED_OPTIMIZERS)}, got {type(part).__name__}")
     if isinstance(net, PerKind) and not isinstance(net.rule, dict):
         raise TypeError(f"the rule of a PerKind must be a dict to be written to a file, got {net.rule!r}")
-    metadata = {"format": str(FILE_FORMAT), "class": type(net).__name__, "config": json.dumps(net.config),
-                **{name: str(note) for name, note in notes.items()}}
+    metadata = {"format": str(FILE_FORMAT), "class": type(net).__name__, "config": json.dumps(net.config)}
+    taken = sorted(notes.keys() & {*metadata, "sha256"})
+    if taken:
+        raise ValueError(f"notes must have other names than {sorted({*metadata, 'sha256'})}, which the file itself needs; got {taken}")
+    metadata |= {name: str(note) for name, note in notes.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-    write_whole(path, save(tensors, metadata))
+    for name, tensor in tensors.items():
+        check_finite(tensor, f"the weight {name}")
+    write_whole(path, save(tensors, {**metadata, "sha256": digest(metadata, tensors)}))
 
 
 def load_optimizer(path_or_name):
@@ -811,30 +820,50 @@ def load_optimizer(path_or_name):
         path_or_name: a file, or the name of one in the folder `pretrained` beside this module, such as "mnist".
 
     Returns:
-        The network, on the CPU.
+        The network, on the CPU; also under `torch.inference_mode` or another default device one that can be trained.
 
     Raises:
         FileNotFoundError: there is no such file or name; the message lists the names there are.
-        ValueError: the file is corrupt, of a later format, or not one of ours.
+        ValueError: the file is corrupt, of a later format, or not one of ours; or a weight is infinite or NaN.
     """
     path = Path(path_or_name)
-    if not path.exists():
+    if not path.is_file():  # a folder may have the name of a pretrained optimizer
         names = sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))
         if str(path_or_name) not in names:
             raise FileNotFoundError(f"no file {str(path_or_name)!r}, and no pretrained optimizer of that name; "
                                     f"there are {names}")
         path = PRETRAINED / f"{path_or_name}.safetensors"
-    metadata, tensors = contents(path)
-    if metadata.get("class") not in LEARNED_OPTIMIZERS or not metadata.get("format", "").isdigit():
+    with torch.inference_mode(False), torch.device("cpu"):
+        metadata, tensors = contents(path)
+        return rebuilt_from(path, metadata, tensors)
+
+
+def rebuilt_from(path, metadata, tensors):
+    """The network that a file describes, if it is whole."""
+    if metadata.get("class") not in LEARNED_OPTIMIZERS or metadata.get("format") not in map(str, range(1, FILE_FORMAT + 1)):
+        if metadata.get("class") in LEARNED_OPTIMIZERS and metadata.get("format", "").isdigit():
+            raise ValueError(f"{path} is of format {metadata['format']}; this version reads 1 to {FILE_FORMAT}: update it")
         raise ValueError(f"{path} holds no learned optimizer of this library (its metadata: {metadata})")
-    if int(metadata["format"]) > FILE_FORMAT:
-        raise ValueError(f"{path} is of format {metadata['format']}; this version reads up to {FILE_FORMAT}: update it")
+    kept = metadata.pop("sha256", None)
+    if kept != digest(metadata, tensors) and (kept is not None or metadata["format"] != "1"):  # the first format had none
+        raise ValueError(f"{path} is damaged: its digest is not that of its content")
     try:
+        for name, tensor in tensors.items():
+            check_finite(tensor, f"the weight {name}")
         net = rebuilt(metadata["class"], json.loads(metadata["config"]))
         net.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
     except (KeyError, StopIteration, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not describe a {metadata['class']}: {error}") from error
     return net
+
+
+def digest(metadata, tensors):
+    """SHA-256 of a file's content, as text: every text of the metadata, every tensor's name, form and bytes."""
+    found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def pretrained_optimizers():

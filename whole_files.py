@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import platform
+import re
 from pathlib import Path
 
 __all__ = ["remove_partial_files", "write_whole"]
@@ -18,7 +20,7 @@ def write_whole(path, content):
         OSError: the file cannot be written; names it and the cause.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}.partial")
     try:
         if not path.parent.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,9 +44,27 @@ def write_whole(path, content):
 
 
 def remove_partial_files(path):
-    """Remove what killed processes left beside `path` while they wrote it."""
+    """Remove what killed processes of this machine left beside `path` while they wrote it.
+
+    What a living process is writing stays, and so do other files' halves and those of other machines.
+    """
     path = Path(path)
+    form = re.compile(rf"\.{re.escape(path.name)}\.(\d+)@{re.escape(platform.node())}\.partial")
     with contextlib.suppress(OSError):
         for file in path.parent.iterdir():
-            if file.name.startswith(f".{path.name}.") and file.name.endswith(".partial"):
+            match = form.fullmatch(file.name)
+            if match and not is_running(int(match[1])):
                 file.unlink(missing_ok=True)
+
+
+def is_running(process):
+    """Whether this machine has a process of that number. Elsewhere than on POSIX: no, an open file cannot be removed there."""
+    if os.name != "posix":
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 import kernel_choice
 import lstm_blocks
 import optimizers
-from meta_training import meta_train
+from meta_training import meta_gradient, meta_train
 from optimizees import Quadratics
 from optimizers import (CoordinatewiseLSTM, LearnedOptimizer, NonFiniteError, NormalizedLSTM, RNNProp, load_optimizer,
                         log_sign, pretrained_optimizers, save_optimizer, start_as_adam, start_as_momentum)
@@ -604,8 +604,17 @@ def test_files_that_are_not_ours(tmp_path):
     with pytest.raises(ValueError, match="holds no learned optimizer"):
         load_optimizer(path)
     good = {"class": "CoordinatewiseLSTM", "config": json.dumps(CoordinatewiseLSTM().config)}
-    save_file(weights, path, {**good, "format": "2"})
-    with pytest.raises(ValueError, match="is of format 2; this version reads up to 1"):
+    save_file(weights, path, {**good, "format": "3"})
+    with pytest.raises(ValueError, match="is of format 3; this version reads 1 to 2"):
+        load_optimizer(path)
+    save_file(weights, path, {**good, "format": "1"})  # from before there were digests
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in load_optimizer(path).state_dict().items())
+    for format, digest in (("2", {}), ("1", {"sha256": "0" * 64})):
+        save_file(weights, path, {**good, **digest, "format": format})
+        with pytest.raises(ValueError, match="is damaged: its digest is not that of its content"):
+            load_optimizer(path)
+    save_file({**weights, "output.bias": torch.tensor([math.inf])}, path, {**good, "format": "1"})
+    with pytest.raises(ValueError, match="the weight output.bias must be finite"):
         load_optimizer(path)
     save_file({"other": torch.zeros(2)}, path, {**good, "format": "1"})
     with pytest.raises(ValueError, match="does not describe a CoordinatewiseLSTM"):
@@ -614,6 +623,52 @@ def test_files_that_are_not_ours(tmp_path):
         load_optimizer("no-such-optimizer")
     with pytest.raises(TypeError, match="got Linear"):
         save_optimizer(torch.nn.Linear(1, 1), path)
+
+
+def test_every_text_and_every_weight_is_in_the_digest(tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_optimizer(CoordinatewiseLSTM(p=10.0, preprocess="log_sign"), path, note="one")
+    metadata, tensors = optimizers.contents(path)
+    assert metadata["note"] == "one" and load_optimizer(path).p == 10.0
+    for change in ({"config": metadata["config"].replace("10.0", "11.0")}, {"note": "two"}, {"another": "note"}):
+        save_file(tensors, path, {**metadata, **change})
+        with pytest.raises(ValueError, match="is damaged"):
+            load_optimizer(path)
+    for change in ({"output.bias": tensors["output.bias"] + 1e-7}, {"output.bias": tensors["output.bias"].double()}):
+        save_file({**tensors, **change}, path, metadata)
+        with pytest.raises(ValueError, match="is damaged"):
+            load_optimizer(path)
+
+
+def test_what_cannot_be_read_back_is_not_written(tmp_path):
+    path, net = tmp_path / "net.safetensors", CoordinatewiseLSTM()
+    for name in ("config", "format", "class", "sha256"):
+        with pytest.raises(ValueError, match=f"notes must have other names than .*; got .'{name}'."):
+            save_optimizer(net, path, **{name: "mine"})
+    net.output.bias.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="the weight output.bias must be finite, but holds nan"):
+        save_optimizer(net, path)
+    assert not path.exists()
+
+
+def test_a_folder_does_not_hide_a_pretrained_optimizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "other").mkdir()
+    assert isinstance(load_optimizer("mnist"), CoordinatewiseLSTM)
+    with pytest.raises(FileNotFoundError, match="no file 'other', and no pretrained optimizer of that name"):
+        load_optimizer("other")
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.device("meta"), torch.no_grad],
+                         ids=["inference_mode", "meta device", "no_grad"])
+def test_loading_gives_a_network_that_can_be_used_and_trained_anywhere(context):
+    with context():
+        net = load_optimizer("quadratics")
+    assert all(not tensor.is_inference() and tensor.device.type == "cpu" for tensor in net.parameters())
+    batch = Quadratics(2).sample(2)
+    grads, _ = meta_gradient(net, batch, batch.params, net.init_state(4), unroll=3, method="autograd")
+    assert all(grad.isfinite().all() for grad in grads.values())
 
 
 def test_pretrained_optimizers_are_listed_with_their_notes(tmp_path, monkeypatch):
