@@ -126,7 +126,12 @@ def open_source(folder, kind):
     if kind == "content":
         folders.pop("style", None)
     archive = folder / f"{kind}.tar"
-    return (folder, folders) if folders or not archive.exists() else (archive, in_folders(read_archive(archive)))
+    if folders or not archive.exists():
+        return folder, folders
+    folders = in_folders(read_archive(archive))
+    if not folders:
+        raise ValueError(f"{archive} holds no images: it is damaged, or another archive")
+    return archive, folders
 
 
 def read_archive(archive):
@@ -134,7 +139,10 @@ def read_archive(archive):
     try:
         with tarfile.open(archive) as file:
             contents = {Path(member.name): file.extractfile(member).read() for member in file if member.isfile()}
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            file.fileobj.seek(file.offset)  # where tarfile found the end: also at a damaged header
+            if file.fileobj.read().strip(b"\0"):
+                raise tarfile.ReadError(f"the member at byte {file.offset} has a damaged header")
+    except Exception as error:  # whatever damage may lead tarfile to
         raise ValueError(f"{archive} is truncated or corrupt: {error}") from error
     return {path: functools.partial(bytes, content) for path, content in contents.items()}
 
@@ -155,8 +163,8 @@ def decode(source, path, read, size):
     try:
         with Image.open(io.BytesIO(read())) as image:
             image = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} in {source} is truncated or corrupt: {error}") from error
+    except Exception as error:  # a picture too large, whatever damage may lead to
+        raise ValueError(f"{path} in {source} is truncated or corrupt, or cannot be read: {type(error).__name__}: {error}") from error
     width, height = image.size
     side = min(width, height)
     if side < size:

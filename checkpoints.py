@@ -1,11 +1,11 @@
 """Checkpoints of a meta-training run: one file, written whole or not at all, that loads without running any code.
 
-A file holds plain containers, numbers, text and tensors alone, by `torch.save`, and is read with `weights_only=True`.
-What goes into it is `meta_training`'s; the settings of the run stand beside it, and another run's are refused.
+A file holds plain containers, numbers, text and tensors alone, by `torch.save`, and is read with `weights_only=True`. The
+comment at the end of it, which is a zip archive, is a digest of all before. What goes into it is `meta_training`'s; the settings of the run stand beside it, and another run's are refused.
 """
 
+import hashlib
 import io
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -15,10 +15,12 @@ from state_nests import map_tensors, tensors_in
 from unrolling import Coordinates
 from whole_files import remove_partial_files, write_whole
 
-__all__ = ["describe_net", "describe_problem", "named_tuples", "plain", "read_checkpoint", "regroup", "unplain",
+__all__ = ["describe_net", "describe_problem", "named_tuples", "plain", "read_checkpoint", "read_start", "regroup", "unplain",
            "write_checkpoint"]
 
-FILE_FORMAT = 1
+FILE_FORMAT = 2  # since 2 files end with a digest
+DIGEST = "sha256:"
+PARTS = ("iteration", "history", "random", "net", "averaged", "best", "adam", "window")  # that every content has
 NAMED_TUPLE = "class of the named tuple"  # the key by which a plain state holds one; files name no classes to load
 
 
@@ -34,33 +36,35 @@ def write_checkpoint(path, content, settings):
     """
     buffer = io.BytesIO()
     torch.save({"format": FILE_FORMAT, "kind": "meta-training", "settings": settings, "content": content}, buffer)
-    write_whole(path, buffer.getvalue())
+    write_whole(path, with_digest(buffer.getvalue()))
+
+
+def with_digest(content):
+    """A zip archive without a comment -> the same with the digest of what comes before as its comment."""
+    content, comment = content[:-2], f"{DIGEST}{hashlib.sha256(content[:-2]).hexdigest()}".encode()
+    return content + len(comment).to_bytes(2, "little") + comment  # an archive ends with its comment, and the length before it
+
+
+def digest_fits(content):
+    """Whether a file ends with the digest of its content; None if it ends with none."""
+    length = len(DIGEST) + 64
+    if content[-length:-64] != DIGEST.encode():
+        return None
+    return with_digest(content[:-length - 2] + b"\0\0") == content
 
 
 def read_checkpoint(path, settings):
     """The content of a checkpoint of the run with these settings, on the CPU; None if there is no file.
 
     Raises:
-        ValueError: the file is corrupt, of a later format, no checkpoint, or another run's; names the settings that
-            differ.
+        ValueError: the file is corrupt, of a later format, no checkpoint, lacks parts, or is another run's; names the settings
+            that differ.
     """
     path = Path(path)
     remove_partial_files(path)
     if not path.exists():
         return None
-    try:
-        content = io.BytesIO(path.read_bytes())
-        damaged = zipfile.ZipFile(content).testzip()  # torch.load does not look at the checksums
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-        content.seek(0)
-        file = torch.load(content, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint, or a damaged one: {error}") from error
-    if not isinstance(file, dict) or file.get("kind") != "meta-training" or not isinstance(file.get("format"), int):
-        raise ValueError(f"{path} holds no checkpoint of a meta-training run")
-    if file["format"] > FILE_FORMAT:
-        raise ValueError(f"{path} is of format {file['format']}; this version reads up to {FILE_FORMAT}: update it")
+    file = read_file(path)
     there = file["settings"]
     different = [f"{name} was {there.get(name)!r} and is {settings.get(name)!r}"
                  for name in {**there, **settings} if there.get(name) != settings.get(name)]
@@ -68,6 +72,38 @@ def read_checkpoint(path, settings):
         raise ValueError(f"{path} is the checkpoint of another run: {'; '.join(different)}. Go on with its settings, "
                          "name another file, or remove this one")
     return file["content"]
+
+
+def read_start(path):
+    """The weights that the run of this checkpoint began with, a state dict; None if there is no file, or it does not say."""
+    return read_file(path)["content"].get("start") if Path(path).exists() else None
+
+
+def read_file(path):
+    """The dict that a checkpoint's file holds. Raises ValueError."""
+    try:
+        content = Path(path).read_bytes()
+        whole = digest_fits(content)
+        if whole is False:
+            raise ValueError("its digest is not that of its content")
+        if whole is None:  # of the first format: torch.load does not look at an archive's own checksums
+            damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()
+            if damaged is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        file = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever damage may lead torch to
+        raise ValueError(f"{path} is not a readable checkpoint, or a damaged one: {error}") from error
+    if not isinstance(file, dict) or file.get("kind") != "meta-training" or not isinstance(file.get("format"), int):
+        raise ValueError(f"{path} holds no checkpoint of a meta-training run")
+    if file["format"] > FILE_FORMAT:
+        raise ValueError(f"{path} is of format {file['format']}; this version reads up to {FILE_FORMAT}: update it")
+    if whole is None and file["format"] > 1:
+        raise ValueError(f"{path} is not a readable checkpoint, or a damaged one: its digest is missing")
+    content = file.get("content")
+    missing = [name for name in PARTS if not isinstance(content, dict) or name not in content]
+    if missing or not isinstance(file.get("settings"), dict):
+        raise ValueError(f"{path} lacks parts of a checkpoint: {', '.join(missing) or 'settings'}. Remove it to begin anew")
+    return file
 
 
 def plain(state):

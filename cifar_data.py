@@ -9,7 +9,6 @@ import io
 import pickle
 import warnings
 import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,17 +176,27 @@ def read_images(source):
         if source.is_dir():
             return decode(source, {path.relative_to(source): path.read_bytes for path in source.glob("*/*")})
         with zipfile.ZipFile(source) as file:
-            entries = [Path(name) for name in file.namelist() if not name.endswith("/")]
-            return decode(source, {path: functools.partial(file.read, path.as_posix()) for path in entries})
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{source} is truncated or corrupt: {error}") from error
+            members = file.infolist()
+            if len({member.filename for member in members}) < len(members):
+                raise zipfile.BadZipFile("two members have one name")
+            for member in members:
+                if not is_image(Path(member.filename)):
+                    file.read(member)  # says so if the name is a damaged one, which would hide an image
+            entries = {Path(member.filename): functools.partial(file.read, member) for member in members}
+            return decode(source, entries)
+    except (zipfile.BadZipFile, OSError, RuntimeError) as error:
+        raise ValueError(f"{source} is truncated or corrupt, or cannot be read: {error}") from error
+
+
+def is_image(path):
+    return path.suffix.lower() in IMAGE_FILES and path.name[0] != "."
 
 
 def decode(source, readers):
     """(images, labels), from a dict of paths that end in `<class>/<file>` and what reads each."""
     from PIL import Image
 
-    paths = sorted(path for path in readers if path.suffix.lower() in IMAGE_FILES and path.name[0] != ".")
+    paths = sorted(filter(is_image, readers))
     found = {path.parent.name for path in paths}
     if found != set(CIFAR10_CLASSES):
         missing, other = sorted(set(CIFAR10_CLASSES) - found), sorted(found - set(CIFAR10_CLASSES))
@@ -198,8 +207,8 @@ def decode(source, readers):
         try:
             with Image.open(io.BytesIO(readers[path]())) as image:
                 pixels = np.asarray(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} in {source} is truncated or corrupt: {error}") from error
+        except Exception as error:  # an encrypted member of a zip, a picture too large, whatever damage may lead to
+            raise ValueError(f"{path} in {source} is truncated or corrupt, or cannot be read: {type(error).__name__}: {error}") from error
         if images is None:
             images = torch.empty(len(paths), *pixels.shape, dtype=torch.uint8)
         if pixels.shape != images.shape[1:] or pixels.shape[0] != pixels.shape[1]:

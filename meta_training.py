@@ -230,6 +230,7 @@ class Run:
         self.generator = torch.Generator().manual_seed(settings["seed"])
         self.curriculum, self.patience, self.imitation = (*(curriculum or ()), settings["steps"]), patience, imitation
         self.history, self.iteration, self.best = History(), 0, copy.deepcopy(net.state_dict())
+        self.start = self.best  # what training begins with
         if curriculum:
             self.history.stages.append((0, curriculum[0]))
         self.averaged = copy.deepcopy(net) if settings["averaging"] else net
@@ -379,16 +380,23 @@ class Run:
         if checkpoint is not None:
             content = self.ranks.on_first(lambda: read_checkpoint(checkpoint, self.settings))
         if content is not None:
-            self.restore(content)
+            best = self.best
+            try:
+                self.restore(content)
+            except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+                self.best = best
+                raise ValueError(f"{checkpoint} is whole as a file, but does not describe this run: {type(error).__name__}: {error}. "
+                                 "Remove it to begin anew") from error
         elif self.ranks.size > 1:
             self.net.load_state_dict(self.ranks.on_first(lambda: plain(dict(self.net.state_dict()))))
-            self.best = copy.deepcopy(self.net.state_dict())
+            self.best = self.start = copy.deepcopy(self.net.state_dict())
             self.averaged.load_state_dict(self.best)
 
     def save(self, checkpoint):
         content = {"iteration": self.iteration, "history": asdict(self.history), "random": self.random_state(),
                    "net": dict(self.net.state_dict()), "averaged": dict(self.averaged.state_dict()),
-                   "best": dict(self.best), "adam": self.adam.state_dict(), "draws": self.draws, "window": None}
+                   "best": dict(self.best), "start": dict(self.start), "adam": self.adam.state_dict(), "draws": self.draws,
+                   "window": None}
         if self.batch is not None:  # in the middle of an unroll
             state, imitates = self.state, self.demonstration is not None
             if imitates:
@@ -399,11 +407,14 @@ class Run:
         self.ranks.on_first(lambda: write_checkpoint(checkpoint, plain(content), self.settings))
 
     def restore(self, content):
-        self.averaged.load_state_dict(content["averaged"])
-        self.net.load_state_dict(content["net"])
+        for net, name in ((self.net, "best"), (self.averaged, "averaged"), (self.net, "net")):
+            net.load_state_dict(content[name])
         self.adam.load_state_dict(content["adam"])
         self.best, self.history = content["best"], History(**content["history"])
+        if len(self.history.meta_loss) != content["iteration"]:
+            raise ValueError(f"its history has {len(self.history.meta_loss)} iterations, not {content['iteration']}")
         self.draws = content.get("draws", 0)  # files from before there was imitation have none
+        self.start = content.get("start", self.start)  # nor have older ones this
         window = content["window"]
         if window is not None:
             parts, divisible = window["parts"], getattr(self.net, "coordinatewise", False)

@@ -6,6 +6,7 @@ root that holds no MNIST yet.
 
 import functools
 import gzip
+import math
 import os
 import socket
 import tempfile
@@ -85,6 +86,9 @@ def _load(root):
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or labels.max() > 9:
             raise ValueError(f"{files[FILES[split][0]]} and {files[FILES[split][1]]} do not fit each other: "
                              f"shapes {images.shape} and {labels.shape}, labels up to {labels.max()}")
+        if len(tensors) and images[0].size != tensors[0].shape[1]:
+            raise ValueError(f"{files[FILES[split][0]]} must hold images of the size that those to train on have, "
+                             f"{tensors[0].shape[1]} pixels, got {images.shape[1]}×{images.shape[2]}")
         tensors += [torch.from_numpy(images.reshape(len(images), -1)).float().div_(255),
                     torch.from_numpy(labels).long()]
     return ImageData("MNIST", *tensors)
@@ -110,13 +114,13 @@ def read_idx(path):
     """The array in an IDX file of unsigned bytes, gzip-compressed if its name ends in .gz. Raises ValueError."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, OSError, zlib.error) as error:
+    except (EOFError, OSError, zlib.error, MemoryError) as error:
         raise ValueError(f"{path} is truncated or corrupt: {error}") from error
     if len(content) < 4 or content[:3] != b"\0\0\x08" or not 1 <= content[3] <= 4:
         raise ValueError(f"{path} is not an IDX file of bytes: it starts with {content[:4]!r}")
     dims = content[3]
     shape = tuple(int.from_bytes(content[4 + 4 * k:8 + 4 * k], "big") for k in range(dims))
-    expected, held = int(np.prod(shape, dtype=np.int64)), len(content) - 4 - 4 * dims
+    expected, held = math.prod(shape), len(content) - 4 - 4 * dims
     if held != expected or expected == 0:
         raise ValueError(f"{path} is truncated or corrupt: its header says {expected} bytes of data, it holds {held}")
     return np.frombuffer(bytearray(content), np.uint8, offset=4 + 4 * dims).reshape(shape)

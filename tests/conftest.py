@@ -8,6 +8,7 @@ import gzip
 import pickle
 import shutil
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -120,6 +121,12 @@ def write_cifar10_pickles(root, count=10):
 def small_cifar(tmp_path):
     """A data root with 60 training and 20 test images of 8×8 pixels."""
     return write_cifar10(tmp_path / "cifar")
+
+
+def huge_picture(side=20_000):
+    """A PNG of a few bytes that says that it is 400 megapixels large."""
+    header = b"IHDR" + side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big") + bytes(4) + b"IDAT"
 
 
 def write_art(root, form="folder", side=20, counts=(("train", 6), ("validation", 3), ("test", 4), ("test_32", 2))):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import whole_files
-from checkpoints import FILE_FORMAT, plain, read_checkpoint, regroup, write_checkpoint
+from checkpoints import FILE_FORMAT, PARTS, plain, read_checkpoint, read_start, regroup, write_checkpoint
 from meta_training import meta_train
 from optimizees import MNISTNet, Quadratics, RandomScaling
 from optimizers import CoordinatewiseLSTM, RNNProp, save_optimizer
@@ -82,11 +82,13 @@ CASES = {
 }
 
 
+TRAIN = dict(steps=20, unroll=5, iterations=14, lr=0.01, warmup=2, progress=False, validation_every=5, validation_functions=3)
+
+
 def train(make, problem, **arguments):
     torch.manual_seed(0)
     net = make()
-    history = meta_train(net, problem, **{**dict(steps=20, unroll=5, iterations=14, lr=0.01, warmup=2, progress=False,
-                                                 validation_every=5, validation_functions=3), **arguments})
+    history = meta_train(net, problem, **{**TRAIN, **arguments})
     return net, history
 
 
@@ -210,10 +212,11 @@ def full_disk(*arguments):
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     path = tmp_path / "run"
-    write_checkpoint(path, {"iteration": 1}, {})
+    one = {**dict.fromkeys(PARTS), "iteration": 1}
+    write_checkpoint(path, one, {})
     with file_size_limit(1000), pytest.raises(OSError, match="could not be written: File too large; .* as it was"):
         write_checkpoint(path, {"iteration": 2, "large": torch.zeros(10_000)}, {})
-    assert read_checkpoint(path, {}) == {"iteration": 1} and os.listdir(tmp_path) == ["run"]
+    assert read_checkpoint(path, {}) == one and os.listdir(tmp_path) == ["run"]
 
     problem, make, arguments = quadratics()
     run = tmp_path / "training"
@@ -246,7 +249,8 @@ def read_only(folder):
 def test_a_read_only_folder():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        write_checkpoint(path, {"iteration": 1}, {})
+        one = {**dict.fromkeys(PARTS), "iteration": 1}
+        write_checkpoint(path, one, {})
         path.chmod(0o644)
         problem, make, arguments = quadratics()
         with read_only(Path(folder)):
@@ -256,7 +260,7 @@ def test_a_read_only_folder():
                 train(make, problem, checkpoint=Path(folder) / "other", callback=stop_at(1), **arguments)
             with pytest.raises(PermissionError, match="net.safetensors"):
                 save_optimizer(CoordinatewiseLSTM(), Path(folder) / "net.safetensors")
-            assert read_checkpoint(path, {}) == {"iteration": 1}
+            assert read_checkpoint(path, {}) == one
     with pytest.raises(OSError, match="could not be written"):  # a file where a folder should be
         write_checkpoint(Path(__file__) / "run", {}, {})
 
@@ -302,6 +306,41 @@ def test_damaged_and_foreign_files(stopped, tmp_path, monkeypatch):
     save_optimizer(CoordinatewiseLSTM(), stopped)
     with pytest.raises(ValueError, match="is not a readable checkpoint"):
         read_checkpoint(stopped, settings)
+
+
+def test_a_file_that_lacks_parts_or_holds_others(stopped):
+    """Whole as a file, and yet no checkpoint of this run: an error that says so, and the network stays as it was."""
+    problem, make, arguments = quadratics()
+    file = torch.load(stopped, weights_only=True)
+    for name in PARTS:
+        write_checkpoint(stopped, {key: part for key, part in file["content"].items() if key != name}, file["settings"])
+        with pytest.raises(ValueError, match=f"lacks parts of a checkpoint: {name}. Remove it"):
+            train(make, problem, checkpoint=stopped, **arguments)
+    for name in {*PARTS} - {"iteration", "window"}:
+        for other in ({}, [torch.zeros(2)], "text"):
+            write_checkpoint(stopped, {**file["content"], name: other}, file["settings"])
+            net = CoordinatewiseLSTM(hidden_size=4)
+            before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+            with pytest.raises(ValueError, match="is whole as a file, but does not describe this run"):
+                meta_train(net, problem, checkpoint=stopped, **TRAIN, **arguments)
+            assert all(torch.equal(tensor, net.state_dict()[key]) for key, tensor in before.items())
+
+
+def test_files_of_the_first_format_are_read(stopped):
+    problem, make, arguments = quadratics()
+    file = torch.load(stopped, weights_only=True)
+    torch.save({**file, "format": 1, "content": {key: part for key, part in file["content"].items() if key != "start"}}, stopped)
+    _, history = train(make, problem, checkpoint=stopped, **arguments)
+    assert history == train(make, problem, **arguments)[1]
+
+
+def test_the_start_of_a_run_is_in_its_checkpoint(stopped):
+    problem, make, _ = quadratics()
+    torch.manual_seed(0)
+    start = make().state_dict()
+    kept = read_start(stopped)
+    assert kept.keys() == start.keys() and all(torch.equal(kept[name], tensor) for name, tensor in start.items())
+    assert read_start(stopped.with_name("none")) is None
 
 
 @pytest.mark.parametrize("change, message", [

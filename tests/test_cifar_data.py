@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import write_cifar10, write_cifar10_pickles
+from conftest import huge_picture, write_cifar10, write_cifar10_pickles
 from PIL import Image
 
 import cifar_data
@@ -115,6 +115,26 @@ def test_damaged_zip_names_the_file(tmp_path, no_cifar):
     with pytest.raises(ValueError, match="test.zip is truncated or corrupt.*test/dog/1.png"):
         load_cifar10(tmp_path)
     assert not no_cifar
+
+
+def test_members_that_cannot_be_read(tmp_path, no_cifar):
+    path = write_cifar10(tmp_path, form="zip") / "cifar10" / "test.zip"
+    content = bytearray(path.read_bytes())
+    for mark, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        place = content.find(mark)
+        while place >= 0:
+            content[place + flags] |= 1  # encrypted, it says
+            place = content.find(mark, place + 4)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="test.zip is truncated or corrupt, or cannot be read.* encrypted"):
+        load_cifar10(tmp_path)
+    assert not no_cifar
+
+
+def test_a_picture_that_is_too_large(tmp_path, no_cifar):
+    (write_cifar10(tmp_path) / "cifar10" / "train" / "dog" / "3.png").write_bytes(huge_picture())
+    with pytest.raises(ValueError, match="dog/3.png in .* cannot be read: DecompressionBombError: Image size .400000000 pixels"):
+        load_cifar10(tmp_path)
 
 
 def test_splits_of_different_sizes(tmp_path):

@@ -59,6 +59,14 @@ def test_labels_that_do_not_fit_the_images(small_mnist):
         load_mnist(small_mnist)
 
 
+def test_test_images_of_another_size(tmp_path, offline):
+    root, other = write_mnist(tmp_path / "one"), write_mnist(tmp_path / "other", side=8)
+    name = "MNIST/raw/t10k-images-idx3-ubyte.gz"
+    (root / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(ValueError, match="t10k-images.* must hold images of the size .* 784 pixels, got 8×8"):
+        load_mnist(root)
+
+
 def test_missing_part_is_named_and_not_downloaded_over(small_mnist, offline):
     (small_mnist / "MNIST/raw/t10k-images-idx3-ubyte.gz").unlink()
     with pytest.raises(ValueError, match="t10k-images-idx3-ubyte"):

@@ -5,7 +5,7 @@ import doctest
 import numpy as np
 import pytest
 import torch
-from conftest import write_art
+from conftest import huge_picture, write_art
 from PIL import Image
 from torch import nn
 
@@ -312,8 +312,17 @@ def test_bad_types(small_art):
         small(5)
 
 
+def damage_header(path):
+    content = path.read_bytes()
+    place = content.index(b"train/2.png")
+    path.write_bytes(content[:place] + b"T" + content[place + 1:])
+
+
 @pytest.mark.parametrize("form, damage, message", [
     ("folder", lambda folder: (folder / "test/1.png").write_bytes(b"no image"), "1.png in .* is truncated or corrupt"),
+    ("folder", lambda folder: (folder / "test/1.png").write_bytes(huge_picture()), "1.png in .* DecompressionBombError"),
+    ("tar", lambda folder: (folder / "content.tar").write_bytes(bytes(10240)), "content.tar holds no images"),
+    ("tar", lambda folder: damage_header(folder / "content.tar"), "content.tar is truncated or corrupt"),
     ("folder", lambda folder: (folder / "test").rename(folder / "other"), "holds no images in test or test_20"),
     ("tar", lambda folder: (folder / "content.tar").write_bytes(b"no archive"), "content.tar is truncated or corrupt"),
     ("tar", lambda folder: (folder / "content.tar").write_bytes((folder / "content.tar").read_bytes()[:1200]),
