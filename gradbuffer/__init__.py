@@ -1,0 +1,1 @@
+"""Learned optimizers and learning to learn, in PyTorch: what lies behind the modules at the root."""

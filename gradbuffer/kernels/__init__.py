@@ -1,0 +1,1 @@
+"""Compiled arithmetic of learned optimizers, beside the plain torch that it is tested against."""
