@@ -2,18 +2,23 @@
 
 `gradbuffer.nets.mlp.MLPOptimizer` (variant "celo", without Newton-Schulz) is the plain version, which this one is tested against.
 Here features go from a processor's registers straight into the first hidden layer. Those that are the same along a row or a column
-are added up once for it. It holds arithmetic only, and checks nothing of what users pass.
+are added up once for it. A tensor is gone through four times: its averages and all sums over it; sums that need the rows' and columns' averages; the
+network's output; the update. Threads share the rows of large tensors.
 """
 
 import math
 from pathlib import Path
 
+import numpy as np
+import torch
+
 import lstm_numba
 from gradbuffer.kernels import llvm_mlp
 from gradbuffer.kernels.llvm_mlp import FACTORED, OF_MATRIX, OF_VECTOR, READ, direct_rows, factor_rows, read_rows
-from lstm_numba import compiler, digest
+from gradbuffer.nets.mlp import MLPOptimizer, as_matrix, from_matrix, matrix_axes
+from lstm_numba import buffer, compiler, digest, each_of, threads_here
 
-__all__ = ["compiled", "in_order", "numbers_of_scratch", "step_adamw", "step_matrix", "step_vector"]
+__all__ = ["TensorSteps", "compiled", "in_order", "numbers_of_scratch", "step_adamw", "step_matrix", "step_vector"]
 
 # What is compiled is kept by what is in all of these, as in `lstm_numba`.
 SOURCES = digest([*lstm_numba.SOURCES, *sorted(Path(__file__).parent.glob("*.py")),
@@ -21,7 +26,111 @@ SOURCES = digest([*lstm_numba.SOURCES, *sorted(Path(__file__).parent.glob("*.py"
 compiled = compiler("contract", "reassoc", "nsz", "arcp", sources=SOURCES)
 in_order = compiler("contract", "nsz", sources=SOURCES)  # sums not in another order: what rounds by adding counts on it
 FEATURES = 30
+BLOCK = 1 << 14  # coordinates
+WORTHWHILE = 1 << 15  # coordinates of a matrix from which on threads share it
 TOTALS = READ + FACTORED + 1  # sums over a tensor, in float64
+
+
+class TensorSteps:
+    """Steps of an `MLPOptimizer`, variant "celo" without Newton-Schulz, of single tensors on a CPU, where they lie.
+
+    Args:
+        net: the `MLPOptimizer`. Its weights are copied: make another of these when they have changed.
+        dtype: of the tensors, torch.float32 or torch.float64.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said.
+
+    Example:
+        >>> steps, param = TensorSteps(net), torch.randn(10, 5)
+        >>> state = {name: value[0] for name, value in net.init_state({"": param[None]})[""].items()}
+        >>> steps.step(param, torch.randn(10, 5), state, lr=0.01)  # param and state are changed
+    """
+
+    def __init__(self, net, dtype=torch.float32):
+        check_net(net)
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        self.dtype, self.hidden, self.decay, self.adamw = dtype, net.hidden_sizes, net.weight_decay, net.vectors == "adamw"
+        self.weights = torch.nn.utils.parameters_to_vector(net.parameters()).detach().to("cpu", dtype).numpy()
+        self.shape = tuple((0,) * size for size in self.hidden)
+
+    def step(self, param, grad, state, lr):
+        """One step; `param` and the tensors of `state` are overwritten. What does not lie in one piece is copied there and back.
+
+        Args:
+            param, grad: of the same shape and this dtype, on the CPU.
+            state: what `MLPOptimizer.init_state` gives for one function, without its leading axis.
+            lr: 0 or more.
+
+        Raises:
+            TypeError, ValueError: shapes, dtypes or devices do not fit each other.
+        """
+        axes, shape = matrix_axes(param.shape), tuple(param.shape)
+        parts = ("m", "v", "rows", "columns") if axes else ("m", "v", "steps") if self.adamw else ("m", "v")
+        if tuple(state) != parts:
+            raise ValueError(f"state must have {parts}, got {tuple(state)}")
+        shapes = {"grad": shape, "m": shape if self.adamw and not axes else (3, *shape), "v": shape, "steps": ()}
+        if axes:
+            shapes |= {name: (3, shape[axis]) for name, axis in zip(("rows", "columns"), axes)}
+        for name, tensor in {"param": param, "grad": grad, **state}.items():
+            if tensor.dtype != self.dtype or tensor.device.type != "cpu":
+                raise TypeError(f"{name} must be of {self.dtype} on the CPU, got {tensor.dtype} on {tensor.device}")
+            if tuple(tensor.shape) != shapes.get(name, shape):
+                raise ValueError(f"{name} must have the shape {shapes.get(name, shape)}, got {tuple(tensor.shape)}")
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"lr must be finite and 0 or more, got {lr}")
+        if not param.numel():
+            return
+        with torch.no_grad():
+            laid = {name: in_one_piece(tensor, axes if name in ("grad", "param", "m", "v") else None, name == "m" and axes)
+                    for name, tensor in {"param": param, "grad": grad, **state}.items()}
+            theta, grads, *own = (flat.numpy() for flat in laid.values())
+            if axes:
+                self._step_matrix(shape[axes[0]], shape[axes[1]], grads, theta, *own, float(lr))
+            elif self.adamw:
+                step_adamw(grads, theta, *own, float(lr), self.decay)
+            else:
+                scratch = buffer("mlp scratch", numbers_of_scratch(self.hidden, 1, 1), self.dtype)
+                step_vector(self.shape, grads, theta, *own, self.weights, float(lr), self.decay,
+                            buffer("mlp out", theta.size, self.dtype), scratch, np.empty(TOTALS))
+            for name, tensor in {"param": param, **state}.items():
+                if laid[name].data_ptr() != tensor.data_ptr():
+                    several = name == "m" and axes
+                    tensor.copy_(from_matrix(laid[name].reshape(3 if several else 1, -1), (3 if several else 1, *shape), axes)
+                                 .reshape(tensor.shape))
+
+    def _step_matrix(self, rows, columns, grad, theta, m, v, r, c, lr):
+        others, count, threads = theta.size // (rows * columns), theta.size, min(threads_here(), rows)
+        width, H = columns * others, self.shape
+        scratch = buffer("mlp scratch", numbers_of_scratch(self.hidden, rows, width), self.dtype)
+        out, totals = buffer("mlp out", count, self.dtype), np.zeros((threads, TOTALS))
+        if threads == 1 or count < WORTHWHILE:
+            step_matrix(H, rows, columns, others, grad, theta, m, v, r, c, self.weights, lr, self.decay, out, scratch, totals[0])
+            return
+        spans = [(k, rows * k // threads, rows * (k + 1) // threads) for k in range(threads)]
+        squares = np.zeros((threads, width), theta.dtype)
+        each_of(lambda k, a, b: read_part(H, a, b, rows, width, grad, theta, m, v, scratch, squares[k], totals[k]), spans)
+        if not after_reading(H, rows, columns, others, grad, r, c, scratch, squares.sum(0), totals.sum(0)):
+            return
+        each_of(lambda k, a, b: factor_part(H, a, b, rows, width, grad, m, scratch, totals[k]), spans)
+        after_factors(H, rows, columns, others, r, c, self.weights, scratch, totals.sum(0))
+        each_of(lambda k, a, b: direct_part(H, a, b, rows, width, grad, theta, m, v, scratch, out, totals[k]), spans)
+        total = totals.sum(0)[READ + FACTORED]
+        each_of(lambda _, a, b: move(theta, out, a * width, b * width, total, lr, self.decay), spans)
+
+
+def check_net(net):
+    """Raise unless the compiled step is that of this network."""
+    if not isinstance(net, MLPOptimizer):
+        raise TypeError(f"net must be an MLPOptimizer, got {type(net).__name__}")
+    if net.variant != "celo" or net.orthogonalize:
+        raise ValueError(f'net must have variant "celo" and orthogonalize False, got {net.variant!r} and {net.orthogonalize}')
+
+
+def in_one_piece(tensor, axes, several):
+    """A tensor's numbers in the order of `as_matrix`, flat: its own memory where it lies so. several: it has a leading axis."""
+    return as_matrix(tensor if several else tensor[None], axes).contiguous().view(-1)
 
 
 def numbers_of_scratch(hidden, rows, width):
@@ -147,12 +256,89 @@ def pack(w, H, totals, count, matrix, packed):
 
 
 @compiled
-def move(theta, out, total, lr, decay):
-    """theta -= lr · (out over its root mean square + decay · theta)."""
+def move(theta, out, first, last, total, lr, decay):
+    """theta -= lr · (out over its root mean square + decay · theta), from `first` to `last` - 1."""
     kind = theta.dtype.type
     factor, keep = kind(lr * inverse_size(total, len(theta))), kind(1 - lr * decay)
-    for k in range(len(theta)):
+    for k in range(first, last):
         theta[k] = keep * theta[k] - factor * out[k]
+
+
+@compiled
+def carve(scratch, units, rows, width):
+    """What passes over a matrix share: sums of g² of rows and columns; factors and roots of both; what they add to the first
+    layer; the packed weights."""
+    row_squares, at = part(scratch, 0, rows)
+    column_squares, at = part(scratch, at, width)
+    row_factors, at = part(scratch, at, 3 * rows)
+    row_roots, at = part(scratch, at, 3 * rows)
+    column_factors, at = part(scratch, at, 3 * width)
+    column_roots, at = part(scratch, at, 3 * width)
+    row_terms, at = part(scratch, at, units * rows)
+    column_terms, at = part(scratch, at, units * width)
+    return (row_squares, column_squares, row_factors, row_roots, column_factors, column_roots, row_terms, column_terms,
+            scratch[at:])
+
+
+@compiled
+def rows_at_once(width):
+    """So many that sums over them are taken in the numbers' own dtype, before they go to float64."""
+    return max(BLOCK // width, 1)
+
+
+@compiled
+def read_part(H, first, last, rows, width, grad, theta, m, v, scratch, column_squares, totals):
+    """`read_rows` for rows first … last - 1 of a matrix; column_squares may be others than the scratch's."""
+    row_squares, some = carve(scratch, len(H[0]), rows, width)[0], rows_at_once(width)
+    for i in range(first, last, some):
+        at = i * width
+        read_rows(1, min(some, last - i), width, grad[at:], theta[at:], m[at:], rows * width, v[at:], row_squares[i:], column_squares,
+                  totals)
+
+
+@compiled
+def after_reading(H, rows, columns, others, grad, r, c, scratch, column_squares, totals):
+    """The rows' and columns' averages and factors; whether the tensor moves."""
+    width = columns * others
+    row_squares, _, row_factors, row_roots, column_factors, column_roots, _, _, _ = carve(scratch, len(H[0]), rows, width)
+    advance_factored(r, rows, row_squares, 1, width)
+    advance_factored(c, columns, column_squares, others, rows * others)
+    if totals[0] == 0 and is_zero(grad):
+        return False
+    factors_and_roots(r, rows, 1, True, row_factors, row_roots)
+    factors_and_roots(c, columns, others, False, column_factors, column_roots)
+    return True
+
+
+@compiled
+def factor_part(H, first, last, rows, width, grad, m, scratch, totals):
+    """`factor_rows` for rows first … last - 1."""
+    _, _, row_factors, _, column_factors, _, _, _, _ = carve(scratch, len(H[0]), rows, width)
+    some = rows_at_once(width)
+    for i in range(first, last, some):
+        at = i * width
+        factor_rows(min(some, last - i), width, rows, grad[at:], m[at:], rows * width, row_factors[i:], column_factors, totals[READ:])
+
+
+@compiled
+def after_factors(H, rows, columns, others, r, c, w, scratch, totals):
+    """What the perceptron reads of rows and columns, and its weights over the features' sizes."""
+    width, units = columns * others, len(H[0])
+    _, _, _, row_roots, _, column_roots, row_terms, column_terms, packed = carve(scratch, units, rows, width)
+    terms(r, row_roots, rows, 1, w, units, 15, True, row_terms)
+    terms(c, column_roots, columns, others, w, units, 18, False, column_terms)
+    pack(w, units, totals, rows * width, True, packed)
+
+
+@compiled
+def direct_part(H, first, last, rows, width, grad, theta, m, v, scratch, out, totals):
+    """`direct_rows` for rows first … last - 1."""
+    _, _, row_factors, _, column_factors, _, row_terms, column_terms, packed = carve(scratch, len(H[0]), rows, width)
+    some = rows_at_once(width)
+    for i in range(first, last, some):
+        at = i * width
+        direct_rows(H, 1, min(some, last - i), width, rows, grad[at:], theta[at:], m[at:], rows * width, v[at:], row_factors[i:],
+                    column_factors, row_terms[i:], column_terms, packed, out[at:], totals[READ + FACTORED:])
 
 
 @compiled
@@ -162,31 +348,16 @@ def step_matrix(H, rows, columns, others, grad, theta, m, v, r, c, w, lr, decay,
     H: sizes of the hidden layers, as `llvm_mlp` says; w: all weights in the order of `MLPOptimizer.parameters()`.
     totals (TOTALS,) is of float64.
     """
-    width, units, count = columns * others, len(H[0]), len(theta)
-    row_squares, at = part(scratch, 0, rows)
-    column_squares, at = part(scratch, at, width)
-    row_factors, at = part(scratch, at, 3 * rows)
-    row_roots, at = part(scratch, at, 3 * rows)
-    column_factors, at = part(scratch, at, 3 * width)
-    column_roots, at = part(scratch, at, 3 * width)
-    row_terms, at = part(scratch, at, units * rows)
-    column_terms, at = part(scratch, at, units * width)
-    packed = scratch[at:]
+    width = columns * others
+    column_squares = carve(scratch, len(H[0]), rows, width)[1]
     totals[:], column_squares[:] = 0, 0
-    read_rows(1, rows, width, grad, theta, m, count, v, row_squares, column_squares, totals)
-    advance_factored(r, rows, row_squares, 1, width)
-    advance_factored(c, columns, column_squares, others, rows * others)
-    if totals[0] == 0 and is_zero(grad):
+    read_part(H, 0, rows, rows, width, grad, theta, m, v, scratch, column_squares, totals)
+    if not after_reading(H, rows, columns, others, grad, r, c, scratch, column_squares, totals):
         return
-    factors_and_roots(r, rows, 1, True, row_factors, row_roots)
-    factors_and_roots(c, columns, others, False, column_factors, column_roots)
-    factor_rows(rows, width, rows, grad, m, count, row_factors, column_factors, totals[READ:])
-    terms(r, row_roots, rows, 1, w, units, 15, True, row_terms)
-    terms(c, column_roots, columns, others, w, units, 18, False, column_terms)
-    pack(w, units, totals, count, True, packed)
-    direct_rows(H, 1, rows, width, rows, grad, theta, m, count, v, row_factors, column_factors, row_terms, column_terms, packed,
-                out, totals[READ + FACTORED:])
-    move(theta, out, totals[READ + FACTORED], lr, decay)
+    factor_part(H, 0, rows, rows, width, grad, m, scratch, totals)
+    after_factors(H, rows, columns, others, r, c, w, scratch, totals)
+    direct_part(H, 0, rows, rows, width, grad, theta, m, v, scratch, out, totals)
+    move(theta, out, 0, len(theta), totals[READ + FACTORED], lr, decay)
 
 
 @compiled
@@ -200,7 +371,7 @@ def step_vector(H, grad, theta, m, v, w, lr, decay, out, scratch, totals):
     pack(w, units, totals, count, False, scratch)
     direct_rows(H, 0, 1, count, 1, grad, theta, m, count, v, scratch, scratch, w[FEATURES * units:], scratch, scratch, out,
                 totals[READ + FACTORED:])
-    move(theta, out, totals[READ + FACTORED], lr, decay)
+    move(theta, out, 0, count, totals[READ + FACTORED], lr, decay)
 
 
 @compiled

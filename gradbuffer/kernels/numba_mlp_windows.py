@@ -14,9 +14,8 @@ import torch
 
 from argument_checks import check_count, check_positive_number
 from gradbuffer.kernels.llvm_mlp import activate_rows, exp_rows
-from gradbuffer.kernels.numba_mlp import TOTALS, compiled, in_order, numbers_of_scratch, step_adamw, step_matrix, step_vector
-from gradbuffer.nets.mlp import MLPOptimizer
-from lstm_numba import LANES, add_product, buffer, shared_out
+from gradbuffer.kernels.numba_mlp import TOTALS, check_net, compiled, in_order, numbers_of_scratch, step_adamw, step_matrix, step_vector
+from lstm_numba import LANES, add_product, buffer, each_of, threads_here
 from perceptrons_numba import IMAGE_TILES, gather
 from register_blocks import OUTER, add_outer_blocks
 
@@ -25,6 +24,7 @@ __all__ = ["ACTIVATIONS", "LOSSES", "PerceptronWindows", "minibatches"]
 ACTIVATIONS = "sigmoid", "relu", "tanh", "silu"  # in compiled code by their numbers
 LOSSES = "cross_entropy", "mse"
 CROSS_ENTROPY = 0
+PIECES = 4  # for each thread: cores that do other work, too, then take fewer
 
 
 class PerceptronWindows:
@@ -55,10 +55,7 @@ class PerceptronWindows:
     """
 
     def __init__(self, net, sizes, activation="relu", loss="cross_entropy", dtype=torch.float32):
-        if not isinstance(net, MLPOptimizer):
-            raise TypeError(f"net must be an MLPOptimizer, got {type(net).__name__}")
-        if net.variant != "celo" or net.orthogonalize:
-            raise ValueError(f'net must have variant "celo" and orthogonalize False, got {net.variant!r} and {net.orthogonalize}')
+        check_net(net)
         if len(sizes) < 2:
             raise ValueError(f"sizes must be the inputs, any hidden layers and the outputs, got {sizes!r}")
         for size in sizes:
@@ -195,7 +192,8 @@ class PerceptronWindows:
             buffers = buffer("mlp windows", scratch[0], self.dtype), buffer("mlp sums", scratch[1], torch.float64)
             run_particles(*given, bound, decay, first, last, *buffers, np.empty(batch, np.int64))
 
-        shared_out(work, B)
+        shares = min(B, PIECES * threads_here()) if threads_here() > 1 else 1
+        each_of(work, [(B * k // shares, B * (k + 1) // shares) for k in range(shares)])
         return losses
 
     def _kinds(self, batch):
