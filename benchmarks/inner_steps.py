@@ -28,8 +28,6 @@ def problem(sizes, examples=4096):
 
 
 def compiled_run(windows, weights, particles, steps, batch, data, threads):
-    import torch
-
     def run():
         pin(threads)
         params, state = windows.draw_params(particles, seed=0), windows.init_state(particles)

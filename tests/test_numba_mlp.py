@@ -87,6 +87,33 @@ def test_tiny_averages_become_zero():
     assert (state["m"][0] == 0).all() and (state["v"] == 0).all() and (state["m"][2] != 0).any()
 
 
+@pytest.mark.parametrize("shape", [(16, 32), (7, 19), (4, 3, 3, 3), (37,), (250, 139)], ids=str)
+def test_state_in_bfloat16(shape):
+    net, steps, param = network(torch.float32), 20, torch.randn(shape)
+    compiled, params = TensorSteps(net), (param, param.clone())
+    theirs, narrow = alone(net, param), alone(net, param)
+    narrow |= {name: narrow[name].bfloat16() for name in ("m", "v")}
+    for _ in range(steps):
+        grad = torch.randn(shape)
+        compiled.step(params[0], grad, narrow, lr=0.01)
+        compiled.step(params[1], grad, theirs, lr=0.01)
+        theirs |= {name: theirs[name].bfloat16().float() for name in ("m", "v")}
+    for name in ("m", "v"):
+        assert narrow[name].dtype == torch.bfloat16
+        torch.testing.assert_close(narrow[name].float(), theirs[name], rtol=0.02, atol=1e-5)
+    moved = (params[1] - params[0]).square().mean().sqrt()
+    assert 0 < moved < 0.02 * 0.01 * steps  # against a way of 0.01 for each step
+
+
+def test_autograd_notices_that_a_parameter_has_changed():
+    net, param = network(torch.float32), torch.nn.Parameter(torch.randn(6, 5))
+    loss, before = param.square().sum(), param.detach().clone()
+    TensorSteps(net).step(param, torch.randn(6, 5), alone(net, param.detach()), lr=0.01)
+    assert param.requires_grad and not torch.equal(param, before)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_nan_stays_in_its_tensor():
     net, param = network(torch.float32), torch.randn(6, 5)
     grad, state = torch.randn(6, 5), alone(net, param)
@@ -97,7 +124,8 @@ def test_a_nan_stays_in_its_tensor():
 
 @pytest.mark.parametrize("change, message", [
     ({"param": torch.zeros(5, 4)}, "grad must have the shape"), ({"grad": torch.zeros(4, 5, dtype=torch.float64)}, "grad must be of"),
-    ({"state": {}}, "state must have"), ({"lr": -1.0}, "lr must be"), ({"lr": math.nan}, "lr must be")])
+    ({"state": {}}, "state must have"),
+    ({"state": alone(MLPOptimizer(), torch.zeros(4, 5)) | {"v": torch.zeros(4, 5).bfloat16()}}, "v must be of torch.float32"), ({"lr": -1.0}, "lr must be"), ({"lr": math.nan}, "lr must be")])
 def test_what_is_given_is_checked(change, message):
     net = MLPOptimizer()
     given = dict(param=torch.zeros(4, 5), grad=torch.zeros(4, 5), state=alone(net, torch.zeros(4, 5)), lr=0.01) | change

@@ -1,7 +1,7 @@
 """What a small learned optimizer does with a tensor's coordinates, in a processor's registers, for loops that numba compiles.
 
 The three passes of `gradbuffer.nets.mlp.MLPOptimizer` (variant "celo") over a tensor, and the activations of a perceptron. A
-tensor is a matrix (rows, columns) in one piece; one with fewer than two axes is a single row. Each intrinsic is called from
+tensor is a matrix (rows, columns) in one piece; one with fewer than two axes is a single row. m and v may be of bfloat16, as int16. Each intrinsic is called from
 compiled functions only and checks nothing. Rows need not be multiples of a vector: the last vector of a row is masked.
 
 `H` of an intrinsic is a tuple of tuples, as long as each hidden layer is wide: so the sizes are known when it is compiled.
@@ -11,12 +11,14 @@ import math
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-from register_vectors import INDEX, LANES, NUMBERS, REGISTERS, Vectors
+from register_vectors import INDEX, LANES, NUMBERS, Vectors
 
-__all__ = ["FACTORED", "READ", "activate_rows", "direct_rows", "exp_rows", "factor_rows", "read_rows"]
+__all__ = ["FACTORED", "OF_MATRIX", "OF_VECTOR", "READ", "activate_rows", "direct_rows", "exp_rows", "factor_rows", "read_rows"]
 
+BFLOAT16 = types.int16  # as what numba is given it
 DECAYS = (0.9, 0.99, 0.999)
 SECOND = 0.95
 BOUND, CLIP = 1000.0, 0.1
@@ -33,40 +35,59 @@ class Rows(Vectors):
         super().__init__(context, builder, dtype)
         self.mask = None  # of the places that count, in the last vector of a row
 
-    def number(self, value):
-        """An LLVM float64 as one of these vectors' numbers, in all places."""
-        return self.spread(self.context.cast(self.builder, value, types.float64, self.kind))
-
-    @property
-    def kind(self):
-        return types.float32 if self.bytes == 4 else types.float64
-
-    def intrinsic(self, name, result, arguments):
-        pointer = ".p0" if any(argument.type.is_pointer for argument in arguments) else ""
+    def intrinsic(self, name, of, result, arguments):
+        """A call of LLVM's function of that name for such vectors."""
+        kind = f"i{of.element.width}" if isinstance(of.element, ir.IntType) else f"f{8 * self.bytes}"
+        full = f"llvm.{name}.v{self.length}{kind}" + ".p0" * any(argument.type.is_pointer for argument in arguments)
         function = ir.FunctionType(result, [argument.type for argument in arguments])
-        where = f"v{self.length}f{8 * self.bytes}"
-        found = self.builder.module.globals.get(f"llvm.{name}.{where}{pointer}")
-        return self.builder.call(found or ir.Function(self.builder.module, function, f"llvm.{name}.{where}{pointer}"), arguments)
+        return self.builder.call(self.builder.module.globals.get(full) or ir.Function(self.builder.module, function, full), arguments)
+
+    def masked_load(self, of, size, pointer):
+        pointer = self.builder.bitcast(pointer, of.as_pointer())
+        nothing = ir.Constant(of, [0] * self.length)
+        return self.intrinsic("masked.load", of, of, [pointer, ir.Constant(ir.IntType(32), size), self.mask, nothing])
+
+    def masked_store(self, size, value, pointer):
+        pointer = self.builder.bitcast(pointer, value.type.as_pointer())
+        self.intrinsic("masked.store", value.type, ir.VoidType(), [value, pointer, ir.Constant(ir.IntType(32), size), self.mask])
 
     def load(self, pointer):
-        if self.mask is None:
-            return super().load(pointer)
-        pointer = self.builder.bitcast(pointer, self.type.as_pointer())
-        return self.intrinsic("masked.load", self.type,
-                              [pointer, ir.Constant(ir.IntType(32), self.bytes), self.mask, self.constant(0.0)])
+        return super().load(pointer) if self.mask is None else self.masked_load(self.type, self.bytes, pointer)
 
     def store(self, value, pointer):
         if self.mask is None:
-            return super().store(value, pointer)
-        pointer = self.builder.bitcast(pointer, self.type.as_pointer())
-        self.intrinsic("masked.store", ir.VoidType(), [value, pointer, ir.Constant(ir.IntType(32), self.bytes), self.mask])
+            super().store(value, pointer)
+        else:
+            self.masked_store(self.bytes, value, pointer)
+
+    def load_from(self, array, pointer):
+        """From an array of these numbers, or of bfloat16."""
+        if array.dtype != BFLOAT16:
+            return self.load(pointer)
+        if self.mask is not None:
+            halves, _, _ = self.halves_and_floats()
+            upper, pointer = self.masked_load(halves, 2, pointer), cgutils.alloca_once(self.builder, halves)
+            self.builder.store(upper, pointer, align=2)
+        return self.load_bfloat16(pointer)
+
+    def store_to(self, array, value, pointer):
+        """To such an array."""
+        if array.dtype != BFLOAT16:
+            self.store(value, pointer)
+        elif self.mask is None:
+            self.store_bfloat16(value, pointer)
+        else:
+            halves, _, _ = self.halves_and_floats()
+            room = cgutils.alloca_once(self.builder, halves)
+            self.store_bfloat16(value, room)
+            self.masked_store(2, self.builder.load(room, align=2), pointer)
 
     def counted(self, value):
         """The value where a place counts, else 0."""
         return value if self.mask is None else self.builder.select(self.mask, value, self.constant(0.0))
 
     def root(self, x):
-        return self.intrinsic("sqrt", self.type, [x])
+        return self.intrinsic("sqrt", self.type, self.type, [x])
 
     def inverse_root(self, x):
         return self.builder.fdiv(self.constant(1.0), self.root(x))
@@ -76,7 +97,7 @@ class Rows(Vectors):
 
     def without_tiny(self, x):
         """x, or 0 where |x| < TINY."""
-        size = self.intrinsic("fabs", self.type, [x])
+        size = self.intrinsic("fabs", self.type, self.type, [x])
         return self.builder.select(self.builder.fcmp_ordered("<", size, self.constant(TINY)), self.constant(0.0), x)
 
     def average(self, old, new, decay):
@@ -97,20 +118,16 @@ class Rows(Vectors):
         builder, length = self.builder, ir.Constant(INDEX, self.length)
         whole, rest = builder.udiv(columns, length), builder.urem(columns, length)
         zero = ir.Constant(INDEX, 0)
-        if totals:
-            totals = self.when(builder.icmp_unsigned(">", whole, zero), totals,
-                               lambda: self.loop(whole, totals, lambda k, sums: body(builder.mul(k, length), sums)))
-        else:
-            self.when(builder.icmp_unsigned(">", whole, zero), [], lambda: self.loop(
-                whole, [], lambda k, sums: body(builder.mul(k, length), sums)))
+        before = totals
+        totals = self.when(builder.icmp_unsigned(">", whole, zero), before,
+                           lambda: self.loop(whole, before, lambda k, sums: body(builder.mul(k, length), sums)))
 
         def masked():
-            wide = ir.VectorType(INDEX, self.length)
-            undefined = ir.Constant(wide, ir.Undefined)
-            first = builder.insert_element(undefined, rest, ir.Constant(ir.IntType(32), 0))
-            spread = builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), self.length),
-                                                                          [0] * self.length))
-            self.mask = builder.icmp_unsigned("<", ir.Constant(wide, list(range(self.length))), spread)
+            places, number = ir.VectorType(INDEX, self.length), ir.IntType(32)
+            undefined = ir.Constant(places, ir.Undefined)
+            first = builder.insert_element(undefined, rest, ir.Constant(number, 0))
+            all_rest = builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(number, self.length), [0] * self.length))
+            self.mask = builder.icmp_unsigned("<", ir.Constant(places, list(range(self.length))), all_rest)
             result = body(builder.mul(whole, length), totals)
             self.mask = None
             return result
@@ -163,17 +180,17 @@ def read_rows(typing, matrix, rows, columns, grad, theta, moments, apart, second
                 g = v.at_least_and_most(v.load(here(g_at)), -BOUND, BOUND)
                 squared = v.times(g, g)
                 features = [v.at_least_and_most(g, -CLIP, CLIP), v.load(here(p_at))]
-                ms = [v.without_tiny(v.average(v.load(here(m)), g, decay)) for m, decay in zip(m_ats, DECAYS)]
+                ms = [v.without_tiny(v.average(v.load_from(moments, here(m)), g, decay)) for m, decay in zip(m_ats, DECAYS)]
                 for m, pointer in zip(ms, m_ats):
-                    v.store(m, here(pointer))
-                second = v.without_tiny(v.average(v.load(here(v_at)), squared, SECOND))
-                v.store(second, here(v_at))
-                root = v.counted(v.inverse_root(v.plus(second, v.constant(1e-8))))
-                features += [*ms, second, *(v.times(m, root) for m in ms), root, v.times(g, root)]
+                    v.store_to(moments, m, here(pointer))
+                averaged = v.without_tiny(v.average(v.load_from(second, here(v_at)), squared, SECOND))
+                v.store_to(second, averaged, here(v_at))
+                root = v.counted(v.inverse_root(v.plus(averaged, v.constant(1e-8))))
+                features += [*ms, averaged, *(v.times(m, root) for m in ms), root, v.times(g, root)]
                 if is_matrix:
                     v.store(v.plus(v.load(v.at(c_at, j)), squared), v.at(c_at, j))
                 else:
-                    features.append(v.times(g, v.inverse_root(v.at_least(second, 1e-9))))
+                    features.append(v.times(g, v.inverse_root(v.at_least(averaged, 1e-9))))
                 return [v.plus(sums[0], squared)] + [v.add_product(total, x, x) for total, x in zip(sums[1:], features)]
 
             new = v.over_row(count, [zero, *totals[1:]], body)
@@ -212,7 +229,7 @@ def factor_rows(typing, rows, columns, all_rows, grad, moments, apart, row_facto
                 g, sums = v.at_least_and_most(v.load(v.at(g_at, start, j)), -BOUND, BOUND), list(sums)
                 for k in range(3):
                     factor = v.load(v.at(c_at, times_k(count, k), j))
-                    for at, x in ((k, g), (3 + k, v.load(v.at(m_at, times_k(apart, k), start, j)))):
+                    for at, x in ((k, g), (3 + k, v.load_from(moments, v.at(m_at, times_k(apart, k), start, j)))):
                         x = v.times(x, factor)
                         sums[at] = v.add_product(sums[at], x, x)
                 return sums
@@ -266,24 +283,24 @@ def direct_rows(typing, H, matrix, rows, columns, all_rows, grad, theta, moments
             factors = [builder.load(v.at(r_at, times_k(all_rows, k), i)) for k in range(3)] if is_matrix else []
 
             def body(j, totals):
-                def here(pointer):
-                    return v.load(v.at(pointer, start, j))
+                def here(pointer, array=grad):
+                    return v.load_from(array, v.at(pointer, start, j))
 
                 sums = [v.spread(term) for term in own]
                 if is_matrix:
                     sums = [v.plus(x, v.load(v.at(column_at, times_k(count, u), j))) for u, x in enumerate(sums)]
                 g = v.at_least_and_most(here(g_at), -BOUND, BOUND)
-                ms = [here(v.at(m_at, times_k(apart, k))) for k in range(3)]
-                second = here(v_at)
-                root = v.inverse_root(v.plus(second, v.constant(1e-8)))
-                features = [g, v.at_least_and_most(g, -CLIP, CLIP), here(p_at), *ms, second, *(v.times(m, root) for m in ms), root,
-                            v.times(g, root)]
+                ms = [here(v.at(m_at, times_k(apart, k)), moments) for k in range(3)]
+                averaged = here(v_at, second)
+                root = v.inverse_root(v.plus(averaged, v.constant(1e-8)))
+                features = [g, v.at_least_and_most(g, -CLIP, CLIP), here(p_at), *ms, averaged, *(v.times(m, root) for m in ms),
+                            root, v.times(g, root)]
                 if is_matrix:
                     both = [v.times(v.spread(factor), v.load(v.at(c_at, times_k(count, k), j)))
                             for k, factor in enumerate(factors)]
                     features += [v.times(g, factor) for factor in both] + [v.times(m, factor) for m, factor in zip(ms, both)]
                 else:
-                    features.append(v.times(g, v.inverse_root(v.at_least(second, 1e-9))))
+                    features.append(v.times(g, v.inverse_root(v.at_least(averaged, 1e-9))))
                 for number, x in enumerate(features):
                     sums = add_to_all(sums, x, number * sizes[0])
                 place = len(features) * sizes[0]

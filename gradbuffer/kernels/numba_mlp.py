@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 import lstm_numba
-from gradbuffer.kernels import llvm_mlp
 from gradbuffer.kernels.llvm_mlp import FACTORED, OF_MATRIX, OF_VECTOR, READ, direct_rows, factor_rows, read_rows
 from gradbuffer.nets.mlp import MLPOptimizer, as_matrix, from_matrix, matrix_axes
 from lstm_numba import buffer, compiler, digest, each_of, threads_here
@@ -60,7 +59,9 @@ class TensorSteps:
 
         Args:
             param, grad: of the same shape and this dtype, on the CPU.
-            state: what `MLPOptimizer.init_state` gives for one function, without its leading axis.
+            state: what `MLPOptimizer.init_state` gives for one function, without its leading axis. With parameters of float32 "m" and
+                "v" may both be of bfloat16, except those of AdamW: averages that lie so take half the memory, and those of slow
+                decay miss small changes.
             lr: 0 or more.
 
         Raises:
@@ -73,9 +74,11 @@ class TensorSteps:
         shapes = {"grad": shape, "m": shape if self.adamw and not axes else (3, *shape), "v": shape, "steps": ()}
         if axes:
             shapes |= {name: (3, shape[axis]) for name, axis in zip(("rows", "columns"), axes)}
+        narrow = state["m"].dtype == torch.bfloat16 and self.dtype == torch.float32 and "steps" not in parts
         for name, tensor in {"param": param, "grad": grad, **state}.items():
-            if tensor.dtype != self.dtype or tensor.device.type != "cpu":
-                raise TypeError(f"{name} must be of {self.dtype} on the CPU, got {tensor.dtype} on {tensor.device}")
+            dtype = torch.bfloat16 if narrow and name in ("m", "v") else self.dtype
+            if tensor.dtype != dtype or tensor.device.type != "cpu":
+                raise TypeError(f"{name} must be of {dtype} on the CPU, got {tensor.dtype} on {tensor.device}")
             if tuple(tensor.shape) != shapes.get(name, shape):
                 raise ValueError(f"{name} must have the shape {shapes.get(name, shape)}, got {tuple(tensor.shape)}")
         if not 0 <= lr < math.inf:
@@ -85,7 +88,8 @@ class TensorSteps:
         with torch.no_grad():
             laid = {name: in_one_piece(tensor, axes if name in ("grad", "param", "m", "v") else None, name == "m" and axes)
                     for name, tensor in {"param": param, "grad": grad, **state}.items()}
-            theta, grads, *own = (flat.numpy() for flat in laid.values())
+            theta, grads, *own = ((flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
+                                  for flat in laid.values())
             if axes:
                 self._step_matrix(shape[axes[0]], shape[axes[1]], grads, theta, *own, float(lr))
             elif self.adamw:
@@ -94,6 +98,8 @@ class TensorSteps:
                 scratch = buffer("mlp scratch", numbers_of_scratch(self.hidden, 1, 1), self.dtype)
                 step_vector(self.shape, grads, theta, *own, self.weights, float(lr), self.decay,
                             buffer("mlp out", theta.size, self.dtype), scratch, np.empty(TOTALS))
+            if not param.is_inference():
+                torch.autograd.graph.increment_version(param)  # numba's writes would go unnoticed by autograd
             for name, tensor in {"param": param, **state}.items():
                 if laid[name].data_ptr() != tensor.data_ptr():
                     several = name == "m" and axes

@@ -88,9 +88,9 @@ class PerceptronWindows:
     def draw_params(self, particles, seed):
         """Parameters (particles, num_params) uniform within ±1/√inputs, as in `nn.Linear`; the same seed gives the same."""
         generator, parts = torch.Generator().manual_seed(seed), []
-        for shape in self.shapes:
-            bound = 1 / math.sqrt(shape[1]) if len(shape) == 2 else bound
-            parts.append((2 * torch.rand(particles, math.prod(shape), generator=generator, dtype=self.dtype) - 1) * bound)
+        for shape, inputs in zip(self.shapes, (inputs for inputs in self.sizes[:-1] for _ in range(2))):
+            uniform = torch.rand(particles, math.prod(shape), generator=generator, dtype=self.dtype)
+            parts.append((2 * uniform - 1) / math.sqrt(inputs))
         return torch.cat(parts, 1)
 
     def flatten_params(self, params):
