@@ -62,6 +62,23 @@ def test_large_tensors_and_threads(shape, threads, threads_as_before):
         assert_near(*run(network(dtype), shape, dtype, steps=2), dtype)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_steps_of_several_tensors(threads, threads_as_before):
+    torch.set_num_threads(threads)
+    net, shapes = network(torch.float64), [(5,), (250, 139), (), (30, 20), (7, 3, 2, 2), (0,)]
+    params, grads = ([torch.randn(shape, dtype=torch.float64) for shape in shapes] for _ in range(2))
+    states, others = [alone(net, param) for param in params], [(param.clone(), alone(net, param)) for param in params]
+    compiled = TensorSteps(net, torch.float64)
+    compiled.steps(params, grads, states, lr=0.01)
+    for param, grad, state, (other, theirs) in zip(params, grads, states, others):
+        compiled.step(other, grad, theirs, lr=0.01)
+        assert_near((param, state), (other, theirs), torch.float64)
+    with pytest.raises(ValueError, match="equally many"):
+        compiled.steps(params, grads[1:], states, lr=0.01)
+    with pytest.raises(TypeError, match="grad must be of"):
+        compiled.steps(params, [grad.float() for grad in grads], states, lr=0.01)
+
+
 @pytest.mark.parametrize("laid", [lambda x: x.mT.contiguous().mT, lambda x: x.contiguous(memory_format=torch.channels_last)])
 def test_tensors_that_do_not_lie_in_one_piece(laid):
     shape = (6, 4, 3, 3)

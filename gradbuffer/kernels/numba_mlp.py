@@ -106,6 +106,30 @@ class TensorSteps:
                     tensor.copy_(from_matrix(laid[name].reshape(3 if several else 1, -1), (3 if several else 1, *shape), axes)
                                  .reshape(tensor.shape))
 
+    def steps(self, params, grads, states, lr):
+        """`step` for each of several tensors: threads take one after the other, and share those that are much of the whole.
+
+        Args:
+            params, grads, states: lists of the same length, of what `step` takes.
+            lr: 0 or more.
+
+        Raises:
+            TypeError, ValueError: lengths differ, or as of `step`; then other tensors than the faulty one may have moved.
+        """
+        if not len(params) == len(grads) == len(states):
+            raise ValueError(f"params, grads and states must be equally many, got {len(params)}, {len(grads)} and {len(states)}")
+        large = sum(param.numel() for param in params) // (2 * threads_here())
+        order = sorted(range(len(params)), key=lambda k: -params[k].numel())
+
+        def work(k):
+            self.step(params[k], grads[k], states[k], lr)
+
+        alone = [(k,) for k in order if threads_here() > 1 and params[k].numel() <= large]
+        for k in order[:len(order) - len(alone)]:
+            work(k)
+        if alone:
+            each_of(work, alone, alone=True)
+
     def _step_matrix(self, rows, columns, grad, theta, m, v, r, c, lr):
         others, count, threads = theta.size // (rows * columns), theta.size, min(threads_here(), rows)
         width, H = columns * others, self.shape
