@@ -22,6 +22,7 @@ import torch
 from torch import distributed
 
 from argument_checks import NonFiniteError
+from checkpoints import read_start
 from meta_training import BASELINES, compare, evaluate, meta_train, tune_baselines
 from optimizees import ACTIVATIONS, CIFAR10Net, Mirrored, MNISTNet, Quadratics, RandomScaling
 from optimizers import (CoordinatewiseLSTM, LSTMWithGAC, NTMBFGS, NormalizedLSTM, PerKind, RNNProp, load_optimizer,
@@ -43,9 +44,39 @@ KINDS = ("conv", "fc")  # of parameters, by which `CIFAR10Net` names them
 FIGURE_FORMATS = (".pdf", ".png", ".svg")
 
 
+ALWAYS = object()  # for a needed option: any value that is not its "off", such as None, False or 0
+NEEDS = (  # options, the option that decides whether they have an effect, and the values of it with which they do
+    ("dim", "problem", ("quadratics",)),
+    ("hidden activation side", "problem", ("mnist",)),
+    ("batch_size data", "problem", ("mnist", "cifar10")),
+    ("classes held_out channels fc_size per_kind", "problem", ("cifar10",)),
+    ("per_kind network units layers shared preprocess odd output_scale start_as_nag sign_lr sign_fade start_as_adam betas fade",
+     "start", (None,)),
+    ("start_as_nag sign_lr sign_fade", "network", ("lstm",)),
+    ("start_as_adam betas fade", "network", ("normalized",)),
+    ("shared", "network", tuple(SHARING)),
+    ("preprocess output_scale", "network", ("lstm", *SHARING)),
+    ("odd", "network", ("lstm", "normalized", *SHARING)),
+    ("sign_lr", "start_as_nag", ALWAYS),
+    ("sign_fade", "sign_lr", ALWAYS),
+    ("held_out", "classes", (None,)),
+    ("patience", "curriculum", ALWAYS),
+    ("horizons", "curriculum", (None,)),
+    ("imitation teacher_lr imitation_weight", "teacher", ALWAYS),
+    ("teacher", "imitation", ALWAYS),
+    ("second_order objective adjoint_bound cuda_graph", "imitation", range(1)),  # where all is imitation there is no meta-loss
+    ("adjoint_bound", "second_order", (True,)),
+)
+FILES = ("output", "history", "figure", "updates", "table", "checkpoint", "tensorboard")  # what commands write
+
+
 def main(arguments=None):
     """Run the command line; returns the exit status. Default arguments: the program's."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows what it can
     options = make_parser().parse_args(arguments)
+    given = vars(make_parser(defaults=False).parse_args(arguments))
     whole = any(getattr(options, name, False) for name in ("second_order", "cuda_graph"))
     if (whole or getattr(options, "network", None) in SHARING) and options.replay_fraction is None:
         options.replay_fraction = 1.0  # Hessian products, graphs and averages need every coordinate
@@ -53,7 +84,9 @@ def main(arguments=None):
         if getattr(options, name, value) is None:
             setattr(options, name, value)
     try:
-        refuse_options_of_others(options)
+        refuse_without_effect(options, given)
+        refuse_one_file_twice(options)
+        check_device(options.device)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and options.run is not run_train:
             raise ValueError("only train runs in several processes")
         status = options.run(options)
@@ -63,6 +96,9 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads has enough; the files are written by then
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (NonFiniteError, RuntimeError) as error:
         return failed(error, 1)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
@@ -91,7 +127,8 @@ def run_train(options):
     device = join_processes(options.device)
     torch.manual_seed(options.seed)
     net, problem = make_net(options), make_problem(options, "train", device)
-    begun = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    begun = read_start(checkpoint) if first and options.keep_of_start else None  # a resumed run's --start may have been replaced
+    begun = begun or {name: tensor.clone() for name, tensor in net.state_dict().items()}
     if not 0 <= options.keep_of_start < 1:
         raise ValueError(f"--keep-of-start must be in [0, 1), got {options.keep_of_start}")
     if options.random_scaling is not None or options.random_signs:
@@ -115,6 +152,9 @@ def run_train(options):
                 scalars.close()
     if not first:
         return 130 if history.interrupted else 0
+    if history.interrupted and not checkpoint.exists():
+        print("interrupted before the first iteration was done: nothing is written", file=sys.stderr)
+        return 130
     if options.keep_of_start:
         trained = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
         net.load_state_dict({name: torch.lerp(tensor, begun[name], options.keep_of_start) for name, tensor in trained.items()})
@@ -169,11 +209,11 @@ def show(curves, problem, options):
 
     title = f"{problem.name}, {options.functions} functions, seed {options.seed}"
     table = f"{title}\n\n{summary_table(curves, options.steps)}"
-    print(table)
-    if options.table:
+    if options.table:  # files first: whoever reads what is printed may stop to do so
         write_whole(options.table, f"{table}\n".encode())
     if options.figure:
         write_figure(options.figure, lambda plots: plots.plot_curves(curves, title))
+    print(table, flush=True)
     return 0
 
 
@@ -198,28 +238,61 @@ def chosen_labels(options):
     """The labels to tell apart: those named, or all but those held out; None for all ten."""
     if options.held_out is None:
         return None if options.classes is None else tuple(options.classes)
-    if options.classes is not None:
-        raise ValueError(f"--classes {options.classes} and --held-out {options.held_out} exclude each other")
     if len(set(options.held_out)) < len(options.held_out) or not set(options.held_out) <= set(range(10)):
         raise ValueError(f"--held-out must be different labels of 0 … 9, got {options.held_out}")
     return tuple(label for label in range(10) if label not in options.held_out)
 
 
-def refuse_options_of_others(options):
-    """Raise where an option was given that only another problem has."""
-    if getattr(options, "side", None) is not None and options.problem != "mnist":
-        raise ValueError(f"--side is for --problem mnist, got --problem {options.problem}")
-    given = [name for name in ("classes", "held_out", "channels", "fc_size") if getattr(options, name) is not None]
-    if getattr(options, "per_kind", False):
-        given.append("per_kind")
-    if given and options.problem != "cifar10":
-        raise ValueError(f"--{given[0].replace('_', '-')} is for --problem cifar10, got --problem {options.problem}")
+def flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def refuse_without_effect(options, given):
+    """Raise where an option was given that has no effect beside the others, see NEEDS."""
+    for names, needed, values in NEEDS:
+        value = getattr(options, needed, None)
+        if values is ALWAYS:
+            effect, reason = value not in (None, False, 0, [0]), f"needs {flag(needed)}"
+        elif values == (None,):
+            effect, reason = value is None, f"has no effect with {flag(needed)} {value}"
+        elif isinstance(values, range):
+            effect, reason = not value or value < values.stop, f"has no effect with {flag(needed)} {value}"
+        else:
+            wanted = " or ".join(f"{flag(needed)} {some}" for some in values).replace(" True", "")
+            effect, reason = value in values, f"is for {wanted}, got {flag(needed)} {value}"
+        for name in names.split():
+            if name in given and not effect:
+                raise ValueError(f"{flag(name)} {reason}")
+
+
+def refuse_one_file_twice(options):
+    """Raise where two options name one file, of which one would replace the other. To refine a file in its place is allowed."""
+    named = {flag(name): getattr(options, name, None) for name in (*FILES, "teacher")}
+    if getattr(options, "output", None) and not options.checkpoint:
+        named["the checkpoint of --output"] = f"{options.output}.checkpoint"
+    nets = getattr(options, "nets", [getattr(options, "net", None)])
+    named |= {f"the optimizer {net}": net for net in nets}
+    if getattr(options, "start", None) and Path(options.start).resolve() != Path(options.output).resolve():
+        named["--start"] = options.start
+    owners = {}
+    for option, path in named.items():
+        if path:
+            owners.setdefault(Path(path).resolve(), []).append(option)
+    for path, several in owners.items():
+        if len(several) > 1:
+            raise ValueError(f"{' and '.join(several)} must be different files, got {path.name} for both")
+
+
+def check_device(name):
+    try:
+        torch.zeros(1, device=name).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"--device must be cpu, or cuda where there is a GPU, got {name!r}: "
+                         f"{str(error).splitlines()[0]}") from error
 
 
 def make_net(options):
     if options.start:
-        if options.per_kind:
-            raise ValueError(f"--per-kind is for a new optimizer, got --start {options.start}")
         return load_optimizer(options.start)
     kinds = len(KINDS) if options.per_kind else 1
     for name in ("start_as_nag", "sign_lr"):
@@ -235,12 +308,7 @@ def make_net(options):
 def make_one_net(options, place=0):
     """A new learned optimizer; with --per-kind, that of the kind at this place in KINDS."""
     preprocess = None if options.preprocess == "none" else options.preprocess
-    for name, network in (("start_as_nag", "lstm"), ("start_as_adam", "normalized"), ("fade", "normalized"), ("betas", "normalized")):
-        if getattr(options, name) is not None and options.network != network:
-            raise ValueError(f"--{name.replace('_', '-')} is for --network {network}, got --network {options.network}")
     if options.network == "rnnprop":
-        if options.odd:
-            raise ValueError("--odd is not for --network rnnprop")
         return RNNProp(options.units, options.layers)
     if options.network == "normalized":
         given = {name: value for name in ("betas", "fade") if (value := getattr(options, name)) is not None}
@@ -343,7 +411,8 @@ def write_figure(path, draw):
 # Arguments ------------------------------------------------------------------------------------------------------------
 
 
-def make_parser():
+def make_parser(defaults=True):
+    """The parser; with defaults=False one whose result holds only what was given."""
     parser = argparse.ArgumentParser(
         prog="meta_training.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Learning to optimize: train an LSTM to be an optimizer, and race it against SGD, Adam and others.",
@@ -365,6 +434,9 @@ def make_parser():
             add_racing(command, name)
         add_problem(command)
         add_general(command)
+        if not defaults:
+            for action in command._actions:
+                action.default = argparse.SUPPRESS
     return parser
 
 

@@ -15,12 +15,14 @@ import torch
 
 import command_line
 from command_line import main
+from meta_training import History
 from optimizers import (CoordinatewiseLSTM, NormalizedLSTM, load_optimizer, save_optimizer, start_as_adam,
                         start_as_momentum)
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--dim", "2", "--units", "3", "--layers", "1", "--steps", "20", "--unroll", "5", "--meta-batch", "4",
          "--iterations", "12", "--validation-functions", "3", "--device", "cpu", "--quiet"]
+REFINE = [word for place, word in enumerate(SMALL) if not {"--units", "--layers"} & {*SMALL[max(place - 1, 0):place + 1]}]
 CIFAR = ["--problem", "cifar10", "--channels", "2", "--fc-size", "3", "--batch-size", "6", "--device", "cpu", "--quiet"]
 RACE = ["--dim", "2", "--steps", "10", "--functions", "4", "--device", "cpu"]
 
@@ -98,7 +100,7 @@ def test_part_of_the_start_is_kept():
     start_as_adam(net := NormalizedLSTM(num_layers=1), 0.02)
     save_optimizer(net, "start.safetensors")
     for share in ("0", "0.25"):
-        assert main(["train", *SMALL, "--start", "start.safetensors", "--keep-of-start", share, "--output",
+        assert main(["train", *REFINE, "--start", "start.safetensors", "--keep-of-start", share, "--output",
                      f"{share}.safetensors"]) == 0
     whole, part = weights("0.safetensors"), weights("0.25.safetensors")
     for name, tensor in net.state_dict().items():
@@ -179,14 +181,15 @@ def test_results_are_not_replaced_silently(capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["train", "--output", "x.safetensors", *SMALL, "--unroll", "7"], "unroll must divide steps, got unroll=7"),
     (["train", "--output", "x.safetensors", *SMALL, "--lr", "-1"], "lr must be a positive number, got -1.0"),
-    (["train", "--output", "x.safetensors", *SMALL, "--start", "nothing"], "no file 'nothing'"),
+    (["train", "--output", "x.safetensors", *REFINE, "--start", "nothing"], "no file 'nothing'"),
     (["train", "--output", "x.safetensors", *SMALL, "--figure", "x.doc"], "--figure must end in one of .* got 'x.doc'"),
     (["train", "--output", "x.safetensors", *SMALL, "--start-as-nag", "1"], 'preprocess="log_sign" to start as momentum'),
     (["train", "--output", "x.safetensors", *SMALL, "--curriculum", "7"], "multiples of unroll=5 below steps=20"),
     (["train", "--output", "x.safetensors", *SMALL, "--teacher", "adam", "--imitation", "1"], "needs --teacher-lr"),
-    (["train", "--output", "x.safetensors", *SMALL, "--teacher", "mnist", "--teacher-lr", "1"], "--teacher-lr is for"),
+    (["train", "--output", "x.safetensors", *SMALL, "--teacher", "mnist", "--teacher-lr", "1", "--imitation", "1"],
+     "--teacher-lr is for"),
     (["train", "--output", "x.safetensors", *SMALL, "--teacher", "nobody", "--imitation", "1"], "no file 'nobody'"),
-    (["train", "--output", "x.safetensors", *SMALL, "--imitation", "1"], "imitation needs a teacher"),
+    (["train", "--output", "x.safetensors", *SMALL, "--imitation", "1"], "--imitation needs --teacher"),
     (["train", "--output", "x.safetensors", *SMALL, "--random-scaling", "-1"], "radius must be a number"),
     (["train", "--output", "x.safetensors", *SMALL, "--keep-of-start", "1"], r"--keep-of-start must be in \[0, 1\)"),
     (["train", "--output", "x.safetensors", *SMALL, "--side", "14"], "--side is for --problem mnist"),
@@ -197,21 +200,141 @@ def test_results_are_not_replaced_silently(capsys):
     (["train", "--output", "x.safetensors", *SMALL, "--per-kind"], "--per-kind is for --problem cifar10"),
     (["train", "--output", "x.safetensors", *SMALL, "--start-as-nag", "1", "2"],
      r"--start-as-nag must be 1 number without --per-kind, got \[1.0, 2.0\]"),
-    (["train", "--output", "x.safetensors", *CIFAR, "--per-kind", "--sign-lr", "1", "2", "3"],
+    (["train", "--output", "x.safetensors", *CIFAR, "--per-kind", "--start-as-nag", "1", "--sign-lr", "1", "2", "3"],
      "--sign-lr must be 1 or 2 numbers with --per-kind"),
     (["evaluate", "mnist", *RACE, "--fc-size", "0"], "--fc-size is for --problem cifar10, got --problem quadratics"),
-    (["evaluate", "mnist", *RACE, "--problem", "mnist", "--classes", "1", "2"], "--classes is for --problem cifar10"),
+    (["evaluate", "mnist", *RACE[2:], "--problem", "mnist", "--classes", "1", "2"], "--classes is for --problem cifar10"),
     (["evaluate", "mnist", *CIFAR, "--batch-size", "2", "4"], "--batch-size must be 1 number with --problem cifar10"),
-    (["evaluate", "mnist", *CIFAR, "--classes", "1", "2", "--held-out", "3"], "exclude each other"),
+    (["evaluate", "mnist", *CIFAR, "--classes", "1", "2", "--held-out", "3"], "--held-out has no effect with --classes"),
     (["evaluate", "mnist", *CIFAR, "--held-out", "3", "10"], r"--held-out must be different labels .* got \[3, 10\]"),
-    (["train", "--output", "x.safetensors", *CIFAR, "--per-kind", "--start", "mnist"], "is for a new optimizer"),
+    (["train", "--output", "x.safetensors", *CIFAR, "--per-kind", "--start", "mnist"], "--per-kind has no effect with --start mnist"),
     (["evaluate", "nothing", *RACE], "no file 'nothing', and no pretrained optimizer of that name"),
     (["compare", "quadratics", "quadratics", *RACE], "files must have different names"),
+    (["train", "--output", "x.safetensors", *SMALL, "--device", "nonsense"], "--device must be cpu, or cuda .* got 'nonsense'"),
+    (["evaluate", "quadratics", *RACE, "--device", "meta"], "--device must be cpu, or cuda .* got 'meta'"),
 ])
 def test_wrong_arguments(arguments, message, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and re.search(message, error) and not os.path.exists("x.safetensors")
+
+
+NOT_SO = {  # for every option that others depend on, words with which they have no effect
+    "problem": {"quadratics": ["--problem", "quadratics"], "mnist": ["--problem", "mnist"]},
+    "start": ["--start", "mnist"], "network": {"lstm": ["--network", "lstm"], "rnnprop": ["--network", "rnnprop"]},
+    "start_as_nag": [], "sign_lr": ["--start-as-nag", "1"], "classes": ["--problem", "cifar10", "--classes", "1", "2"],
+    "curriculum": [], "teacher": [], "imitation": ["--teacher", "mnist"], "second_order": [],
+}
+OFF = {(): [], "all imitation": ["--teacher", "mnist", "--imitation", "1"], "curriculum": ["--curriculum", "20"]}
+
+
+def example(command, name):
+    """The option with a value that it takes."""
+    action = next(action for action in command._actions if action.dest == name)
+    if action.nargs == 0:
+        return [action.option_strings[0]]
+    value = str(action.choices[0]) if action.choices else {int: "7", float: "0.5", None: "mnist"}[action.type]
+    return [action.option_strings[0], *[value] * (2 if action.nargs == 2 else 1)]
+
+
+def without_effect():
+    """Each option of the table, beside others with which it does nothing."""
+    for names, needed, values in command_line.NEEDS:
+        if values is command_line.ALWAYS or values == (True,):
+            beside = NOT_SO[needed]
+        elif isinstance(values, range):
+            beside = OFF["all imitation"]
+        elif values == (None,):
+            beside = OFF["curriculum"] if needed == "curriculum" else NOT_SO[needed]
+        else:
+            beside = next(words for value, words in NOT_SO[needed].items() if value not in values)
+        for name in names.split():
+            yield pytest.param(name, beside, id=f"{name} beside {' '.join(beside)}")
+
+
+@pytest.fixture
+def commands():
+    parser = command_line.make_parser()
+    return next(action for action in parser._actions if action.dest == "run" or hasattr(action, "choices") and action.choices).choices
+
+
+@pytest.mark.parametrize("name, beside", without_effect())
+def test_an_option_without_effect_is_refused(commands, capsys, name, beside):
+    assert main(["train", "--output", "x.safetensors", *beside, *example(commands["train"], name), "--device", "cpu"]) == 2
+    assert re.match(f"error: {command_line.flag(name)} (needs|is for|has no effect with) --", capsys.readouterr().err)
+    assert os.listdir() == []
+
+
+def test_every_option_is_in_the_table_or_always_has_an_effect(commands):
+    always = {"output", "history", "figure", "tensorboard", "checkpoint", "checkpoint_every", "start", "keep_of_start", "steps",
+              "unroll", "curriculum", "meta_batch", "iterations", "lr", "warmup", "clip", "replay_fraction", "averaging",
+              "random_scaling", "random_signs", "mirrored", "skip_non_finite", "validation_every", "validation_functions", "seed",
+              "problem", "device", "force", "quiet", "help", "net", "nets", "table", "updates", "functions", "baselines",
+              "tuning_functions"}
+    dependent = {name for names, _, _ in command_line.NEEDS for name in names.split()}
+    there = {action.dest for command in commands.values() for action in command._actions}
+    assert there == always | dependent and not always & dependent
+
+
+@pytest.mark.parametrize("words, message", [
+    (["train", "--output", "x", "--checkpoint", "x", *SMALL], "--output and --checkpoint must be different files, got x"),
+    (["train", "--output", "x", "--history", "./x", *SMALL], "--output and --history must be different"),
+    (["train", "--output", "x", "--history", "y.png", "--figure", "y.png", *SMALL], "--history and --figure must be"),
+    (["train", "--output", "x", "--history", "x.checkpoint", *SMALL], "--history and the checkpoint of --output must be"),
+    (["train", "--output", "x", "--teacher", "x", "--imitation", "1", *SMALL], "--output and --teacher must be different"),
+    (["train", "--output", "x", "--start", "y", "--history", "y", *REFINE], "--history and --start must be different"),
+    (["compare", "x", "y", "--table", "y", *RACE], "--table and the optimizer y must be different files"),
+    (["evaluate", "x", "--figure", "x.png", "--updates", "x.png", *RACE], "--figure and --updates must be different"),
+])
+def test_no_two_options_name_one_file(words, message, capsys):
+    assert main([*words, *["--force"] * (words[0] != "train")]) == 2
+    assert message in capsys.readouterr().err and os.listdir() == []
+
+
+def test_a_start_replaced_by_the_run_that_refines_it(monkeypatch):
+    """The run dies as it has written its result over what it started from; run again, it keeps a part of the old weights."""
+    start = NormalizedLSTM(3, 1)
+    save_optimizer(start_as_adam(start, 0.02), "x.safetensors")
+    train = ["train", *REFINE, "--start", "x.safetensors", "--keep-of-start", "0.5", "--force", "--output"]
+    assert main([*train, "whole.safetensors"]) == 0
+
+    def dies(*arguments, **options):
+        written(*arguments, **options)
+        raise OSError(5, "the machine went down")
+
+    written = command_line.save_optimizer
+    monkeypatch.setattr(command_line, "save_optimizer", dies)
+    assert main([*train, "x.safetensors"]) == 1
+    assert same(weights("whole.safetensors"), weights("x.safetensors")) and os.path.exists("x.safetensors.checkpoint")
+    monkeypatch.setattr(command_line, "save_optimizer", written)
+    assert main([*train, "x.safetensors"]) == 0
+    assert same(weights("whole.safetensors"), weights("x.safetensors")) and not os.path.exists("x.safetensors.checkpoint")
+
+
+def test_interrupted_before_anything_was_learned(monkeypatch, capsys):
+    """Nothing is written then, so that the same command is not refused."""
+    train = ["train", "--output", "net.safetensors", *SMALL]
+    with monkeypatch.context() as patch:
+        patch.setattr(command_line, "meta_train", lambda *arguments, **options: History(interrupted=True))
+        assert main(train) == 130
+    assert "interrupted before the first iteration was done: nothing is written" in capsys.readouterr().err
+    assert os.listdir() == [] and main(train) == 0
+
+
+def test_a_reader_that_stops_early():
+    """Tables and figures are written before anything is printed, and whoever has read enough is no failure."""
+    command = [sys.executable, ROOT / "meta_training.py", "evaluate", "quadratics", *RACE, "--table", "t.md", "--figure", "f.png"]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.wait(timeout=100) == 0, process.stderr.read()
+    assert process.stderr.read() == "" and Path("t.md").read_text() and Path("f.png").read_bytes()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["evaluate", "quadratics", *RACE]])
+def test_a_terminal_that_shows_ascii_only(words):
+    plain = {**environment(), "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run([sys.executable, ROOT / "meta_training.py", *words], env=plain, capture_output=True, timeout=100)
+    assert result.returncode == 0 and result.stdout and not result.stderr, result.stderr
 
 
 def test_what_argparse_refuses(capsys):
@@ -260,7 +383,7 @@ def test_a_failed_run_goes_on_and_says_so(monkeypatch, capsys):
 def test_exploding_training_fails(capsys):
     net = CoordinatewiseLSTM(2, 1, output_scale=1e30)
     save_optimizer(net, "explodes.safetensors")
-    train = ["train", "--output", "net.safetensors", "--start", "explodes.safetensors", *SMALL]
+    train = ["train", "--output", "net.safetensors", "--start", "explodes.safetensors", *REFINE]
     assert main(train) == 1
     assert "meta-training stopped at iteration 0: " in capsys.readouterr().err
     assert os.listdir() == ["explodes.safetensors"]
