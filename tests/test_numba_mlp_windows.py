@@ -101,6 +101,25 @@ def test_shared_weights_and_given_minibatches():
     assert all(torch.equal(found, other) for other in again) and all(torch.equal(params, p) for p, _ in each)
 
 
+def test_scaled_gradients_are_those_in_other_coordinates():
+    """With θ = c · θ' the gradient by θ' is c times that by θ, and so are the averages; a direction moves θ by c · lr."""
+    net, windows, weights, params, state, inputs, targets = small()
+    scales = torch.tensor([1e-3, 0.5, 1.0, 40.0], dtype=torch.float64)
+    index, begun = minibatches(range(4), 0, 12, 20, EXAMPLES), params.clone()
+    losses = windows.run(weights, params, state, inputs, targets, lr=0.01, index=index, gradient_scales=scales)
+
+    class Scaled(torch.nn.Module):
+        def forward(self, grads, state, **given):
+            return net({name: grad * scales.view(-1, *[1] * (grad.dim() - 1)) for name, grad in grads.items()}, state, **given)
+
+    expected = reference(Scaled(), windows, weights, begun, windows.init_state(4), inputs, targets, index, 0.01)
+    for part, other in zip((losses, params, state), expected):
+        torch.testing.assert_close(part, other, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(losses[0], losses[2])
+    with pytest.raises(ValueError, match="gradient_scales must be above 0"):
+        windows.run(weights, params, state, inputs, targets, lr=0.01, index=index, gradient_scales=0.0)
+
+
 def test_a_window_in_two_parts_is_the_same():
     _, windows, weights, params, state, inputs, targets = small({"vectors": "adamw"})
     whole = params.clone(), state.clone()

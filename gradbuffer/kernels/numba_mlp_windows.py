@@ -124,7 +124,7 @@ class PerceptronWindows:
         return result
 
     def run(self, weights, params, state, inputs, targets, *, lr, index=None, steps=None, batch=None, seeds=None, first_steps=0,
-            clip=None):
+            clip=None, gradient_scales=1.0):
         """A window: so many steps of all particles. `params` and `state` are overwritten with its end.
 
         Which examples a step reads is said by `index`, or drawn, with repetition, from a particle's seed and the number of the
@@ -141,6 +141,8 @@ class PerceptronWindows:
             steps, batch: how many.
             seeds: B ints from 0 on, (B,).
             first_steps: an int or (B,): how many steps each particle did before.
+            gradient_scales: above 0, a number or (B,): what the optimizer reads instead of a gradient is so many times it. A function
+                in other coordinates, θ = c · θ', has c times the gradient and, for the same way, lr / c.
             clip: the largest loss to be returned, above 0; None leaves losses as they are. A loss that is not finite is returned
                 as `clip` or, without it, as infinity.
 
@@ -180,12 +182,15 @@ class PerceptronWindows:
             raise ValueError(f"lr must be a number or ({B} or 1, {steps} or 1), got {tuple(lr.shape)}")
         if not ((lr >= 0) & (lr < math.inf)).all():
             raise ValueError(f"lr must be finite and 0 or more, got {lr}")
+        scales = torch.as_tensor(gradient_scales, dtype=self.dtype)
+        if scales.shape not in ((), (B,)) or not ((scales > 0) & (scales < math.inf)).all():
+            raise ValueError(f"gradient_scales must be above 0, a number or ({B},), got {gradient_scales}")
         lr, losses = lr.expand(B, steps).contiguous(), torch.empty(B, steps, dtype=self.dtype)
         none = torch.empty(0, 0, dtype=self.dtype), torch.empty(0, dtype=torch.int64)
         targets, labels = (none[0], targets) if self.loss == "cross_entropy" else (targets, none[1])
         weights = weights.detach().to(self.dtype).reshape(-1, self.num_weights)
         given = (self._shape, layers_of(self.sizes), self._kinds(batch), *map(numpy, (
-            inputs, targets, labels, index, *numbers_of(seeds, first_steps, B), lr, weights, params, state, losses)))
+            inputs, targets, labels, index, *numbers_of(seeds, first_steps, B), lr, scales.expand(B), weights, params, state, losses)))
         bound, decay, scratch = (math.inf if clip is None else float(clip)), float(self.weight_decay), self._scratch(batch)
 
         def work(first, last):
@@ -423,8 +428,8 @@ def step_layer(H, layer, adamw, grad, theta, state, w, lr, decay, out, scratch, 
 
 
 @compiled
-def run_particles(H, layers, kinds, inputs, targets, labels, index, seeds, first_steps, lr, weights, params, state, losses, bound,
-                  decay, first, last, scratch, sums, drawn):
+def run_particles(H, layers, kinds, inputs, targets, labels, index, seeds, first_steps, lr, scales, weights, params, state, losses,
+                  bound, decay, first, last, scratch, sums, drawn):
     """The windows of particles first … last - 1. kinds: activation, loss, whether AdamW moves vectors, batch."""
     many, size, largest = losses.shape[1], params.shape[1], 0
     for l in range(len(layers)):
@@ -441,6 +446,9 @@ def run_particles(H, layers, kinds, inputs, targets, labels, index, seeds, first
                 numbers = drawn
             loss = value_and_gradient(layers, kinds, inputs, targets, labels, numbers, theta, grad, rest, sums)
             losses[b, t] = loss if loss < bound else bound  # a NaN is not below it
+            if scales[b] != 1:
+                for i in range(size):
+                    grad[i] *= scales[b]
             at = 0
             for l in range(len(layers)):
                 at += step_layer(H, layers[l], kinds[2], grad, theta, own[at:], w, lr[b, t], decay, rest, rest[largest:], totals)
