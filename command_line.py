@@ -23,6 +23,7 @@ from torch import distributed
 
 from argument_checks import NonFiniteError
 from checkpoints import read_start
+from gradbuffer.needs import ON, refuse_without_effect
 from meta_training import BASELINES, compare, evaluate, meta_train, tune_baselines
 from optimizees import ACTIVATIONS, CIFAR10Net, Mirrored, MNISTNet, Quadratics, RandomScaling
 from optimizers import (CoordinatewiseLSTM, LSTMWithGAC, NTMBFGS, NormalizedLSTM, PerKind, RNNProp, load_optimizer,
@@ -44,8 +45,7 @@ KINDS = ("conv", "fc")  # of parameters, by which `CIFAR10Net` names them
 FIGURE_FORMATS = (".pdf", ".png", ".svg")
 
 
-ALWAYS = object()  # for a needed option: any value that is not its "off", such as None, False or 0
-NEEDS = (  # options, the option that decides whether they have an effect, and the values of it with which they do
+NEEDS = (  # see `gradbuffer.needs`
     ("dim", "problem", ("quadratics",)),
     ("hidden activation side", "problem", ("mnist",)),
     ("batch_size data", "problem", ("mnist", "cifar10")),
@@ -57,13 +57,13 @@ NEEDS = (  # options, the option that decides whether they have an effect, and t
     ("shared", "network", tuple(SHARING)),
     ("preprocess output_scale", "network", ("lstm", *SHARING)),
     ("odd", "network", ("lstm", "normalized", *SHARING)),
-    ("sign_lr", "start_as_nag", ALWAYS),
-    ("sign_fade", "sign_lr", ALWAYS),
+    ("sign_lr", "start_as_nag", ON),
+    ("sign_fade", "sign_lr", ON),
     ("held_out", "classes", (None,)),
-    ("patience", "curriculum", ALWAYS),
+    ("patience", "curriculum", ON),
     ("horizons", "curriculum", (None,)),
-    ("imitation teacher_lr imitation_weight", "teacher", ALWAYS),
-    ("teacher", "imitation", ALWAYS),
+    ("imitation teacher_lr imitation_weight", "teacher", ON),
+    ("teacher", "imitation", ON),
     ("second_order objective adjoint_bound cuda_graph", "imitation", range(1)),  # where all is imitation there is no meta-loss
     ("adjoint_bound", "second_order", (True,)),
 )
@@ -84,7 +84,7 @@ def main(arguments=None):
         if getattr(options, name, value) is None:
             setattr(options, name, value)
     try:
-        refuse_without_effect(options, given)
+        refuse_without_effect(NEEDS, vars(options), given, flag)
         refuse_one_file_twice(options)
         check_device(options.device)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and options.run is not run_train:
@@ -245,24 +245,6 @@ def chosen_labels(options):
 
 def flag(name):
     return f"--{name.replace('_', '-')}"
-
-
-def refuse_without_effect(options, given):
-    """Raise where an option was given that has no effect beside the others, see NEEDS."""
-    for names, needed, values in NEEDS:
-        value = getattr(options, needed, None)
-        if values is ALWAYS:
-            effect, reason = value not in (None, False, 0, [0]), f"needs {flag(needed)}"
-        elif values == (None,):
-            effect, reason = value is None, f"has no effect with {flag(needed)} {value}"
-        elif isinstance(values, range):
-            effect, reason = not value or value < values.stop, f"has no effect with {flag(needed)} {value}"
-        else:
-            wanted = " or ".join(f"{flag(needed)} {some}" for some in values).replace(" True", "")
-            effect, reason = value in values, f"is for {wanted}, got {flag(needed)} {value}"
-        for name in names.split():
-            if name in given and not effect:
-                raise ValueError(f"{flag(name)} {reason}")
 
 
 def refuse_one_file_twice(options):

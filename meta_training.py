@@ -8,6 +8,7 @@ optimizers `comparison`; their public names are here too. As a program (`python 
 """
 
 import copy
+import inspect
 import math
 import sys
 import warnings
@@ -22,6 +23,7 @@ from checkpoints import (describe_net, describe_problem, named_tuples, plain, re
 from comparison import (BASELINES, AccuracyCurves, TunedBaseline, compare, compare_final, device_of, evaluate,
                         evaluate_baseline, on_device, tune_baseline, tune_baselines)
 from cuda_graphs import CapturedWindow
+from gradbuffer.needs import ON, refuse_without_effect
 from horizons import check_curriculum, describe_horizons, horizon_rule
 from imitation import Imitation, imitation_gradient
 from meta_gradients import check_gradient_options, meta_gradient
@@ -33,6 +35,12 @@ __all__ = ["AccuracyCurves", "BASELINES", "History", "TunedBaseline", "compare",
            "evaluate_baseline", "meta_gradient", "meta_train", "tune_baseline", "tune_baselines"]
 
 GRADIENT_OPTIONS = ("method", "second_order", "replay_fraction", "sigma", "pairs", "objective", "adjoint_bound")
+NEEDS = (  # see `gradbuffer.needs`
+    ("sigma pairs", "method", ("pes",)),
+    ("patience", "curriculum", ON),
+    ("imitation_weight", "teacher", ON),
+    ("method second_order objective adjoint_bound cuda_graph", "imitation", range(1)),  # all imitation: there is no meta-loss
+)
 VALIDATION_SEED = 1_000_003  # added to the seed of a run, so that its validation functions are not its training ones
 
 
@@ -142,7 +150,7 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
         `History`.
 
     Raises:
-        ValueError, TypeError: an argument is not as above; `checkpoint` is damaged, no checkpoint, or that of a run
+        ValueError, TypeError: an argument is not as above, or has no effect beside the others; `checkpoint` is damaged, no checkpoint, or that of a run
             with other settings.
         OSError: `checkpoint` cannot be written; an older one there is as it was.
         NonFiniteError: the meta-loss or the meta-gradient stopped being finite; names the iteration. `net` then has
@@ -158,6 +166,7 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
 
     Reference: Andrychowicz et al. 2016, section 3; curriculum and imitation: Chen et al. 2020 (arXiv 2010.09089).
     """
+    options = dict(locals())
     check_count(steps=steps, unroll=unroll, meta_batch=meta_batch, iterations=iterations,
                 validation_functions=validation_functions, patience=patience)
     check_count(least=0, warmup=warmup, seed=seed, skip_non_finite=skip_non_finite)
@@ -189,6 +198,9 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
     if cuda_graph and (method, second_order, replay_fraction) != ("replay", False, 1):
         raise ValueError('cuda_graph=True needs method="replay", second_order=False and replay_fraction=1, got '
                          f"{method!r}, {second_order} and {replay_fraction}")
+    given = {name for name, parameter in inspect.signature(meta_train).parameters.items()
+             if parameter.default is not parameter.empty and options[name] != parameter.default}
+    refuse_without_effect(NEEDS, options, given)
     run = Run(net, on_device(problem, device), settings, horizon_rule(horizons, steps // unroll), skip_non_finite,
               curriculum, patience, imitation, cuda_graph)
     try:

@@ -240,7 +240,7 @@ def example(command, name):
 def without_effect():
     """Each option of the table, beside others with which it does nothing."""
     for names, needed, values in command_line.NEEDS:
-        if values is command_line.ALWAYS or values == (True,):
+        if values == command_line.ON or values == (True,):
             beside = NOT_SO[needed]
         elif isinstance(values, range):
             beside = OFF["all imitation"]
