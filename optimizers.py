@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+import gradbuffer
 import lstm_blocks
 from argument_checks import NonFiniteError, check_count, check_finite, check_positive_number, sum_is_finite
 from kernel_choice import compiled_kernels, is_triton, kernels_for, takes_numba
@@ -34,7 +35,7 @@ __all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LSTMWithGAC", "LearnedOptimiz
            "start_as_adam", "start_as_coordinatewise", "start_as_momentum"]
 
 FILE_FORMAT = 2  # since 2 files hold a digest
-PRETRAINED = Path(__file__).with_name("pretrained")
+PRETRAINED = Path(gradbuffer.__file__).with_name("pretrained")
 GRAPH_BLOCK = 1 << 16  # coordinates that `replay` runs at once where autograd does the backward pass
 
 
@@ -817,7 +818,7 @@ def load_optimizer(path_or_name):
     """Read a learned optimizer that `save_optimizer` wrote. Loading never runs code from the file.
 
     Args:
-        path_or_name: a file, or the name of one in the folder `pretrained` beside this module, such as "mnist".
+        path_or_name: a file, or the name of one that comes with this library, see `pretrained_optimizers`, such as "mnist".
 
     Returns:
         The network, on the CPU; also under `torch.inference_mode` or another default device one that can be trained.
@@ -867,7 +868,7 @@ def digest(metadata, tensors):
 
 
 def pretrained_optimizers():
-    """The learned optimizers in the folder `pretrained` beside this module, and what their files say about them.
+    """The learned optimizers that come with this library, in `gradbuffer/pretrained`, and what their files say about them.
 
     Returns:
         dict from name, as `load_optimizer` takes it, to the file's metadata, a dict of text: "class", "config", and the

@@ -84,7 +84,7 @@ def test_unknown_setting_is_named(monkeypatch, variable):
 @pytest.mark.parametrize("missing", [None, "quadratics_odd"])
 def test_starts_from_shipped_weights(tmp_path, monkeypatch, capsys, small_mnist, missing):
     """All cells that meta-train, and the first race on MNIST without its baselines."""
-    shutil.copytree(ROOT / "pretrained", tmp_path / "pretrained", ignore=shutil.ignore_patterns(f"{missing}.*"))
+    shutil.copytree(optimizers.PRETRAINED, tmp_path / "pretrained", ignore=shutil.ignore_patterns(f"{missing}.*"))
     monkeypatch.setattr(optimizers, "PRETRAINED", tmp_path / "pretrained")
     monkeypatch.setenv("L2O_START", "shipped")
     monkeypatch.setenv("L2O_SCALE", "smoke")

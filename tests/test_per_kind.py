@@ -227,7 +227,7 @@ def test_docstring_examples():
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar10_sub"])
 def test_shipped_optimizers_lower_the_loss(name):
-    path = Path(optimizers.__file__).with_name("pretrained") / f"{name}.safetensors"
+    path = optimizers.PRETRAINED / f"{name}.safetensors"
     with safe_open(path, "pt") as file:
         assert {"problem", "seed", "command", "result"} < set(file.metadata()) and path.stat().st_size < 100_000
     net = load_optimizer(name)
