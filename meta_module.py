@@ -16,6 +16,8 @@ It does not make torch's kernels twice differentiable where they are not (cuDNN'
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import copy
 import copyreg
 import functools
@@ -29,7 +31,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.utils.weak import TensorWeakRef
 
 # fmt: off
 __all__ = [
@@ -79,7 +82,7 @@ class _MetaParameters(MutableMapping):
     """What torch finds under `_parameters`: the meta-parameters, read from and written to `_buffers`."""
 
     def __init__(self, module: MetaModule):
-        self.names, self.buffers = module._meta_names, module._buffers
+        self.module, self.names, self.buffers = module, module._meta_names, module._buffers
 
     def __contains__(self, name):
         return name in self.names
@@ -95,7 +98,9 @@ class _MetaParameters(MutableMapping):
 
     def __delitem__(self, name):
         del self.names[name]
-        del self.buffers[name]
+        tensor = self.buffers.pop(name)
+        if tensor is not None and not torch.compiler.is_compiling():
+            _removed[self.module] = TensorWeakRef(tensor)
 
     discard = __delitem__  # nn.Module.__setattr__ removes names from whatever is not a dict as from a set
 
@@ -108,6 +113,9 @@ class _MetaParameters(MutableMapping):
     def items(self):  # at each of torch's traversals
         return [(name, self.buffers[name]) for name in self.names]
 
+    def copy(self) -> dict[str, Tensor | None]:
+        return dict(self.items())
+
 
 class _OncePerTensor:
     """`fn`, applied once to each graph-carrying tensor, so that tied ones are still one tensor afterwards."""
@@ -115,8 +123,11 @@ class _OncePerTensor:
     def __init__(self, fn: Callable[[Tensor], Tensor]):
         self.fn, self.done = fn, {}
 
+    def keep(self, moved: Iterable[Tensor | None]) -> None:
+        self.done.update((id(tensor), (tensor, tensor)) for tensor in moved if tensor is not None)
+
     def __call__(self, tensor: Tensor) -> Tensor:
-        if tensor.is_leaf:
+        if tensor.is_leaf and id(tensor) not in self.done:
             return self.fn(tensor)
         if id(tensor) not in self.done:
             moved = self.fn(tensor)
@@ -162,6 +173,7 @@ class MetaModule(nn.Module):
     def _parameters(self, parameters: dict) -> None:  # nn.Module.__init__ assigns {} before there are any buffers
         vars(self)["_parameters"] = {}  # stays empty; nn.Module asks whether it is there
         vars(self)["_meta_names"] = {}
+        _show_as_layer_of_torch(self)
         for name, tensor in parameters.items():
             self._parameters[name] = tensor
 
@@ -169,10 +181,25 @@ class MetaModule(nn.Module):
         # torch looks into __dict__["_parameters"] first, empty here; torch 2.6's Dynamo would build the view instead
         held = self.__dict__
         if "_buffers" in held and name in held["_buffers"]:
-            return held["_buffers"][name]
+            tensor = held["_buffers"][name]
+            if torch.compiler.is_compiling():
+                _check_export(self)
+            elif torch._C._current_graph_task_id() != -1:  # a backward pass is under way
+                _check_recomputation(self, name, tensor)
+            return tensor
         if "_modules" in held and name in held["_modules"]:
             return held["_modules"][name]
+        if name == "params":  # a call of older scripts; a method would hide layers of that name
+            return lambda: (tensor for _, tensor in self.named_params())
         return super().__getattr__(name)
+
+    def register_parameter(self, name: str, param: Tensor | None) -> None:
+        """Register a parameter as `nn.Module` does; any tensor is accepted, with the graph it carries."""
+        if isinstance(param, Tensor) and not isinstance(param, nn.Parameter):
+            super().register_parameter(name, None)  # checks the name
+            self._parameters[name] = param
+        else:
+            super().register_parameter(name, param)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Register a buffer as `nn.Module` does; one that requires grad is a meta-parameter.
@@ -192,12 +219,20 @@ class MetaModule(nn.Module):
     def __setattr__(self, name: str, value) -> None:
         held = vars(self).get("_buffers", {})
         if name not in held or isinstance(value, (nn.Parameter, nn.Buffer, nn.Module)):
+            if name == "parametrizations" and isinstance(value, nn.ModuleDict):
+                value = _Parametrizations(value)
+            elif isinstance(value, nn.Parameter) and name in held:
+                _remember(self, name, value)
+            elif isinstance(value, Tensor) and _was_removed(self, value):  # torch puts it back under another name
+                self.register_parameter(name, value)
+                return
             super().__setattr__(name, value)
             return
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"cannot assign {type(value).__name__} to '{name}'; a torch.Tensor or None is accepted")
         if value is not None and name in self._meta_names:
             _check_like(name, value, held[name])
+            _remember(self, name, value)
         held[name] = value
 
     def named_buffers(
@@ -219,39 +254,126 @@ class MetaModule(nn.Module):
 
     # ---- the updates -------------------------------------------------------------------------------------------
 
-    def named_params(
+    def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the parameters, with the graph they carry, as `nn.Module.named_parameters`."""
+        for part in self.modules() if recurse else [self]:
+            if isinstance(part, MetaModule) and type(part).named_leaves is not MetaModule.named_leaves:
+                for name, tensor in part.named_leaves():
+                    if tensor is not None and name not in part._meta_names:
+                        vars(part).pop(name, None)
+                        part._parameters[name] = tensor
+        return super().named_parameters(prefix, recurse, remove_duplicate)
+
+    def named_leaves(self) -> list[tuple[str, Tensor]]:
+        """Return names and tensors of this module's own parameters, those of its parts left out.
+
+        A subclass may override it, as older scripts do: what it names are parameters.
+        """
+        return [(name, tensor) for name, tensor in self._parameters.items() if tensor is not None]
+
+    def named_params(
+        self,
+        curr_module: nn.Module | None = None,
+        memo: set[Tensor] | None = None,
+        prefix: str = "",
+        recurse: bool = True,
+        remove_duplicate: bool = True,
     ) -> Iterator[tuple[str, Tensor]]:
         """Iterate over names and parameters as they are now: `set_param` may be called in the loop.
 
-        Args and order as in `nn.Module.named_parameters`; the tensors carry whatever graph they have.
-        """
-        return iter(list(self.named_parameters(prefix, recurse, remove_duplicate)))
+        Args:
+            curr_module: the module whose parameters are meant (default: this one).
+            memo: parameters to leave out; those returned are added (default: none).
+            prefix, recurse, remove_duplicate: as in `nn.Module.named_parameters`, which sets the order, too.
 
-    def set_param(self, name: str, tensor: Tensor) -> None:
+        Returns:
+            An iterator over (name, tensor); the tensors carry whatever graph they have.
+
+        Raises:
+            TypeError: an argument of another type.
+        """
+        module = self if curr_module is None else curr_module
+        if not isinstance(module, nn.Module) or not isinstance(memo, (set, type(None))):
+            wrong = f"curr_module is {type(module).__name__}, memo {type(memo).__name__}"
+            raise TypeError(f"{wrong}; a module and a set are accepted, and prefix, recurse as keywords")
+        found = [
+            (name, tensor)
+            for name, tensor in module.named_parameters(prefix, recurse, remove_duplicate)
+            if memo is None or tensor not in memo
+        ]
+        if memo is not None:
+            memo.update(tensor for _, tensor in found)
+        return iter(found)
+
+    def set_param(
+        self, name: str, tensor: Tensor | None = None, param: Tensor | None = None, curr_mod: nn.Module | None = None
+    ) -> None:
         """Put `tensor` itself, with its graph and its `requires_grad`, in the place of a parameter.
 
-        Every other name of a tied parameter follows. To set many, `update_params` is faster.
+        Every other name of a tied parameter follows. To set many, `set_params` is faster. Older scripts' calls,
+        `set_param(module, name, tensor)` and the keyword `param` for `tensor`, are accepted as well.
 
         Args:
             name: dotted name as in `named_params()`.
             tensor: of the parameter's shape, dtype and device.
+            param: the same.
+            curr_mod: the module in which the parameter has that name (default: this one).
 
         Raises:
             ValueError: no parameter has that name, or shape, dtype or device differ.
             TypeError: `tensor` is not a tensor.
         """
-        if not isinstance(name, str):
-            raise TypeError(f"name is {type(name).__name__}; a str is accepted")
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"tensor for '{name}' is {type(tensor).__name__}; a torch.Tensor is accepted")
+        if isinstance(name, nn.Module):
+            curr_mod, name, tensor, param = name, tensor, param, None
+        root = self if curr_mod is None else curr_mod
+        if not isinstance(name, str) or not isinstance(root, nn.Module):
+            wrong = f"name is {type(name).__name__}, curr_mod {type(root).__name__}"
+            raise TypeError(f"{wrong}; a str and an nn.Module are accepted")
+        if tensor is not None and param is not None:
+            raise TypeError(f"two tensors for '{name}', as tensor and as param; one of them is accepted")
+        tensor = param if tensor is None else tensor
+        current = _find(root, name)
+        _check_tensor(name, tensor, current)
+        places = [
+            (module, last)
+            for module in dict.fromkeys([*self.modules(), *(() if root is self else root.modules())])
+            for last, held in (module._buffers if isinstance(module, MetaModule) else module._parameters).items()
+            if held is current and last in module._parameters
+        ]
+        _put([(places, tensor)], given=True)
+
+    def set_params(self, params: Mapping[str, Tensor]) -> None:
+        """Put many tensors in the places of parameters, each as `set_param` does, all of them or none.
+
+        Args:
+            params: tensors by the names of `named_params()`, such as the start of an inner loop. Parameters that it
+                does not name stay as they are; every other name of a tied parameter follows.
+
+        Raises:
+            TypeError: `params` is not a mapping of names to tensors.
+            ValueError: a name that no parameter has, or a shape, dtype or device that differs.
+
+        >>> net = MetaLinear(2, 1)
+        >>> start = dict(net.named_params())
+        >>> net.update_params(0.1, source_params=list(net.parameters()))
+        >>> net.set_params(start)
+        >>> net.weight is start["weight"]
+        True
+        """
+        if not isinstance(params, Mapping):
+            raise TypeError(f"params is {type(params).__name__}; a dict of tensors by name is accepted")
         current = dict(self.named_parameters(remove_duplicate=False))
-        if name not in current:
-            raise ValueError(f"no parameter is named '{name}'; the names are {', '.join(current) or 'none'}")
-        _check_like(name, tensor, current[name])
-        for held, places in self._tensors().values():
-            if held is current[name]:
-                _put(places, tensor)
+        for name, tensor in params.items():
+            if name not in current:
+                _find(self, name)
+            _check_tensor(name, tensor, current[name])
+        new = {current[name]: tensor for name, tensor in params.items()}
+        tied = [name for name, tensor in params.items() if new[current[name]] is not tensor]
+        if tied:
+            raise ValueError(f"{tied} are tied to other names in params, which have other tensors")
+        _put([(places, new[held]) for held, places in _tensors(self).values() if held in new], given=True)
 
     def update_params(
         self,
@@ -262,10 +384,12 @@ class MetaModule(nn.Module):
     ) -> None:
         """Replace every parameter θ that requires grad by θ - lr_inner * g, keeping the graph of both.
 
-        Tied parameters are updated once and stay tied; frozen ones (`requires_grad=False`) stay as they are.
+        Tied parameters are updated once and stay tied; frozen ones (`requires_grad=False`) stay as they are. The new
+        parameters are other tensors, with `detach` other leaves: an optimizer made before steps the earlier ones, and
+        this module follows it again once those are back (`set_params`, or `load_state_dict` of their values).
 
         Args:
-            lr_inner: finite step size; a tensor of one element may require grad (a learned step size).
+            lr_inner: finite, real step size; a tensor of one element may require grad (a learned step size).
             first_order: treat the gradients g as constants (default: false).
             source_params: the gradients g, each with its parameter's shape, dtype and device: one per parameter or
                 one per trainable parameter in the order of `named_params()`, or a dict by its names. An entry for a
@@ -273,10 +397,12 @@ class MetaModule(nn.Module):
                 gives None where the loss does not depend on it). By default each parameter's own `.grad`, which
                 autograd fills for leaves only, that is before the first update.
             detach: make the new parameters leaves that require grad, without a graph (default: false).
+                `update_params(0, detach=True)`, without gradients, is `detach_params()`.
 
         Raises:
-            ValueError: number, names, shape, dtype or device of the gradients do not fit, or gradients are missing.
-            TypeError: an argument of another type.
+            ValueError: number, names, shape, dtype or device of the gradients do not fit, or gradients are missing, or
+                none of the parameters requires grad.
+            TypeError: an argument of another type, or a plain layer that cannot be made meta; nothing has changed.
 
         >>> net = MetaLinear(2, 1)
         >>> net(torch.ones(1, 2)).sum().backward()
@@ -284,25 +410,30 @@ class MetaModule(nn.Module):
         >>> net.weight.is_leaf
         False
         """
+        for name, value in (("first_order", first_order), ("detach", detach)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} is {type(value).__name__}; a bool is accepted (gradients are source_params)")
         lr = _step_size(lr_inner)
-        params = self._tensors()
+        if detach and source_params is None and not isinstance(lr, Tensor) and lr == 0:
+            return self.detach_params()
+        params = _tensors(self)
         grads = _gradients(source_params, {name: tensor for name, (tensor, _) in params.items()})
-        updated = {}
+        updated = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
             for name, grad in grads.items():
-                tensor = params[name][0]
+                tensor, places = params[name]
                 new = tensor - lr * (grad.detach() if first_order else grad)
-                updated[name] = new if new.requires_grad else nn.Parameter(new)  # without a graph, yet not frozen
-        for name, new in updated.items():
-            _put(params[name][1], new)
+                updated.append((places, new if new.requires_grad else nn.Parameter(new)))  # no graph, yet not frozen
+        _put(updated)
 
     def detach_params(self) -> None:
         """Make every parameter that carries a graph a leaf of the same values that still requires grad.
 
-        Leaves stay the tensors they are, so an optimizer over them stays valid. The new leaves share memory with the
-        tensors they replace: autograd raises if a backward pass through the older graph needs a value changed since.
+        Leaves stay the tensors they are, so an optimizer over them stays valid; one made before the updates does not
+        see the new leaves. These share memory with the tensors they replace: autograd raises if a backward pass
+        through the older graph needs a value changed since.
         """
-        self._replace_graphs(lambda tensor: nn.Parameter(tensor.detach()))
+        _put([(places, nn.Parameter(t.detach())) for t, places in _tensors(self).values() if not t.is_leaf])
 
     def copy(self, other: nn.Module, same_var: bool = False) -> None:
         """Take over the parameters and buffers of a module with the same names and shapes.
@@ -312,7 +443,7 @@ class MetaModule(nn.Module):
             same_var: hold `other`'s very parameters, with their graph, so that updates of this module reach back to
                 them (an inner loop on a second module). By default the parameters are fresh leaves of this module's
                 dtype and device, frozen where they were; optimizers over the earlier ones do not follow
-                (`load_state_dict` fills those in place). Buffers are copied by value either way.
+                (`load_state_dict` fills leaves in place). Buffers are copied by value either way.
 
         Raises:
             TypeError: `other` is not a module.
@@ -328,42 +459,26 @@ class MetaModule(nn.Module):
         for name, tensor in mine.items():
             if isinstance(tensor, Tensor) and tensor.shape != theirs[name].shape:
                 raise ValueError(f"'{name}' has shape {tuple(theirs[name].shape)} in other, {tuple(tensor.shape)} here")
-        source, params = dict(other.named_parameters(remove_duplicate=False)), self._tensors()
+        source, params = dict(other.named_parameters(remove_duplicate=False)), _tensors(self)
         for name, (tensor, _) in params.items():
             if name not in source:
                 raise ValueError(f"'{name}' is a buffer in other, a parameter here")
             if same_var:
                 _check_like(name, source[name], tensor)
+        new = []
         for name, (tensor, places) in params.items():
             value = source[name]
             if not same_var:
                 value = nn.Parameter(value.detach().to(tensor.device, tensor.dtype, copy=True), tensor.requires_grad)
-            _put(places, value)
-        self._clone_buffers(dict(other.named_buffers()))
-
-    def _tensors(self) -> dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]:
-        """Each distinct parameter under its first name, with every (module, name) that holds it."""
-        found, first_name = {}, {}
-        for path, module in self.named_modules():
-            for name, tensor in module._parameters.items():
-                if tensor is None:
-                    continue
-                key = first_name.setdefault(id(tensor), f"{path}.{name}" if path else name)
-                found.setdefault(key, (tensor, []))[1].append((module, name))
-        return found
-
-    def _replace_graphs(self, make_leaf: Callable[[Tensor], Tensor]) -> bool:
-        carrying = [(tensor, places) for tensor, places in self._tensors().values() if not tensor.is_leaf]
-        for tensor, places in carrying:
-            _put(places, make_leaf(tensor))
-        return bool(carrying)
-
-    def _clone_buffers(self, values: dict[str, Tensor]) -> None:
-        """Put copies in the place of the buffers: an older graph may hold those."""
-        for name, old in list(self.named_buffers()):
+            new.append((places, value))
+        _put(new)
+        values, copied = dict(other.named_buffers(remove_duplicate=False)), {}
+        for name, old in list(self.named_buffers(remove_duplicate=False)):
             path, _, last = name.rpartition(".")
-            if name in values:
-                self.get_submodule(path)._buffers[last] = values[name].detach().to(old.device, old.dtype, copy=True)
+            if name in values:  # a copy in its place: an older graph may hold the buffer
+                if old not in copied:
+                    copied[old] = values[name].detach().to(old.device, old.dtype, copy=True)
+                self.get_submodule(path)._buffers[last] = copied[old]
 
     # ---- ordinary torch life with tensors that carry a graph ---------------------------------------------------
 
@@ -384,31 +499,34 @@ class MetaModule(nn.Module):
         fn = fn if isinstance(fn, _OncePerTensor) else _OncePerTensor(fn)
         names, buffers = self._meta_names, self._buffers
         leaves = nn.Module()
-        vars(leaves)["_parameters"] = {name: buffers[name] for name in names if _is_leaf(buffers[name])}
-        vars(self).update(_meta_names={}, _buffers={name: buf for name, buf in buffers.items() if name not in names})
-        try:
-            super()._apply(fn, recurse)
-            nn.Module._apply(leaves, fn)
-        finally:
-            buffers.update(self._buffers)
-            buffers.update(vars(leaves)["_parameters"])
-            vars(self).update(_meta_names=names, _buffers=buffers)
-        for name in names:
-            if not _is_leaf(buffers[name]):
-                buffers[name] = fn(buffers[name])
+        for name, tensor in buffers.items():
+            if name not in names or tensor is None or tensor.is_leaf:
+                (leaves._parameters if name in names else leaves._buffers)[name] = tensor
+        nn.Module._apply(leaves, fn)
+        moved = {**leaves._parameters, **leaves._buffers}
+        moved.update((name, fn(tensor)) for name, tensor in buffers.items() if name not in moved)
+        buffers.update(moved)
+        fn.keep(moved.values())
+        if super()._apply.__func__ is not nn.Module._apply:
+            return super()._apply(fn, recurse)  # the class's own, which finds what has moved and leaves it
+        for child in self.children() if recurse else ():
+            child._apply(fn)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        # loading copies in place; what an older graph may need, running statistics included, is left to it
-        if self._replace_graphs(lambda tensor: nn.Parameter(tensor.detach().clone())):
-            self._clone_buffers(dict(self.named_buffers()))
-        if local_metadata.get("assign_to_params_buffers", False):
-            for name, tensor in self._parameters.items():
-                if tensor is not None and not isinstance(
-                    tensor, nn.Parameter
-                ):  # torch keeps requires_grad of these only
-                    self._buffers[name] = nn.Parameter(tensor.detach(), tensor.requires_grad)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+    def load_state_dict(self, *args, **kwargs):
+        """Load as `nn.Module` does. What is loaded becomes a leaf; nothing else changes, and an error changes nothing.
+
+        Leaves are filled in place. Where a parameter carries a graph, the leaf it came from, which an optimizer may
+        step, comes back if it has the values loaded, as when an inner loop ends at its start; else there is a new leaf,
+        which leaves the older graph whole, and a warning if an earlier leaf is still held somewhere.
+        """
+        with _loading(list(self.modules())):
+            return super().load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args):
+        # a plain parent's load_state_dict calls this alone
+        with contextlib.nullcontext() if _under_load.get() else _loading([self]):
+            super()._load_from_state_dict(*args)
 
     def __deepcopy__(self, memo):
         """A copy of the same values whose parameters are leaves: a graph is not copied."""
@@ -434,29 +552,182 @@ class MetaModule(nn.Module):
         raise NotImplementedError("nn.DataParallel does not replicate meta modules; use DistributedDataParallel")
 
 
+def _tensors(root: nn.Module) -> dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]:
+    """Each distinct parameter under its first name, with every (module, name) that holds it."""
+    names = dict(root.named_parameters())
+    places = {tensor: [] for tensor in names.values()}
+    for module in root.modules():
+        for name, tensor in module._parameters.items():
+            if tensor in places:
+                places[tensor].append((module, name))
+    return {name: (tensor, places[tensor]) for name, tensor in names.items()}
+
+
+def _find(root: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    owner = root
+    for part in path.split(".") if path else ():
+        owner = None if owner is None else owner._modules.get(part)
+    tensor = None if owner is None else owner._parameters.get(last)
+    if tensor is None:
+        names = ", ".join(known for known, _ in root.named_parameters(remove_duplicate=False))
+        raise ValueError(f"no parameter is named '{name}'; the names are {names or 'none'}")
+    return tensor
+
+
 def _is_leaf(tensor: Tensor | None) -> bool:
     return tensor is None or tensor.is_leaf
 
 
+def _check_tensor(name: str, tensor: Tensor, current: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"tensor for '{name}' is {type(tensor).__name__}; a torch.Tensor is accepted")
+    _check_like(name, tensor, current)
+
+
 def _check_like(name: str, new: Tensor, old: Tensor | None) -> None:
-    if old is None or is_lazy(old) or (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device):
+    if old is None or isinstance(old, UninitializedTensorMixin):
+        return
+    if (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device):
         return
     for what in ("shape", "dtype", "device"):
         if getattr(new, what) != getattr(old, what):
             raise ValueError(f"'{name}' has {what} {getattr(old, what)}; it cannot take {what} {getattr(new, what)}")
 
 
-def _put(places: list[tuple[nn.Module, str]], tensor: Tensor) -> None:
-    for module, name in places:
-        if not isinstance(module, MetaModule):
-            _convert({module: _twin(type(module))})
-        module._buffers[name] = tensor
+def _put(updates: list[tuple[list[tuple[nn.Module, str]], Tensor]], given: bool = False) -> None:
+    """Put each tensor in its places, all of them or none; `given`: the tensors are the user's own."""
+    owners = {module for places, _ in updates for module, _ in places}
+    _convert(_twins((type(module).__name__, module) for module in owners if not isinstance(module, MetaModule)))
+    for places, tensor in updates:
+        for module, name in places:
+            _remember(module, name, tensor, given)
+            module._buffers[name] = tensor
+
+
+# ---- what stood there before: for optimizers, loading and recomputation ---------------------------------------------
+
+_history: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()  # by name: see _remember
+_removed: weakref.WeakKeyDictionary[nn.Module, TensorWeakRef] = weakref.WeakKeyDictionary()  # parameters last deleted
+_under_load = contextvars.ContextVar("_under_load", default=False)
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # newer than the oldest torch accepted
+
+
+def _remember(module: nn.Module, name: str, new: Tensor, given: bool = True) -> None:
+    """Note when `new` came and which leaves before it an optimizer may step; a leaf the user gives begins anew."""
+    if torch.compiler.is_compiling():
+        return
+    leaves = [] if given and new.is_leaf else [*_earlier_leaves(module, name), module._buffers.get(name)]
+    distinct = {id(leaf): leaf for leaf in leaves if leaf is not None and leaf.is_leaf and leaf.requires_grad}
+    past = (TensorWeakRef(new), torch._C._autograd._get_sequence_nr(), [TensorWeakRef(t) for t in distinct.values()])
+    _history.setdefault(module, {})[name] = past
+
+
+def _earlier_leaves(module: nn.Module, name: str) -> list[Tensor]:
+    references = _history.get(module, {}).get(name, (None, 0, ()))[2]
+    return [leaf for leaf in (reference() for reference in references) if leaf is not None]
+
+
+def _was_removed(module: nn.Module, tensor: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and module in _removed and _removed[module]() is tensor
+
+
+def _check_recomputation(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Activation checkpointing calls the module again inside a backward pass: with the parameters of the first time?"""
+    current, since, _ = _history.get(module, {}).get(name, (None, 0, ()))
+    node = torch._C._current_autograd_node()
+    recomputes = node is not None and node._sequence_nr() < since and torch.is_grad_enabled()
+    if recomputes and current() is tensor:  # not where functional_call has put another in its place
+        raise RuntimeError(
+            f"'{name}' was replaced since the forward that a backward pass computes again (activation checkpointing); "
+            "pass the parameters as arguments: checkpoint(lambda p, x: torch.func.functional_call(net, p, (x,)), "
+            "dict(net.named_params()), x, use_reentrant=False)"
+        )
+
+
+def _check_export(module: nn.Module) -> None:
+    if _is_exporting():
+        raise RuntimeError(
+            f"torch.export does not take {type(module).__name__}: export a plain module that loads its state_dict()"
+        )
+
+
+@contextlib.contextmanager
+def _loading(modules: list[nn.Module]):
+    """Copies stand in for all tensors while a state is loaded; then what was loaded moves in, after an error nothing."""
+    found = {}  # each tensor with its places
+    for module in modules:
+        for held in (module._buffers, vars(module)["_parameters"]):
+            for name, tensor in held.items():
+                if tensor is not None and not isinstance(tensor, UninitializedTensorMixin):
+                    found.setdefault(tensor, []).append((module, held, name, name in module._parameters))
+    carrying = not all(tensor.is_leaf for tensor in found)
+    stand_ins = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for tensor, places in found.items():
+            copied = tensor.detach().clone()
+            if any(is_parameter for *_, is_parameter in places):
+                copied = nn.Parameter(copied, tensor.requires_grad)
+            stand_ins[tensor] = (copied, copied._version)
+            for _, held, name, _ in places:
+                held[name] = copied
+    outer = _under_load.set(True)
+    try:
+        yield
+    except BaseException:
+        for tensor, places in found.items():
+            for _, held, name, _ in places:
+                held[name] = tensor
+        raise
+    finally:
+        _under_load.reset(outer)
+    stale = []
+    for tensor, places in found.items():
+        copied, version = stand_ins[tensor]
+        places = [place for place in places if place[1].get(place[2]) is copied]  # others have been assigned anew
+        for _, held, name, _ in places:
+            held[name] = tensor
+        unchanged = _same(tensor, copied)
+        if not places or (unchanged and copied._version == version):
+            continue
+        module, _, name, is_parameter = places[0]
+        earlier = [leaf for leaf in _earlier_leaves(module, name) if leaf is not tensor] if is_parameter else []
+        value = tensor
+        if not tensor.is_leaf or (carrying and not is_parameter and not unchanged):  # the older graph may need it
+            value = next((leaf for leaf in reversed(earlier) if _same(leaf, copied)), copied)
+        elif not unchanged:
+            with torch.no_grad():
+                tensor.copy_(copied)
+        back = any(value is leaf for leaf in earlier)
+        if earlier and not back:
+            stale.append(name)
+        for module, held, name, is_parameter in places:
+            if is_parameter and value is not tensor:
+                _remember(module, name, value, given=back)
+            held[name] = value
+    if stale:
+        warnings.warn(
+            f"{', '.join(stale)} were loaded into leaves that an optimizer made before the updates does not step; make "
+            "it anew, or put the earlier leaves back first: net.set_params(start)",
+            stacklevel=4,
+        )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether the two have the same values, NaN included; of what has no values here, such as on the meta device, True."""
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    if one.is_meta or one.layout != torch.strided or torch.equal(one, other):
+        return True
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _step_size(lr_inner: float | Tensor) -> float | Tensor:
     if isinstance(lr_inner, Tensor):
         if lr_inner.numel() != 1:
             raise ValueError(f"lr_inner has shape {tuple(lr_inner.shape)}; a number or one element is accepted")
+        if lr_inner.is_complex() or lr_inner.dtype == torch.bool:
+            raise TypeError(f"lr_inner has dtype {lr_inner.dtype}; a real number is accepted")
         return lr_inner.reshape(())
     if not isinstance(lr_inner, numbers.Real) or isinstance(lr_inner, bool):
         raise TypeError(f"lr_inner is {lr_inner!r}; a number or a tensor of one element is accepted")
@@ -468,6 +739,8 @@ def _step_size(lr_inner: float | Tensor) -> float | Tensor:
 def _gradients(source, params: dict[str, Tensor]) -> dict[str, Tensor]:
     """The gradients by name of the parameters to update, each checked against its parameter."""
     trainable = {name: tensor for name, tensor in params.items() if tensor.requires_grad}
+    if params and not trainable:
+        raise ValueError("no parameter requires grad, so none would be updated; call requires_grad_() on the module")
     if source is None:
         # .grad of a tensor that is not a leaf warns when it is read
         grads = {name: p.grad if p.is_leaf or p.retains_grad else None for name, p in trainable.items()}
@@ -528,21 +801,33 @@ def to_meta(module: nn.Module, inplace: bool = False) -> MetaModule:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is {type(module).__name__}; an nn.Module is accepted")
+    _check_convertible(module.named_modules())
+    if not inplace:
+        module = copy.deepcopy(module)
+    plain = [(name, part) for name, part in module.named_modules() if not isinstance(part, MetaModule)]
+    _convert(_twins((n, p) for n, p in plain if p is module or p._parameters or p._modules or _trainable_buffers(p)))
+    return module
+
+
+def _check_convertible(parts: Iterable[tuple[str, nn.Module]]) -> None:
     wrappers = (torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
-    for name, part in module.named_modules():
+    for name, part in parts:
         if isinstance(part, wrappers) or "_orig_mod" in part._modules:  # the last: torch.compile's OptimizedModule
             raise TypeError(f"'{name}' is a {type(part).__name__}; convert the module before it is wrapped or compiled")
         hidden = [n for n in _FACE if n in {*part._modules, *part._parameters, *part._buffers}]
         if hidden and not isinstance(part, nn.ModuleDict):  # whose entries are reached by key
             raise TypeError(f"'{name}' holds {hidden}, which the methods of MetaModule would hide; rename them")
-    if not inplace:
-        module = copy.deepcopy(module)
-    twins = {}
-    for part in module.modules():
-        if not isinstance(part, MetaModule) and (part is module or part._parameters or part._modules):
-            twins[part] = _twin(type(part))
-    _convert(twins)
-    return module
+
+
+def _twins(parts: Iterable[tuple[str, nn.Module]]) -> dict[nn.Module, type]:
+    """The class each part is to get; whatever cannot be converted is refused here, before anything has changed."""
+    parts = list(parts)
+    _check_convertible(parts)
+    return {part: _twin(type(part)) for _, part in parts}
+
+
+def _trainable_buffers(module: nn.Module) -> list[str]:
+    return [n for n, b in module._buffers.items() if b is not None and b.requires_grad]
 
 
 def _convert(twins: dict[nn.Module, type]) -> None:
@@ -550,12 +835,13 @@ def _convert(twins: dict[nn.Module, type]) -> None:
         parameters = vars(module)["_parameters"]
         module.__class__ = twin
         vars(module).pop("_flat_weights", None)  # of recurrent layers; see _Recurrent
-        vars(module).update(_parameters={}, _meta_names=dict.fromkeys(parameters))
+        vars(module).update(_parameters={}, _meta_names=dict.fromkeys([*parameters, *_trainable_buffers(module)]))
         module._buffers.update(parameters)
+        _show_as_layer_of_torch(module)
 
 
 _made_twins: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
-_FACE = ("named_params", "set_param", "update_params", "detach_params", "copy")
+_FACE = ("named_params", "named_leaves", "set_param", "set_params", "update_params", "detach_params", "copy")
 
 
 def _twin(plain: type) -> type:
@@ -568,12 +854,26 @@ def _twin(plain: type) -> type:
         body.update(__module__=__name__, __doc__=plain.__doc__, _twin_of=plain)
         kinds = {nn.RNNBase: _Recurrent, nn.modules.lazy.LazyModuleMixin: _Lazy}
         base = next((kind for layer, kind in kinds.items() if issubclass(plain, layer)), MetaModule)
-        try:
-            twin = types.new_class(f"Meta{plain.__name__}", (base, plain), exec_body=lambda space: space.update(body))
-        except TypeError as error:
-            raise TypeError(f"no meta class can be made of {plain.__qualname__}: {error}") from error
+        # an ABC, a Generic or a slotted class before nn.Module: instances can only take a class that begins with it
+        for bases in ((base, plain), (plain, base)):
+            try:
+                twin = types.new_class(f"Meta{plain.__name__}", bases, exec_body=lambda space: space.update(body))
+                object.__new__(plain).__class__ = twin
+                break
+            except TypeError as error:
+                reason = error
+        else:
+            raise TypeError(f"no meta class can be made of {plain.__qualname__}: {reason}") from reason
         _made_twins[plain] = twin
     return twin
+
+
+def _show_as_layer_of_torch(module: MetaModule) -> None:
+    """torch.fx keeps whole the layers whose __module__, read off the instance, is one of torch.nn."""
+    kind = type(module)
+    plain = vars(kind).get("_twin_of") or (kind.__bases__[-1] if globals().get(kind.__name__) is kind else kind)
+    if plain.__module__.startswith("torch.nn.") and plain is not nn.Module:
+        vars(module)["__module__"] = plain.__module__
 
 
 def _new_twin(plain: type) -> MetaModule:
@@ -649,7 +949,6 @@ class MetaConvTranspose3d(MetaModule, nn.ConvTranspose3d): ...
 class MetaBatchNorm1d(MetaModule, nn.BatchNorm1d): ...
 class MetaBatchNorm2d(MetaModule, nn.BatchNorm2d): ...
 class MetaBatchNorm3d(MetaModule, nn.BatchNorm3d): ...
-class MetaSyncBatchNorm(MetaModule, nn.SyncBatchNorm): ...
 class MetaInstanceNorm1d(MetaModule, nn.InstanceNorm1d): ...
 class MetaInstanceNorm2d(MetaModule, nn.InstanceNorm2d): ...
 class MetaInstanceNorm3d(MetaModule, nn.InstanceNorm3d): ...
@@ -693,6 +992,28 @@ if hasattr(nn, "LinearCrossEntropyLoss"):  # newer than the oldest torch accepte
     class MetaLinearCrossEntropyLoss(_Composite, nn.LinearCrossEntropyLoss): ...
     __all__ += ["MetaLinearCrossEntropyLoss"]
 # fmt: on
+
+
+class MetaSyncBatchNorm(MetaModule, nn.SyncBatchNorm):
+    """`nn.SyncBatchNorm` whose parameters may carry a graph."""
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group=None) -> MetaModule:
+        """As in torch, after updates, too, where `nn.SyncBatchNorm`'s own raises since it takes leaves alone."""
+        module = to_meta(module, inplace=True)
+        params = dict(module.named_parameters(remove_duplicate=False))
+        module.detach_params()
+        converted = to_meta(nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group), inplace=True)
+        for part in (module, converted):
+            MetaModule.set_params(part, params)
+        return converted
+
+
+class _Parametrizations(MetaModuleDict):
+    """What torch.nn.utils.parametrize puts on a meta layer: meta, too."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, to_meta(module, inplace=True))
 
 
 class MetaParameterList(MetaModule, nn.ParameterList):
