@@ -1,0 +1,208 @@
+"""Races on small tasks of many kinds: a learned optimizer, Adam, AdamW, NAG and Muon, each at the best of five rates.
+
+    python benchmarks/tasks.py --net general                                  # a name in pretrained/
+    python benchmarks/tasks.py --net weights.pt --table tasks.md --figure tasks.png
+    python benchmarks/tasks.py --net start --tasks gru resnet --seeds 2       # normalized Adam, before any meta-training
+
+`--net` is "start", weights of an `MLPOptimizer()` ({"averaged": flat} or {"weights": flat} in a file of `torch.save`), or what
+`load_optimizer` reads. All optimizers have the same initial weights and minibatches; all but "Adam, constant" anneal their rate by a
+cosine. Each tries as many rates, √10 apart around its own centre, on another seed; an e marks a best rate at the end of those
+tried. "Speed against X": how many times more steps X needs to end as low; ≥ and ≤ mark bounds (`gradbuffer.racing.speed_against`).
+"""
+
+import argparse
+import math
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gradbuffer.racing import SPANS, Contestant, race, smoothed, speed_against, summary  # noqa: E402
+from gradbuffer.tasks import GENERALIZATION, TASKS  # noqa: E402
+
+ALL = TASKS | GENERALIZATION
+BASELINES = ("AdamW, cosine", "Adam, constant")  # speeds are taken against these, and against the own start
+
+
+def hand_designed():
+    """dict from name to `Contestant`."""
+    def adam(kind):
+        return lambda params, lr: kind(params, lr=lr, fused=True)
+
+    contestants = {
+        "Adam, constant": Contestant(adam(torch.optim.Adam), 0.003, "constant"),
+        "Adam, cosine": Contestant(adam(torch.optim.Adam), 0.003),
+        "AdamW, cosine": Contestant(adam(torch.optim.AdamW), 0.003),
+        "NAG, cosine": Contestant(lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True), 0.05)}
+    if hasattr(torch.optim, "Muon"):
+        contestants["Muon, cosine"] = Contestant(muon, 0.003)
+    return contestants
+
+
+def muon(params, lr):
+    """Muon for matrices, its steps as large as AdamW's; AdamW for the rest."""
+    matrices, others = ([p for p in params if (p.dim() == 2) == wanted] for wanted in (True, False))
+    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")] if matrices else []
+    return optimizers + ([torch.optim.AdamW(others, lr=lr, fused=True)] if others else [])
+
+
+def learned(net):
+    """dict from name to `Contestant`: the learned optimizer and, where there is one, its start."""
+    from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
+    from gradbuffer.nets.tensorwise import TensorwiseSteps
+
+    def contestant(network):
+        return Contestant(lambda params, lr: TensorwiseSteps(params, network, lr), 0.003)
+
+    start = start_as_normalized_adam(MLPOptimizer())
+    if net == "start":
+        return {"start": contestant(start)}
+    weights = weights_in(net)
+    if weights is not None:
+        trained = MLPOptimizer()
+        count = sum(p.numel() for p in trained.parameters())
+        if weights.shape != (count,):
+            raise ValueError(f"--net must hold ({count},) weights of an MLPOptimizer(), got {tuple(weights.shape)} in {net}")
+        torch.nn.utils.vector_to_parameters(weights.detach(), trained.parameters())
+        return {"learned": contestant(trained), "start": contestant(start)}
+    from optimizers import LearnedOptimizer, load_optimizer
+
+    network = load_optimizer(net)
+    if isinstance(network, MLPOptimizer):
+        return {"learned": contestant(network), "start": contestant(start)}
+    return {"learned": Contestant(lambda params, lr: LearnedOptimizer(params, network, lr=lr), 1.0)}
+
+
+def weights_in(net):
+    """Flat weights in a file of `torch.save`; None if it is none."""
+    if Path(net).suffix not in (".pt", ".pth", ".state"):
+        return None
+    content = torch.load(net, weights_only=True, map_location="cpu")
+    found = [content[name] for name in ("averaged", "weights") if name in content]
+    if not found:
+        raise ValueError(f'--net must hold "averaged" or "weights", got {sorted(content)} in {net}')
+    return found[0]
+
+
+def run_task(name, options):
+    """One task: its races by contestant, and speeds, a dict from (contestant, other) to a number."""
+    torch.set_num_threads(1)
+    contestants = learned(options.net) | hand_designed()
+    if options.contestants:
+        contestants = {key: contestants[key] for key in contestants if key in ("learned", "start", *options.contestants)}
+    seeds = range(options.seeds)
+    races = race({name: ALL[name]}, contestants, options.rates, options.steps, seeds,
+                 progress=lambda line: print(line, file=sys.stderr, flush=True))[name]
+    speeds, longer = {}, {}
+    for ours in contestants:
+        for other in (*BASELINES, "start"):
+            if ours in ("learned", "start") and other in races and other != ours:
+                speeds[ours, other] = speed_against(ALL[name], races[ours], contestants[other], races[other], seeds,
+                                                    longer.setdefault(other, {}))
+    return races, speeds
+
+
+def run_all(names, options):
+    """`run_task` of each, in this order, as they are done."""
+    if options.processes == 1:
+        yield from (run_task(name, options) for name in names)
+        return
+    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+        yield from pool.map(run_task, names, [options] * len(names))
+
+
+def bounded(value):
+    """A speed, marked where it is a bound."""
+    mark = "≥ " if value >= SPANS[-1] * 0.999 else "≤ " if value <= SPANS[0] * 1.01 else ""
+    return f"{mark}{value:.2f}"
+
+
+def report(results, options):
+    """The tables, in Markdown."""
+    names = list(next(iter(results.values()))[0])
+    pairs = list(next(iter(results.values()))[1])
+    best = {name: min(races, key=lambda key: races[key].mean) for name, (races, _) in results.items()}
+
+    def cell(name, contestant):
+        one = results[name][0][contestant]
+        text = f"{one.mean:.4g} ± {one.error:.1g} at {one.rate:.1g}{'e' * one.at_edge}"
+        failed = f", {one.failures} failed" if one.failures else ""
+        return (f"**{text}**" if best[name] == contestant else text) + failed
+
+    lines = [f"{options.steps} steps, {options.seeds} seeds, the best of {options.rates} rates. Final losses, their standard errors, "
+             "and rates.", "", "| task | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]
+    lines += [f"| {name} | " + " | ".join(cell(name, key) for key in names) + " |" for name in results]
+    lines += ["", "Speeds.", "", "| task | " + " | ".join(f"{ours} against {other}" for ours, other in pairs) + " |",
+              "| --- " * (1 + len(pairs)) + "|"]
+    lines += [f"| {name} | " + " | ".join(bounded(speeds[pair]) for pair in pairs) + " |" for name, (_, speeds) in results.items()]
+    sums = {pair: summary([speeds[pair] for _, speeds in results.values()]) for pair in pairs}
+    lines += [f"| *{row}* | " + " | ".join(f"{sums[pair][row]:.2f}" for pair in pairs) + " |" for row in next(iter(sums.values()), ())]
+    below = {(a, b): sum(races[a].mean < races[b].mean for races, _ in results.values()) / len(results) for a, b in pairs}
+    if pairs:
+        lines += ["| *share of tasks with a lower loss* | " + " | ".join(f"{below[pair]:.2f}" for pair in pairs) + " |"]
+    lines += ["", "Failures (a loss that is not finite, or above that at the start), of " +
+              f"{len(results) * options.seeds} trainings: " +
+              ", ".join(f"{name} {sum(races[name].failures for races, _ in results.values())}" for name in names) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def draw(results, path):
+    """Smoothed curves, a panel for each task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = min(4, len(results))
+    rows = math.ceil(len(results) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.8 * rows), squeeze=False)
+    for ax in axes.flat[len(results):]:
+        ax.axis("off")
+    for ax, (name, (races, _)) in zip(axes.flat, results.items()):
+        for contestant, one in races.items():
+            ours = contestant == "learned"
+            ax.plot(smoothed(one.curves).mean(0), label=contestant, linewidth=2.2 if ours else 1.1,
+                    color="black" if ours else "tab:red" if contestant == "start" else None)
+        ax.set(title=name, yscale="log")
+        ax.title.set_fontsize(9)
+        ax.tick_params(labelsize=7, which="both")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower center", ncols=len(next(iter(results.values()))[0]), fontsize=8)
+    figure.supxlabel("step; losses are means over the last tenth of all steps, and over seeds", fontsize=8, y=0.5 / (2.8 * rows))
+    figure.tight_layout(rect=(0, 0.8 / (2.8 * rows), 1, 1))
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", default="general", help='"start", a file, or a name in pretrained/ (default general)')
+    parser.add_argument("--steps", type=int, default=500, help="of every training (default 500)")
+    parser.add_argument("--seeds", type=int, default=5, help="(default 5)")
+    parser.add_argument("--rates", type=int, default=5, help="that each optimizer tries (default 5)")
+    parser.add_argument("--tasks", nargs="+", choices=list(ALL), metavar="TASK", help=f"of {', '.join(ALL)}")
+    parser.add_argument("--generalization", action="store_true", help="the perceptron, wider, deeper and with larger batches, instead")
+    parser.add_argument("--contestants", nargs="+", choices=list(hand_designed()), metavar="NAME",
+                        help=f"hand-designed optimizers, of {', '.join(hand_designed())} (default all)")
+    parser.add_argument("--processes", type=int, default=1, help="each with tasks of its own, on one thread (default 1)")
+    parser.add_argument("--table", type=Path, help="file for the tables, in Markdown")
+    parser.add_argument("--figure", type=Path, help="file for the loss curves")
+    options = parser.parse_args()
+    if options.tasks and options.generalization:
+        parser.error("--generalization chooses the tasks: it cannot stand beside --tasks")
+    learned(options.net)  # what is wrong with it is said before anything runs
+    names = options.tasks or list(GENERALIZATION if options.generalization else TASKS)
+    results = {}
+    for name, found in zip(names, run_all(names, options)):
+        results[name] = found
+        if options.table:  # after each task: a race of an hour should not be lost
+            options.table.write_text(report(results, options), encoding="utf-8")
+    if options.figure:
+        draw(results, options.figure)
+    print(report(results, options))
+
+
+if __name__ == "__main__":
+    main()
