@@ -27,6 +27,10 @@ from gradbuffer.tasks import GENERALIZATION, TASKS  # noqa: E402
 ALL = TASKS | GENERALIZATION
 BASELINES = ("AdamW, cosine", "Adam, constant")  # speeds are taken against these, and against the own start
 
+STYLES = {"learned": {"color": "black", "linewidth": 2.4}, "start": {"color": "tab:red", "linewidth": 1.6},
+          "Adam, constant": {"color": "tab:orange", "linestyle": ":"}, "Adam, cosine": {"color": "tab:orange"},
+          "AdamW, cosine": {"color": "tab:green"}, "NAG, cosine": {"color": "tab:blue"}, "Muon, cosine": {"color": "tab:purple"}}
+
 
 def hand_designed():
     """dict from name to `Contestant`."""
@@ -159,20 +163,17 @@ def draw(results, path):
 
     columns = min(4, len(results))
     rows = math.ceil(len(results) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.8 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(max(3.4 * columns, 8), 2.6 * rows + 0.8), squeeze=False, layout="constrained")
     for ax in axes.flat[len(results):]:
         ax.axis("off")
     for ax, (name, (races, _)) in zip(axes.flat, results.items()):
         for contestant, one in races.items():
-            ours = contestant == "learned"
-            ax.plot(smoothed(one.curves).mean(0), label=contestant, linewidth=2.2 if ours else 1.1,
-                    color="black" if ours else "tab:red" if contestant == "start" else None)
-        ax.set(title=name, yscale="log")
-        ax.title.set_fontsize(9)
+            ax.plot(smoothed(one.curves).mean(0), label=contestant, **STYLES[contestant])
+        ax.set(yscale="log")
+        ax.set_title(name, fontsize=9)
         ax.tick_params(labelsize=7, which="both")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower center", ncols=len(next(iter(results.values()))[0]), fontsize=8)
-    figure.supxlabel("step; losses are means over the last tenth of all steps, and over seeds", fontsize=8, y=0.5 / (2.8 * rows))
-    figure.tight_layout(rect=(0, 0.8 / (2.8 * rows), 1, 1))
+    figure.supxlabel("step; losses are means over a tenth of all steps, and over seeds", fontsize=8)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=130)
 
 

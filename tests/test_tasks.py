@@ -1,0 +1,366 @@
+"""Tasks draw, train and repeat themselves; races and speeds on made-up optimizers whose answers are known."""
+
+import copy
+import importlib.util
+import math
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_cifar10, write_mnist
+from torch import nn
+
+from gradbuffer import racing, tasks
+from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
+from gradbuffer.nets.tensorwise import TensorwiseSteps
+from gradbuffer.racing import Contestant, Race, final, race, smoothed, speed, speed_against, summary, train
+from gradbuffer.tasks import GENERALIZATION, TASKS, Task
+
+ALL = TASKS | GENERALIZATION
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_mnist(root)
+    return write_cifar10(root, side=32)
+
+
+@pytest.fixture
+def data(written, monkeypatch):
+    monkeypatch.setenv("L2O_DATA", str(written))
+
+
+def adamw(params):
+    return torch.optim.AdamW(params, lr=0.003)
+
+
+# Tasks ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_tasks_train_and_repeat_themselves(data, name):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, second, other = (train(ALL[name], adamw, 2, seed) for seed in (0, 0, 1))
+    assert first.isfinite().all() and torch.equal(first, second) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_all_parameters_have_gradients(data, name):
+    model = ALL[name].make_model()
+    ALL[name].loss(model, ALL[name].draw(torch.Generator().manual_seed(0))).backward()
+    assert [key for key, param in model.named_parameters() if param.grad is None or not param.grad.any()] == []
+
+
+def test_there_are_at_least_twelve_tasks_of_many_kinds():
+    assert len(TASKS) >= 12 and len({task.kind for task in TASKS.values()}) >= 10
+
+
+def test_images_of_another_size_are_resized(tiny_mnist, monkeypatch):
+    monkeypatch.setenv("L2O_DATA", str(tiny_mnist))
+    images, labels = tasks.mnist(4, 28)(torch.Generator().manual_seed(0))
+    assert images.shape == (4, 1, 28, 28) and labels.shape == (4,)
+    image = torch.rand(1, 1, 8, 8)
+    assert torch.allclose(tasks.resized(image, 4), nn.functional.avg_pool2d(image, 2))
+    assert tasks.resized(image, 8) is image
+
+
+def test_sequences_have_the_answers_they_say():
+    generator = torch.Generator().manual_seed(0)
+    symbols, sums = tasks.delayed_sums(generator)
+    assert torch.equal(sums[:, 0], symbols[:, 0]) and torch.equal(sums[:, 1:], (symbols[:, 1:] + symbols[:, :-1]) % 8)
+    symbols, sums = tasks.mirrored_sums(generator)
+    assert torch.equal(sums[:, 3], (symbols[:, 3] + symbols[:, 12]) % 16)
+    stretch, following = tasks.characters(generator)
+    assert torch.equal(stretch[:, 1:], following[:, :-1])
+
+
+def test_the_language_model_sees_no_later_characters():
+    model, (stretch, _) = TASKS["characters"].make_model(), tasks.characters(torch.Generator().manual_seed(0))
+    changed = stretch.clone()
+    changed[:, 20:] = 0
+    a, b = model(stretch), model(changed)
+    assert torch.allclose(a[:, :20], b[:, :20], atol=1e-5) and not torch.allclose(a[:, 20:], b[:, 20:], atol=1e-3)
+
+
+def test_the_evidence_bound_is_that_of_torchs_distributions():
+    model = tasks.VariationalAutoencoder(pixels=9, code=2)
+    images, noise = torch.rand(5, 1, 3, 3).round(), torch.randn(5, 2)
+    logits, mean, log_variance = model(images, noise)
+    normal = torch.distributions.Normal
+    divergence = torch.distributions.kl_divergence(normal(mean, (log_variance / 2).exp()), normal(0.0, 1.0)).sum(1)
+    fit = torch.distributions.Bernoulli(logits=logits).log_prob(images.flatten(1)).sum(1)
+    assert torch.allclose(tasks.evidence_bound(model, (images, noise)), (divergence - fit).mean() / 9, rtol=1e-5)
+
+
+def test_the_regression_is_as_ill_conditioned_as_it_says():
+    mixing, weights = tasks.regression_problem()
+    assert torch.linalg.cond(mixing.double().T @ mixing.double()).item() == pytest.approx(1e4, rel=0.01)
+    inputs, targets = tasks.ill_conditioned(torch.Generator().manual_seed(0))
+    assert (inputs @ weights - targets).square().mean().item() == pytest.approx(0.01, rel=0.5)
+
+
+# Races ----------------------------------------------------------------------------------------------------------------
+
+
+class Slope(nn.Module):
+    """Its loss is its only weight, so that SGD goes down by the rate in every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1000.0))
+
+
+SLOPE = Task(Slope, lambda generator: None, lambda model, _: model.weight, "made up", "")
+BOWL = Task(Slope, lambda generator: None, lambda model, _: model.weight.square(), "made up", "")
+# The loss is finite, its gradient is not.
+CUSP = Task(Slope, lambda generator: None, lambda model, _: (model.weight - model.weight.detach()).sqrt(), "made up", "")
+
+
+def sgd(centre, schedule="constant", **options):
+    return Contestant(lambda params, lr: torch.optim.SGD(params, lr=lr, **options), centre, schedule)
+
+
+def raced(contestant, task=SLOPE, steps=100):
+    return race({"": task}, {"": contestant}, rates=1, steps=steps, seeds=[0, 1])[""][""]
+
+
+def test_schedules():
+    constant, cosine = (train(SLOPE, lambda params: torch.optim.SGD(params, lr=1.0), 100, 0, s) for s in ("constant", "cosine"))
+    assert torch.equal(constant, 1000.0 - torch.arange(100.0))
+    factors = 0.5 * (1 + torch.cos(math.pi * torch.arange(100) / 100))
+    assert torch.allclose(cosine[1:], 1000.0 - factors.cumsum(0)[:-1])
+    with pytest.raises(ValueError, match="schedule must be one of .*, got 'linear'"):
+        train(SLOPE, adamw, 1, 0, "linear")
+
+
+def test_several_optimizers_share_the_parameters():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.tensor(0.0)), nn.Parameter(torch.tensor(0.0))
+
+    task = Task(Two, lambda generator: None, lambda model, _: model.a + model.b, "made up", "")
+    losses = train(task, lambda params: [torch.optim.SGD(params[:1], lr=1.0), torch.optim.SGD(params[1:], lr=10.0)], 3, 0, "constant")
+    assert losses.tolist() == [0.0, -11.0, -22.0]
+
+
+def test_divergence_is_a_result():
+    losses = train(BOWL, lambda params: torch.optim.SGD(params, lr=10.0), 100, 0, "constant")
+    assert losses[0] == 1e6 and losses[-1] == math.inf and not losses.isnan().any()
+
+
+def test_an_optimizer_that_refuses_a_gradient_has_diverged():
+    from optimizers import LearnedOptimizer, load_optimizer
+
+    net = load_optimizer("general")
+    assert train(CUSP, lambda params: LearnedOptimizer(params, net), 3, 0).tolist() == [0.0, math.inf, math.inf]
+
+
+def test_rates_are_a_grid_around_the_centre():
+    assert sgd(0.1).rates(5) == pytest.approx([0.01, 0.0316, 0.1, 0.316, 1.0], rel=1e-2)
+    with pytest.raises(ValueError, match="centre must be a positive number, got 0"):
+        sgd(0)
+
+
+def test_the_best_rate_is_raced():
+    result = race({"bowl": BOWL}, {"sgd": sgd(0.5 / math.sqrt(10))}, rates=5, steps=20, seeds=[0, 1, 2])["bowl"]["sgd"]
+    assert result.rate == pytest.approx(0.5) and not result.at_edge  # one step from the bottom
+    assert result.curves.shape == (3, 20) and result.mean == 0 and result.error == 0 and result.failures == 0
+    assert math.isinf(result.tried[max(result.tried)]) or result.tried[max(result.tried)] > 1e6
+    edge = race({"bowl": BOWL}, {"sgd": sgd(0.001)}, rates=3, steps=20, seeds=[0])["bowl"]["sgd"]
+    assert edge.at_edge and edge.rate == max(edge.tried) and math.isnan(edge.error)
+    with pytest.raises(ValueError, match="others than tuning_seed, got"):
+        race({"bowl": BOWL}, {"sgd": sgd(0.1)}, seeds=[1000])
+
+
+def test_failures_are_counted():
+    curves = torch.tensor([[2.0] * 9 + [1.0], [2.0] * 9 + [3.0], [2.0] * 9 + [math.inf], [2.0] * 10])
+    assert Race(0.1, {0.1: 1.0}, curves).failures == 2
+
+
+def test_final_and_smoothed():
+    curve = torch.arange(20.0)
+    assert final(curve) == 18.5 and final(curve[:3]) == 2
+    assert smoothed(curve)[[0, 1, 19]].tolist() == [0, 0.5, 18.5]
+    assert smoothed(curve, 4)[10] == 8.5
+
+
+def test_speed_between_runs():
+    ends = {100: 1.0, 200: 0.75, 400: 0.25}
+    assert speed(0.5, ends, 100) == pytest.approx(2 * math.sqrt(2))
+    assert speed(0.75, ends, 100) == 2 and speed(0.75, ends, 400) == 0.5
+    assert speed(0.1, ends, 100) == 4  # at least
+    assert speed(2.0, ends, 200) == 0.5  # at most
+    assert speed(math.nan, ends, 100) == 1
+    assert speed(0.5, {100: math.inf, 200: math.nan, 400: 0.25}, 100) == 4
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("ratio", [0.4, 1.0, 2.0, 4.0])
+def test_twice_the_slope_is_twice_the_speed(schedule, ratio):
+    ours, other = sgd(ratio, schedule), sgd(1.0, schedule)
+    assert speed_against(SLOPE, raced(ours), other, raced(other), [0, 1]) == pytest.approx(ratio, rel=0.04)  # between two runs it is a guess
+
+
+def test_speeds_have_bounds():
+    slow, fast = sgd(0.001), sgd(1.0)
+    assert speed_against(SLOPE, raced(fast), slow, raced(slow), [0, 1]) == racing.SPANS[-1]
+    assert speed_against(SLOPE, raced(slow), fast, raced(fast), [0, 1]) == pytest.approx(racing.SPANS[0], rel=0.01)
+    failing = raced(sgd(1.0, maximize=True))
+    assert failing.failures == 2
+    assert speed_against(SLOPE, failing, slow, raced(slow), [0, 1]) == pytest.approx(racing.SPANS[0], rel=0.01)
+
+
+def test_runs_of_the_other_are_kept():
+    ours, other, longer = sgd(1.9, "cosine"), sgd(1.0, "cosine"), {}
+    first = speed_against(SLOPE, raced(ours), other, raced(other), [0, 1], longer)
+    assert sorted(longer) == [100, 150, 200]
+    never = Contestant(None, 1.0)  # trains nothing any more
+    assert speed_against(SLOPE, raced(ours), never, raced(other), [0, 1], longer) == first
+
+
+def test_summary_of_speeds():
+    found = summary([4.0, 0.5, 1.0, 2.0, 8.0])
+    assert found["geometric mean"] == pytest.approx(2.0) and found["worst"] == 0.5
+    assert found["interquartile mean"] == pytest.approx(7 / 3) and found["share above 1"] == 0.6
+    with pytest.raises(ValueError, match="speeds must hold at least one"):
+        summary([])
+
+
+# The learned contestant -----------------------------------------------------------------------------------------------
+
+
+def nets():
+    return [MLPOptimizer(), start_as_normalized_adam(MLPOptimizer(vectors="adamw", weight_decay=0.1))]
+
+
+def model_and_data():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    return model, torch.randn(7, 2, 4, 4).double()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_steps_are_those_of_the_network(number):
+    net, (model, inputs) = nets()[number].double(), model_and_data()
+    optimizer, twin = TensorwiseSteps(model.parameters(), net, lr=0.01), copy.deepcopy(model)
+    state = net.init_state({name: param.detach()[None] for name, param in twin.named_parameters()})
+    for _ in range(4):
+        for one in (model, twin):
+            one.zero_grad()
+            one(inputs).square().mean().backward()
+        optimizer.step()
+        params = {name: param.detach()[None] for name, param in twin.named_parameters()}
+        updates, state = net({name: param.grad[None] for name, param in twin.named_parameters()}, state, params=params, lr=0.01)
+        for name, param in twin.named_parameters():
+            param.data.add_(updates[name][0].detach())
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_groups_closures_and_frozen_parameters():
+    net, (model, inputs) = nets()[0], model_and_data()
+    conv, first, last = model[0], model[2], model[4]
+    optimizer = TensorwiseSteps([{"params": conv.parameters(), "lr": 0.0}, {"params": first.parameters(), "lr": 0.02},
+                                 {"params": last.parameters()}], net, lr=0.01)
+    first.bias.requires_grad_(False)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).requires_grad
+    moved = {name: (param - before[name]).square().mean().sqrt().item() for name, param in model.named_parameters()}
+    assert moved["0.weight"] == moved["0.bias"] == moved["2.bias"] == 0
+    assert moved["2.weight"] == pytest.approx(0.02, rel=1e-3) and moved["4.weight"] == pytest.approx(0.01, rel=1e-3)
+    assert first.bias not in optimizer.state and optimizer.step() is None
+
+
+@pytest.mark.parametrize("again", ["state dict", "deepcopy", "pickle"])
+def test_training_goes_on_from_a_saved_state(again, tmp_path):
+    net, (model, inputs) = nets()[1], model_and_data()
+
+    def advance(model, optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+
+    optimizer = TensorwiseSteps(model.parameters(), net, lr=0.01)
+    advance(model, optimizer)
+    if again == "state dict":
+        torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "saved")
+        weights, state = torch.load(tmp_path / "saved", weights_only=True)
+        other = model_and_data()[0]
+        other.load_state_dict(weights)
+        second = TensorwiseSteps(other.parameters(), net)
+        second.load_state_dict(state)
+    else:
+        both = model, optimizer
+        other, second = copy.deepcopy(both) if again == "deepcopy" else pickle.loads(pickle.dumps(both))
+    advance(model, optimizer)
+    advance(other, second)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_what_is_refused():
+    param = nn.Parameter(torch.zeros(3))
+    with pytest.raises(TypeError, match="net must be an MLPOptimizer, got Linear"):
+        TensorwiseSteps([param], nn.Linear(1, 1))
+    for lr in (-1.0, math.nan, "fast"):
+        with pytest.raises(ValueError, match="lr must be a finite number, 0 or more, got"):
+            TensorwiseSteps([param], nets()[0], lr=lr)
+    table = nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="gradients must be dense, got one of layout torch.sparse_coo"):
+        TensorwiseSteps(table.parameters(), nets()[0]).step()
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs benchmarks/tasks.py with these arguments, in this process; returns what it prints."""
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "tasks.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_tasks", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tasks.py", *map(str, arguments)])
+        module.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_command_races_weights_of_a_file(command, tmp_path):
+    weights = torch.nn.utils.parameters_to_vector(MLPOptimizer().parameters()).detach()
+    torch.save({"averaged": weights, "k": 3}, tmp_path / "weights.pt")
+    table, figure = tmp_path / "table.md", tmp_path / "figure.png"
+    text = command("--net", tmp_path / "weights.pt", "--steps", 6, "--seeds", 2, "--rates", 2, "--tasks", "ill-conditioned",
+                   "factorization", "--table", table, "--figure", figure)
+    assert text.strip() == table.read_text(encoding="utf-8").strip() and figure.read_bytes().startswith(b"\x89PNG")
+    for part in ("learned against AdamW, cosine", "learned against start", "start against Adam, constant", "geometric mean",
+                 "of 4 trainings: learned ", "NAG, cosine"):
+        assert part in text
+    torch.save({"weights": weights[:-1]}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"--net must hold \(329,\) weights of an MLPOptimizer\(\), got \(328,\)"):
+        command("--net", tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize("net", ["start", "general"])
+def test_the_command_races_starts_and_names(command, net):
+    text = command("--net", net, "--steps", 4, "--seeds", 1, "--rates", 1, "--tasks", "ill-conditioned", "--contestants", "AdamW, cosine")
+    name = "start" if net == "start" else "learned"
+    head = next(line for line in text.splitlines() if line.startswith("| task"))
+    assert head == f"| task | {name} | AdamW, cosine |" and "| ill-conditioned | " in text
