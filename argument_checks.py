@@ -7,7 +7,7 @@ import math
 import torch
 
 __all__ = ["NonFiniteError", "check_count", "check_finite", "check_positive_number", "sum_is_finite",
-           "values_unchecked"]
+           "values_are_checked", "values_unchecked"]
 
 ALONE = 1 << 15  # elements that torch sums without its threads
 looking = contextvars.ContextVar("looking", default=True)  # whether `check_finite` does
@@ -52,6 +52,11 @@ def check_finite(tensor, name):
         where = int((~finite).flatten().nonzero()[0])
         raise NonFiniteError(f"{name} must be finite, but holds {tensor.flatten()[where].item()} at coordinate {where} "
                              f"({int((~finite).sum())} of {tensor.numel()} are not finite)")
+
+
+def values_are_checked():
+    """Whether we are not within `values_unchecked`."""
+    return looking.get()
 
 
 @contextlib.contextmanager

@@ -9,15 +9,17 @@ of an LSTM, so it is kept per parameter and renewed in place, a chunk of coordin
 import copy
 import inspect
 import math
+import sys
 from contextlib import nullcontext
-from functools import reduce
+from functools import partial, reduce
 from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from argument_checks import check_finite, sum_is_finite, values_unchecked
+from argument_checks import NonFiniteError, check_finite, sum_is_finite, values_unchecked
+from gradbuffer.snapshots import Snapshot, form_of
 from state_nests import fill_leaves, map_tensors, named_leaves
 
 __all__ = ["LearnedOptimizer"]
@@ -26,7 +28,7 @@ __all__ = ["LearnedOptimizer"]
 CHUNK = {"cpu": 1 << 14, "cpu, in place": 1 << 18, "elsewhere": 1 << 18}
 OPTIONS = ("net", "lr", "weight_decay", "maximize", "state_dtype")
 SMALL = 2048  # coordinates of a parameter up to which it runs together with others: a call costs as much as some 1,000
-UNSAVED = ("net", "state_dtype")  # options of a group that belong to the program, not to a checkpoint
+UNSAVED = ("net", "state_dtype")  # options of a group that belong to the program: `load_state_dict` leaves them
 UNSUPPORTED = ("foreach", "fused", "capturable", "differentiable", "momentum", "betas")  # options of torch's optimizers
 STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,9 +44,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
     A `forward` with an argument `inplace` is called with `inplace=True` and is to write the next state over the given
     one, which may be a strided part of a larger tensor: that saves a copy of the state.
 
+    A step looks at gradients, weights and states before it changes anything, and keeps new states only once all networks
+    have run: after an exception parameters and states are as they were. Not so with networks that write `inplace`: if the
+    `forward` of one raises (ours does not after these checks, but Ctrl-C may come), states that it has written are a step
+    ahead, while all parameters stay; go on from a checkpoint then.
+
     A parameter without gradient is left alone, and so is its state (in a group's joint vector its gradient is 0). A
     sparse gradient is made dense: rows that are not in it have gradient 0, which a learned optimizer may answer with a
     movement as it does to any other gradient.
+
+    Of parameters that are DTensors, such as those of FSDP2's `fully_shard`, a coordinatewise network whose state has no part
+    for all coordinates together runs on each process's part; the state is then of DTensors too, for
+    `torch.distributed.checkpoint`. `ZeroRedundancyOptimizer` can hold coordinatewise networks. Other networks need all
+    coordinates, and are refused in both.
 
     `state_dict()` holds tensors and numbers only, so that `torch.load(weights_only=True)` reads it. It does not hold
     the networks: give the same ones when resuming (`save_optimizer` and `load_optimizer` store them).
@@ -65,6 +77,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Raises:
         ValueError, TypeError: an argument is not as above.
         NonFiniteError: from `step`, a gradient holds an infinity or a NaN; no parameter and no state has changed.
+        ValueError: from `step`, a parameter has another size than when its state began; nothing has changed.
 
     Example:
         >>> from optimizers import load_optimizer
@@ -96,7 +109,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     raise TypeError(f"params must be real floating-point tensors, but {label(group, number, index)} "
                                     f"is {parameter.dtype}")
             for net, members in vectors_of(group):
-                self._network(net, [group["params"][index] for index in members])
+                params, where = [group["params"][index] for index in members], label(group, number, members[0])
+                check_sharded(net, self._network(net, params), params, where)
+                if not is_coordinatewise(net):
+                    check_not_divided(net, where)
         except Exception:
             self.param_groups.pop()
             raise
@@ -113,33 +129,36 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: a gradient is not finite; nothing has changed.
+            ValueError: a state does not fit its parameter, which has another size or device now; nothing has changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         work = [vector for number, group in enumerate(self.param_groups) for vector in self._vectors(group, number)]
-        check_gradients(work)
         by_network = {}
         for vector in work:
-            vector.prepare(self.state)
             by_network.setdefault(vector.network, []).append(vector)
-        with values_unchecked():  # gradients have been looked at
-            for network, vectors in by_network.items():
-                network.advance(vectors)
+        check_step(work, list(by_network))
         for vector in work:
-            vector.apply()
+            vector.prepare(self.state)
+        with values_unchecked():  # gradients and weights have been looked at
+            for network in sorted(by_network, key=lambda network: bool(network.options)):  # those in place come last
+                network.advance(by_network[network])
+        for vector in work:
+            vector.apply(self.state)
         return loss
 
     def state_dict(self):
-        """As `torch.optim.Optimizer.state_dict`, without the networks. The tensors are no copies."""
+        """As `torch.optim.Optimizer.state_dict`, with numbers for the networks and dtypes. The tensors are no copies."""
 
-        def leave_out(_, packed):
+        def describe(_, packed):
+            numbers = {}  # only numbers, but under the keys that a group has: tools flatten a state dict by those
             for group in packed["param_groups"]:
-                for name in UNSAVED:
-                    group.pop(name, None)
+                group["net"] = numbers.setdefault(group["net"], len(numbers))
+                group["state_dtype"] = (None, *STATE_DTYPES).index(group["state_dtype"])
 
-        hook = self.register_state_dict_post_hook(leave_out, prepend=True)
+        hook = self.register_state_dict_post_hook(describe, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -152,7 +171,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             state_dict: from `state_dict` of an optimizer with the same networks; its tensors are copied.
 
         Raises:
-            ValueError: it does not fit the parameters or the networks; nothing has changed.
+            ValueError: it does not fit the parameters or the networks, or holds infinities or NaNs; nothing has changed.
         """
         groups, state = self.param_groups, {}
 
@@ -177,14 +196,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _network(self, net, params):
         """The network where these parameters are, for as many coordinates as they have."""
-        size, devices = sum(map(torch.numel, params)), {parameter.device for parameter in params}
+        size, devices = sum(map(local_size, params)), {parameter.device for parameter in params}
         if len(devices) > 1:
             raise ValueError(f"{type(net).__name__} is not coordinatewise, so the parameters of its group must be on "
                              f"one device, got {sorted(map(str, devices))}")
         key = net, *devices, None if is_coordinatewise(net) else size
-        network, version = self._networks.get(key), version_of(net)
-        if network is None or network.version != version:
-            network = self._networks[key] = Network(net, *devices, size, version)
+        network = self._networks.get(key)
+        if network is None or network.form != form_of(tensors_of(net)):
+            network = self._networks[key] = Network(net, *devices, size)
         return network
 
     def _vectors(self, group, number):
@@ -216,7 +235,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 net, members = owners[index]
                 params = [group["params"][member] for member in members]
                 network = self._network(net, params)
-                state[params[0]] = network.fitting(leaves, sum(map(torch.numel, params)), group["state_dtype"], where)
+                state[params[0]] = network.fitting(leaves, params, group["state_dtype"], where)
         return state
 
 
@@ -226,6 +245,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
 def check_options(options):
     """Raise unless a group's options are what `LearnedOptimizer` accepts."""
     net, dtype, lr = options["net"], options["state_dtype"], options["lr"]
+    if isinstance(net, str):
+        raise TypeError(f"net must be a network, not its name: give load_optimizer({net!r}), of `optimizers`; got {net!r}")
+    if isinstance(net, type):
+        raise TypeError(f"net must be a network, not its class: give {net.__name__}(...); got {net!r}")
     if not isinstance(net, nn.Module) or not callable(getattr(net, "init_state", None)):
         raise TypeError(f"net must be a learned optimizer, an nn.Module with init_state, got {type(net).__name__}")
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
@@ -278,19 +301,45 @@ def label(group, number, index):
     return f"parameter {index}{name} of group {number}"
 
 
-def check_gradients(vectors):
-    """Raise NonFiniteError unless all gradients are finite; one synchronization for each device that is not a CPU."""
-    flags, finite = {}, True
+def check_step(vectors, networks):
+    """Raise NonFiniteError unless all gradients are finite, and renew networks whose weights have changed.
+
+    One synchronization for each device that is not a CPU, one for each mesh of processes.
+    """
+    flags, finite, meshes, unchanged = {}, True, [], {}
     for vector in vectors:
+        meshes += [mesh for mesh in vector.meshes if mesh not in meshes]
         for gradient in vector.gradients:
-            if gradient.device.type == "cpu":
+            if gradient.is_cpu:
                 finite = finite and sum_is_finite(gradient)
             else:
                 flags.setdefault(gradient.device, []).append(torch.isfinite(gradient).all())
-    if not (finite and all(torch.stack(flags_there).all() for flags_there in flags.values())):
-        for vector in vectors:
-            for place, gradient in enumerate(vector.gradients):
-                check_finite(gradient, f"the gradient of {vector.label(place)}")
+    for network in networks:
+        flag = network.unchanged()
+        if isinstance(flag, torch.Tensor):  # read with the others
+            unchanged.setdefault(flag.device, []).append((network, flag))
+        elif not flag:
+            network.renew()
+    for device in {**flags, **unchanged}:
+        own = flags.get(device, [])
+        read = torch.stack([*own, *(flag for _, flag in unchanged.get(device, []))]).tolist()
+        finite = finite and all(read[:len(own)])
+        for (network, _), same_weights in zip(unchanged.get(device, []), read[len(own):]):
+            if not same_weights:
+                network.renew()
+    error = None
+    if not finite:
+        try:
+            for vector in vectors:
+                for place, gradient in enumerate(vector.gradients):
+                    check_finite(gradient, f"the gradient of {vector.label(place)}")
+        except NonFiniteError as found:
+            error = found
+    for mesh in meshes:  # all processes stop, or none: one alone would leave the others waiting
+        if not true_everywhere(error is None, mesh):
+            error = error or NonFiniteError("a gradient must be finite, but another process found that its part of one is not")
+    if error:
+        raise error
 
 
 class Vector:
@@ -300,42 +349,127 @@ class Vector:
         self.params, self.network, self.lr, self.label = params, network, lr, label
         self.state_dtype, self.net_name = group["state_dtype"], type(network.net).__name__
         self.gradients = [flat_gradient(parameter, group, network.dtype or params[0].dtype) for parameter in params]
+        self.meshes = [params[0].device_mesh] if is_sharded(params[0]) else []
 
     def prepare(self, states):
-        """Find the state, or begin one."""
+        """Find the state, or begin one; nothing of the optimizer's is changed."""
         self.grad = joined(self.gradients)
         self.size, self.update = len(self.grad), torch.empty_like(self.grad)
-        self.state = states[self.params[0]]
-        if not self.state:
-            self.state.update(self.network.new_state(self.size, self.state_dtype))
-        elif self.state.keys() != self.network.parts.keys():
-            raise ValueError(f"the state of {self.label(0)} has the parts {list(self.state)}, which are not those of "
-                             f"{self.net_name}: {list(self.network.parts)}")
+        self.later = []  # functions that write what a network gave back over its state, once all networks have run
+        stored = states.get(self.params[0])
+        self.is_new = not stored
+        if self.is_new:
+            self.state = self.network.new_state(self.size, self.state_dtype)
+        else:
+            self.state = {name: local(leaf) for name, leaf in stored.items()} if self.meshes else stored
+            self.network.check_state(self)
 
-    def apply(self):
-        """θ ← θ + lr · update, where there is a gradient."""
-        for parameter, update in zip(self.params, self.update.split(list(map(torch.numel, self.params)))):
+    def apply(self, states):
+        """Keep the new state, and θ ← θ + lr · update, where there is a gradient."""
+        for write in self.later:
+            write()
+        if self.is_new:
+            states[self.params[0]] = {name: as_sharded(leaf, self.params[0]) for name, leaf in self.state.items()} \
+                if self.meshes else self.state
+        for parameter, update in zip(self.params, self.update.split(list(map(local_size, self.params)))):
             if parameter.grad is not None:
-                parameter.add_(update.view(parameter.shape), alpha=self.lr)
+                place = local(parameter)
+                place.add_(update.view(place.shape), alpha=self.lr)
 
 
 def flat_gradient(parameter, group, dtype):
     """(n,), what the network is to read for this parameter, in its dtype. May share memory with `.grad`."""
     if parameter.grad is None:
-        return torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
-    gradient = parameter.grad.detach().to(dtype)
+        return torch.zeros(local_size(parameter), dtype=dtype, device=parameter.device)
+    gradient = parameter.grad.detach()
+    if is_sharded(gradient):
+        gradient = gradient.redistribute(parameter.device_mesh, parameter.placements).to_local()
+    gradient = gradient.to(dtype)
     if gradient.layout is not torch.strided:
         gradient = gradient.to_dense()
     if group["maximize"]:
         gradient = -gradient
     if group["weight_decay"]:
-        gradient = gradient.add(parameter.to(dtype), alpha=group["weight_decay"])
+        gradient = gradient.add(local(parameter).to(dtype), alpha=group["weight_decay"])
     return gradient.reshape(-1)
 
 
 def joined(pieces):
     """Tensors (..., n_i) as one (..., Σ n_i); a single one as it is."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+
+# Parameters of which each process has a part: DTensors, as of FSDP2's `fully_shard` -----------------------------------
+
+
+def is_sharded(tensor):
+    if type(tensor) in (torch.Tensor, nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: then there are none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor):
+    """This process's part of the tensor, the same memory; a tensor that is not sharded as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def local_size(tensor):
+    return local(tensor).numel()
+
+
+def placements_of_state(parameter, lead):
+    """Where the parts of a state (*lead, *parameter.shape) lie: each with its coordinates."""
+    from torch.distributed.tensor import Shard
+
+    return tuple(Shard(place.dim + lead) if type(place) is Shard else place for place in parameter.placements)
+
+
+def as_sharded(leaf, parameter):
+    """(*lead, n), of this process's n coordinates -> DTensor (*lead, *parameter.shape) of the same memory.
+
+    In this form `torch.distributed.checkpoint` can write it, and read it with another number of processes.
+    """
+    from torch.distributed.tensor import DTensor
+
+    lead = leaf.shape[:-1]
+    shape = torch.Size([*lead, *parameter.shape])
+    return DTensor.from_local(leaf.view(*lead, *local(parameter).shape), parameter.device_mesh,
+                              placements_of_state(parameter, len(lead)), run_check=False, shape=shape,
+                              stride=torch.empty(shape, device="meta").stride())
+
+
+def check_sharded(net, network, params, where):
+    """Raise unless the network can run on the parts of a sharded parameter, or there is none."""
+    if not any(map(is_sharded, params)):
+        return
+    if not network.joins:
+        raise ValueError(f"{where} is a DTensor, of which each process has a part: its network must be coordinatewise, with a "
+                         f"state that is all per coordinate; got {type(net).__name__}")
+    from torch.distributed.tensor import Replicate, Shard
+
+    if not all(type(place) in (Shard, Replicate) for place in params[0].placements):
+        raise ValueError(f"{where} must be placed by Shard or Replicate, got {params[0].placements}")
+
+
+def true_everywhere(value, mesh):
+    """Whether it is true in all processes of a device mesh."""
+    flag = torch.tensor(float(value), device=mesh.device_type)
+    for group in mesh.get_all_groups():
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=group)
+    return bool(flag)
+
+
+def check_not_divided(net, where):
+    """Raise within a ZeroRedundancyOptimizer: it gives each process an optimizer of some of the parameters only."""
+    module, frame = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer"), sys._getframe(1)
+    while module and frame:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, module.ZeroRedundancyOptimizer) and caller.world_size > 1:
+            raise ValueError(f"{type(net).__name__}, the network of {where}, is not coordinatewise, and ZeroRedundancyOptimizer "
+                             "would show it in each process a part of the parameters only: its updates would be others. Accepted "
+                             "are coordinatewise networks")
+        frame = frame.f_back
 
 
 # The network and its state --------------------------------------------------------------------------------------------
@@ -347,6 +481,7 @@ class Part(NamedTuple):
     lead: tuple  # the shape before the axis of coordinates; all of the shape if there is no such axis
     dtype: object  # None for a Python number
     along: bool  # the last axis is that of the coordinates
+    finite: bool  # at the start it holds neither infinities nor NaNs, so it never should
 
     def shape(self, size):
         return (*self.lead, size) if self.along else self.lead
@@ -363,18 +498,40 @@ class Network:
     `torch.optim.Optimizer` and `torch.load(weights_only=True)` handle.
     """
 
-    def __init__(self, net, device, size, version):
-        elsewhere = any(tensor.device != device for tensor in tensors_of(net))
-        self.net, self.device, self.version = copy.deepcopy(net).to(device) if elsewhere else net, device, version
+    def __init__(self, net, device, size):
+        self.source, self.device, self.form = net, device, form_of(tensors_of(net))
+        self.is_copy = any(tensor.device != device for tensor in tensors_of(net))
+        self.renew()
         self.options = {"inplace": True} if "inplace" in inspect.signature(net.forward).parameters else {}
         self.most = {in_place: self.at_once(in_place) for in_place in (False, True)}
-        nests = [self.net.init_state(n) for n in ((2, 3) if is_coordinatewise(net) else (size,))]
+        with device, torch.inference_mode(False):  # whatever the caller's default device and mode
+            nests = [self.net.init_state(n) for n in ((2, 3) if is_coordinatewise(net) else (size,))]
         self.parts = parts_of(nests, type(net).__name__)
         self.nest = map_tensors(lambda leaf: leaf.new_empty(0), nests[0])
         self.joins = is_coordinatewise(net) and all(part.along for part in self.parts.values())
         kinds = [tensor.dtype for tensor in tensors_of(net)], [part.dtype for part in self.parts.values() if part.dtype]
         weights, state = ([kind for kind in some if kind.is_floating_point] for some in kinds)
         self.dtype = weights[0] if weights else reduce(torch.promote_types, state) if state else None
+
+    def unchanged(self):
+        """Whether the weights are those of the last `renew`: a bool, or a tensor on their device.
+
+        On the network's own CPU always True: there it runs as it is, and what it keeps of its weights it looks after itself.
+        """
+        return self.kept is None or self.kept.compare(tensors_of(self.source))
+
+    def renew(self):
+        """Take the weights as they are now."""
+        watched = self.is_copy or self.device.type != "cpu"
+        self.kept = Snapshot(tensors_of(self.source)) if watched else None
+        if self.is_copy:
+            with torch.inference_mode(False):
+                self.net = copy.deepcopy(self.source).to(self.device)
+            return
+        self.net = self.source
+        for module in self.net.modules():
+            if hasattr(module, "repack"):  # a network does not look itself where it would have to wait
+                module.repack()
 
     def at_once(self, in_place):
         """Coordinates that the network gets at most; in_place: it writes over what is stored."""
@@ -394,37 +551,70 @@ class Network:
         return stored.dtype if self.options and renews and stored.dtype != kind and renews(stored.dtype) else kind
 
     def chunks(self, size, in_place=False):
-        most = min(self.most[in_place], size)
+        most = min(self.most[in_place], max(size, 1))
         return [(a, min(a + most, size)) for a in range(0, size, most)]
 
     def new_state(self, size, state_dtype):
         """The state before the first step, for a vector of that size."""
-        state = {name: torch.empty(part.shape(size), dtype=part.stored_dtype(size, state_dtype), device=self.device)
-                 for name, part in self.parts.items() if part.dtype}
-        for start, stop in self.chunks(size):
-            for name, leaf in named_leaves(self.net.init_state(stop - start)).items():
-                if self.parts[name].dtype is None:
-                    state[name] = leaf
-                else:
-                    (state[name][..., start:stop] if self.parts[name].along else state[name]).copy_(leaf)
+        with self.device, torch.inference_mode(False):
+            state = {name: torch.empty(part.shape(size), dtype=part.stored_dtype(size, state_dtype))
+                     for name, part in self.parts.items() if part.dtype}
+            for start, stop in self.chunks(size):
+                for name, leaf in named_leaves(self.net.init_state(stop - start)).items():
+                    if self.parts[name].dtype is None:
+                        state[name] = leaf
+                    else:
+                        (state[name][..., start:stop] if self.parts[name].along else state[name]).copy_(leaf)
         return {name: state[name] for name in self.parts}
 
-    def fitting(self, leaves, size, state_dtype, where):
-        """A copy of saved leaves on this device, or ValueError if they are not this network's."""
-        expected = {name: part.shape(size) if part.dtype else "a number" for name, part in self.parts.items()}
+    def check_state(self, vector):
+        """Raise ValueError unless a vector's state is this network's, for so many coordinates."""
+        if vector.state.keys() != self.parts.keys():
+            raise ValueError(f"the state of {vector.label(0)} has the parts {list(vector.state)}, which are not those of "
+                             f"{vector.net_name}: {list(self.parts)}")
+        for name, part in self.parts.items():
+            leaf = vector.state[name]
+            if part.dtype and tuple(leaf.shape) != part.shape(vector.size):
+                raise ValueError(f"{vector.label(0)} must keep the size that it had when its state began: it has {vector.size} "
+                                 f"coordinates now, and {name} of its state has shape {tuple(leaf.shape)} instead of "
+                                 f"{part.shape(vector.size)}; make a new optimizer for it")
+            if part.dtype and leaf.device != vector.grad.device:
+                raise ValueError(f"{vector.label(0)} is on {vector.grad.device}, its state on {leaf.device}: load the optimizer's "
+                                 "state_dict() after moving a model")
+
+    def fitting(self, leaves, params, state_dtype, where):
+        """A copy of the saved leaves of these parameters' state, on this device; ValueError if they are not this network's."""
+        size, sharded, own = sum(map(local_size, params)), is_sharded(params[0]), params[0].shape if len(params) == 1 else None
+        expected = {name: (*part.lead, *own) if part.dtype and sharded else part.shape(size) if part.dtype else "a number"
+                    for name, part in self.parts.items()}
         found = {name: tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else "a number"
                  for name, leaf in leaves.items()}
+        if own is not None and not sharded:  # what was sharded and now is whole has the parameter's axes
+            found = {name: expected[name] if name in expected and self.parts[name].along
+                     and shape == (*self.parts[name].lead, *own) else shape for name, shape in found.items()}
         if found != expected:
             raise ValueError(f"{where} must have the parts {expected}, got {found}")
-        return {name: leaves[name].to(self.device, part.stored_dtype(size, state_dtype), copy=True)
-                if part.dtype else leaves[name] for name, part in self.parts.items()}
+        state = {}
+        for name, part in self.parts.items():
+            leaf = leaves[name]
+            if part.dtype:
+                if is_sharded(leaf) != sharded or sharded and (leaf.device_mesh, leaf.placements) != (
+                        params[0].device_mesh, placements_of_state(params[0], len(part.lead))):
+                    raise ValueError(f"{name} of {where} must be divided among processes as the parameter is, "
+                                     f"got {getattr(leaf, 'placements', 'a whole tensor')}")
+                leaf = leaf.detach() if sharded else leaf.detach().reshape(part.shape(size))
+            if part.finite and not is_finite(local(leaf)):
+                raise ValueError(f"{name} of {where} must be finite, but holds infinities or NaNs")
+            with torch.inference_mode(False):
+                state[name] = leaf.to(self.device, part.stored_dtype(size, state_dtype), copy=True) if part.dtype else leaf
+        return state
 
     def advance(self, vectors):
         """One step: fills the vectors' updates and renews their states. Small vectors run together, large ones cut."""
         batch, size = [], 0
         for vector in vectors:
             if not self.joins or vector.size > min(SMALL, self.most[False]):
-                for span in self.chunks(vector.size, self.in_place(vector)):
+                for span in self.chunks(vector.size, self.in_place(vector)):  # none of a part without coordinates
                     self.run([(vector, *span)])
                 continue
             if size + vector.size > self.most[False]:
@@ -450,7 +640,7 @@ class Network:
         self.store(spans, places, given, leaves)
 
     def store(self, spans, places, given, leaves):
-        """Write the new state over the old."""
+        """Write the new state over the old: at once if the network writes in place, else when all networks have run."""
         old = {place.untyped_storage().data_ptr() for name, part in self.parts.items() if part.dtype
                for place in places[name]}
         for name, leaf in leaves.items():  # a network may hand back a part of the old state: out of the way with it
@@ -459,14 +649,20 @@ class Network:
         sizes, (vector, _, end) = [stop - start for _, start, stop in spans], spans[-1]
         for name, part in self.parts.items():
             if part.along:
-                for place, piece in zip(places[name], leaves[name].split(sizes, -1)):
+                for (owner, *_), place, piece in zip(spans, places[name], leaves[name].split(sizes, -1)):
                     if not same(place, piece):
-                        place.copy_(piece)
+                        self.write(owner, place, piece)
             elif end == vector.size:  # all chunks of a vector read the old value, and the last one leaves the new
                 if part.dtype:
-                    places[name][0].copy_(leaves[name])
+                    self.write(vector, places[name][0], leaves[name])
                 else:
-                    vector.state[name] = leaves[name]
+                    vector.later.append(partial(vector.state.__setitem__, name, leaves[name]))
+
+    def write(self, vector, place, piece):
+        if self.options:
+            place.copy_(piece)
+        else:
+            vector.later.append(partial(place.copy_, piece.to(place.dtype)))
 
     def to_compute(self, name, places, spans):
         """A part of the state as the network is to get it: the stored memory itself wherever that is possible."""
@@ -500,9 +696,10 @@ def tensors_of(net):
     return [*net.parameters(), *net.buffers()]
 
 
-def version_of(net):
-    """Changes when the weights change or move."""
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors_of(net))
+def is_finite(leaf):
+    if not isinstance(leaf, torch.Tensor):
+        return math.isfinite(leaf)
+    return leaf.is_meta or bool(torch.isfinite(leaf).all())
 
 
 def parts_of(nests, net_name):
@@ -515,11 +712,11 @@ def parts_of(nests, net_name):
             if last != (2, 3) or twin.shape[:-1] != leaf.shape[:-1]:
                 raise ValueError(f"{name} of {net_name} must have the coordinates as its last axis (coordinatewise is "
                                  f"True), got {tuple(leaf.shape)} for 2 coordinates and {tuple(twin.shape)} for 3")
-            parts[name] = Part(lead, leaf.dtype, True)
+            parts[name] = Part(lead, leaf.dtype, True, is_finite(leaf))
         elif isinstance(leaf, torch.Tensor):
-            parts[name] = Part(tuple(leaf.shape), leaf.dtype, False)
+            parts[name] = Part(tuple(leaf.shape), leaf.dtype, False, is_finite(leaf))
         elif isinstance(leaf, (int, float)):
-            parts[name] = Part((), None, False)
+            parts[name] = Part((), None, False, is_finite(leaf))
         else:
             raise TypeError(f"{name} of {net_name} must be a tensor or a number, got {type(leaf).__name__}")
     return parts

@@ -252,7 +252,8 @@ def tape_for(packed, steps, width):
     key = packed.inputs, packed.hidden, packed.output_weight.dtype, steps, width
     if getattr(_last, "key", None) != key:
         _last.tape = None  # free the old one first
-        _last.key, _last.tape = key, Tape(packed, steps, width)
+        with torch.inference_mode(False):  # as in `scratch_for`
+            _last.key, _last.tape = key, Tape(packed, steps, width)
     tape = _last.tape
     tape.packed = packed
     for total in (*tape.weight_grads, tape.output_grad, tape.bias_grad):

@@ -427,7 +427,7 @@ def step_blocks(packed, features, hidden, cells, inplace=False, log_sign=0):
     may be of bfloat16, each of its numbers then rounded after the step.
     """
     there = inplace and in_rows(hidden, cells)
-    new = (hidden, cells) if there else tuple(torch.empty(hidden.shape, dtype=packed.dtype) for _ in range(2))
+    new = (hidden, cells) if there else tuple(torch.empty(hidden.shape, dtype=packed.dtype, device="cpu") for _ in range(2))
     update = stepper(packed, hidden, cells, log_sign, new)(features)
     if inplace and not there:
         new = hidden.copy_(new[0]), cells.copy_(new[1])
@@ -544,7 +544,7 @@ def stepper(packed, hidden, cells, log_sign=0, new=None, room=None):
     before, end = in_place(hidden, cells), in_place(*(new or (hidden, cells)))
     between = (*room.state, room.lie) if room and room.state.size else end
     kept, shares = (room.array, room.shares) if room else no_room(packed)
-    update, steps, done = torch.empty(N, dtype=packed.dtype), room.steps if room else 1, 0
+    update, steps, done = torch.empty(N, dtype=packed.dtype, device="cpu"), room.steps if room else 1, 0
     out = update.numpy()
 
     def step(features):
@@ -577,7 +577,7 @@ def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled
 
     def work(start, stop):
         inputs, sums, scratch = features(start, stop), packed.zero_sums(), packed.scratch(len(adjoint))
-        dfeatures = torch.empty(inputs.shape if pulled else (1, 1, 0), dtype=packed.dtype)
+        dfeatures = torch.empty(inputs.shape if pulled else (1, 1, 0), dtype=packed.dtype, device="cpu")
         ahead = 2 * (scratch.nbytes + next_tile) <= CACHE
         run_replay(packed.weights, packed.transposed, packed.biases, packed.output, squash, float(log_sign), array(inputs),
                    start, *before, start, stop, array(dfeatures), none, none, *sums, scratch, *kept, ahead)
@@ -590,7 +590,7 @@ def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled
 
 def step_back_blocks(packed, features, hidden, cells, adjoint, dhidden, dcells, squash=False):
     """Backpropagation through one step for all coordinates: as `lstm_blocks.step_back_blocks`."""
-    dfeatures, N = torch.empty(features.shape, dtype=packed.dtype), features.shape[1]
+    dfeatures, N = torch.empty(features.shape, dtype=packed.dtype, device="cpu"), features.shape[1]
     before = array(features[None]), *as_it_lies(array(hidden), array(cells)), array(adjoint[None])
     adjoints = array(dhidden), array(dcells)
 
@@ -611,7 +611,7 @@ def buffer(name, count, dtype):
     """This thread's memory of that name as an array: the last one again if it is large enough."""
     kept = _thread.__dict__.get(name)
     if kept is None or len(kept) < count or kept.dtype != dtype:
-        _thread.__dict__[name] = kept = torch.empty(count, dtype=dtype)  # aligned, as vectors like it
+        _thread.__dict__[name] = kept = torch.empty(count, dtype=dtype, device="cpu")  # aligned, as vectors like it
     return kept[:count].numpy()
 
 

@@ -20,7 +20,9 @@ from torch import nn
 
 import gradbuffer
 import lstm_blocks
-from argument_checks import NonFiniteError, check_count, check_finite, check_positive_number, sum_is_finite
+from argument_checks import (NonFiniteError, check_count, check_finite, check_positive_number, sum_is_finite,
+                             values_are_checked)
+from gradbuffer.snapshots import Snapshot
 from kernel_choice import compiled_kernels, is_triton, kernels_for, takes_numba
 from learned_optimizer import LearnedOptimizer
 from odd_weights import odd_part
@@ -61,7 +63,7 @@ class LSTMOptimizer(nn.Module):
         self.hidden_size, self.num_layers = hidden_size, num_layers
         self.lstm = nn.LSTM(inputs, hidden_size, num_layers)
         self.output = nn.Linear(hidden_size, 1)
-        self._packed = self._packed_key = None
+        self._packed = None
 
     @property
     def config(self):
@@ -251,7 +253,7 @@ class LSTMOptimizer(nn.Module):
 
     def repack(self):
         """Have the weights packed anew at the next step, though they may not have changed."""
-        self._packed = self._packed_key = None
+        self._packed = None
 
     # How it is done ---------------------------------------------------------------------------------------------
 
@@ -296,17 +298,20 @@ class LSTMOptimizer(nn.Module):
         return self.output_scale * adjoint if self.squash else adjoint
 
     def _packed_kernels(self):
-        """The module that runs the LSTM, and the weights as it wants them, packed again only after they have changed."""
-        kernels, scale = kernels_for(self.output.weight), self._packed_scale()
-        weights = *self.lstm._flat_weights, self.output.weight, self.output.bias
-        key = kernels, scale, *((weight.data_ptr(), weight._version) for weight in weights)
-        if key != self._packed_key:
-            weights = [[w.detach() for w in layer] for layer in self.lstm.all_weights]
-            self._packed = kernels.PackedLSTM([(w, u, b + c) for w, u, b, c in weights],
-                                              scale * self.output.weight.detach()[0],
-                                              scale * self.output.bias.detach()[0])
-            self._packed_key = key
-        return kernels, self._packed
+        """The module that runs the LSTM, and the weights as it wants them, packed again only after they have changed.
+
+        Whoever says `values_unchecked` calls `repack` if they have, where a device would have to be waited for to see it.
+        """
+        kernels, scale, kept = kernels_for(self.output.weight), self._packed_scale(), self._packed
+        weights = [*self.lstm._flat_weights, self.output.weight, self.output.bias]
+        if kept is None or kept[:2] != (kernels, scale) or not kept[2].holds(weights, wait=values_are_checked()):
+            snapshot = Snapshot(weights)  # first: a change in between is then seen
+            with torch.inference_mode(False), torch.no_grad():
+                layers = [[w.detach() for w in layer] for layer in self.lstm.all_weights]
+                packed = kernels.PackedLSTM([(w, u, b + c) for w, u, b, c in layers], scale * self.output.weight.detach()[0],
+                                            scale * self.output.bias.detach()[0])
+            self._packed = kept = kernels, scale, snapshot, packed
+        return kernels, kept[3]
 
     def _left_to(self, kernels, work):
         """What of `read` those kernels do themselves in a "step" or "replay": their argument. They are given gradients then."""
@@ -364,7 +369,7 @@ class LSTMOptimizer(nn.Module):
         return total
 
     def __getstate__(self):  # packed weights are a cache: not pickled, not copied
-        return {**self.__dict__, "_packed": None, "_packed_key": None}
+        return {**self.__dict__, "_packed": None}
 
 
 class CoordinatewiseLSTM(LSTMOptimizer):

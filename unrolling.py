@@ -81,8 +81,12 @@ class Coordinates:
             return losses, self.join(gradients)
         with torch.enable_grad():
             theta = theta.detach().requires_grad_()
-            losses = self.losses(loss, theta, step)
-            (gradient,) = torch.autograd.grad(losses.sum(), theta)
+            losses, gradient = self.losses(loss, theta, step), None
+            if losses.requires_grad:
+                (gradient,) = torch.autograd.grad(losses.sum(), theta, allow_unused=True)
+        if gradient is None:
+            raise ValueError(f"loss must depend on the parameters {list(self.shapes)} that it is given, and let autograd see it; got "
+                             f"losses without a gradient by them at step {step}")
         return losses.detach(), gradient
 
     def spread(self, values):

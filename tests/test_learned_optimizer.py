@@ -313,13 +313,16 @@ def test_a_copy_of_the_network_where_the_parameters_are():
     """Made once, and anew when the weights have changed; "meta" stands for another device."""
     net, parameter = lstm(), nn.Parameter(torch.zeros(3, device="meta"))
     optimizer = LearnedOptimizer([parameter], net)
-    first = optimizer._network(net, [parameter])
-    assert optimizer._network(net, [parameter]) is first
-    assert {tensor.device.type for tensor in first.net.parameters()} == {"meta"}
+    network = optimizer._network(net, [parameter])
+    first = network.net
+    assert {tensor.device.type for tensor in first.parameters()} == {"meta"}
     assert {tensor.device.type for tensor in net.parameters()} == {"cpu"}
-    with torch.no_grad():
-        net.output.weight.mul_(2)
-    assert optimizer._network(net, [parameter]) is not first
+    parameter.grad = torch.zeros_like(parameter)
+    learned_optimizer.check_step([], [network])
+    assert network.net is first
+    net.output.weight.data.mul_(2)
+    learned_optimizer.check_step([], [network])
+    assert network.net is not first
 
 
 # Gradients of every sort ----------------------------------------------------------------------------------------------
@@ -545,7 +548,7 @@ def test_a_state_dict_holds_tensors_and_numbers():
     optimizer.register_state_dict_post_hook(lambda _, packed: seen.append(packed["param_groups"][0].keys()))
     train(net, optimizer, 1)
     packed = optimizer.state_dict()
-    assert set(packed["param_groups"][1]) == {"params", "lr", "weight_decay", "maximize"} == set(seen[0])
+    assert set(packed["param_groups"][1]) == {"params", "net", "lr", "weight_decay", "maximize", "state_dtype"} == set(seen[0])
     assert packed["param_groups"][1]["params"] == [2, 3]
     assert {name: tuple(part.shape) for name, part in packed["state"][0].items()} == {
         "state.0": (2, 4, 15), "state.1": (2, 4, 15)}
