@@ -4,10 +4,11 @@
     python benchmarks/tasks.py --net weights.pt --table tasks.md --figure tasks.png
     python benchmarks/tasks.py --net start --tasks gru resnet --seeds 2       # normalized Adam, before any meta-training
 
-`--net` is "start", weights of an `MLPOptimizer()` ({"averaged": flat} or {"weights": flat} in a file of `torch.save`), or what
-`load_optimizer` reads. All optimizers have the same initial weights and minibatches; all but "Adam, constant" anneal their rate by a
-cosine. Each tries as many rates, √10 apart around its own centre, on another seed; an e marks a best rate at the end of those
-tried. "Speed against X": how many times more steps X needs to end as low; ≥ and ≤ mark bounds (`gradbuffer.racing.speed_against`).
+`--net` is "start", weights of an `MLPOptimizer()` ({"averaged": flat} or {"weights": flat} in a file of `torch.save`),
+or what `load_optimizer` reads. All optimizers have the same initial weights and minibatches; all but "Adam, constant"
+anneal their rate by a cosine. Each tries as many rates, √10 apart around its own centre, on another seed; an e marks a
+best rate at the end of those tried. "Speed against X": how many times more steps X needs to end as low; ≥ and ≤ mark
+bounds (`gradbuffer.racing.speed_against`).
 """
 
 import argparse
@@ -29,7 +30,8 @@ BASELINES = ("AdamW, cosine", "Adam, constant")  # speeds are taken against thes
 
 STYLES = {"learned": {"color": "black", "linewidth": 2.4}, "start": {"color": "tab:red", "linewidth": 1.6},
           "Adam, constant": {"color": "tab:orange", "linestyle": ":"}, "Adam, cosine": {"color": "tab:orange"},
-          "AdamW, cosine": {"color": "tab:green"}, "NAG, cosine": {"color": "tab:blue"}, "Muon, cosine": {"color": "tab:purple"}}
+          "AdamW, cosine": {"color": "tab:green"}, "NAG, cosine": {"color": "tab:blue"},
+          "Muon, cosine": {"color": "tab:purple"}}
 
 
 def hand_designed():
@@ -50,8 +52,12 @@ def hand_designed():
 def muon(params, lr):
     """Muon for matrices, its steps as large as AdamW's; AdamW for the rest."""
     matrices, others = ([p for p in params if (p.dim() == 2) == wanted] for wanted in (True, False))
-    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")] if matrices else []
-    return optimizers + ([torch.optim.AdamW(others, lr=lr, fused=True)] if others else [])
+    optimizers = []
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    if others:
+        optimizers.append(torch.optim.AdamW(others, lr=lr, fused=True))
+    return optimizers
 
 
 def learned(net):
@@ -70,7 +76,8 @@ def learned(net):
         trained = MLPOptimizer()
         count = sum(p.numel() for p in trained.parameters())
         if weights.shape != (count,):
-            raise ValueError(f"--net must hold ({count},) weights of an MLPOptimizer(), got {tuple(weights.shape)} in {net}")
+            raise ValueError(f"--net must hold ({count},) weights of an MLPOptimizer(), got {tuple(weights.shape)} "
+                             f"in {net}")
         torch.nn.utils.vector_to_parameters(weights.detach(), trained.parameters())
         return {"learned": contestant(trained), "start": contestant(start)}
     from optimizers import LearnedOptimizer, load_optimizer
@@ -127,31 +134,34 @@ def bounded(value):
 
 def report(results, options):
     """The tables, in Markdown."""
-    names = list(next(iter(results.values()))[0])
-    pairs = list(next(iter(results.values()))[1])
-    best = {name: min(races, key=lambda key: races[key].mean) for name, (races, _) in results.items()}
+    names, pairs = map(list, next(iter(results.values())))
 
     def cell(name, contestant):
-        one = results[name][0][contestant]
+        races, _ = results[name]
+        one = races[contestant]
         text = f"{one.mean:.4g} ± {one.error:.1g} at {one.rate:.1g}{'e' * one.at_edge}"
-        failed = f", {one.failures} failed" if one.failures else ""
-        return (f"**{text}**" if best[name] == contestant else text) + failed
+        best = min(races, key=lambda key: races[key].mean) == contestant
+        return (f"**{text}**" if best else text) + (f", {one.failures} failed" if one.failures else "")
 
-    lines = [f"{options.steps} steps, {options.seeds} seeds, the best of {options.rates} rates. Final losses, their standard errors, "
-             "and rates.", "", "| task | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]
-    lines += [f"| {name} | " + " | ".join(cell(name, key) for key in names) + " |" for name in results]
-    lines += ["", "Speeds.", "", "| task | " + " | ".join(f"{ours} against {other}" for ours, other in pairs) + " |",
-              "| --- " * (1 + len(pairs)) + "|"]
-    lines += [f"| {name} | " + " | ".join(bounded(speeds[pair]) for pair in pairs) + " |" for name, (_, speeds) in results.items()]
-    sums = {pair: summary([speeds[pair] for _, speeds in results.values()]) for pair in pairs}
-    lines += [f"| *{row}* | " + " | ".join(f"{sums[pair][row]:.2f}" for pair in pairs) + " |" for row in next(iter(sums.values()), ())]
-    below = {(a, b): sum(races[a].mean < races[b].mean for races, _ in results.values()) / len(results) for a, b in pairs}
+    text = (f"{options.steps} steps, {options.seeds} seeds, the best of {options.rates} rates. Final losses, their "
+            f"standard errors, and rates.\n\n{row('task', names)}{'| --- ' * (1 + len(names))}|\n")
+    text += "".join(row(name, [cell(name, key) for key in names]) for name in results)
     if pairs:
-        lines += ["| *share of tasks with a lower loss* | " + " | ".join(f"{below[pair]:.2f}" for pair in pairs) + " |"]
-    lines += ["", "Failures (a loss that is not finite, or above that at the start), of " +
-              f"{len(results) * options.seeds} trainings: " +
-              ", ".join(f"{name} {sum(races[name].failures for races, _ in results.values())}" for name in names) + "."]
-    return "\n".join(lines) + "\n"
+        head = [f"{ours} against {other}" for ours, other in pairs]
+        text += f"\nSpeeds.\n\n{row('task', head)}{'| --- ' * (1 + len(pairs))}|\n"
+        text += "".join(row(name, [bounded(speeds[pair]) for pair in pairs]) for name, (_, speeds) in results.items())
+        summaries = [summary([speeds[pair] for _, speeds in results.values()]) for pair in pairs]
+        text += "".join(row(f"*{key}*", [f"{one[key]:.2f}" for one in summaries]) for key in summaries[0])
+        lower = [sum(races[a].mean < races[b].mean for races, _ in results.values()) / len(results) for a, b in pairs]
+        text += row("*share of tasks with a lower loss*", [f"{share:.2f}" for share in lower])
+    failures = {name: sum(races[name].failures for races, _ in results.values()) for name in names}
+    return text + (f"\nFailures (a loss that is not finite, or above that at the start), of "
+                   f"{len(results) * options.seeds} trainings: "
+                   f"{'; '.join(f'{name}: {count}' for name, count in failures.items())}.\n")
+
+
+def row(title, cells):
+    return f"| {title} | {' | '.join(cells)} |\n"
 
 
 def draw(results, path):
@@ -163,7 +173,8 @@ def draw(results, path):
 
     columns = min(4, len(results))
     rows = math.ceil(len(results) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(max(3.4 * columns, 8), 2.6 * rows + 0.8), squeeze=False, layout="constrained")
+    size = max(3.4 * columns, 8), 2.6 * rows + 0.8
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[len(results):]:
         ax.axis("off")
     for ax, (name, (races, _)) in zip(axes.flat, results.items()):
@@ -184,7 +195,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, help="(default 5)")
     parser.add_argument("--rates", type=int, default=5, help="that each optimizer tries (default 5)")
     parser.add_argument("--tasks", nargs="+", choices=list(ALL), metavar="TASK", help=f"of {', '.join(ALL)}")
-    parser.add_argument("--generalization", action="store_true", help="the perceptron, wider, deeper and with larger batches, instead")
+    parser.add_argument("--generalization", action="store_true", 
+                        help="the perceptron, wider, deeper and with larger batches, instead")
     parser.add_argument("--contestants", nargs="+", choices=list(hand_designed()), metavar="NAME",
                         help=f"hand-designed optimizers, of {', '.join(hand_designed())} (default all)")
     parser.add_argument("--processes", type=int, default=1, help="each with tasks of its own, on one thread (default 1)")

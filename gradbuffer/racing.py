@@ -1,7 +1,8 @@
 """Races of optimizers on tasks, each at its own best rate, and how many times faster one is than another.
 
-All optimizers get the same number of rates, the same initial weights and the same minibatches. A rate is chosen on one seed and
-raced on others. Final losses are means over the last tenth of the steps. What the tasks are is not said here: `gradbuffer.tasks`.
+All optimizers get the same number of rates, the same initial weights and the same minibatches. A rate is chosen on one
+seed and raced on others. Final losses are means over the last tenth of the steps. What the tasks are is not said here:
+`gradbuffer.tasks`.
 """
 
 import math
@@ -24,8 +25,8 @@ class Contestant:
     """An optimizer in a race.
 
     Args:
-        make: function of a list of parameters and a rate that returns a `torch.optim.Optimizer`, or a list of them which share the
-            parameters. It is called anew for every training.
+        make: function of a list of parameters and a rate that returns a `torch.optim.Optimizer`, or a list of them which
+            share the parameters. It is called anew for every training.
         centre: the middle one of the rates that are tried, above 0.
         schedule: "cosine", from the rate down to 0 along half a period, or "constant".
 
@@ -145,7 +146,7 @@ def final(curves):
 
 
 def smoothed(curves, width=None):
-    """Means over the `width` steps up to each, fewer at the start: (..., steps) -> the same shape. Default: a tenth of the steps."""
+    """Means over the `width` steps up to each, fewer at the start, of curves (..., steps). Default: a tenth of all."""
     steps = curves.shape[-1]
     width = max(steps // 10, 1) if width is None else width
     return torch.stack([curves[..., max(t + 1 - width, 0):t + 1].mean(-1) for t in range(steps)], -1)
@@ -157,8 +158,8 @@ def race(tasks, contestants, rates=5, steps=500, seeds=range(5), tuning_seed=100
     Args:
         tasks: dict from name to `gradbuffer.tasks.Task`.
         contestants: dict from name to `Contestant`.
-        rates: how many each of them tries, around its own centre. The best has the lowest final loss; if none is finite, it is the
-            smallest rate.
+        rates: how many each of them tries, around its own centre. The best has the lowest final loss; if none is finite,
+            it is the smallest rate.
         steps: of every training.
         seeds: of the race, ints; the same initial weights and minibatches for all contestants.
         tuning_seed: not among `seeds`.
@@ -178,7 +179,8 @@ def race(tasks, contestants, rates=5, steps=500, seeds=range(5), tuning_seed=100
     for task_name, task in tasks.items():
         results[task_name] = {}
         for name, contestant in contestants.items():
-            tried = {rate: final(contestant.train(task, rate, steps, tuning_seed)).item() for rate in contestant.rates(rates)}
+            tried = {rate: final(contestant.train(task, rate, steps, tuning_seed)).item()
+                     for rate in contestant.rates(rates)}
             best = min(tried, key=tried.get)
             curves = torch.stack([contestant.train(task, best, steps, seed) for seed in seeds])
             results[task_name][name] = one = Race(best, tried, curves)
@@ -190,15 +192,15 @@ def race(tasks, contestants, rates=5, steps=500, seeds=range(5), tuning_seed=100
 def speed(loss, ends, steps):
     """How many times more steps another optimizer needs to end as low as we did.
 
-    What the other would need lies between two of its runs, of which one ended above our loss and the next longer one did not: we
-    take it on a straight line between them, of the loss over the logarithm of the number of steps. Nothing is extrapolated. If its
-    longest run ended above our loss, the result is that run's length over ours, and the truth is at least that; if its shortest one
-    did not, it is that one's, and the truth is at most that.
+    What the other would need lies between two of its runs, of which one ended above our loss and the next longer one did
+    not. We take it from a straight line between them, of the loss over the logarithm of the number of steps. Nothing is
+    extrapolated. If its longest run ended above our loss, the result is that run's length over ours, and the truth is at
+    least that; if its shortest one did not, it is that one's, and the truth is at most that.
 
     Args:
         loss: our final loss after `steps` steps; one that is not finite counts as reached by every run.
-        ends: dict from number of steps to the other's final loss in a run of that many (with a schedule of its own length); a loss
-            that is not finite has reached nothing.
+        ends: dict from number of steps to the other's final loss in a run of that many (with a schedule of its own
+            length); a loss that is not finite has reached nothing.
         steps: our number of steps.
 
     Returns:
@@ -225,10 +227,10 @@ def speed(loss, ends, steps):
 def speed_against(task, ours, contestant, other, seeds, longer=None):
     """`speed` of one race's result against another contestant, which is trained for more or fewer steps as needed.
 
-    Its runs are 1/3, 1/2, 3/4, 1, 3/2, 2, 3 and 5 times as long as ours (`SPANS`), at the rate that was best for the length of ours,
-    with the schedule stretched along. Beginning at 1 it is trained for longer, or for less, only until our loss lies between two runs.
-    The result lies between 1/3 and 5, and these two say "at most" and "at least". Losses are means over the seeds; where one of ours
-    failed (`Race.failures`), the result is 1/3.
+    Its runs are 1/3, 1/2, 3/4, 1, 3/2, 2, 3 and 5 times as long as ours (`SPANS`), at the rate that was best for the
+    length of ours, with the schedule stretched along. Beginning at 1 it is trained for longer, or for less, only until
+    our loss lies between two runs. The result lies between 1/3 and 5, and these two say "at most" and "at least". Losses
+    are means over the seeds; where one of ours failed (`Race.failures`), the result is 1/3.
 
     Args:
         task: the `gradbuffer.tasks.Task`.
@@ -236,7 +238,8 @@ def speed_against(task, ours, contestant, other, seeds, longer=None):
         contestant: the other `Contestant`.
         other: its `Race` on the same task and seeds.
         seeds: of both.
-        longer: dict from number of steps to final loss, of runs of the other that were made before; more are added. Default: none.
+        longer: dict from number of steps to final loss, of runs of the other that were made before; more are added.
+            Default: none.
 
     Returns:
         a number; above 1 we are faster.
@@ -276,8 +279,8 @@ def summary(speeds):
         speeds: list of `speed` for each task, at least one.
 
     Returns:
-        dict of "geometric mean", "interquartile mean" (without the lowest and the highest quarter, each rounded down), "worst" and
-        "share above 1".
+        dict of "geometric mean", "interquartile mean" (without the lowest and the highest quarter, each rounded down),
+        "worst" and "share above 1".
 
     Raises:
         ValueError: there are no speeds.
@@ -287,5 +290,6 @@ def summary(speeds):
     ordered = sorted(speeds)
     cut = len(ordered) // 4
     middle = ordered[cut:len(ordered) - cut]
-    return {"geometric mean": math.exp(sum(map(math.log, ordered)) / len(ordered)), "interquartile mean": sum(middle) / len(middle),
-            "worst": ordered[0], "share above 1": sum(value > 1 for value in ordered) / len(ordered)}
+    return {"geometric mean": math.exp(sum(map(math.log, ordered)) / len(ordered)),
+            "interquartile mean": sum(middle) / len(middle), "worst": ordered[0],
+            "share above 1": sum(value > 1 for value in ordered) / len(ordered)}

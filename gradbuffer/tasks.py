@@ -1,7 +1,7 @@
 """Small tasks of many kinds, on which optimizers race: what a learned optimizer is judged by where it was not trained.
 
-Each is a network, its minibatches and their loss; a training step takes one to four milliseconds of a core, and 500 steps get far
-enough to tell optimizers apart. Losses are those of training. `gradbuffer.racing` runs the races.
+Each is a network, its minibatches and their loss; a training step takes one to four milliseconds of a core, and 500
+steps get far enough to tell optimizers apart. Losses are those of training. `gradbuffer.racing` runs the races.
 """
 
 import functools
@@ -24,8 +24,8 @@ class Task:
     """What is trained on what.
 
     Args:
-        make_model: function without arguments that returns an `nn.Module`. Its weights come from torch's global generator, so that
-            `torch.manual_seed` before the call determines them.
+        make_model: function without arguments that returns an `nn.Module`. Its weights come from torch's global
+            generator, so that `torch.manual_seed` before the call determines them.
         draw: function of a `torch.Generator` that returns a minibatch. All randomness, also that of the loss, is in it.
         loss: function of the model and a minibatch that returns a scalar, with a graph to the model's parameters.
         kind: what is special about it, in a word or two.
@@ -79,7 +79,7 @@ def resized(images, side):
     own = images.shape[-1]
     if own == side:
         return images
-    return F.interpolate(images, (side, side), mode="area") if own > side else F.interpolate(images, (side, side), mode="bilinear")
+    return F.interpolate(images, (side, side), mode="area" if own > side else "bilinear")
 
 
 def mirrored_sums(generator):
@@ -88,8 +88,8 @@ def mirrored_sums(generator):
     return symbols, (symbols + symbols.flip(1)) % 16
 
 
-def delayed_sums(generator):
-    """32 sequences; at each place stands the sum of the symbol there and the one before it, modulo 8 (at first, the symbol)."""
+def neighbour_sums(generator):
+    """32 sequences; at each place stands the sum of the symbol there and the one before it, if any, modulo 8."""
     symbols = torch.randint(8, (32, 12), generator=generator)
     return symbols, (symbols + F.pad(symbols, (1, 0))[:, :-1]) % 8
 
@@ -178,8 +178,8 @@ def normalized_convolutions():
 
 
 def plain_convolutions():
-    return nn.Sequential(nn.Conv2d(1, 8, 5, stride=2, padding=2), nn.GELU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.GELU(),
-                         nn.Flatten(), nn.Linear(16 * 16, 10))
+    return nn.Sequential(nn.Conv2d(1, 8, 5, stride=2, padding=2), nn.GELU(), nn.Conv2d(8, 16, 3, stride=2, padding=1),
+                         nn.GELU(), nn.Flatten(), nn.Linear(16 * 16, 10))
 
 
 class ResidualBlock(nn.Module):
@@ -202,7 +202,8 @@ def residual_convolutions():
 
 
 def transformer_body(width, layers):
-    layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+    layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True,
+                                       norm_first=True)
     return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
 
 
@@ -281,8 +282,10 @@ class Factorization(nn.Module):
         self.biases = nn.ModuleList([nn.Embedding(users, 1), nn.Embedding(items, 1)])
 
     def forward(self, pairs):
-        (left, right), biases = ([part(pairs[:, k]) for k, part in enumerate(parts)] for parts in (self.vectors, self.biases))
-        return (left * right).sum(1) / math.sqrt(left.shape[1]) + (biases[0] + biases[1])[:, 0]
+        users, items = pairs.unbind(1)
+        left, right = self.vectors[0](users), self.vectors[1](items)
+        biases = self.biases[0](users) + self.biases[1](items)
+        return (left * right).sum(1) / math.sqrt(left.shape[1]) + biases[:, 0]
 
 
 class CoordinateNetwork(nn.Module):
@@ -347,7 +350,7 @@ TASKS = {
         functools.partial(SequenceTransformer, 16, 16), mirrored_sums, kind="attention",
         description="two layers of 32, sums modulo 16 of mirrored symbols, batch 32"),
     "gru": classify(
-        Recurrent, delayed_sums, kind="recurrent",
+        Recurrent, neighbour_sums, kind="recurrent",
         description="GRU of 32 units, sums modulo 8 of neighbouring symbols, batch 32"),
     "characters": classify(
         lambda: SequenceTransformer(encoded_text()[1], 32, causal=True), characters, kind="language model",

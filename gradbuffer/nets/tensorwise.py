@@ -1,7 +1,7 @@
-"""A small learned optimizer as a drop-in `torch.optim.Optimizer`, on a CPU: the compiled steps of `TensorSteps`, tensor by tensor.
+"""A small learned optimizer as a drop-in `torch.optim.Optimizer`, on a CPU, by the compiled steps of `TensorSteps`.
 
-It has parameter groups with a rate each, closures and a state dict, and no other options. CUDA, weight decay by groups and averages
-of other dtypes are not for it.
+It has parameter groups with a rate each, closures and a state dict, and no other options. CUDA, weight decay by groups
+and averages of other dtypes are not for it.
 """
 
 import math
@@ -16,18 +16,18 @@ __all__ = ["TensorwiseSteps"]
 class TensorwiseSteps(torch.optim.Optimizer):
     """Trains parameters on a CPU by an `MLPOptimizer`, variant "celo" without Newton-Schulz.
 
-    A parameter without a gradient is skipped, and its averages stay. A new rate in `param_groups`, as schedulers set it, holds from
-    the next step on.
+    A parameter without a gradient is skipped, and its averages stay. A new rate in `param_groups`, as schedulers set it,
+    holds from the next step on.
 
     Args:
         params: parameters of float32 or float64 on the CPU, or dicts of groups, each with its own "lr" if wanted.
-        net: the `MLPOptimizer`. Its weights are read at the first step; make another optimizer when they have changed. They are not
-            in the state dict.
+        net: the `MLPOptimizer`. Its weights are read at the first step; make another optimizer when they have changed.
+            They are not in the state dict.
         lr: the rate, 0 or more. Default: `net.lr`.
 
     Raises:
-        TypeError, ValueError: an argument is not as said; in `step`, a gradient is sparse, or a parameter is elsewhere or of another
-            dtype.
+        TypeError, ValueError: an argument is not as said; in `step`, a gradient is sparse, or a parameter is elsewhere
+            or of another dtype.
 
     Example:
         >>> optimizer = TensorwiseSteps(model.parameters(), start_as_normalized_adam(MLPOptimizer()), lr=0.003)
