@@ -361,7 +361,7 @@ class Vector:
         if self.is_new:
             self.state = self.network.new_state(self.size, self.state_dtype)
         else:
-            self.state = {name: local(leaf) for name, leaf in stored.items()} if self.meshes else stored
+            self.state = {name: from_sharded(leaf, self.params[0]) for name, leaf in stored.items()} if self.meshes else stored
             self.network.check_state(self)
 
     def apply(self, states):
@@ -437,6 +437,12 @@ def as_sharded(leaf, parameter):
     return DTensor.from_local(leaf.view(*lead, *local(parameter).shape), parameter.device_mesh,
                               placements_of_state(parameter, len(lead)), run_check=False, shape=shape,
                               stride=torch.empty(shape, device="meta").stride())
+
+
+def from_sharded(leaf, parameter):
+    """The opposite of `as_sharded`, the same memory."""
+    leaf, axes = local(leaf), parameter.dim()
+    return leaf.flatten(leaf.dim() - axes) if axes else leaf[..., None]
 
 
 def check_sharded(net, network, params, where):
