@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
-from torch.utils.weak import TensorWeakRef
 
 # fmt: off
 __all__ = [
@@ -99,8 +98,8 @@ class _MetaParameters(MutableMapping):
     def __delitem__(self, name):
         del self.names[name]
         tensor = self.buffers.pop(name)
-        if tensor is not None and not torch.compiler.is_compiling():
-            _removed[self.module] = TensorWeakRef(tensor)
+        if tensor is not None and not _is_compiling():
+            _history_of(self.module).removed = weakref.ref(tensor)
 
     discard = __delitem__  # nn.Module.__setattr__ removes names from whatever is not a dict as from a set
 
@@ -163,6 +162,11 @@ class MetaModule(nn.Module):
 
     _meta_names: dict[str, None]
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "named_leaves" in vars(cls):
+            _own_leaves.add(cls)
+
     # ---- torch's view of the meta-parameters -------------------------------------------------------------------
 
     @property
@@ -182,9 +186,9 @@ class MetaModule(nn.Module):
         held = self.__dict__
         if "_buffers" in held and name in held["_buffers"]:
             tensor = held["_buffers"][name]
-            if torch.compiler.is_compiling():
+            if _is_compiling():
                 _check_export(self)
-            elif torch._C._current_graph_task_id() != -1:  # a backward pass is under way
+            elif "_history" in held and torch._C._current_graph_task_id() != -1:  # a backward pass is under way
                 _check_recomputation(self, name, tensor)
             return tensor
         if "_modules" in held and name in held["_modules"]:
@@ -221,9 +225,10 @@ class MetaModule(nn.Module):
         if name not in held or isinstance(value, (nn.Parameter, nn.Buffer, nn.Module)):
             if name == "parametrizations" and isinstance(value, nn.ModuleDict):
                 value = _Parametrizations(value)
-            elif isinstance(value, nn.Parameter) and name in held:
+            elif isinstance(value, nn.Parameter) and name in held and not _is_compiling():
                 _remember(self, name, value)
-            elif isinstance(value, Tensor) and _was_removed(self, value):  # torch puts it back under another name
+            elif isinstance(value, Tensor) and "_history" in vars(self) and self._history.removed() is value:
+                # torch puts a deleted parameter back, under another name
                 self.register_parameter(name, value)
                 return
             super().__setattr__(name, value)
@@ -232,7 +237,8 @@ class MetaModule(nn.Module):
             raise TypeError(f"cannot assign {type(value).__name__} to '{name}'; a torch.Tensor or None is accepted")
         if value is not None and name in self._meta_names:
             _check_like(name, value, held[name])
-            _remember(self, name, value)
+            if not _is_compiling():
+                _remember(self, name, value)
         held[name] = value
 
     def named_buffers(
@@ -258,10 +264,13 @@ class MetaModule(nn.Module):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the parameters, with the graph they carry, as `nn.Module.named_parameters`."""
-        for part in self.modules() if recurse else [self]:
+        parts = () if not _own_leaves else self.modules() if recurse else [self]
+        for part in parts:
             if isinstance(part, MetaModule) and type(part).named_leaves is not MetaModule.named_leaves:
                 for name, tensor in part.named_leaves():
-                    if tensor is not None and name not in part._meta_names:
+                    own = name not in part._meta_names and (vars(part).get(name), part._buffers.get(name))
+                    # not what torch computes under that name, from a parametrization or a mask
+                    if own and any(tensor is held for held in own if _is_trainable_leaf(held)):
                         vars(part).pop(name, None)
                         part._parameters[name] = tensor
         return super().named_parameters(prefix, recurse, remove_duplicate)
@@ -410,9 +419,9 @@ class MetaModule(nn.Module):
         >>> net.weight.is_leaf
         False
         """
-        for name, value in (("first_order", first_order), ("detach", detach)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} is {type(value).__name__}; a bool is accepted (gradients are source_params)")
+        if not (isinstance(first_order, bool) and isinstance(detach, bool)):
+            wrong = f"first_order is {type(first_order).__name__}, detach {type(detach).__name__}"
+            raise TypeError(f"{wrong}; bools are accepted (gradients are source_params)")
         lr = _step_size(lr_inner)
         if detach and source_params is None and not isinstance(lr, Tensor) and lr == 0:
             return self.detach_params()
@@ -490,8 +499,7 @@ class MetaModule(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in `nn.Module`, without a warning for the parameters that carry a graph and so have no `.grad`."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        with _grad_of_non_leaves_unwarned():
             super().zero_grad(set_to_none)
 
     def _apply(self, fn, recurse=True):
@@ -508,7 +516,8 @@ class MetaModule(nn.Module):
         buffers.update(moved)
         fn.keep(moved.values())
         if super()._apply.__func__ is not nn.Module._apply:
-            return super()._apply(fn, recurse)  # the class's own, which finds what has moved and leaves it
+            with _grad_of_non_leaves_unwarned():
+                return super()._apply(fn, recurse)  # the class's own, which finds what has moved and leaves it
         for child in self.children() if recurse else ():
             child._apply(fn)
         return self
@@ -518,7 +527,7 @@ class MetaModule(nn.Module):
 
         Leaves are filled in place. Where a parameter carries a graph, the leaf it came from, which an optimizer may
         step, comes back if it has the values loaded, as when an inner loop ends at its start; else there is a new leaf,
-        which leaves the older graph whole, and a warning if an earlier leaf is still held somewhere.
+        which leaves the older graph whole, and a warning if an earlier leaf is still held (by an optimizer or a graph).
         """
         with _loading(list(self.modules())):
             return super().load_state_dict(*args, **kwargs)
@@ -554,13 +563,16 @@ class MetaModule(nn.Module):
 
 def _tensors(root: nn.Module) -> dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]:
     """Each distinct parameter under its first name, with every (module, name) that holds it."""
-    names = dict(root.named_parameters())
-    places = {tensor: [] for tensor in names.values()}
-    for module in root.modules():
+    known, found, first_name = root.named_parameters() if _own_leaves else (), {}, {}
+    for _ in known:  # what named_leaves names is a parameter from here on
+        pass
+    for path, module in root.named_modules():
         for name, tensor in module._parameters.items():
-            if tensor in places:
-                places[tensor].append((module, name))
-    return {name: (tensor, places[tensor]) for name, tensor in names.items()}
+            if tensor is None:
+                continue
+            key = first_name.setdefault(id(tensor), f"{path}.{name}" if path else name)
+            found.setdefault(key, (tensor, []))[1].append((module, name))
+    return found
 
 
 def _find(root: nn.Module, name: str) -> Tensor:
@@ -577,6 +589,17 @@ def _find(root: nn.Module, name: str) -> Tensor:
 
 def _is_leaf(tensor: Tensor | None) -> bool:
     return tensor is None or tensor.is_leaf
+
+
+def _is_trainable_leaf(tensor: object) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_leaf and tensor.requires_grad
+
+
+@contextlib.contextmanager
+def _grad_of_non_leaves_unwarned():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        yield
 
 
 def _check_tensor(name: str, tensor: Tensor, current: Tensor) -> None:
@@ -597,47 +620,73 @@ def _check_like(name: str, new: Tensor, old: Tensor | None) -> None:
 
 def _put(updates: list[tuple[list[tuple[nn.Module, str]], Tensor]], given: bool = False) -> None:
     """Put each tensor in its places, all of them or none; `given`: the tensors are the user's own."""
-    owners = {module for places, _ in updates for module, _ in places}
-    _convert(_twins((type(module).__name__, module) for module in owners if not isinstance(module, MetaModule)))
+    plain = {module for places, _ in updates for module, _ in places if not isinstance(module, MetaModule)}
+    if plain:
+        _convert(_twins((type(module).__name__, module) for module in plain))
+    remember = not _is_compiling()
     for places, tensor in updates:
         for module, name in places:
-            _remember(module, name, tensor, given)
+            if remember:
+                _remember(module, name, tensor, given)
             module._buffers[name] = tensor
 
 
 # ---- what stood there before: for optimizers, loading and recomputation ---------------------------------------------
 
-_history: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()  # by name: see _remember
-_removed: weakref.WeakKeyDictionary[nn.Module, TensorWeakRef] = weakref.WeakKeyDictionary()  # parameters last deleted
 _under_load = contextvars.ContextVar("_under_load", default=False)
+_is_compiling = torch.compiler.is_compiling
+_sequence_number = torch._C._autograd._get_sequence_nr  # grows with each node of autograd's graph
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # newer than the oldest torch accepted
+
+
+class _History(dict):
+    """Of a module: by name, the id of the tensor last put there, when, and the leaves before it, not kept alive.
+
+    `removed` is the parameter last deleted. A copy of the module begins its history anew.
+    """
+
+    removed = staticmethod(lambda: None)
+
+    def __reduce__(self):
+        return (_History, ())
+
+
+def _history_of(module: nn.Module) -> _History:
+    history = module.__dict__.get("_history")
+    if history is None:
+        history = module.__dict__["_history"] = _History()
+    return history
 
 
 def _remember(module: nn.Module, name: str, new: Tensor, given: bool = True) -> None:
     """Note when `new` came and which leaves before it an optimizer may step; a leaf the user gives begins anew."""
-    if torch.compiler.is_compiling():
-        return
-    leaves = [] if given and new.is_leaf else [*_earlier_leaves(module, name), module._buffers.get(name)]
-    distinct = {id(leaf): leaf for leaf in leaves if leaf is not None and leaf.is_leaf and leaf.requires_grad}
-    past = (TensorWeakRef(new), torch._C._autograd._get_sequence_nr(), [TensorWeakRef(t) for t in distinct.values()])
-    _history.setdefault(module, {})[name] = past
+    history, leaves = _history_of(module), []
+    if not (given and new.is_leaf):
+        leaves, old = history[name][2] if name in history else [], module._buffers[name]
+        if old is not None and old.is_leaf and old.requires_grad:
+            leaves = [leaf for leaf in leaves if _alive(leaf) is not None and _alive(leaf) is not old]
+            leaves.append(weakref.ref(old))
+    history[name] = (id(new), _sequence_number(), leaves)
+
+
+def _alive(reference: weakref.ref) -> Tensor | None:
+    tensor = reference()
+    if tensor is not None:
+        tensor._fix_weakref()  # as torch.utils.weak does
+    return tensor
 
 
 def _earlier_leaves(module: nn.Module, name: str) -> list[Tensor]:
-    references = _history.get(module, {}).get(name, (None, 0, ()))[2]
-    return [leaf for leaf in (reference() for reference in references) if leaf is not None]
-
-
-def _was_removed(module: nn.Module, tensor: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and module in _removed and _removed[module]() is tensor
+    references = vars(module).get("_history", {}).get(name, (0, 0, ()))[2]
+    return [leaf for leaf in map(_alive, references) if leaf is not None]
 
 
 def _check_recomputation(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Activation checkpointing calls the module again inside a backward pass: with the parameters of the first time?"""
-    current, since, _ = _history.get(module, {}).get(name, (None, 0, ()))
+    current, since, _ = vars(module)["_history"].get(name, (0, 0, ()))
     node = torch._C._current_autograd_node()
     recomputes = node is not None and node._sequence_nr() < since and torch.is_grad_enabled()
-    if recomputes and current() is tensor:  # not where functional_call has put another in its place
+    if recomputes and current == id(tensor):  # not where functional_call has put another in its place
         raise RuntimeError(
             f"'{name}' was replaced since the forward that a backward pass computes again (activation checkpointing); "
             "pass the parameters as arguments: checkpoint(lambda p, x: torch.func.functional_call(net, p, (x,)), "
@@ -700,15 +749,15 @@ def _loading(modules: list[nn.Module]):
                 tensor.copy_(copied)
         back = any(value is leaf for leaf in earlier)
         if earlier and not back:
-            stale.append(name)
+            stale.append(f"{type(module).__name__}.{name}")
         for module, held, name, is_parameter in places:
             if is_parameter and value is not tensor:
                 _remember(module, name, value, given=back)
             held[name] = value
     if stale:
         warnings.warn(
-            f"{', '.join(stale)} were loaded into leaves that an optimizer made before the updates does not step; make "
-            "it anew, or put the earlier leaves back first: net.set_params(start)",
+            f"loaded, but not into the leaves that stood here before the updates: {', '.join(stale)}. An optimizer made "
+            "before does not step these; make it anew, or put its leaves back first by net.set_params(start)",
             stacklevel=4,
         )
 
@@ -841,6 +890,7 @@ def _convert(twins: dict[nn.Module, type]) -> None:
 
 
 _made_twins: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
+_own_leaves: weakref.WeakSet[type] = weakref.WeakSet()  # classes with a named_leaves of their own
 _FACE = ("named_params", "named_leaves", "set_param", "set_params", "update_params", "detach_params", "copy")
 
 
