@@ -297,6 +297,21 @@ def test_groups_closures_and_frozen_parameters():
     assert first.bias not in optimizer.state and optimizer.step() is None
 
 
+def test_weights_are_used_as_they_are():
+    net, param = nets()[0], nn.Parameter(torch.randn(4, 3).double())
+    optimizer, twin = TensorwiseSteps([param], net, lr=0.01), nn.Parameter(param.detach().clone())
+    for turn in range(2):
+        for weight in net.parameters():
+            weight.data.mul_(1 - 2 * turn)  # no version counter sees it
+        param.grad = torch.ones_like(param)
+        twin.grad = param.grad.clone()
+        fresh = TensorwiseSteps([twin], net, lr=0.01)
+        fresh.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        fresh.step()
+        assert torch.equal(param, twin)
+
+
 @pytest.mark.parametrize("again", ["state dict", "deepcopy", "pickle"])
 def test_training_goes_on_from_a_saved_state(again, tmp_path):
     net, (model, inputs) = nets()[1], model_and_data()

@@ -4,11 +4,13 @@ It has parameter groups with a rate each, closures and a state dict, and no othe
 and averages of other dtypes are not for it.
 """
 
+import copy
 import math
 
 import torch
 
 from gradbuffer.kernels.numba_mlp import TensorSteps, check_net
+from gradbuffer.snapshots import Snapshot
 
 __all__ = ["TensorwiseSteps"]
 
@@ -21,8 +23,7 @@ class TensorwiseSteps(torch.optim.Optimizer):
 
     Args:
         params: parameters of float32 or float64 on the CPU, or dicts of groups, each with its own "lr" if wanted.
-        net: the `MLPOptimizer`. Its weights are read at the first step; make another optimizer when they have changed.
-            They are not in the state dict.
+        net: the `MLPOptimizer`. Every step uses its weights as they then are. They are not in the state dict.
         lr: the rate, 0 or more. Default: `net.lr`.
 
     Raises:
@@ -39,14 +40,14 @@ class TensorwiseSteps(torch.optim.Optimizer):
 
     def __init__(self, params, net, lr=None):
         check_net(net)
-        self.net, self.steps_by_dtype = net, {}
+        self.net, self.compiled = net, {}
         super().__init__(params, {"lr": net.lr if lr is None else lr})
 
     def __getstate__(self):
         return {**super().__getstate__(), "net": self.net}
 
     def __setstate__(self, state):
-        super().__setstate__({"steps_by_dtype": {}, **state})
+        super().__setstate__({"compiled": {}, **state})
 
     def add_param_group(self, param_group):
         """As of `torch.optim.Optimizer`; the group's rate is checked."""
@@ -54,6 +55,10 @@ class TensorwiseSteps(torch.optim.Optimizer):
         if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 <= lr < math.inf:
             raise ValueError(f"lr must be a finite number, 0 or more, got {lr!r}")
         super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict):
+        """As of `torch.optim.Optimizer`, but the state is copied: steps overwrite it where it lies."""
+        super().load_state_dict(copy.deepcopy(state_dict))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -78,11 +83,16 @@ class TensorwiseSteps(torch.optim.Optimizer):
                     raise TypeError(f"gradients must be dense, got one of layout {param.grad.layout}")
                 by_dtype.setdefault(param.dtype, []).append(param)
             for dtype, params in by_dtype.items():
-                if dtype not in self.steps_by_dtype:
-                    self.steps_by_dtype[dtype] = TensorSteps(self.net, dtype)
                 states = [self.state_of(param) for param in params]
-                self.steps_by_dtype[dtype].steps(params, [param.grad for param in params], states, group["lr"])
+                self.steps_of(dtype).steps(params, [param.grad for param in params], states, group["lr"])
         return loss
+
+    def steps_of(self, dtype):
+        """The compiled steps for that dtype; made anew when the network's weights have changed."""
+        weights = list(self.net.parameters())
+        if dtype not in self.compiled or not self.compiled[dtype][0].holds(weights):
+            self.compiled[dtype] = Snapshot(weights), TensorSteps(self.net, dtype)
+        return self.compiled[dtype][1]
 
     def state_of(self, param):
         """A parameter's state, begun where there is none."""
