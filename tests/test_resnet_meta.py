@@ -129,6 +129,20 @@ def test_an_inner_update_reaches_through_the_whole_network():
 # ---- pretrained weights ----------------------------------------------------------------------------------------------
 
 
+def test_feature_extraction_by_torch_fx():
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    meta, images = built(resnet_meta.resnet18).eval(), torch.randn(1, 3, 32, 32)
+    plain = built(torchvision.models.resnet18).eval()
+    found, expected = (create_feature_extractor(model, ["layer4", "fc"])(images) for model in (meta, plain))
+    assert list(found) == ["layer4", "fc"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    grads = torch.autograd.grad(meta(images).sum(), list(meta.parameters()))
+    meta.update_params(0.1, source_params=grads)
+    extractor = create_feature_extractor(meta, ["fc"])
+    torch.testing.assert_close(extractor(images)["fc"], meta(images), rtol=0, atol=0)
+
+
 def put_checkpoint(hub, name, version="IMAGENET1K_V1"):
     weights = models.get_model_weights(name)[version]
     source = built(getattr(models, name), seed=3)
