@@ -82,16 +82,16 @@ def resized(images, side):
     return F.interpolate(images, (side, side), mode="area" if own > side else "bilinear")
 
 
-def mirrored_sums(generator):
-    """32 sequences; at each place stands the sum of the symbol there and the one at the mirrored place, modulo 16."""
+def sorted_symbols(generator):
+    """32 sequences of 16 symbols, and the same in order."""
     symbols = torch.randint(16, (32, 16), generator=generator)
-    return symbols, (symbols + symbols.flip(1)) % 16
+    return symbols, symbols.sort(1)[0]
 
 
-def neighbour_sums(generator):
-    """32 sequences; at each place stands the sum of the symbol there and the one before it, if any, modulo 8."""
-    symbols = torch.randint(8, (32, 12), generator=generator)
-    return symbols, (symbols + F.pad(symbols, (1, 0))[:, :-1]) % 8
+def echoes(generator, delay=4):
+    """32 sequences of 16 symbols, and the same later by `delay` places, after zeros."""
+    symbols = torch.randint(16, (32, 16), generator=generator)
+    return symbols, F.pad(symbols, (delay, 0))[:, :-delay]
 
 
 def characters(generator, batch=8, length=32):
@@ -236,7 +236,7 @@ class VisionTransformer(nn.Module):
 class Recurrent(nn.Module):
     """Symbols (B, length) -> scores (B, length, symbols) by a GRU."""
 
-    def __init__(self, symbols=8, width=32):
+    def __init__(self, symbols=16, width=32):
         super().__init__()
         self.embedding, self.body = nn.Embedding(symbols, width), nn.GRU(width, width, batch_first=True)
         self.output = nn.Linear(width, symbols)
@@ -347,11 +347,11 @@ TASKS = {
         VisionTransformer, cifar(16, 16), kind="attention",
         description="two layers of 32, 16 patches, CIFAR-10 at 16×16, batch 16"),
     "transformer": classify(
-        functools.partial(SequenceTransformer, 16, 16), mirrored_sums, kind="attention",
-        description="two layers of 32, sums modulo 16 of mirrored symbols, batch 32"),
+        functools.partial(SequenceTransformer, 16, 16), sorted_symbols, kind="attention",
+        description="two layers of 32, sequences of 16 symbols to be sorted, batch 32"),
     "gru": classify(
-        Recurrent, neighbour_sums, kind="recurrent",
-        description="GRU of 32 units, sums modulo 8 of neighbouring symbols, batch 32"),
+        Recurrent, echoes, kind="recurrent",
+        description="GRU of 32 units, symbols to be repeated four places later, batch 32"),
     "characters": classify(
         lambda: SequenceTransformer(encoded_text()[1], 32, causal=True), characters, kind="language model",
         description="causal transformer, two layers of 32, the help texts of Python, 8 stretches of 32 characters"),
