@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from argument_checks import NonFiniteError, check_finite, sum_is_finite, values_unchecked
-from gradbuffer.snapshots import Snapshot, form_of
+from gradbuffer.snapshots import Snapshot
 from state_nests import fill_leaves, map_tensors, named_leaves
 
 __all__ = ["LearnedOptimizer"]
@@ -202,7 +202,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                              f"one device, got {sorted(map(str, devices))}")
         key = net, *devices, None if is_coordinatewise(net) else size
         network = self._networks.get(key)
-        if network is None or network.form != form_of(tensors_of(net)):
+        if network is None or network.place != place_of(net):
             network = self._networks[key] = Network(net, *devices, size)
         return network
 
@@ -371,7 +371,7 @@ class Vector:
         if self.is_new:
             states[self.params[0]] = {name: as_sharded(leaf, self.params[0]) for name, leaf in self.state.items()} \
                 if self.meshes else self.state
-        for parameter, update in zip(self.params, self.update.split(list(map(local_size, self.params)))):
+        for parameter, update in zip(self.params, cut(self.update, map(local_size, self.params))):
             if parameter.grad is not None:
                 place = local(parameter)
                 place.add_(update.view(place.shape), alpha=self.lr)
@@ -397,6 +397,12 @@ def flat_gradient(parameter, group, dtype):
 def joined(pieces):
     """Tensors (..., n_i) as one (..., Σ n_i); a single one as it is."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+
+def cut(vector, sizes):
+    """The opposite of `joined`, without the Python of `Tensor.split`."""
+    sizes = list(sizes)
+    return [vector] if len(sizes) == 1 else torch.split_with_sizes(vector, sizes, -1)
 
 
 # Parameters of which each process has a part: DTensors, as of FSDP2's `fully_shard` -----------------------------------
@@ -505,7 +511,7 @@ class Network:
     """
 
     def __init__(self, net, device, size):
-        self.source, self.device, self.form = net, device, form_of(tensors_of(net))
+        self.source, self.device, self.place = net, device, place_of(net)
         self.is_copy = any(tensor.device != device for tensor in tensors_of(net))
         self.renew()
         self.options = {"inplace": True} if "inplace" in inspect.signature(net.forward).parameters else {}
@@ -578,14 +584,15 @@ class Network:
         if vector.state.keys() != self.parts.keys():
             raise ValueError(f"the state of {vector.label(0)} has the parts {list(vector.state)}, which are not those of "
                              f"{vector.net_name}: {list(self.parts)}")
+        size = vector.size
         for name, part in self.parts.items():
             leaf = vector.state[name]
-            if part.dtype and tuple(leaf.shape) != part.shape(vector.size):
-                raise ValueError(f"{vector.label(0)} must keep the size that it had when its state began: it has {vector.size} "
-                                 f"coordinates now, and {name} of its state has shape {tuple(leaf.shape)} instead of "
-                                 f"{part.shape(vector.size)}; make a new optimizer for it")
-            if part.dtype and leaf.device != vector.grad.device:
-                raise ValueError(f"{vector.label(0)} is on {vector.grad.device}, its state on {leaf.device}: load the optimizer's "
+            if part.dtype and (leaf.shape[-1] != size if part.along else leaf.shape != part.lead):
+                raise ValueError(f"{vector.label(0)} must keep the size that it had when its state began: it has {size} coordinates "
+                                 f"now, and {name} of its state has shape {tuple(leaf.shape)} instead of {part.shape(size)}; make "
+                                 "a new optimizer for it")
+            if part.dtype and leaf.device != self.device:
+                raise ValueError(f"{vector.label(0)} is on {self.device}, its state on {leaf.device}: load the optimizer's "
                                  "state_dict() after moving a model")
 
     def fitting(self, leaves, params, state_dtype, where):
@@ -641,7 +648,7 @@ class Network:
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             update, state = self.net(grad, fill_leaves(self.nest, given), **self.options)
         leaves = self.checked(update, named_leaves(state), grad, given)
-        for (vector, start, stop), piece in zip(spans, update.split(sizes)):
+        for (vector, start, stop), piece in zip(spans, cut(update, sizes)):
             vector.update[start:stop] = piece
         self.store(spans, places, given, leaves)
 
@@ -655,7 +662,7 @@ class Network:
         sizes, (vector, _, end) = [stop - start for _, start, stop in spans], spans[-1]
         for name, part in self.parts.items():
             if part.along:
-                for (owner, *_), place, piece in zip(spans, places[name], leaves[name].split(sizes, -1)):
+                for (owner, *_), place, piece in zip(spans, places[name], cut(leaves[name], sizes)):
                     if not same(place, piece):
                         self.write(owner, place, piece)
             elif end == vector.size:  # all chunks of a vector read the old value, and the last one leaves the new
@@ -700,6 +707,14 @@ def same(a, b):
 
 def tensors_of(net):
     return [*net.parameters(), *net.buffers()]
+
+
+def place_of(net):
+    """Device and dtype of a network's first tensor, or None: they change where a network moves as a whole."""
+    tensor = next(net.parameters(), None)
+    if tensor is None:
+        tensor = next(net.buffers(), None)
+    return None if tensor is None else (tensor.device, tensor.dtype)
 
 
 def is_finite(leaf):
