@@ -703,7 +703,7 @@ def _check_export(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _loading(modules: list[nn.Module]):
-    """Copies stand in for all tensors while a state is loaded; then what was loaded moves in, after an error nothing."""
+    """Copies stand in for all tensors during a load; then what was loaded moves in, after an error nothing."""
     found = {}  # each tensor with its places
     for module in modules:
         for held in (module._buffers, vars(module)["_parameters"]):
@@ -756,14 +756,14 @@ def _loading(modules: list[nn.Module]):
             held[name] = value
     if stale:
         warnings.warn(
-            f"loaded, but not into the leaves that stood here before the updates: {', '.join(stale)}. An optimizer made "
+            f"loaded, but not into the leaves of before the updates: {', '.join(stale)}. An optimizer made "
             "before does not step these; make it anew, or put its leaves back first by net.set_params(start)",
             stacklevel=4,
         )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether the two have the same values, NaN included; of what has no values here, such as on the meta device, True."""
+    """Whether both have the same values, NaN included; what has none to compare (meta device) counts as the same."""
     if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
         return False
     if one.is_meta or one.layout != torch.strided or torch.equal(one, other):
