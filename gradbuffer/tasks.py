@@ -126,7 +126,7 @@ def ratings_table(users=300, items=200, rank=6):
     """(users, items): products of hidden vectors, with noise."""
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(users, rank, generator=generator), torch.randn(rank, items, generator=generator)
-    return left @ right / math.sqrt(rank) + 0.1 * torch.randn(users, items, generator=generator)
+    return 0.3 * (left @ right / math.sqrt(rank) + 0.1 * torch.randn(users, items, generator=generator))
 
 
 def ratings(generator, batch=256):
@@ -150,14 +150,14 @@ def regression_problem(inputs=64, smallest=0.01):
     rotations = [torch.linalg.qr(torch.randn(inputs, inputs, generator=generator))[0] for _ in range(2)]
     scales = torch.logspace(0, math.log10(smallest), inputs)
     weights = torch.randn(inputs, generator=generator)
-    return rotations[0] * scales @ rotations[1], rotations[1].T @ (weights / scales.sqrt())
+    return rotations[0] * scales @ rotations[1], 0.03 * rotations[1].T @ (weights / scales.sqrt())
 
 
 def ill_conditioned(generator, batch=64):
     """Correlated inputs (batch, 64) and noisy targets (batch,)."""
     mixing, weights = regression_problem()
     inputs = torch.randn(batch, len(weights), generator=generator) @ mixing
-    return inputs, inputs @ weights + 0.1 * torch.randn(batch, generator=generator)
+    return inputs, inputs @ weights + 0.003 * torch.randn(batch, generator=generator)
 
 
 # Networks -------------------------------------------------------------------------------------------------------------
@@ -280,12 +280,14 @@ class Factorization(nn.Module):
         super().__init__()
         self.vectors = nn.ModuleList([nn.Embedding(users, rank), nn.Embedding(items, rank)])
         self.biases = nn.ModuleList([nn.Embedding(users, 1), nn.Embedding(items, 1)])
+        for table in (*self.vectors, *self.biases):
+            nn.init.normal_(table.weight, std=0.1)
 
     def forward(self, pairs):
         users, items = pairs.unbind(1)
         left, right = self.vectors[0](users), self.vectors[1](items)
         biases = self.biases[0](users) + self.biases[1](items)
-        return (left * right).sum(1) / math.sqrt(left.shape[1]) + biases[:, 0]
+        return (left * right).sum(1) + biases[:, 0]
 
 
 class CoordinateNetwork(nn.Module):
