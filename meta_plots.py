@@ -5,7 +5,7 @@ import math
 import torch
 from matplotlib import pyplot as plt
 
-from comparison import learned_rule, torch_rule
+from gradbuffer.evaluation import learned_rule, torch_rule
 
 __all__ = ["plot_curves", "plot_history", "plot_sizes", "plot_tuning", "plot_updates", "sizes_table", "stretches_table",
            "summary_table"]
@@ -295,7 +295,7 @@ def plot_updates(net, title, gradients=None, steps=(1, 10, 50), baselines=None, 
 
 
 def follow(rule, gradients):
-    """Updates (T, N) of a rule of `comparison` along gradients (T, N)."""
+    """Updates (T, N) of a rule of `evaluation` along gradients (T, N)."""
     theta, updates = torch.zeros_like(gradients[0]), []
     advance = rule(theta)
     for gradient in gradients:

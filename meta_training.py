@@ -3,7 +3,7 @@
 Andrychowicz et al. 2016 (arXiv 1606.04474), section 2: L(φ) = E_f Σ_t w_t f(θ_t) is minimized by truncated
 backpropagation through time. Optimizees come from `optimizees` (or are a user's own), learned optimizers from
 `optimizers` (or are a user's own). The meta-gradient of a window is `meta_gradients`, the comparison with hand-designed
-optimizers `comparison`; their public names are here too. As a program (`python meta_training.py --help`) it is
+optimizers `evaluation`; their public names are here too. As a program (`python meta_training.py --help`) it is
 `command_line`.
 """
 
@@ -17,19 +17,19 @@ from dataclasses import asdict, dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-from argument_checks import NonFiniteError, check_count, check_positive_number
-from checkpoints import (describe_net, describe_problem, named_tuples, plain, read_checkpoint, regroup, unplain,
+from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
+from gradbuffer.checkpoints import (describe_net, describe_problem, named_tuples, plain, read_checkpoint, regroup, unplain,
                          write_checkpoint)
-from comparison import (BASELINES, AccuracyCurves, TunedBaseline, compare, compare_final, device_of, evaluate,
+from gradbuffer.evaluation import (BASELINES, AccuracyCurves, TunedBaseline, compare, compare_final, device_of, evaluate,
                         evaluate_baseline, on_device, tune_baseline, tune_baselines)
-from cuda_graphs import CapturedWindow
+from gradbuffer.cuda_graphs import CapturedWindow
 from gradbuffer.needs import ON, refuse_without_effect
-from horizons import check_curriculum, describe_horizons, horizon_rule
-from imitation import Imitation, imitation_gradient
-from meta_gradients import check_gradient_options, meta_gradient
-from pes import PESState
-from ranks import Ranks, part_of
-from unrolling import Coordinates, bound
+from gradbuffer.horizons import check_curriculum, describe_horizons, horizon_rule
+from gradbuffer.imitation import Imitation, imitation_gradient
+from gradbuffer.meta_gradients import check_gradient_options, meta_gradient
+from gradbuffer.pes import PESState
+from gradbuffer.ranks import Ranks, part_of
+from gradbuffer.unrolling import Coordinates, bound
 
 __all__ = ["AccuracyCurves", "BASELINES", "History", "TunedBaseline", "compare", "compare_final", "evaluate",
            "evaluate_baseline", "meta_gradient", "meta_train", "tune_baseline", "tune_baselines"]
@@ -480,6 +480,6 @@ def stopped(iteration, cause):
 
 
 if __name__ == "__main__":
-    from command_line import main  # which imports this module under its own name
+    from gradbuffer.command_line import main  # which imports this module under its own name
 
     sys.exit(main())

@@ -15,10 +15,10 @@ from typing import Callable, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from argument_checks import check_count
-from cifar_data import ColorImages, check_color_images, load_cifar10
-from kernel_choice import takes_numba
-from mnist_data import load_mnist
+from gradbuffer.checks import check_count
+from gradbuffer.data.cifar10 import ColorImages, check_color_images, load_cifar10
+from gradbuffer.kernels.choice import takes_numba
+from gradbuffer.data.mnist import load_mnist
 
 __all__ = ["CIFAR10Net", "ConvexTerms", "MNISTNet", "MetaBatch", "Mirrored", "Quadratics", "RandomScaling"]
 
@@ -37,7 +37,7 @@ class MetaBatch(NamedTuple):
     where the parameters of these shapes lie one after the other, and returns ∇ (N,), or None where it cannot. With
     `tensors(step)` and `of(tensors)` its windows can be captured, see `cuda_graphs.CapturedWindow`. If it is ‖Wθ − y‖² of the
     only parameter (B, n), whatever its name, at every step, it may say so by `quadratics`, the tensors W (B, n, n), y (B, n, 1)
-    and 2 Wᵀ: then windows are unrolled by `quadratics_numba` where they can be. If it is that of a perceptron, it may say so by
+    and 2 Wᵀ: then windows are unrolled by `numba_quadratics` where they can be. If it is that of a perceptron, it may say so by
     `perceptrons(shapes)`, see `PerceptronLoss`. With `part(first, last)`, the loss of those functions alone, a window may take
     some functions to its end before it takes the others, or several threads may take some each.
     """
@@ -351,7 +351,7 @@ class MNISTNet(ImageNets):
     one half, those of `"validation"` from the other, those of `"test"` from MNIST's test split. Meta-training uses
     the first, choosing an optimizer (or a learning rate) the second, and reported curves the third.
 
-    The data are loaded once per process and lie on the device as tensors; `mnist_data.load_mnist` says where they come
+    The data are loaded once per process and lie on the device as tensors; `mnist.load_mnist` says where they come
     from, and what stands in for MNIST offline (`name`, for titles, says which it was).
 
     Args:
@@ -515,7 +515,7 @@ class PerceptronLoss:
         return losses, gradients
 
     def perceptrons(self, shapes):
-        """What `perceptrons_numba` wants to know of this loss, of parameters of these shapes: images, labels, a function
+        """What `numba_perceptrons` wants to know of this loss, of parameters of these shapes: images, labels, a function
         index(step) -> (B, batch), the layers' sizes and the activation; or None if it is not for that."""
         names = [f"{kind}{layer}" for layer in range(len(shapes) // 2) for kind in ("weight", "bias")]
         if not isinstance(self.minibatch, Chosen) or list(shapes) != names:
@@ -528,7 +528,7 @@ class PerceptronLoss:
         if not found or not takes_numba(theta) or found[0].dtype != theta.dtype:
             return None
         images, labels, index, *rest = found
-        return import_module("perceptrons_numba").losses_and_gradient(images, labels, index(step), theta, *rest)
+        return import_module("gradbuffer.kernels.numba_perceptrons").losses_and_gradient(images, labels, index(step), theta, *rest)
 
 
 def mean_cross_entropy(scores, labels):
@@ -567,7 +567,7 @@ class CIFAR10Net(ImageNets):
         ValueError, TypeError: an argument is not as above, or the data are damaged.
 
     Example:
-        >>> from cifar_data import generated_images
+        >>> from gradbuffer.data.cifar10 import generated_images
         >>> problem = CIFAR10Net(batch_size=16, channels=(4, 4), root=generated_images(200, 50, side=8))
         >>> batch = problem.sample(2, generator=torch.Generator().manual_seed(0))
         >>> batch.loss(batch.params, step=0).shape, problem.test_accuracy(batch.params).shape

@@ -4,7 +4,7 @@
 `RNNProp` that of Lv, Jiang and Li 2017 (arXiv 1703.03633); `sharing` has those whose coordinates tell each other
 something. A learned optimizer is any `nn.Module` with `init_state(num_coordinates)` and
 `forward(grad, state) -> (update, state)`; `meta_training` takes a user's own as well as these. How it is trained
-stands in `meta_training`; the arithmetic of the fast path in `lstm_blocks`.
+stands in `meta_training`; the arithmetic of the fast path in `torch_blocks`.
 """
 
 import hashlib
@@ -19,18 +19,18 @@ from safetensors.torch import save
 from torch import nn
 
 import gradbuffer
-import lstm_blocks
-from argument_checks import (NonFiniteError, check_count, check_finite, check_positive_number, sum_is_finite,
+from gradbuffer.kernels import torch_blocks
+from gradbuffer.checks import (NonFiniteError, check_count, check_finite, check_positive_number, sum_is_finite,
                              values_are_checked)
 from gradbuffer.snapshots import Snapshot
-from kernel_choice import compiled_kernels, is_triton, kernels_for, takes_numba
-from learned_optimizer import LearnedOptimizer
-from odd_weights import odd_part
-from per_kind import PerKind
-from preprocessing import log_sign
-from sharing import LSTMWithGAC, NTMBFGS, start_as_coordinatewise
-from state_nests import clone
-from whole_files import write_whole
+from gradbuffer.kernels.choice import compiled_kernels, is_triton, kernels_for, takes_numba
+from gradbuffer.nets.torch_optim import LearnedOptimizer
+from gradbuffer.nets.odd_weights import odd_part
+from gradbuffer.nets.per_kind import PerKind
+from gradbuffer.nets.preprocessing import log_sign
+from gradbuffer.nets.sharing import LSTMWithGAC, NTMBFGS, start_as_coordinatewise
+from gradbuffer.nests import clone
+from gradbuffer.files import write_whole
 
 __all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LSTMWithGAC", "LearnedOptimizer", "NTMBFGS", "NonFiniteError",
            "NormalizedLSTM", "PerKind", "RNNProp", "load_optimizer", "log_sign", "pretrained_optimizers", "save_optimizer",
@@ -332,7 +332,7 @@ class LSTMOptimizer(nn.Module):
         kernels, packed = self._packed_kernels()
         kept = {"room": room} if room is not None and room.packed is packed and room.steps == len(grads) else {}
         own = {name: parameter for name, parameter in wanted.items() if not name.startswith(("lstm.", "output."))}  # `embed`'s
-        if kernels is lstm_blocks and grads.device.type != "cpu" or is_triton(kernels) and (own or self.squash):
+        if kernels is torch_blocks and grads.device.type != "cpu" or is_triton(kernels) and (own or self.squash):
             return self._replay_with_graph(grads, state, adjoint)
         left, pieces = self._left_to(kernels, "replay"), []
 
@@ -456,7 +456,7 @@ class CoordinatewiseLSTM(LSTMOptimizer):
         if [tuple(tensor.shape) for tensor in quadratics] != [(B, n, n), (B, n, 1), (B, n, n)] or B * n != len(theta):
             raise ValueError("a loss's quadratics must be W (B, n, n), y (B, n, 1) and 2 Wᵀ, of B functions of n coordinates; got "
                              f"{[tuple(tensor.shape) for tensor in quadratics]} for {len(theta)} coordinates")
-        return with_finite_gradients(*import_module("quadratics_numba").record_quadratics(
+        return with_finite_gradients(*import_module("gradbuffer.kernels.numba_quadratics").record_quadratics(
             packed, quadratics, theta, *state, updates, self.p if self.preprocess else 0, keep))
 
     def record_perceptrons(self, perceptrons, coordinates, theta, state, step, updates, keep):
@@ -467,13 +467,13 @@ class CoordinatewiseLSTM(LSTMOptimizer):
         self._check(theta, state, tuple(theta.shape))
         images, labels, index, *rest = found
         indices = torch.stack([index(step + t) for t in range(updates + 1)])
-        return with_finite_gradients(*import_module("perceptrons_numba").record_perceptrons(
+        return with_finite_gradients(*import_module("gradbuffer.kernels.numba_perceptrons").record_perceptrons(
             packed, images, labels, indices, *rest, theta, *state, self.p if self.preprocess else 0, keep))
 
     def _packed_for_windows(self, theta):
         """The weights as compiled windows want them; None where there are no such windows."""
         kernels, packed = self._packed_kernels()
-        fits = type(self) is CoordinatewiseLSTM and kernels.__name__ == "lstm_numba"
+        fits = type(self) is CoordinatewiseLSTM and kernels.__name__ == "gradbuffer.kernels.numba_lstm"
         return packed if fits and takes_numba(theta) and packed.dtype == theta.dtype else None
 
     def _left_to(self, kernels, work):

@@ -17,8 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from comparison import BASELINES, compare, tune_baselines
-from neural_art import NeuralArt
+from gradbuffer.evaluation import BASELINES, compare, tune_baselines
+from gradbuffer.problems.neural_art import NeuralArt
 from optimizers import load_optimizer
 from timing import table_head, table_row
 

@@ -136,7 +136,7 @@ def main():
     parser.add_argument("--steps", type=int, default=1000, help="of the horizon, cnn and transformer (default 1000)")
     parser.add_argument("--seeds", type=int, default=3, help="of cnn and transformer (default 3)")
     arguments = parser.parse_args()
-    from cifar_data import load_cifar10
+    from gradbuffer.data.cifar10 import load_cifar10
     from optimizers import load_optimizer
 
     torch.set_num_threads(1)

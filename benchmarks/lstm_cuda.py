@@ -45,16 +45,16 @@ def rates(repetitions):
 
 def cases(net, N, unroll, precisions):
     """Functions that run a step and a replay over N coordinates, by kernels of each precision and by torch."""
-    import lstm_blocks
-    import lstm_triton
+    from gradbuffer.kernels import torch_blocks
+    from gradbuffer.kernels import triton_lstm
 
     packed, state, grad = net._packed_kernels()[1], net.init_state(N), torch.randn(N, device="cuda")
-    steps = {name: partial(lstm_triton.step_blocks, packed, lambda a, b: grad[None, a:b], *state, inplace=True,
+    steps = {name: partial(triton_lstm.step_blocks, packed, lambda a, b: grad[None, a:b], *state, inplace=True,
                            log_sign=net.p, precision=name) for name in precisions}
     readings = net.read(grad[None], ())[0][0]
-    steps["torch"] = lambda: lstm_blocks.step_blocks(packed, lambda a, b: readings[:, a:b], *state, True)
+    steps["torch"] = lambda: torch_blocks.step_blocks(packed, lambda a, b: readings[:, a:b], *state, True)
     grads, start = torch.randn(unroll, N, device="cuda"), net.init_state(N)
-    replays = {name: partial(lstm_triton.replay_blocks, packed, lambda a, b: net.read(grads[:, a:b], ())[0], *start,
+    replays = {name: partial(triton_lstm.replay_blocks, packed, lambda a, b: net.read(grads[:, a:b], ())[0], *start,
                              grads, precision=name) for name in precisions}
     replays["torch"] = lambda: net._replay_with_graph(grads, start, grads)
     return steps, replays
@@ -62,8 +62,8 @@ def cases(net, N, unroll, precisions):
 
 def windows(unroll, repetitions):
     """Seconds of a window: {problem: {"torch": …, "torch, graph": …, "triton": …, "triton, graph": …}}"""
-    from cuda_graphs import CapturedWindow
-    from meta_gradients import meta_gradient
+    from gradbuffer.cuda_graphs import CapturedWindow
+    from gradbuffer.meta_gradients import meta_gradient
     from optimizees import MNISTNet, Quadratics
     from optimizers import CoordinatewiseLSTM
 
@@ -93,11 +93,11 @@ def main():
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/lstm_cuda.py needs a CUDA device: torch finds none here")
-    import lstm_triton
+    from gradbuffer.kernels import triton_lstm
     from optimizers import CoordinatewiseLSTM
 
     net = CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1).cuda()
-    if not lstm_triton.supports(net.output.weight):
+    if not triton_lstm.supports(net.output.weight):
         sys.exit("benchmarks/lstm_cuda.py needs triton, a C compiler and a device of capability 8.0")
     torch.backends.cuda.matmul.allow_tf32 = False
     bandwidth, products = rates(arguments.repetitions)

@@ -52,7 +52,7 @@ class Window:
 
     def run(self, name, unroll):
         """One meta-gradient by the method of that name in `METHODS`."""
-        from meta_gradients import meta_gradient
+        from gradbuffer.meta_gradients import meta_gradient
 
         method, os.environ["L2O_KERNELS"] = METHODS[name]
         return meta_gradient(self.net, self.batch, self.batch.params, self.state, unroll=unroll, method=method)
@@ -65,7 +65,7 @@ def added_megabytes(problem, functions, unroll, name):
     The process is forked from one that has only imported what is needed.
     """
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["meta_gradients", "optimizees", "optimizers", "lstm_numba"])
+    processes.set_forkserver_preload(["gradbuffer.meta_gradients", "optimizees", "optimizers", "gradbuffer.kernels.numba_lstm"])
     with processes.Pool(1) as pool:
         return pool.apply(measure_memory, (problem, functions, unroll, name))
 
@@ -92,7 +92,7 @@ def with_numba(run):
 def compare_cases(cases, unroll, repetitions, peers, peer_rounds):
     """Tables 1 and 2."""
     from floors import bare_products, optimizee_alone
-    from unrolling import Coordinates
+    from gradbuffer.unrolling import Coordinates
 
     table_head("case", *(f"{name}, ms" for name in METHODS), "autograd / replay",
                *(column for label in peers for column in (f"{label}, ms", f"{label} / replay")))
@@ -156,7 +156,7 @@ def main():
 
     pin(1)
     torch.manual_seed(0)
-    from kernel_choice import has_numba
+    from gradbuffer.kernels.choice import has_numba
     from scaling import compare_lengths, compare_sizes, draw
 
     if not has_numba():

@@ -14,10 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from meta_gradients import meta_gradient
+from gradbuffer.meta_gradients import meta_gradient
 from optimizees import Mirrored, MNISTNet
 from optimizers import CoordinatewiseLSTM, start_as_momentum
-from unrolling import Coordinates, unroll
+from gradbuffer.unrolling import Coordinates, unroll
 
 WINDOWS = [(0, 10), (0, 50), (50, 50), (150, 50)]  # first step, length
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from argument_checks import check_count, check_positive_number
+from gradbuffer.checks import check_count, check_positive_number
 
 __all__ = ["Estimate", "Pairs", "Perceptrons", "signal_to_noise"]
 

@@ -11,7 +11,7 @@ from typing import Any, Callable
 
 import torch
 
-from argument_checks import NonFiniteError, check_count, check_positive_number
+from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
 
 __all__ = ["SPANS", "Contestant", "Race", "final", "race", "smoothed", "speed", "speed_against", "summary", "train"]
 

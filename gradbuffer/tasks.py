@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cifar_data import load_cifar10
-from mnist_data import load_mnist
+from gradbuffer.data.cifar10 import load_cifar10
+from gradbuffer.data.mnist import load_mnist
 
 __all__ = ["GENERALIZATION", "TASKS", "Task"]
 

@@ -1,6 +1,6 @@
 """What all tests share: seeds, one thread, and where data come from.
 
-Real data are found through the environment variable L2O_DATA (see `mnist_data.load_mnist`). Without it the tests run
+Real data are found through the environment variable L2O_DATA (see `mnist.load_mnist`). Without it the tests run
 on files that they write themselves, and never on the network.
 """
 
@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-import cifar_data
-import mnist_data
+from gradbuffer.data import cifar10 as cifar_data
+from gradbuffer.data import mnist as mnist_data
 
 
 torch.set_num_threads(1)  # the tests' tensors are too small for more to help

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-import whole_files
-from checkpoints import FILE_FORMAT, PARTS, plain, read_checkpoint, read_start, regroup, write_checkpoint
+from gradbuffer import files
+from gradbuffer.checkpoints import FILE_FORMAT, PARTS, plain, read_checkpoint, read_start, regroup, write_checkpoint
 from meta_training import meta_train
 from optimizees import MNISTNet, Quadratics, RandomScaling
 from optimizers import CoordinatewiseLSTM, RNNProp, save_optimizer
@@ -138,7 +138,7 @@ def test_an_interval_is_honoured_and_a_finished_run_stays_as_it_is(tmp_path):
 KILLED = """
 import os, random, signal, sys, time
 import torch
-from checkpoints import read_checkpoint
+from gradbuffer.checkpoints import read_checkpoint
 from meta_training import meta_train
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM
@@ -223,7 +223,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     torch.manual_seed(0)
     net = make()
     start = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    fill = lambda done, history: done == 6 and monkeypatch.setattr(whole_files.os, "fsync", full_disk)  # noqa: E731
+    fill = lambda done, history: done == 6 and monkeypatch.setattr(files.os, "fsync", full_disk)  # noqa: E731
     with pytest.raises(OSError, match="could not be written: No space left on device; a file that was there") as caught:
         meta_train(net, problem, 20, 5, iterations=14, checkpoint=run, checkpoint_every=2, validation_every=4,
                    callback=fill, progress=False, **arguments)

@@ -11,8 +11,8 @@ import torch
 from conftest import huge_picture, write_cifar10, write_cifar10_pickles
 from PIL import Image
 
-import cifar_data
-from cifar_data import CIFAR10_CLASSES, generated_images, load_cifar10
+from gradbuffer.data import cifar10 as cifar_data
+from gradbuffer.data.cifar10 import CIFAR10_CLASSES, generated_images, load_cifar10
 
 
 @pytest.mark.parametrize("form", ["folder", "zip"])

@@ -6,11 +6,11 @@ from conftest import write_cifar10
 from torch import nn
 
 import optimizees
-from cifar_data import generated_images, load_cifar10
-from meta_gradients import meta_gradient
+from gradbuffer.data.cifar10 import generated_images, load_cifar10
+from gradbuffer.meta_gradients import meta_gradient
 from optimizees import CIFAR10Net
 from optimizers import CoordinatewiseLSTM
-from unrolling import Coordinates
+from gradbuffer.unrolling import Coordinates
 
 IMAGES = generated_images(120, 40, side=8)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import command_line
-from command_line import main
+from gradbuffer import command_line
+from gradbuffer.command_line import main
 from meta_training import History
 from optimizers import (CoordinatewiseLSTM, NormalizedLSTM, load_optimizer, save_optimizer, start_as_adam,
                         start_as_momentum)

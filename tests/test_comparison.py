@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from cifar_data import generated_images
-from comparison import (BASELINES, AccuracyCurves, TunedBaseline, compare, compare_final, evaluate, evaluate_baseline,
+from gradbuffer.data.cifar10 import generated_images
+from gradbuffer.evaluation import (BASELINES, AccuracyCurves, TunedBaseline, compare, compare_final, evaluate, evaluate_baseline,
                         tune_baseline, tune_baselines)
 from optimizees import CIFAR10Net, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM

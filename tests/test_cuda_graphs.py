@@ -6,13 +6,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import meta_training
-from argument_checks import NonFiniteError, check_finite, values_unchecked
-from cuda_graphs import CapturedWindow
-from meta_gradients import meta_gradient
+from gradbuffer.checks import NonFiniteError, check_finite, values_unchecked
+from gradbuffer.cuda_graphs import CapturedWindow
+from gradbuffer.meta_gradients import meta_gradient
 from meta_training import meta_train
 from optimizees import MetaBatch, Mirrored, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM, RNNProp
-from state_nests import map_tensors, tensors_in
+from gradbuffer.nests import map_tensors, tensors_in
 
 
 class Recorder(TorchDispatchMode):

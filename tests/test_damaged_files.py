@@ -14,15 +14,15 @@ import pytest
 import torch
 from conftest import write_art, write_cifar10, write_cifar10_pickles, write_mnist
 
-import art_data
-import cifar_data
-import mnist_data
+from gradbuffer.data import art as art_data
+from gradbuffer.data import cifar10 as cifar_data
+from gradbuffer.data import mnist as mnist_data
 import optimizers
-from checkpoints import read_checkpoint
+from gradbuffer.checkpoints import read_checkpoint
 from meta_training import meta_train
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, load_optimizer
-from state_nests import named_leaves
+from gradbuffer.nests import named_leaves
 
 DAMAGES = 60  # of each file, where no time is given
 

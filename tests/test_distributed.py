@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from optimizees import MetaBatch, MNISTNet, Quadratics
-from ranks import Ranks, part_of
+from gradbuffer.ranks import Ranks, part_of
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from comparison import evaluate, evaluate_baseline
-from imitation import Demonstration, Imitation, imitation_gradient
-from learned_optimizer import LearnedOptimizer
+from gradbuffer.evaluation import evaluate, evaluate_baseline
+from gradbuffer.imitation import Demonstration, Imitation, imitation_gradient
+from gradbuffer.nets.torch_optim import LearnedOptimizer
 from meta_training import meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, RNNProp
@@ -111,7 +111,7 @@ def test_the_teacher_goes_its_own_way(name):
 
 
 def test_a_share_of_the_coordinates_is_an_unbiased_estimate(tiny_mnist, monkeypatch):
-    import unrolling
+    from gradbuffer import unrolling
 
     monkeypatch.setattr(unrolling, "SMALLEST_SHARE", 1)
     problem = MNISTNet((3,), batch_size=8, root=tiny_mnist, dtype=torch.float64)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler
 
-import learned_optimizer
-from comparison import evaluate
+from gradbuffer.nets import torch_optim as learned_optimizer
+from gradbuffer.evaluation import evaluate
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, LearnedOptimizer, NonFiniteError, load_optimizer
 

@@ -8,13 +8,13 @@ import torch
 from test_learned_optimizer import AdamRule, NormalizedDescent, TwoGradientsBack, lstm, model, train, values
 from torch import nn
 
-from comparison import evaluate
+from gradbuffer.evaluation import evaluate
 from gradbuffer.snapshots import Snapshot, joined_by_form
-from learned_optimizer import check_step
+from gradbuffer.nets.torch_optim import check_step
 from meta_training import meta_gradient
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, LearnedOptimizer, NormalizedLSTM, RNNProp
-from unrolling import Coordinates
+from gradbuffer.unrolling import Coordinates
 
 # Weights that change, whoever writes them -----------------------------------------------------------------------------
 
@@ -229,7 +229,7 @@ class Failing(nn.Module):
 @pytest.mark.parametrize("rule", [AdamRule, TwoGradientsBack])
 def test_after_an_exception_nothing_has_changed(rule, steps, monkeypatch):
     """Of networks that do not write in place, and of ours beside them."""
-    monkeypatch.setattr("learned_optimizer.SMALL", 0)  # one call for each parameter
+    monkeypatch.setattr("gradbuffer.nets.torch_optim.SMALL", 0)  # one call for each parameter
     parameters = [nn.Parameter(torch.ones(size)) for size in (5, 4, 3)]
     failing = Failing(rule())
     optimizer = LearnedOptimizer([{"params": parameters[:1], "net": lstm()}, {"params": parameters[1:]}], failing)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from preprocessing import log_sign
+from gradbuffer.nets.preprocessing import log_sign
 
 numba = pytest.importorskip("numba", reason="the kernels are compiled by numba")
-import lstm_numba  # noqa: E402
-from meta_gradients import replay_by_autograd  # noqa: E402
+from gradbuffer.kernels import numba_lstm  # noqa: E402
+from gradbuffer.meta_gradients import replay_by_autograd  # noqa: E402
 from optimizers import CoordinatewiseLSTM, NormalizedLSTM, RNNProp  # noqa: E402
 
 
@@ -24,9 +24,9 @@ def test_log_sign_of_every_scale(dtype, tolerance, p):
     grads = torch.cat([sizes, torch.tensor(special, dtype=torch.float64)]).to(dtype)
     grads = torch.cat([grads, -grads])
     width = len(grads)
-    out = torch.full((-(-width // lstm_numba.LANES) * 2 * lstm_numba.LANES,), torch.nan, dtype=dtype)
-    lstm_numba.load_log_sign(grads.numpy(), 0, width, p, out.numpy(), 2 * lstm_numba.LANES)
-    rows = out.view(-1, 2, lstm_numba.LANES).transpose(0, 1).flatten(1)
+    out = torch.full((-(-width // numba_lstm.LANES) * 2 * numba_lstm.LANES,), torch.nan, dtype=dtype)
+    numba_lstm.load_log_sign(grads.numpy(), 0, width, p, out.numpy(), 2 * numba_lstm.LANES)
+    rows = out.view(-1, 2, numba_lstm.LANES).transpose(0, 1).flatten(1)
     expected = log_sign(grads.double(), p)
     assert (rows[:, :width] - expected).abs().max() <= tolerance * max(1, expected.abs().max())
     assert (rows[:, width:] == torch.tensor([[-1.0], [0.0]])).all()  # the last tile is filled up as with zeros
@@ -41,7 +41,7 @@ def test_a_step_reads_the_gradient_wherever_a_piece_begins(preprocess, monkeypat
         single = torch.cat([net(grad[None], net.init_state(1))[0] for grad in grads])
         for threads, chunk in ((1, 16 * 9), (2, 16 * 9), (2, 10**6)):
             torch.set_num_threads(threads)
-            monkeypatch.setattr(lstm_numba, "STEP_CHUNK", chunk)
+            monkeypatch.setattr(numba_lstm, "STEP_CHUNK", chunk)
             torch.testing.assert_close(net(grads, net.init_state(1000))[0], single, rtol=1e-6, atol=1e-7)
 
 
@@ -89,11 +89,11 @@ def steps_and_replays(net, N, steps, threads=1):
 def test_replay_with_what_the_steps_have_kept(net, N, tiles, threads, monkeypatch, threads_as_before):
     """Gates of all tiles, of some, of all in the upper layers and some in the lower ones, of too few to be worth it."""
     monkeypatch.setenv("L2O_KERNELS", "numba")
-    monkeypatch.setattr(lstm_numba, "REPLAY_CHUNK", 7 * 16 * 9)
-    monkeypatch.setattr(lstm_numba, "STEP_CHUNK", 16 * 9)
+    monkeypatch.setattr(numba_lstm, "REPLAY_CHUNK", 7 * 16 * 9)
+    monkeypatch.setattr(numba_lstm, "STEP_CHUNK", 16 * 9)
     net, steps = copy.deepcopy(net).double(), 7
-    whole, layers, row = -(-N // lstm_numba.LANES), net.num_layers, net.hidden_size * lstm_numba.LANES * 8
-    monkeypatch.setattr(lstm_numba, "ROOM", (tiles * steps * 4 + 2 * whole * layers) * row)  # gates; the state
+    whole, layers, row = -(-N // numba_lstm.LANES), net.num_layers, net.hidden_size * numba_lstm.LANES * 8
+    monkeypatch.setattr(numba_lstm, "ROOM", (tiles * steps * 4 + 2 * whole * layers) * row)  # gates; the state
     kept, plain, room = steps_and_replays(net, N, steps, threads)
     expected = [max(0, min(whole, tiles - whole * above)) for above in reversed(range(layers))]
     assert room.shares.tolist() == (expected if tiles >= whole / 2 else [0] * layers)
@@ -106,8 +106,8 @@ def test_replay_with_what_the_steps_have_kept(net, N, tiles, threads, monkeypatc
 def test_where_a_state_lies_and_what_is_fetched_change_nothing(states, cache, monkeypatch, threads_as_before):
     """A state that is too large stays in rows; the next tile's gates are fetched ahead where the cache is large enough."""
     monkeypatch.setenv("L2O_KERNELS", "numba")
-    monkeypatch.setattr(lstm_numba, "STATES", states)
-    monkeypatch.setattr(lstm_numba, "CACHE", cache)
+    monkeypatch.setattr(numba_lstm, "STATES", states)
+    monkeypatch.setattr(numba_lstm, "CACHE", cache)
     net = CoordinatewiseLSTM(preprocess="log_sign").double()
     assert bool(net.recorder(net.init_state(150), 5)[2].state.size) == bool(states)
     kept, plain, _ = steps_and_replays(net, 150, 5)
@@ -143,14 +143,14 @@ def test_bfloat16_is_rounded_as_torch_does(dtype):
     every_bit = torch.tensor([2**31 - 1], dtype=torch.int32).view(torch.float32)  # a NaN that rounding up would make -0
     values = torch.cat([sizes, special, every_bit, steps, -sizes, -special, -steps]).to(dtype)
     values = values[torch.randperm(len(values), generator=generator)]
-    N, tiles = len(values), -(-len(values) // lstm_numba.LANES)
-    tiled, stored = torch.zeros(tiles * lstm_numba.LANES, dtype=dtype), torch.zeros(N + 2, dtype=torch.bfloat16)
+    N, tiles = len(values), -(-len(values) // numba_lstm.LANES)
+    tiled, stored = torch.zeros(tiles * numba_lstm.LANES, dtype=dtype), torch.zeros(N + 2, dtype=torch.bfloat16)
     tiled[:N], expected = values, values.to(torch.bfloat16)
-    lstm_numba.store(tiled.numpy(), lstm_numba.LANES, 1, N, lstm_numba.array(stored), 1, 0, lstm_numba.LANES)
+    numba_lstm.store(tiled.numpy(), numba_lstm.LANES, 1, N, numba_lstm.array(stored), 1, 0, numba_lstm.LANES)
     torch.testing.assert_close(stored[1:-1], expected, rtol=0, atol=0, equal_nan=True)
     assert stored[0] == stored[-1] == 0
     back = torch.full_like(tiled, math.nan)
-    lstm_numba.load(lstm_numba.array(stored), 1, 0, lstm_numba.LANES, 1, N, back.numpy(), 0, lstm_numba.LANES)
+    numba_lstm.load(numba_lstm.array(stored), 1, 0, numba_lstm.LANES, 1, N, back.numpy(), 0, numba_lstm.LANES)
     torch.testing.assert_close(back[:N], expected.to(dtype), rtol=0, atol=0, equal_nan=True)
     assert not back[N:].any()
 
@@ -219,7 +219,7 @@ def test_windows_at_the_same_time_have_rooms_of_their_own(monkeypatch):
     (1000, 336, 1, [(0, 336), (336, 672), (672, 1000)])])
 def test_pieces_in_which_threads_work(length, most, threads, expected, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert lstm_numba.side_by_side(lambda start, stop: (start, stop), length, most) == expected
+    assert numba_lstm.side_by_side(lambda start, stop: (start, stop), length, most) == expected
 
 
 def test_compiled_code_is_kept_by_what_is_in_its_sources(tmp_path):
@@ -227,32 +227,32 @@ def test_compiled_code_is_kept_by_what_is_in_its_sources(tmp_path):
     files = [tmp_path / name for name in ("one.py", "two.py")]
     for file in files:
         file.write_text("x = 1\n")
-    before = lstm_numba.digest(files)
-    assert before == lstm_numba.digest(files)
+    before = numba_lstm.digest(files)
+    assert before == numba_lstm.digest(files)
     files[1].write_text("x = 2\n")
-    assert before != lstm_numba.digest(files)
-    assert {file.name for file in lstm_numba.SOURCES} == {"register_vectors.py", "register_blocks.py", "lstm_numba.py"}
+    assert before != numba_lstm.digest(files)
+    assert {file.name for file in numba_lstm.SOURCES} == {"llvm_vectors.py", "llvm_blocks.py", "numba_lstm.py"}
 
-    @lstm_numba.compiled
+    @numba_lstm.compiled
     def double(x):
         return 2 * x
 
     assert double(3.0) == 6
-    assert list(Path(double.stats.cache_path).glob(f"*double-{lstm_numba.digest(lstm_numba.SOURCES)}*.nbi"))
+    assert list(Path(double.stats.cache_path).glob(f"*double-{numba_lstm.digest(numba_lstm.SOURCES)}*.nbi"))
 
 
 @pytest.mark.parametrize("rows", [*range(1, 30), 40, 80])
 def test_products_of_any_number_of_rows(rows):
-    width, count, lanes = 9, 7, lstm_numba.LANES
+    width, count, lanes = 9, 7, numba_lstm.LANES
     weight, x, out, bias = (torch.randn(*shape).numpy() for shape in ((rows, width), (count, lanes), (rows, lanes), (rows, 1)))
     product, sums = weight[:, :count].astype("f8") @ x, out.copy()
-    blocks, fours, singles = lstm_numba.shared_rows(rows)
-    assert lstm_numba.ROWS * blocks + 4 * fours + singles == rows and singles < 4
-    lstm_numba.add_product(weight.reshape(-1), width, rows, count, x.reshape(-1), sums.reshape(-1))
+    blocks, fours, singles = numba_lstm.shared_rows(rows)
+    assert numba_lstm.ROWS * blocks + 4 * fours + singles == rows and singles < 4
+    numba_lstm.add_product(weight.reshape(-1), width, rows, count, x.reshape(-1), sums.reshape(-1))
     assert abs(sums - (out + product)).max() <= 1e-5
     if rows % 4 == 0:
-        blocks = weight.reshape(-1)[lstm_numba.in_blocks(rows, width)]
-        lstm_numba.affine(blocks, width, bias.reshape(-1), rows, count, x.reshape(-1), sums.reshape(-1))
+        blocks = weight.reshape(-1)[numba_lstm.in_blocks(rows, width)]
+        numba_lstm.affine(blocks, width, bias.reshape(-1), rows, count, x.reshape(-1), sums.reshape(-1))
         assert abs(sums - (bias + product)).max() <= 1e-5
 
 
@@ -264,17 +264,17 @@ def test_a_cell_with_gates_of_any_size(units, dtype, tolerance):
     sizes, seed = torch.cat([sizes, -sizes]), torch.Generator().manual_seed(units)
     z = sizes[torch.randint(len(sizes), (units, 4), generator=seed)].to(dtype)
     z[::11] = math.nan  # what a layer reads is read by all gates
-    cell = (10 ** torch.empty(units, lstm_numba.LANES).uniform_(-3, 3, generator=seed)).to(dtype)
+    cell = (10 ** torch.empty(units, numba_lstm.LANES).uniform_(-3, 3, generator=seed)).to(dtype)
     i, f, g, o = (gate[:, None] for gate in z.double().unbind(1))
     c = i.sigmoid() * g.tanh() + f.sigmoid() * cell.double()
     expected = c, o.sigmoid() * c.tanh(), c.tanh(), torch.stack([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], 1)[..., 0]
     bias = (z.double() * torch.tensor([-1, -1, -2, -1]) / math.log(2)).to(dtype).reshape(-1).numpy()
-    weight, x, results = torch.zeros(4 * units, dtype=dtype).numpy(), torch.zeros(lstm_numba.LANES, dtype=dtype).numpy(), []
-    for keep in (0, 1, lstm_numba.BEYOND):
-        sums, kept = (torch.empty(4 * units, lstm_numba.LANES, dtype=dtype) for _ in range(2))
+    weight, x, results = torch.zeros(4 * units, dtype=dtype).numpy(), torch.zeros(numba_lstm.LANES, dtype=dtype).numpy(), []
+    for keep in (0, 1, numba_lstm.BEYOND):
+        sums, kept = (torch.empty(4 * units, numba_lstm.LANES, dtype=dtype) for _ in range(2))
         new, hidden, tanhs = (torch.empty_like(cell) for _ in range(3))
         arrays = [part.view(-1).numpy() for part in (sums, cell, new, hidden, sums if keep == 1 else kept, tanhs)]
-        lstm_numba.run_cell(units, weight, 1, bias, 1, x, *arrays[:4], keep, *arrays[4:])
+        numba_lstm.run_cell(units, weight, 1, bias, 1, x, *arrays[:4], keep, *arrays[4:])
         results.append((new, hidden))
         parts = (new, hidden, tanhs, (sums if keep == 1 else kept).view(units, 4, -1)[..., 3]) if keep else (new, hidden)
         for part, there in zip(parts, expected):

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernel_choice
-import lstm_blocks
-import lstm_triton
-from lstm_blocks import PackedLSTM
+from gradbuffer.kernels import choice as kernel_choice
+from gradbuffer.kernels import torch_blocks
+from gradbuffer.kernels import triton_lstm
+from gradbuffer.kernels.torch_blocks import PackedLSTM
 from optimizers import CoordinatewiseLSTM, RNNProp, log_sign
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -64,8 +64,8 @@ def close(found, expected, tolerance):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(lstm_triton, "STEP_BLOCK", 16)
-    monkeypatch.setattr(lstm_triton, "REPLAY_BLOCK", dict.fromkeys(TOLERANCE, 16))
+    monkeypatch.setattr(triton_lstm, "STEP_BLOCK", 16)
+    monkeypatch.setattr(triton_lstm, "REPLAY_BLOCK", dict.fromkeys(TOLERANCE, 16))
 
 
 @on_device
@@ -79,22 +79,22 @@ def test_step(small_blocks, layers, hidden, inputs, N, dtype):
     grad, *state = (torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes)
     kept = [part.clone() for part in state]
     readings = log_sign(grad, 7.3) if inputs == 2 else grad[None]
-    expected = lstm_blocks.step_blocks(packed, lambda a, b: readings[:, a:b], *state)
-    close(lstm_triton.step_blocks(packed, lambda a, b: readings[:, a:b], *state), expected, TOLERANCE[dtype])
+    expected = torch_blocks.step_blocks(packed, lambda a, b: readings[:, a:b], *state)
+    close(triton_lstm.step_blocks(packed, lambda a, b: readings[:, a:b], *state), expected, TOLERANCE[dtype])
     if inputs == 2:
-        found = lstm_triton.step_blocks(packed, lambda a, b: grad[None, a:b], *state, log_sign=7.3)
+        found = triton_lstm.step_blocks(packed, lambda a, b: grad[None, a:b], *state, log_sign=7.3)
         close(found, expected, TOLERANCE[dtype])
     assert all(map(torch.equal, state, kept))
 
 
 @on_device
 def test_step_in_place_on_a_part_of_larger_tensors_and_in_chunks(small_blocks, monkeypatch):
-    monkeypatch.setattr(lstm_triton, "CHUNK", 20)
+    monkeypatch.setattr(triton_lstm, "CHUNK", 20)
     packed, features = lstm(1, 5, 2), torch.randn(1, 47, device=DEVICE)
     wide = torch.randn(2, 2, 5, 60, device=DEVICE)
     kept, state = wide.clone(), tuple(wide[..., 13:])
-    expected = lstm_blocks.step_blocks(packed, lambda a, b: features[:, a:b], *state)
-    found = lstm_triton.step_blocks(packed, lambda a, b: features[:, a:b], *state, inplace=True)
+    expected = torch_blocks.step_blocks(packed, lambda a, b: features[:, a:b], *state)
+    found = triton_lstm.step_blocks(packed, lambda a, b: features[:, a:b], *state, inplace=True)
     close(found, expected, 1e-5)
     assert all(new is old for new, old in zip(found[1:], state)) and torch.equal(wide[..., :13], kept[..., :13])
 
@@ -105,8 +105,8 @@ def test_log_sign_at_all_scales():
     sizes = torch.tensor([0, 1e-30, 4e-5, 4.54e-5, 5e-5, 0.1, 1, 1e20], device=DEVICE)
     grad = torch.cat([sizes, -sizes])
     packed, readings, zero = lstm(2, 20, 1), log_sign(grad), torch.zeros(1, 20, 16, device=DEVICE)
-    found = lstm_triton.step_blocks(packed, lambda a, b: grad[None, a:b], zero, zero, log_sign=10.0)
-    close(found, lstm_blocks.step_blocks(packed, lambda a, b: readings[:, a:b], zero, zero), 1e-5)
+    found = triton_lstm.step_blocks(packed, lambda a, b: grad[None, a:b], zero, zero, log_sign=10.0)
+    close(found, torch_blocks.step_blocks(packed, lambda a, b: readings[:, a:b], zero, zero), 1e-5)
 
 
 REPLAYS = [  # layers, hidden, inputs, N, T, dtype: blocks of 16, three programs
@@ -129,15 +129,15 @@ def flat(gradients):
 @pytest.mark.parametrize("case", REPLAYS)
 def test_replay(small_blocks, case):
     arguments = replay_case(*case)
-    found = lstm_triton.replay_blocks(*arguments)
-    close(flat(found), flat(lstm_blocks.replay_blocks(*arguments)), TOLERANCE[case[-1]])
+    found = triton_lstm.replay_blocks(*arguments)
+    close(flat(found), flat(torch_blocks.replay_blocks(*arguments)), TOLERANCE[case[-1]])
 
 
 @on_device
 def test_replay_in_chunks(small_blocks, monkeypatch):
-    monkeypatch.setattr(lstm_triton, "CHUNK", 20)
+    monkeypatch.setattr(triton_lstm, "CHUNK", 20)
     arguments = replay_case(1, 5, 2, 47, 2, torch.float32)
-    close(flat(lstm_triton.replay_blocks(*arguments)), flat(lstm_blocks.replay_blocks(*arguments)), 1e-5)
+    close(flat(triton_lstm.replay_blocks(*arguments)), flat(torch_blocks.replay_blocks(*arguments)), 1e-5)
 
 
 @on_device
@@ -146,8 +146,8 @@ def test_replay_in_chunks(small_blocks, monkeypatch):
 def test_precisions(precision, least, most):
     """They are what their names say: those of tensor cores are off by as much as their rounding, and no more."""
     arguments = replay_case(2, 20, 2, 30, 2, torch.float32)
-    expected = flat(lstm_blocks.replay_blocks(*arguments))
-    found = flat(lstm_triton.replay_blocks(*arguments, precision=precision))
+    expected = flat(torch_blocks.replay_blocks(*arguments))
+    found = flat(triton_lstm.replay_blocks(*arguments, precision=precision))
     close(found, expected, most)
     assert (found[0] - expected[0]).norm() >= least * expected[0].norm()
 
@@ -172,7 +172,7 @@ def test_the_optimizers_run_on_them(monkeypatch):
 def test_replay_is_deterministic_and_leaves_the_state(small_blocks):
     arguments = replay_case(1, 5, 2, 50, 1, torch.float32)
     kept = [part.clone() for part in arguments[2:]]
-    first, second = (flat(lstm_triton.replay_blocks(*arguments)) for _ in range(2))
+    first, second = (flat(triton_lstm.replay_blocks(*arguments)) for _ in range(2))
     assert all(map(torch.equal, first, second)) and all(map(torch.equal, arguments[2:], kept))
 
 
@@ -180,9 +180,9 @@ def test_replay_is_deterministic_and_leaves_the_state(small_blocks):
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_uses_them_where_asked(monkeypatch):
     weight = CoordinatewiseLSTM().cuda().output.weight
-    assert kernel_choice.kernels_for(weight) is lstm_blocks
+    assert kernel_choice.kernels_for(weight) is torch_blocks
     monkeypatch.setenv("L2O_KERNELS", "triton")
-    assert (kernel_choice.kernels_for(weight) is lstm_triton) == lstm_triton.supports(weight)
+    assert (kernel_choice.kernels_for(weight) is triton_lstm) == triton_lstm.supports(weight)
 
 
 # What needs no triton -------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_padded_weights(inputs, hidden, layers):
     """A gate from the padded weights is that from the packed ones, and the padding comes off again."""
     sizes = [inputs] + [hidden] * (layers - 1)
     packed = lstm(inputs, hidden, layers, torch.float64, "cpu")
-    padded = lstm_triton.PaddedWeights(packed)
+    padded = triton_lstm.PaddedWeights(packed)
     for size, below, weight in zip(sizes, padded.below, packed.weights):
         assert below > size and below & (below - 1) == 0
         x, h, one = torch.randn(size).double(), torch.randn(hidden).double(), torch.ones(1).double()
@@ -210,18 +210,18 @@ def test_errors(monkeypatch):
     packed, weight = CoordinatewiseLSTM(preprocess="log_sign")._packed_kernels()[1], torch.zeros(1, 20)
     state, features = torch.zeros(2, 2, 20, 3), torch.zeros(2, 3)
     if not INTERPRETED:
-        assert not lstm_triton.supports(weight) and kernel_choice.kernels_for(weight) is lstm_blocks
-        with pytest.raises(RuntimeError, match="need triton" if lstm_triton.kernels is None else "on a CUDA device"):
-            lstm_triton.replay_blocks(packed, lambda a, b: features[None], *state, torch.zeros(1, 3))
-    monkeypatch.setattr(lstm_triton, "kernels", None)
+        assert not triton_lstm.supports(weight) and kernel_choice.kernels_for(weight) is torch_blocks
+        with pytest.raises(RuntimeError, match="need triton" if triton_lstm.kernels is None else "on a CUDA device"):
+            triton_lstm.replay_blocks(packed, lambda a, b: features[None], *state, torch.zeros(1, 3))
+    monkeypatch.setattr(triton_lstm, "kernels", None)
     with pytest.raises(RuntimeError, match="pip install triton"):
-        lstm_triton.step_blocks(packed, lambda a, b: features, *state)
-    monkeypatch.setattr(lstm_triton, "kernels", type("Installed", (), {"INTERPRETED": True}))
+        triton_lstm.step_blocks(packed, lambda a, b: features, *state)
+    monkeypatch.setattr(triton_lstm, "kernels", type("Installed", (), {"INTERPRETED": True}))
     with pytest.raises(ValueError, match="precision must be None or one of .* got 'half'"):
-        lstm_triton.step_blocks(packed, lambda a, b: features, *state, precision="half")
+        triton_lstm.step_blocks(packed, lambda a, b: features, *state, precision="half")
     with pytest.raises(ValueError, match='must be "ieee" for torch.float64, got \'bf16\''):
-        lstm_triton.step_blocks(CoordinatewiseLSTM().double()._packed_kernels()[1], lambda a, b: features, *state, precision="bf16")
+        triton_lstm.step_blocks(CoordinatewiseLSTM().double()._packed_kernels()[1], lambda a, b: features, *state, precision="bf16")
     with pytest.raises(ValueError, match="log_sign=10.0 makes two features, the network reads 1"):
-        lstm_triton.step_blocks(CoordinatewiseLSTM()._packed_kernels()[1], lambda a, b: features, *state, log_sign=10.0)
+        triton_lstm.step_blocks(CoordinatewiseLSTM()._packed_kernels()[1], lambda a, b: features, *state, log_sign=10.0)
     with pytest.raises(RuntimeError, match="at most 32 units .* got torch.float32, 64 units"):
-        lstm_triton.step_blocks(CoordinatewiseLSTM(64)._packed_kernels()[1], lambda a, b: features, *state)
+        triton_lstm.step_blocks(CoordinatewiseLSTM(64)._packed_kernels()[1], lambda a, b: features, *state)

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-from meta_gradients import meta_gradient, replay_by_autograd
+from gradbuffer.meta_gradients import meta_gradient, replay_by_autograd
 from meta_training import evaluate, meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, NormalizedLSTM, RNNProp, start_as_momentum
-from unrolling import Coordinates
+from gradbuffer.unrolling import Coordinates
 
 
 def generator(seed=0):
@@ -58,7 +58,7 @@ def test_replay_equals_autograd_across_windows(name, unroll, tiny_mnist):
 def test_second_order_replay_equals_autograd(name, unroll, written, tiny_mnist, monkeypatch):
     problem, net = problems(tiny_mnist)[name]
     if written:
-        monkeypatch.setattr("lstm_blocks.STEP_BACK_BLOCK", 700)
+        monkeypatch.setattr("gradbuffer.kernels.torch_blocks.STEP_BACK_BLOCK", 700)
     else:  # as for a user's own optimizer
         monkeypatch.delattr("optimizers.LSTMOptimizer.pull_back")
     batch = problem.sample(3, generator())
@@ -203,7 +203,7 @@ def check_meta_gradient(net, loss, method, second_order):
 
 
 def test_partial_replay_is_unbiased(monkeypatch):
-    monkeypatch.setattr("unrolling.SMALLEST_SHARE", 3)
+    monkeypatch.setattr("gradbuffer.unrolling.SMALLEST_SHARE", 3)
     net, batch = CoordinatewiseLSTM(hidden_size=4).double(), Quadratics(dim=6, dtype=torch.float64).sample(2, generator())
     state, draws = net.init_state(12), []
     arguments = dict(params=batch.params, state=state, unroll=3)
@@ -214,7 +214,7 @@ def test_partial_replay_is_unbiased(monkeypatch):
     draws = torch.stack(draws)
     error = draws.std(0) / len(draws) ** 0.5
     assert draws.std(0).max() > 0 and ((draws.mean(0) - whole).abs() <= 5 * error + 1e-12).all()
-    monkeypatch.setattr("unrolling.SMALLEST_SHARE", 12)
+    monkeypatch.setattr("gradbuffer.unrolling.SMALLEST_SHARE", 12)
     all_of_it, _ = meta_gradient(net, batch, replay_fraction=0.3, **arguments)
     torch.testing.assert_close(torch.cat([grad.flatten() for grad in all_of_it.values()]), whole)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import write_mnist
 
-import mnist_data
-from mnist_data import load_mnist
+from gradbuffer.data import mnist as mnist_data
+from gradbuffer.data.mnist import load_mnist
 
 
 @pytest.mark.parametrize("compress", [True, False])

@@ -9,16 +9,16 @@ from conftest import huge_picture, write_art
 from PIL import Image
 from torch import nn
 
-import art_data
-import neural_art
-from art_data import generated_textures, load_contents, load_style
-from comparison import evaluate, evaluate_baseline, evaluate_lbfgs, minimize_lbfgs
-from meta_gradients import meta_gradient
+from gradbuffer.data import art as art_data
+from gradbuffer.problems import neural_art
+from gradbuffer.data.art import generated_textures, load_contents, load_style
+from gradbuffer.evaluation import evaluate, evaluate_baseline, evaluate_lbfgs, minimize_lbfgs
+from gradbuffer.meta_gradients import meta_gradient
 from meta_training import meta_train
-from neural_art import NeuralArt, VGGFeatures, from_pixels, to_pixels
+from gradbuffer.problems.neural_art import NeuralArt, VGGFeatures, from_pixels, to_pixels
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM
-from unrolling import Coordinates
+from gradbuffer.unrolling import Coordinates
 
 
 def generator(seed=0):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from meta_gradients import meta_gradient
+from gradbuffer.meta_gradients import meta_gradient
 from optimizees import ConvexTerms, MetaBatch, Mirrored, MNISTNet, Quadratics, RandomScaling
-from unrolling import Coordinates
+from gradbuffer.unrolling import Coordinates
 
 
 def generator(seed=0):

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch.autograd import gradcheck
 
-import kernel_choice
-import lstm_blocks
+from gradbuffer.kernels import choice as kernel_choice
+from gradbuffer.kernels import torch_blocks
 import optimizers
 from meta_training import meta_gradient, meta_train
 from optimizees import Quadratics
@@ -93,8 +93,8 @@ BORDERS = [1, 15, 16, 17, 32, 37, 63, 64, 65, 131]  # around a tile of 16 and a 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(lstm_blocks, "STEP_BLOCK", 16)
-    monkeypatch.setattr(lstm_blocks, "REPLAY_BLOCK", (16, 16))
+    monkeypatch.setattr(torch_blocks, "STEP_BLOCK", 16)
+    monkeypatch.setattr(torch_blocks, "REPLAY_BLOCK", (16, 16))
     if kernel_choice.has_numba():
         for chunk in ("STEP_CHUNK", "REPLAY_CHUNK"):
             monkeypatch.setattr(kernel_choice.compiled_kernels(), chunk, 64)
@@ -587,7 +587,7 @@ def test_failed_save_leaves_the_older_file(tmp_path, monkeypatch):
     path = tmp_path / "net.safetensors"
     save_optimizer(CoordinatewiseLSTM(), path)
     content = path.read_bytes()
-    monkeypatch.setattr("whole_files.os.replace", lambda *names: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("gradbuffer.files.os.replace", lambda *names: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_optimizer(CoordinatewiseLSTM(), path)
     assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]

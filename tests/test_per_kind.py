@@ -2,7 +2,6 @@
 
 import copy
 import doctest
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +9,13 @@ from safetensors import safe_open
 from torch import nn
 
 import optimizers
-import per_kind
-from cifar_data import generated_images
-from meta_gradients import meta_gradient
+from gradbuffer.nets import per_kind
+from gradbuffer.data.cifar10 import generated_images
+from gradbuffer.meta_gradients import meta_gradient
 from meta_training import evaluate, meta_train
 from optimizees import CIFAR10Net, MetaBatch
 from optimizers import CoordinatewiseLSTM, LearnedOptimizer, PerKind, RNNProp, load_optimizer, save_optimizer
-from unrolling import Coordinates
+from gradbuffer.unrolling import Coordinates
 
 
 def problem(dtype=torch.float64):

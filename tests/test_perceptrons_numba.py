@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from conftest import write_mnist
-from meta_gradients import meta_gradient
+from gradbuffer.meta_gradients import meta_gradient
 from optimizees import Minibatches, MNISTNet, PerceptronLoss, Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, NormalizedLSTM, RNNProp
-from state_nests import tensors_in
-from unrolling import Coordinates, record
+from gradbuffer.nests import tensors_in
+from gradbuffer.unrolling import Coordinates, record
 
-lstm_numba = pytest.importorskip("lstm_numba", reason="numba is not installed", exc_type=ImportError)
+numba_lstm = pytest.importorskip("gradbuffer.kernels.numba_lstm", reason="numba is not installed", exc_type=ImportError)
 
 
 @pytest.fixture(autouse=True)
@@ -157,17 +157,17 @@ def test_parts_are_the_whole(small_mnist, problem, net, threads, functions, obje
 
     grads, info = window()
     size = sum(map(torch.numel, batch.params.values())) // functions
-    monkeypatch.setattr(lstm_numba, "ROOM", 2 * size * net.num_layers * 5 * (4 * 6 + 2) * 8)  # of two functions' gates and states
-    spans, take_parts = [], lstm_numba.take_parts
-    monkeypatch.setattr(lstm_numba, "take_parts", lambda work, *rest: take_parts(
-        lambda *span: spans.append((*span, lstm_numba.threads_here())) or work(*span), *rest))
+    monkeypatch.setattr(numba_lstm, "ROOM", 2 * size * net.num_layers * 5 * (4 * 6 + 2) * 8)  # of two functions' gates and states
+    spans, take_parts = [], numba_lstm.take_parts
+    monkeypatch.setattr(numba_lstm, "take_parts", lambda work, *rest: take_parts(
+        lambda *span: spans.append((*span, numba_lstm.threads_here())) or work(*span), *rest))
     parted, parted_info = window()
     expected = {(1, 5): [(0, 1), (1, 3), (3, 5)], (2, 5): [(0, 1), (1, 2), (2, 3), (3, 5)], (2, 2): [(0, 2)]}
     assert sorted(spans) == [(*span, 2 if threads == functions else 1) for span in expected[threads, functions]]
     close([parted[name] for name in grads], list(grads.values()), 1e-12)
     close(tensors_in(list(parted_info)), tensors_in(list(info)), 1e-12)
     assert all(map(torch.equal, before, given))
-    assert lstm_numba.threads_here() == threads
+    assert numba_lstm.threads_here() == threads
 
 
 @pytest.mark.parametrize("functions, size, steps, threads, expected", [
@@ -179,8 +179,8 @@ def test_parts_are_the_whole(small_mnist, problem, net, threads, functions, obje
 def test_how_many_parts(functions, size, steps, threads, expected, monkeypatch):
     packed = CoordinatewiseLSTM()._packed_kernels()[1]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(lstm_numba, "ROOM", 210 << 20)
-    parts = lstm_numba.take_parts(lambda first, last: (first, last), packed, functions, size, steps)
+    monkeypatch.setattr(numba_lstm, "ROOM", 210 << 20)
+    parts = numba_lstm.take_parts(lambda first, last: (first, last), packed, functions, size, steps)
     assert len(parts) == expected
     assert [number for first, last in parts for number in range(first, last)] == list(range(functions))
 
@@ -188,20 +188,20 @@ def test_how_many_parts(functions, size, steps, threads, expected, monkeypatch):
 def test_windows_of_several_threads_keep_their_rooms(monkeypatch, threads_as_before):
     packed, both = CoordinatewiseLSTM()._packed_kernels()[1], threading.Barrier(2)
     torch.set_num_threads(2)
-    monkeypatch.setattr(lstm_numba.Room, "spare", [])
-    monkeypatch.setattr(lstm_numba, "ROOM", 30 * 2 * 20 * (4 * 20 + 2) * 4 * 2)
+    monkeypatch.setattr(numba_lstm.Room, "spare", [])
+    monkeypatch.setattr(numba_lstm, "ROOM", 30 * 2 * 20 * (4 * 20 + 2) * 4 * 2)
 
     def work(first, last):
-        room = lstm_numba.Room(packed, 30 * (last - first), 20)
+        room = numba_lstm.Room(packed, 30 * (last - first), 20)
         assert room.shares.all()
         memory = room.memory.ctypes.data
         both.wait(timeout=60)
         room.leave()
         return memory
 
-    first = lstm_numba.take_parts(work, packed, 4, 30, 20)
-    assert len(set(first)) == 2 == len(lstm_numba.Room.spare)
-    assert set(lstm_numba.take_parts(work, packed, 4, 30, 20)) == set(first)
+    first = numba_lstm.take_parts(work, packed, 4, 30, 20)
+    assert len(set(first)) == 2 == len(numba_lstm.Room.spare)
+    assert set(numba_lstm.take_parts(work, packed, 4, 30, 20)) == set(first)
 
 
 def test_a_failure_in_one_part(monkeypatch, threads_as_before):
@@ -210,7 +210,7 @@ def test_a_failure_in_one_part(monkeypatch, threads_as_before):
     broken["theta"][3, 0] = math.inf
     expected = meta_gradient(net, batch, batch.params, state)[0]
     torch.set_num_threads(2)
-    monkeypatch.setattr(lstm_numba, "ROOM", 30 * 2 * 20 * (4 * 20 + 2) * 4 * 2)
+    monkeypatch.setattr(numba_lstm, "ROOM", 30 * 2 * 20 * (4 * 20 + 2) * 4 * 2)
     with pytest.raises(NonFiniteError):
         meta_gradient(net, batch, broken, state)
     found = meta_gradient(net, batch, batch.params, state)[0]
@@ -219,7 +219,7 @@ def test_a_failure_in_one_part(monkeypatch, threads_as_before):
 
 def test_a_loss_that_was_replaced_is_not_taken_in_parts(small_mnist, monkeypatch):
     """The meta-batch's own `part` would not know of it."""
-    monkeypatch.setattr(lstm_numba, "ROOM", 1 << 16)
+    monkeypatch.setattr(numba_lstm, "ROOM", 1 << 16)
     net, batch = CoordinatewiseLSTM(5).double(), problems(small_mnist)["networks"].sample(3, seeded())
     state = net.init_state(sum(map(torch.numel, batch.params.values())))
 

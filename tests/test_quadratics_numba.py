@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-import unrolling
-from meta_gradients import meta_gradient
+from gradbuffer import unrolling
+from gradbuffer.meta_gradients import meta_gradient
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, NormalizedLSTM
-from unrolling import Coordinates, record
+from gradbuffer.unrolling import Coordinates, record
 
 numba = pytest.importorskip("numba", reason="windows of quadratics are compiled by numba")
 
@@ -58,7 +58,7 @@ def test_threads_share_the_functions(monkeypatch, threads_as_before):
     given, results = window(CoordinatewiseLSTM(preprocess="log_sign"), Quadratics(7), 300), []
     for threads, chunk in ((1, 10_000_000), (1, 16 * 7), (2, 10_000_000), (2, 16 * 7)):
         torch.set_num_threads(threads)
-        monkeypatch.setattr("quadratics_numba.CHUNK", chunk)
+        monkeypatch.setattr("gradbuffer.kernels.numba_quadratics.CHUNK", chunk)
         with torch.no_grad():
             found = record(*given)
         results.append([*found[:3], *found[3]])

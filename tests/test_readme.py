@@ -61,8 +61,8 @@ def test_quadratics_work_without_torchvision():
     subprocess.run([sys.executable, "-c", ALONE], cwd=ROOT, check=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", ["optimizers", "learned_optimizer", "state_nests", "optimizees", "meta_training",
-                                  "mnist_data", "meta_plots", "imitation"])
+@pytest.mark.parametrize("name", ["optimizers", "gradbuffer.nets.torch_optim", "gradbuffer.nests", "optimizees", "meta_training",
+                                  "gradbuffer.data.mnist", "meta_plots", "gradbuffer.imitation"])
 def test_docstring_examples(name, tmp_path, monkeypatch, small_mnist):
     import doctest
     import importlib

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-import sharing
-from meta_gradients import meta_gradient
+from gradbuffer.nets import sharing
+from gradbuffer.meta_gradients import meta_gradient
 from meta_training import evaluate, meta_train
 from optimizees import MetaBatch, Quadratics
 from optimizers import (CoordinatewiseLSTM, LearnedOptimizer, LSTMWithGAC, NonFiniteError, NTMBFGS, PerKind,
                         load_optimizer, save_optimizer, start_as_coordinatewise)
-from sharing import LowRankMemory
-from state_nests import map_tensors, tensors_in
-from unrolling import Coordinates
+from gradbuffer.nets.sharing import LowRankMemory
+from gradbuffer.nests import map_tensors, tensors_in
+from gradbuffer.unrolling import Coordinates
 
 NETWORKS = {
     "gac": lambda **more: LSTMWithGAC(4, 2, 2, **more),

@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 
-from whole_files import remove_partial_files, write_whole
+from gradbuffer.files import remove_partial_files, write_whole
 
 
 def a_dead_process():
@@ -31,7 +31,7 @@ def test_halves_of_killed_processes_are_removed_and_nobody_elses(tmp_path):
 def test_written_whole(tmp_path, monkeypatch):
     path, seen = tmp_path / "new" / "file", []
     replace = os.replace
-    monkeypatch.setattr("whole_files.os.replace", lambda *names: seen.extend(os.listdir(path.parent)) or replace(*names))
+    monkeypatch.setattr("gradbuffer.files.os.replace", lambda *names: seen.extend(os.listdir(path.parent)) or replace(*names))
     write_whole(path, b"content")
     assert path.read_bytes() == b"content" and os.listdir(path.parent) == ["file"]
     assert seen == [f".file.{os.getpid()}@{platform.node()}.partial"]  # what a killed process would leave

@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from register_vectors import INDEX, LANES, NUMBERS, Vectors
+from gradbuffer.kernels.llvm_vectors import INDEX, LANES, NUMBERS, Vectors
 
 __all__ = ["FACTORED", "OF_MATRIX", "OF_VECTOR", "READ", "activate_rows", "direct_rows", "exp_rows", "factor_rows", "read_rows"]
 

@@ -12,16 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import lstm_numba
 from gradbuffer.kernels.llvm_mlp import FACTORED, OF_MATRIX, OF_VECTOR, READ, direct_rows, factor_rows, read_rows
 from gradbuffer.nets.mlp import MLPOptimizer, as_matrix, from_matrix, matrix_axes
-from lstm_numba import buffer, compiler, digest, each_of, threads_here
+from gradbuffer.kernels.numba_lstm import buffer, compiler, digest, each_of, threads_here
 
 __all__ = ["TensorSteps", "compiled", "in_order", "numbers_of_scratch", "step_adamw", "step_matrix", "step_vector"]
 
-# What is compiled is kept by what is in all of these, as in `lstm_numba`.
-SOURCES = digest([*lstm_numba.SOURCES, *sorted(Path(__file__).parent.glob("*.py")),
-                  Path(__file__).parents[2] / "perceptrons_numba.py"])
+# What is compiled is kept by what is in all of these, as in `numba_lstm`.
+SOURCES = digest(sorted(Path(__file__).parent.glob("*.py")))
 compiled = compiler("contract", "reassoc", "nsz", "arcp", sources=SOURCES)
 in_order = compiler("contract", "nsz", sources=SOURCES)  # sums not in another order: what rounds by adding counts on it
 FEATURES = 30

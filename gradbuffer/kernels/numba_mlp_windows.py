@@ -12,12 +12,12 @@ import math
 import numpy as np
 import torch
 
-from argument_checks import check_count, check_positive_number
+from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.kernels.llvm_mlp import activate_rows, exp_rows
 from gradbuffer.kernels.numba_mlp import TOTALS, check_net, compiled, in_order, numbers_of_scratch, step_adamw, step_matrix, step_vector
-from lstm_numba import LANES, add_product, buffer, each_of, threads_here
-from perceptrons_numba import IMAGE_TILES, gather
-from register_blocks import OUTER, add_outer_blocks
+from gradbuffer.kernels.numba_lstm import LANES, add_product, buffer, each_of, threads_here
+from gradbuffer.kernels.numba_perceptrons import IMAGE_TILES, gather
+from gradbuffer.kernels.llvm_blocks import OUTER, add_outer_blocks
 
 __all__ = ["ACTIVATIONS", "LOSSES", "PerceptronWindows", "minibatches"]
 

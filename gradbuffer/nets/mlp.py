@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn
 
-from argument_checks import check_count, check_positive_number
+from gradbuffer.checks import check_count, check_positive_number
 
 __all__ = ["MLPOptimizer", "matrix_axes", "start_as_normalized_adam"]
 

@@ -10,7 +10,7 @@ import contextlib
 import torch
 from torch import distributed
 
-from argument_checks import NonFiniteError
+from gradbuffer.checks import NonFiniteError
 
 __all__ = ["Ranks", "part_of"]
 

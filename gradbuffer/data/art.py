@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from argument_checks import check_count
-from mnist_data import data_root
+from gradbuffer.checks import check_count
+from gradbuffer.data.mnist import data_root
 
 __all__ = ["ArtImages", "generated_textures", "load_contents", "load_style"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
-from argument_checks import check_count
-from unrolling import Coordinates, bound, stepper
+from gradbuffer.checks import check_count
+from gradbuffer.unrolling import Coordinates, bound, stepper
 
 __all__ = ["AccuracyCurves", "BASELINES", "TunedBaseline", "compare", "compare_final", "evaluate", "evaluate_baseline",
            "evaluate_lbfgs", "minimize_lbfgs", "tune_baseline", "tune_baselines"]
@@ -398,7 +398,7 @@ class AccuracyCurves:
         ValueError, TypeError: an argument is not as above.
 
     Example:
-        >>> from cifar_data import generated_images; from optimizees import CIFAR10Net
+        >>> from gradbuffer.data.cifar10 import generated_images; from optimizees import CIFAR10Net
         >>> problem = CIFAR10Net(batch_size=8, channels=(4,), root=generated_images(100, 20, side=8))
         >>> watch = AccuracyCurves(problem, every=2)
         >>> tuned = {"SGD": TunedBaseline(torch.optim.SGD, {"lr": 0.1}, {})}

@@ -1,6 +1,6 @@
-"""The coordinatewise LSTM on a CPU, compiled by numba: the arithmetic of `lstm_blocks`, faster.
+"""The coordinatewise LSTM on a CPU, compiled by numba: the arithmetic of `torch_blocks`, faster.
 
-The optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1). As in `lstm_blocks`, features lie along rows
+The optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1). As in `torch_blocks`, features lie along rows
 and coordinates along columns; here a tile of columns goes through all layers, gates and (in the replay) all steps
 within the cache, in one compiled loop, without an operation of torch. Tiles are independent: as many run at once as
 torch has threads. Beside the arguments and results, memory holds one scratch of fixed size for each thread, and a `Room` of
@@ -11,7 +11,7 @@ Step s of `columns` holds x_s, h⁰_{s-1}, h¹_{s-2}, …, so that what layer l 
 own last one, are consecutive rows: of step t + l.
 
 It holds arithmetic only: no parameters, no checks of what users pass. numba compiles at the first call (some seconds)
-and keeps the result in `__pycache__`. `lstm_blocks` is the plain version, which this one is tested against.
+and keeps the result in `__pycache__`. `torch_blocks` is the plain version, which this one is tested against.
 """
 
 import functools
@@ -26,7 +26,7 @@ import numba
 import numpy as np
 import torch
 
-from register_blocks import (ALONE, BEYOND, LANES, OUTER, REGISTER, ROWS, add_outer_blocks, add_product_blocks, affine_blocks,
+from gradbuffer.kernels.llvm_blocks import (ALONE, BEYOND, LANES, OUTER, REGISTER, ROWS, add_outer_blocks, add_product_blocks, affine_blocks,
                              cell_again_units, cell_back_units, cell_units, copy_numbers, copy_rows, fetch_rows, log_sign_row)
 
 __all__ = ["DOES_LOG_SIGN", "STEPS_BFLOAT16", "PackedLSTM", "Room", "replay_blocks", "step_back_blocks", "step_blocks",
@@ -54,7 +54,7 @@ FAR = 4096  # from so many columns on the state is no longer in the cache when t
 
 # numba takes what it has compiled before from `__pycache__` while the function's own file has its date: so the name it is
 # kept by says what was in all of these.
-SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("register_vectors", "register_blocks", "lstm_numba")]
+SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("llvm_vectors", "llvm_blocks", "numba_lstm")]
 
 
 def digest(files):
@@ -81,7 +81,7 @@ in_order = compiler("contract", "nsz")  # not in another order: `cell_units` cou
 class PackedLSTM:
     """The weights of an LSTM and its linear output, laid out for the compiled loops.
 
-    Layer l has one matrix W_l that multiplies [input; hidden]. Its rows are in the order of `register_blocks`; `place`
+    Layer l has one matrix W_l that multiplies [input; hidden]. Its rows are in the order of `llvm_blocks`; `place`
     says where each row of `nn.LSTM`, all units' i, f, g, o, is in it. All layers stand in one array, padded to the widest.
     `weights`, put `in_blocks`, and `biases` are those of the forward pass, scaled so that sigmoid(z) = 1 / (1 + 2^y) of what
     they give: y = -z / ln 2, and for g, y = -2z / ln 2, since tanh(z) is 2 sigmoid(2z) - 1. `transposed` is not scaled.
@@ -134,7 +134,7 @@ class PackedLSTM:
 
 @functools.cache
 def order_of_rows(H):
-    """Where each row of `register_blocks` is among all units' i, f, g, o; and the inverse of that permutation."""
+    """Where each row of `llvm_blocks` is among all units' i, f, g, o; and the inverse of that permutation."""
     order = np.arange(4 * H).reshape(4, H).T.ravel()
     return order, np.argsort(order)
 
@@ -421,7 +421,7 @@ def squash_adjoint(output, top, pulls, z):
 # What others call ---------------------------------------------------------------------------------------------------
 
 def step_blocks(packed, features, hidden, cells, inplace=False, log_sign=0):
-    """One step of the optimizer for all coordinates, without a graph: as `lstm_blocks.step_blocks`.
+    """One step of the optimizer for all coordinates, without a graph: as `torch_blocks.step_blocks`.
 
     With `log_sign`, features are gradients (1, width), of which it then does `preprocessing.log_sign` with that p. The state
     may be of bfloat16, each of its numbers then rounded after the step.
@@ -565,7 +565,7 @@ def stepper(packed, hidden, cells, log_sign=0, new=None, room=None):
 
 
 def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled=None, log_sign=0, room=None):
-    """Gradient of Σ_t ⟨adjoint_t, output_t⟩ with respect to the packed weights: as `lstm_blocks.replay_blocks`.
+    """Gradient of Σ_t ⟨adjoint_t, output_t⟩ with respect to the packed weights: as `torch_blocks.replay_blocks`.
 
     log_sign: as of `step_blocks`; not with `pulled`. room: where the steps that led to this have kept their gates; what is
     there is used up.
@@ -589,7 +589,7 @@ def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled
 
 
 def step_back_blocks(packed, features, hidden, cells, adjoint, dhidden, dcells, squash=False):
-    """Backpropagation through one step for all coordinates: as `lstm_blocks.step_back_blocks`."""
+    """Backpropagation through one step for all coordinates: as `torch_blocks.step_back_blocks`."""
     dfeatures, N = torch.empty(features.shape, dtype=packed.dtype, device="cpu"), features.shape[1]
     before = array(features[None]), *as_it_lies(array(hidden), array(cells)), array(adjoint[None])
     adjoints = array(dhidden), array(dcells)
@@ -670,5 +670,5 @@ def pool(threads):
     """The threads, kept from call to call; new ones in a process that was forked, which has inherited none."""
     global _pool
     if _pool[:2] != (os.getpid(), threads):
-        _pool = os.getpid(), threads, ThreadPoolExecutor(threads, thread_name_prefix="lstm_numba")
+        _pool = os.getpid(), threads, ThreadPoolExecutor(threads, thread_name_prefix="gradbuffer.kernels.numba_lstm")
     return _pool[2]

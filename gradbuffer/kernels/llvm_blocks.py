@@ -3,7 +3,7 @@
 numba vectorizes a loop over a row well, a product of matrices not: between two multiplications it stores the sums. The
 functions here say to LLVM in vectors what a block of a product is, and what becomes of its sums before they leave the
 registers. They are called from compiled functions only and check nothing. A matrix with `LANES` columns is given as a
-flat array, its rows one after the other. `Vectors`, which they are written in, is in `register_vectors`.
+flat array, its rows one after the other. `Vectors`, which they are written in, is in `llvm_vectors`.
 
 The 4H rows of an LSTM's gates are in an order of their own: unit after unit, of each its i, f, g and o.
 """
@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from register_vectors import INDEX, LANES, REGISTER, REGISTERS, TO_POWERS, Vectors
+from gradbuffer.kernels.llvm_vectors import INDEX, LANES, REGISTER, REGISTERS, TO_POWERS, Vectors
 
 __all__ = ["ALONE", "BEYOND", "LANES", "OUTER", "REGISTER", "ROWS", "add_outer_blocks", "add_product_blocks", "affine_blocks",
            "cell_again_units", "cell_back_units", "cell_units", "copy_numbers", "copy_rows", "fetch_rows", "gather_columns",

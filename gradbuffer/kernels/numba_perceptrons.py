@@ -1,7 +1,7 @@
 """Losses and gradients of small perceptrons on a CPU, compiled by numba: for networks whose operations of torch cost more in
 being called than in being done.
 
-The cross-entropy of `optimizees.MNISTNet`, images along columns, in tiles as in `lstm_numba`. It holds arithmetic only;
+The cross-entropy of `optimizees.MNISTNet`, images along columns, in tiles as in `numba_lstm`. It holds arithmetic only;
 `optimizees.PerceptronLoss` is the plain version, which this one is tested against.
 """
 
@@ -11,9 +11,9 @@ import math
 import numpy as np
 import torch
 
-from lstm_numba import (LANES, MORE_TILES, Room, add_product, array, as_it_lies, buffer, compiled, no_room, run_step, shared_out)
-from register_blocks import OUTER, add_outer_blocks, gather_columns
-from state_nests import clone
+from gradbuffer.kernels.numba_lstm import (LANES, MORE_TILES, Room, add_product, array, as_it_lies, buffer, compiled, no_room, run_step, shared_out)
+from gradbuffer.kernels.llvm_blocks import OUTER, add_outer_blocks, gather_columns
+from gradbuffer.nests import clone
 
 __all__ = ["ACTIVATIONS", "losses_and_gradient", "record_perceptrons"]
 

@@ -1,6 +1,6 @@
-"""The coordinatewise LSTM on CUDA: `step_blocks` and `replay_blocks` of `lstm_blocks` as one Triton kernel each.
+"""The coordinatewise LSTM on CUDA: `step_blocks` and `replay_blocks` of `torch_blocks` as one Triton kernel each.
 
-The optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1), where the torch operations of `lstm_blocks`
+The optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1), where the torch operations of `torch_blocks`
 would be many launches a layer. The kernels stand in `triton_kernels`; here weights are laid out for them and their
 gradients brought back. Triton comes along with CUDA builds of torch; this module imports without it, and without CUDA.
 With TRITON_INTERPRET=1 in the environment before the first import of triton, the same kernels run on CPU tensors,
@@ -16,10 +16,10 @@ import shutil
 
 import torch
 
-from lstm_blocks import PackedLSTM
+from gradbuffer.kernels.torch_blocks import PackedLSTM
 
 try:
-    import triton_kernels as kernels
+    from gradbuffer.kernels import triton_kernels as kernels
 except ImportError:  # no triton
     kernels = None
 
@@ -108,11 +108,11 @@ def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled
         features: function (start, stop) -> (T, inputs, width), the recorded inputs of those coordinates.
         hidden, cells: (layers, H, N), the state at the first step; not changed.
         adjoint: (T, N), what the loss's derivative is at each update.
-        squash, pulled: as of `lstm_blocks.replay_blocks`; neither has a kernel.
+        squash, pulled: as of `torch_blocks.replay_blocks`; neither has a kernel.
         precision: as of `step_blocks`.
 
     Returns:
-        gradients as of `lstm_blocks.replay_blocks`.
+        gradients as of `torch_blocks.replay_blocks`.
 
     Raises:
         RuntimeError, ValueError: as `step_blocks`; with `squash` or `pulled`.
@@ -145,7 +145,7 @@ def checked(packed, precision):
     """The precision of the products; raises unless the kernels can run."""
     if kernels is None:
         raise RuntimeError("these kernels need triton: it comes with CUDA builds of torch, or by `pip install triton` "
-                           "on Linux; lstm_blocks does the same without it")
+                           "on Linux; torch_blocks does the same without it")
     weight = packed.output_weight
     if precision is None:
         precision = "tf32x3" if weight.is_cuda and weight.dtype == torch.float32 and not torch.version.hip else "ieee"

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-from argument_checks import NonFiniteError, check_count, check_positive_number
-from comparison import check_baseline
-from learned_optimizer import LearnedOptimizer
-from meta_gradients import check_replay_fraction, replay_recorded
-from unrolling import Coordinates, bound
+from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
+from gradbuffer.evaluation import check_baseline
+from gradbuffer.nets.torch_optim import LearnedOptimizer
+from gradbuffer.meta_gradients import check_replay_fraction, replay_recorded
+from gradbuffer.unrolling import Coordinates, bound
 
 __all__ = ["Demonstration", "Imitation", "ImitationInfo", "imitation_gradient"]
 

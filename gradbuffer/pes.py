@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from unrolling import unroll
+from gradbuffer.unrolling import unroll
 
 __all__ = ["PESState", "pes_window"]
 

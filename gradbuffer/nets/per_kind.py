@@ -15,9 +15,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from meta_gradients import pull_back_by_autograd, replay_by_autograd
-from state_nests import tensors_in
-from unrolling import Coordinates
+from gradbuffer.meta_gradients import pull_back_by_autograd, replay_by_autograd
+from gradbuffer.nests import tensors_in
+from gradbuffer.unrolling import Coordinates
 
 __all__ = ["PerKind"]
 
@@ -42,7 +42,7 @@ class PerKind(nn.Module):
 
     Example:
         >>> from optimizees import CIFAR10Net; from optimizers import CoordinatewiseLSTM
-        >>> from cifar_data import generated_images; from meta_training import evaluate
+        >>> from gradbuffer.data.cifar10 import generated_images; from meta_training import evaluate
         >>> net = PerKind({kind: CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1)
         ...                for kind in ("conv", "fc")})
         >>> problem = CIFAR10Net(batch_size=8, channels=(4,), root=generated_images(100, 20, side=8))

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from argument_checks import check_count
-from mnist_data import data_root, fetch
+from gradbuffer.checks import check_count
+from gradbuffer.data.mnist import data_root, fetch
 
 __all__ = ["CIFAR10_CLASSES", "ColorImages", "check_color_images", "generated_images", "load_cifar10"]
 

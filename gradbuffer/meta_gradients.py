@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from argument_checks import NonFiniteError, check_count, check_positive_number
-from pes import pes_window
-from state_nests import map_tensors, tensors_in
-from unrolling import Coordinates, bound, record, unroll
+from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
+from gradbuffer.pes import pes_window
+from gradbuffer.nests import map_tensors, tensors_in
+from gradbuffer.unrolling import Coordinates, bound, record, unroll
 
 __all__ = ["WindowInfo", "meta_gradient"]
 

@@ -7,7 +7,7 @@ product with a matrix that all programs share; in memory, coordinates are contig
 
 Sizes are padded to powers of two, at least 16, with weights of 0: a padded unit's cell stays 0 and gets no gradient.
 A layer reads [below; 1] and its own hidden state, so its bias is one more row of its weights: (4, BELOW + UNITS,
-UNITS), gates i, f, o, g. `lstm_triton` pads, launches and takes the padding off; this module needs triton.
+UNITS), gates i, f, o, g. `triton_lstm` pads, launches and takes the padding off; this module needs triton.
 """
 
 import triton

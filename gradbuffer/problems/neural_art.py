@@ -1,7 +1,7 @@
 """Neural Art as a problem: an image is optimized to have the contents of a photograph and the style of a painting.
 
 Andrychowicz et al. 2016 (arXiv 1606.04474), section 3.4, after Gatys, Ecker and Bethge 2015 (arXiv 1508.06576). Images
-come from `art_data`, the network that looks at them from torchvision's VGG weights or, offline, from random ones.
+come from `art`, the network that looks at them from torchvision's VGG weights or, offline, from random ones.
 """
 
 import functools
@@ -14,8 +14,8 @@ import weakref
 import torch
 from torch.nn import functional as F
 
-from argument_checks import check_count
-from art_data import generated_textures, load_contents, load_style
+from gradbuffer.checks import check_count
+from gradbuffer.data.art import generated_textures, load_contents, load_style
 from optimizees import ImageNets, MetaBatch, check_floating, check_split
 
 __all__ = ["NeuralArt", "VGGFeatures", "from_pixels", "to_pixels"]

@@ -9,10 +9,10 @@ The functions' loss must be an object that says which tensors it reads, see `Cap
 
 import torch
 
-from argument_checks import check_count, values_unchecked
-from meta_gradients import finished, replay_window
-from state_nests import clone, map_tensors, tensors_in
-from unrolling import Coordinates, bound
+from gradbuffer.checks import check_count, values_unchecked
+from gradbuffer.meta_gradients import finished, replay_window
+from gradbuffer.nests import clone, map_tensors, tensors_in
+from gradbuffer.unrolling import Coordinates, bound
 
 __all__ = ["CapturedWindow", "cuda_graph"]
 

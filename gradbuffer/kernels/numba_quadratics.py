@@ -1,14 +1,14 @@
 """Windows of quadratics on a CPU, compiled by numba: for functions so small that calling torch costs more than they do.
 
 The functions of a meta-batch do not read each other. So a share of them goes through all steps of the window, functions
-and optimizer, within the cache and in one call. The LSTM is that of `lstm_numba`; `unrolling.unroll` is what this is
+and optimizer, within the cache and in one call. The LSTM is that of `numba_lstm`; `unrolling.unroll` is what this is
 tested against. It holds arithmetic only.
 """
 
 import numpy as np
 
-from lstm_numba import LANES, MORE_TILES, Room, array, as_it_lies, compiled, no_room, run_step, side_by_side
-from state_nests import clone
+from gradbuffer.kernels.numba_lstm import LANES, MORE_TILES, Room, array, as_it_lies, compiled, no_room, run_step, side_by_side
+from gradbuffer.nests import clone
 
 __all__ = ["record_quadratics"]
 

@@ -1,6 +1,6 @@
 """Which implementation of the fast paths runs where: compiled by numba, by Triton, or plain torch.
 
-L2O_KERNELS in the environment asks for one: "torch", "numba", or "triton" for `lstm_triton` on CUDA. Without it, "auto", it is
+L2O_KERNELS in the environment asks for one: "torch", "numba", or "triton" for `triton_lstm` on CUDA. Without it, "auto", it is
 numba on a CPU if that can be had, else torch.
 """
 
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import torch
 
-import lstm_blocks
+from gradbuffer.kernels import torch_blocks
 
 __all__ = ["compiled_kernels", "has_numba", "is_triton", "kernels_for", "takes_numba"]
 
@@ -19,11 +19,11 @@ __all__ = ["compiled_kernels", "has_numba", "is_triton", "kernels_for", "takes_n
 def kernels_for(weight):
     """The module that runs the LSTM without a graph where that weight (1, H) is.
 
-    On a CPU `lstm_numba` if numba can be had, else `lstm_blocks`, which is slower, does the same and also runs on CUDA.
+    On a CPU `numba_lstm` if numba can be had, else `torch_blocks`, which is slower, does the same and also runs on CUDA.
     """
-    if asked_for() == "triton" and import_module("lstm_triton").supports(weight):
-        return import_module("lstm_triton")
-    return compiled_kernels() if takes_numba(weight) else lstm_blocks
+    if asked_for() == "triton" and import_module("gradbuffer.kernels.triton_lstm").supports(weight):
+        return import_module("gradbuffer.kernels.triton_lstm")
+    return compiled_kernels() if takes_numba(weight) else torch_blocks
 
 
 def takes_numba(tensor):
@@ -42,7 +42,7 @@ def asked_for():
 
 
 def is_triton(kernels):
-    return kernels.__name__ == "lstm_triton"
+    return kernels.__name__ == "gradbuffer.kernels.triton_lstm"
 
 
 @functools.cache
@@ -52,4 +52,4 @@ def has_numba():
 
 @functools.cache
 def compiled_kernels():
-    return import_module("lstm_numba")  # only now: importing numba takes a second
+    return import_module("gradbuffer.kernels.numba_lstm")  # only now: importing numba takes a second

@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from argument_checks import NonFiniteError
-from checkpoints import read_start
+from gradbuffer.checks import NonFiniteError
+from gradbuffer.checkpoints import read_start
 from gradbuffer.needs import ON, refuse_without_effect
 from meta_training import BASELINES, compare, evaluate, meta_train, tune_baselines
 from optimizees import ACTIVATIONS, CIFAR10Net, Mirrored, MNISTNet, Quadratics, RandomScaling
 from optimizers import (CoordinatewiseLSTM, LSTMWithGAC, NTMBFGS, NormalizedLSTM, PerKind, RNNProp, load_optimizer,
                         save_optimizer, start_as_adam, start_as_momentum)
-from whole_files import write_whole
+from gradbuffer.files import write_whole
 
 __all__ = ["main"]
 

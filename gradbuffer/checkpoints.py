@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from state_nests import map_tensors, tensors_in
-from unrolling import Coordinates
-from whole_files import remove_partial_files, write_whole
+from gradbuffer.nests import map_tensors, tensors_in
+from gradbuffer.unrolling import Coordinates
+from gradbuffer.files import remove_partial_files, write_whole
 
 __all__ = ["describe_net", "describe_problem", "named_tuples", "plain", "read_checkpoint", "read_start", "regroup", "unplain",
            "write_checkpoint"]

@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from argument_checks import check_count, check_finite
-from odd_weights import odd_part
-from preprocessing import log_sign
-from state_nests import tensors_in
-from unrolling import Coordinates
+from gradbuffer.checks import check_count, check_finite
+from gradbuffer.nets.odd_weights import odd_part
+from gradbuffer.nets.preprocessing import log_sign
+from gradbuffer.nests import tensors_in
+from gradbuffer.unrolling import Coordinates
 
 __all__ = ["LSTMWithGAC", "LowRankMemory", "NTMBFGS", "Unaveraged", "start_as_coordinatewise"]
 

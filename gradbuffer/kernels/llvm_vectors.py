@@ -1,4 +1,4 @@
-"""Vectors of a processor's registers, and what is done with them: what `register_blocks` says to LLVM is put together here.
+"""Vectors of a processor's registers, and what is done with them: what `llvm_blocks` says to LLVM is put together here.
 
 A matrix is given as a flat array, its rows of `LANES` columns one after the other; a row is one vector, or several.
 """

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from argument_checks import NonFiniteError, check_finite, sum_is_finite, values_unchecked
+from gradbuffer.checks import NonFiniteError, check_finite, sum_is_finite, values_unchecked
 from gradbuffer.snapshots import Snapshot
-from state_nests import fill_leaves, map_tensors, named_leaves
+from gradbuffer.nests import fill_leaves, map_tensors, named_leaves
 
 __all__ = ["LearnedOptimizer"]
 

@@ -5,8 +5,8 @@ The curriculum of growing horizons is that of Chen et al. 2020 (arXiv 2010.09089
 
 import torch
 
-from argument_checks import check_count
-from checkpoints import plain
+from gradbuffer.checks import check_count
+from gradbuffer.checkpoints import plain
 
 __all__ = ["check_curriculum", "describe_horizons", "horizon_rule"]
 

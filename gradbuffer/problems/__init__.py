@@ -1,0 +1,1 @@
+"""Optimizees of single papers."""
