@@ -1,0 +1,142 @@
+"""The training of the small learned optimizer that is under way: many families of perceptrons on 8×8 images, by evolution strategies.
+
+    python gradbuffer/pretrained/runs/general_mlp.py --seconds 3600 [--threads 2]
+
+goes on from `general_mlp.pt` beside it (weights, their running average, Adam's state, what was measured; functions in progress are
+begun anew), or begins, and writes it every minute. Data as for MNIST and CIFAR-10 (L2O_DATA). What it has learned is scored every 500
+steps on three tasks of the same kinds: the mean loss of the last 50 of 500 steps with a cosine, at the best of five rates.
+It is a run, not the library: `meta_train` takes it over when it can train on several families.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.functional import avg_pool2d
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[2]))
+
+LR, WARMUP, KEPT, PAIRS, FAMILIES_A_STEP = 3e-4, 100, 0.9995, 8, 4
+RATES = [0.0003 * 10 ** (k / 2) for k in range(5)]
+
+
+def standardized(images, labels):
+    return (images - images.mean()) / images.std(), labels.long()
+
+
+def small_images():
+    """MNIST, CIFAR-10 in grey and scikit-learn's digits, 8×8."""
+    from sklearn.datasets import load_digits
+
+    from gradbuffer.data.cifar10 import load_cifar10
+    from gradbuffer.data.mnist import load_mnist
+
+    mnist, cifar, digits = load_mnist(), load_cifar10(), load_digits()
+    side = math.isqrt(mnist.train_images.shape[1])
+    border, pool = (2, 3) if side == 28 else (0, 1)
+    whole = mnist.train_images.view(-1, 1, side, side)[:, :, border:side - border, border:side - border]
+    grey = cifar.train_images.float().mean(1, keepdim=True)
+    return {"mnist": standardized(avg_pool2d(whole, pool).flatten(1), mnist.train_labels),
+            "cifar": standardized(avg_pool2d(grey, grey.shape[-1] // 8).flatten(1), cifar.train_labels),
+            "digits": standardized(torch.tensor(digits.images).float().flatten(1), torch.tensor(digits.target))}
+
+
+def make_families(net, data):
+    """Two dicts from name to `Perceptrons`: to train on, and to look at."""
+    from gradbuffer.evolution import Perceptrons
+    from gradbuffer.kernels.numba_mlp_windows import PerceptronWindows
+
+    def family(name, hidden, activation, batch, loss="cross_entropy"):
+        images, labels = data[name]
+        targets, outputs, ceiling = (images, 64, 1.5) if loss == "mse" else (labels, 10, 1.5 * math.log(10))
+        return Perceptrons(PerceptronWindows(net, (64, *hidden, outputs), activation, loss), images, targets, batch, ceiling)
+
+    generator = torch.Generator().manual_seed(99)
+    first, second = torch.randn(32, 24, generator=generator) / 32**0.5, torch.randn(24, 8, generator=generator) * 1.5 / 24**0.5
+    inputs = torch.randn(20000, 32, generator=generator)
+    targets = torch.tanh(2 * inputs @ first) @ second
+    targets = (targets - targets.mean()) / targets.std()
+    return {
+        "mnist relu": family("mnist", (32,), "relu", 64), "cifar relu": family("cifar", (32,), "relu", 64),
+        "digits tanh": family("digits", (32,), "tanh", 64), "mnist autoencoder": family("mnist", (16,), "silu", 32, "mse"),
+        "cifar two layers": family("cifar", (32, 32), "silu", 32), "mnist deep tanh": family("mnist", (24, 24, 24), "tanh", 16),
+        "regression": Perceptrons(PerceptronWindows(net, (32, 32, 8), "relu", "mse"), inputs, targets, 64, 1.5),
+        "cifar autoencoder": family("cifar", (24,), "tanh", 64, "mse"), "cifar linear": family("cifar", (), "relu", 64),
+        "digits deep relu": family("digits", (32, 32, 32), "relu", 128), "mnist sigmoid": family("mnist", (20,), "sigmoid", 128),
+        "cifar deep relu": family("cifar", (24, 24, 24, 24), "relu", 16),
+    }, {
+        "cifar wide": family("cifar", (64,), "relu", 64), "mnist autoencoder deep": family("mnist", (32, 8, 32), "relu", 64, "mse"),
+        "digits five": family("digits", (48, 48, 48, 48), "tanh", 64),
+    }
+
+
+def validate(weights, families, steps=500, seeds=4):
+    ends = {}
+    for name, family in families.items():
+        particles = len(RATES) * seeds
+        params, state = family.windows.draw_params(seeds, 77).repeat(len(RATES), 1), family.windows.init_state(particles)
+        falling = 0.5 * (1 + torch.cos(math.pi * torch.arange(steps) / steps))
+        lr = torch.tensor(RATES).repeat_interleave(seeds)[:, None] * falling
+        losses = family.run(weights, params, state, steps, lr=lr, seeds=torch.arange(1000, 1000 + seeds).repeat(len(RATES)))
+        ends[name] = losses[:, -steps // 10:].mean(1).view(len(RATES), seeds).mean(1).min().item()
+    return ends
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--state", type=Path, default=HERE / "general_mlp.pt")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    from gradbuffer.evolution import Pairs
+    from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
+
+    net = start_as_normalized_adam(MLPOptimizer())
+    trained, watched = make_families(net, small_images())
+    start = torch.nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+    weights = torch.nn.Parameter(start.clone())
+    adam = torch.optim.AdamW([weights], lr=LR, weight_decay=0.0)
+    run = {"k": 0, "averaged": start.clone(), "scale": {}, "history": {"validation": [(0, validate(start, watched))]}}
+    if options.state.exists():
+        run = torch.load(options.state)
+        weights.data.copy_(run["weights"])
+        adam.load_state_dict(run["adam"])
+    generator = torch.Generator().manual_seed(1000 + run["k"])
+    pairs = {name: Pairs(family, PAIRS, generator=generator) for name, family in trained.items()}
+    names, begun, saved = [], time.time(), time.time()
+
+    def save():
+        torch.save({**run, "weights": weights.data, "adam": adam.state_dict()}, options.state.with_suffix(".new"))
+        options.state.with_suffix(".new").replace(options.state)
+
+    while time.time() - begun < options.seconds:
+        total = torch.zeros_like(start)
+        if len(names) < FAMILIES_A_STEP:
+            names = [list(trained)[place] for place in torch.randperm(len(trained), generator=generator)]
+        for name in names[:FAMILIES_A_STEP]:
+            estimate = pairs[name].advance(weights.data)
+            size = estimate.gradient.square().sum().item()
+            run["scale"][name] = 0.99 * run["scale"].get(name, size) + 0.01 * size
+            total += estimate.gradient / (run["scale"][name] ** 0.5 + 1e-12) / FAMILIES_A_STEP
+        names = names[FAMILIES_A_STEP:]
+        weights.grad = total * min(1.0, 1.0 / (total.norm().item() + 1e-12))
+        adam.param_groups[0]["lr"] = LR * min(1.0, (run["k"] + 1) / WARMUP)
+        adam.step()
+        run["k"] += 1
+        run["averaged"].lerp_(weights.data, 1 - min(KEPT, run["k"] / (run["k"] + 10)))
+        if run["k"] % 500 == 0:
+            run["history"]["validation"].append((run["k"], validate(run["averaged"], watched)))
+            print(run["k"], round(time.time() - begun), run["history"]["validation"][-1][1], flush=True)
+        if time.time() - saved > 60:
+            save()
+            saved = time.time()
+    save()
+
+
+if __name__ == "__main__":
+    main()
