@@ -28,8 +28,8 @@ from gradbuffer.horizons import check_curriculum, describe_horizons, horizon_rul
 from gradbuffer.imitation import Imitation, imitation_gradient
 from gradbuffer.meta_gradients import check_gradient_options, meta_gradient
 from gradbuffer.pes import PESState
-from gradbuffer.ranks import Ranks, part_of
-from gradbuffer.unrolling import Coordinates, bound
+from gradbuffer.ranks import Ranks
+from gradbuffer.unrolling import Coordinates, bound, part_of
 
 __all__ = ["AccuracyCurves", "BASELINES", "History", "TunedBaseline", "compare", "compare_final", "evaluate",
            "evaluate_baseline", "meta_gradient", "meta_train", "tune_baseline", "tune_baselines"]

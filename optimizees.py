@@ -19,41 +19,11 @@ from gradbuffer.checks import check_count
 from gradbuffer.data.cifar10 import ColorImages, check_color_images, load_cifar10
 from gradbuffer.kernels.choice import takes_numba
 from gradbuffer.data.mnist import load_mnist
+from gradbuffer.unrolling import MetaBatch, in_parts
 
 __all__ = ["CIFAR10Net", "ConvexTerms", "MNISTNet", "MetaBatch", "Mirrored", "Quadratics", "RandomScaling"]
 
 STEPS_PER_DRAW = 32  # minibatches whose indices are drawn at once
-
-
-class MetaBatch(NamedTuple):
-    """B functions: initial `params`, each (B, ...), and `loss(params, step) -> (B,)`, which carries a graph.
-
-    `part(first, last)`, if there is one, gives functions first … last - 1 as a meta-batch of their own, with the very
-    losses that they have in the whole: what several processes share a meta-batch by.
-
-    A loss may be an object that also has `with_gradient(params, step)`, which returns the losses (B,) and the gradient of
-    their sum, a dict like params, without a graph: for functions so small that autograd costs more than they do. It may have
-    `with_vector_gradient(theta, shapes, step)` beside it, which does the same for the vector θ (N,) of `unrolling.Coordinates`,
-    where the parameters of these shapes lie one after the other, and returns ∇ (N,), or None where it cannot. With
-    `tensors(step)` and `of(tensors)` its windows can be captured, see `cuda_graphs.CapturedWindow`. If it is ‖Wθ − y‖² of the
-    only parameter (B, n), whatever its name, at every step, it may say so by `quadratics`, the tensors W (B, n, n), y (B, n, 1)
-    and 2 Wᵀ: then windows are unrolled by `numba_quadratics` where they can be. If it is that of a perceptron, it may say so by
-    `perceptrons(shapes)`, see `PerceptronLoss`. With `part(first, last)`, the loss of those functions alone, a window may take
-    some functions to its end before it takes the others, or several threads may take some each.
-    """
-
-    params: dict
-    loss: Callable
-    part: Callable | None = None
-
-
-def in_parts(params, loss):
-    """A meta-batch of a loss that has parts."""
-
-    def part(first, last):
-        return MetaBatch({name: tensor[first:last] for name, tensor in params.items()}, loss.part(first, last))
-
-    return MetaBatch(params, loss, part)
 
 
 def check_floating(dtype):

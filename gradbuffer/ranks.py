@@ -12,7 +12,7 @@ from torch import distributed
 
 from gradbuffer.checks import NonFiniteError
 
-__all__ = ["Ranks", "part_of"]
+__all__ = ["Ranks"]
 
 
 class Ranks:
@@ -94,25 +94,3 @@ class Ranks:
             raise RuntimeError(f"rank {self.rank} of {self.size}: another process of this job has died or does not "
                                "answer. Start the job again: with a checkpoint it goes on from there, with any number "
                                f"of processes ({error})") from error
-
-
-def part_of(batch, first, last):
-    """Functions first … last - 1 of a meta-batch.
-
-    A batch without `part` computes the losses of all its functions and gives those asked for: right, but the
-    optimizees' own time is not shared among the ranks.
-    """
-    if getattr(batch, "part", None) is not None:
-        return batch.part(first, last)
-    return PartOfBatch(batch, first, last)
-
-
-class PartOfBatch:
-    def __init__(self, batch, first, last):
-        self.batch, self.first, self.last = batch, first, last
-        self.params = {name: tensor[first:last] for name, tensor in batch.params.items()}
-
-    def loss(self, params, step):
-        whole = {name: torch.cat([tensor[:self.first], params[name], tensor[self.last:]])
-                 for name, tensor in self.batch.params.items()}
-        return self.batch.loss(whole, step)[self.first:self.last]

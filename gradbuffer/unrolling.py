@@ -8,13 +8,67 @@ is Andrychowicz et al. 2016 (arXiv 1606.04474), section 2. Nothing here carries 
 import copy
 import inspect
 import math
+from typing import Callable, NamedTuple
 
 import torch
 
 
-__all__ = ["Coordinates", "bound", "record", "stepper", "unroll"]
+__all__ = ["Coordinates", "MetaBatch", "bound", "in_parts", "part_of", "record", "stepper", "unroll"]
 
 SMALLEST_SHARE = 1024  # coordinates of a tensor that a partial replay reads at least
+
+
+class MetaBatch(NamedTuple):
+    """B functions: initial `params`, each (B, ...), and `loss(params, step) -> (B,)`, which carries a graph.
+
+    `part(first, last)`, if there is one, gives functions first … last - 1 as a meta-batch of their own, with the very
+    losses that they have in the whole: what several processes share a meta-batch by.
+
+    A loss may be an object that also has `with_gradient(params, step)`, which returns the losses (B,) and the gradient of
+    their sum, a dict like params, without a graph: for functions so small that autograd costs more than they do. It may have
+    `with_vector_gradient(theta, shapes, step)` beside it, which does the same for the vector θ (N,) of `unrolling.Coordinates`,
+    where the parameters of these shapes lie one after the other, and returns ∇ (N,), or None where it cannot. With
+    `tensors(step)` and `of(tensors)` its windows can be captured, see `cuda_graphs.CapturedWindow`. If it is ‖Wθ − y‖² of the
+    only parameter (B, n), whatever its name, at every step, it may say so by `quadratics`, the tensors W (B, n, n), y (B, n, 1)
+    and 2 Wᵀ: then windows are unrolled by `numba_quadratics` where they can be. If it is that of a perceptron, it may say so by
+    `perceptrons(shapes)`, see `PerceptronLoss`. With `part(first, last)`, the loss of those functions alone, a window may take
+    some functions to its end before it takes the others, or several threads may take some each.
+    """
+
+    params: dict
+    loss: Callable
+    part: Callable | None = None
+
+
+def in_parts(params, loss):
+    """A meta-batch of a loss that has parts."""
+
+    def part(first, last):
+        return MetaBatch({name: tensor[first:last] for name, tensor in params.items()}, loss.part(first, last))
+
+    return MetaBatch(params, loss, part)
+
+
+def part_of(batch, first, last):
+    """Functions first … last - 1 of a meta-batch.
+
+    A batch without `part` computes the losses of all its functions and gives those asked for: right, but the
+    optimizees' own time is not shared among the ranks.
+    """
+    if getattr(batch, "part", None) is not None:
+        return batch.part(first, last)
+    return PartOfBatch(batch, first, last)
+
+
+class PartOfBatch:
+    def __init__(self, batch, first, last):
+        self.batch, self.first, self.last = batch, first, last
+        self.params = {name: tensor[first:last] for name, tensor in batch.params.items()}
+
+    def loss(self, params, step):
+        whole = {name: torch.cat([tensor[:self.first], params[name], tensor[self.last:]])
+                 for name, tensor in self.batch.params.items()}
+        return self.batch.loss(whole, step)[self.first:self.last]
 
 
 class Coordinates:

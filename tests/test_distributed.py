@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from optimizees import MetaBatch, MNISTNet, Quadratics
-from gradbuffer.ranks import Ranks, part_of
+from gradbuffer.ranks import Ranks
+from gradbuffer.unrolling import part_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
