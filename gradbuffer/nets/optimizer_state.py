@@ -15,7 +15,8 @@ from gradbuffer.nests import named_leaves
 from gradbuffer.nets.sharded import is_sharded, local, local_size, placements_of_state
 from gradbuffer.snapshots import Snapshot
 
-__all__ = ["NetworkInPlace", "Part", "check_state", "copy_of_state", "dense_gradient", "parts_of", "tensors_of", "without_autocast"]
+__all__ = ["NetworkInPlace", "Part", "Work", "check_state", "copy_of_state", "dense_gradient", "label", "parts_of", "tensors_of",
+           "without_autocast"]
 
 
 class Part(NamedTuple):
@@ -34,6 +35,23 @@ class Part(NamedTuple):
         return state_dtype if state_dtype and vectors else self.dtype
 
 
+class Work:
+    """What a network reads of a group in one step."""
+
+    def __init__(self, network, group, number, members, lr):
+        self.network, self.group, self.number, self.members, self.lr = network, group, number, members, lr
+        self.params = [group["params"][index] for index in members]
+
+    def label(self, place):
+        return label(self.group, self.number, self.members[place])
+
+
+def label(group, number, index):
+    """What errors call a parameter."""
+    name = f" ({group['param_names'][index]})" if "param_names" in group else ""
+    return f"parameter {index}{name} of group {number}"
+
+
 class NetworkInPlace:
     """A network where the parameters are: itself, or a copy on their device that follows its weights.
 
@@ -47,6 +65,7 @@ class NetworkInPlace:
 
     def __init__(self, net, device, cast_to=None, is_watched=False):
         self.source, self.device, self.cast_to, self.place = net, device, cast_to, place_of(net)
+        self.name = type(net).__name__
         self.is_copy = any(tensor.device != device or cast_to and tensor.is_floating_point() and tensor.dtype != cast_to
                            for tensor in tensors_of(net))
         self.is_watched = is_watched or self.is_copy or device.type != "cpu"

@@ -1,4 +1,4 @@
-"""Parameters of which each process has a part: DTensors, as of FSDP2's `fully_shard`, and what `LearnedOptimizer` does with them."""
+"""Parameters of which each process has a part: DTensors, such as those of FSDP2's `fully_shard`, in a `LearnedOptimizer`."""
 
 import sys
 
@@ -52,13 +52,13 @@ def from_sharded(leaf, parameter):
     return leaf.flatten(leaf.dim() - axes) if axes else leaf[..., None]
 
 
-def check_sharded(net, network, params, where):
+def check_sharded(network, params, where):
     """Raise unless the network can run on the parts of a sharded parameter, or there is none."""
     if not any(map(is_sharded, params)):
         return
     if not network.joins:
         raise ValueError(f"{where} is a DTensor, of which each process has a part: its network must be coordinatewise, with a "
-                         f"state that is all per coordinate; got {type(net).__name__}")
+                         f"state that is all per coordinate; got {network.name}")
     from torch.distributed.tensor import Replicate, Shard
 
     if not all(type(place) in (Shard, Replicate) for place in params[0].placements):
@@ -73,13 +73,13 @@ def true_everywhere(value, mesh):
     return bool(flag)
 
 
-def check_not_divided(net, where):
+def check_not_divided(name, where):
     """Raise within a ZeroRedundancyOptimizer: it gives each process an optimizer of some of the parameters only."""
     module, frame = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer"), sys._getframe(1)
     while module and frame:
         caller = frame.f_locals.get("self")
         if isinstance(caller, module.ZeroRedundancyOptimizer) and caller.world_size > 1:
-            raise ValueError(f"{type(net).__name__}, the network of {where}, is not coordinatewise, and ZeroRedundancyOptimizer "
+            raise ValueError(f"{name}, the network of {where}, is not coordinatewise, and ZeroRedundancyOptimizer "
                              "would show it in each process a part of the parameters only: its updates would be others. Accepted "
                              "are coordinatewise networks")
         frame = frame.f_back

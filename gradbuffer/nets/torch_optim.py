@@ -1,9 +1,9 @@
-"""`LearnedOptimizer`: a trained learned optimizer with the face of `torch.optim`.
+"""`LearnedOptimizer`: a trained learned optimizer as a drop-in `torch.optim.Optimizer`.
 
 θ ← θ + lr · g with (g, h) ← m(∇, h; φ), the update rule of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1),
-for any network m with `init_state(num_coordinates)` and `forward(grad, state) -> (update, state)`. The network is used,
-never trained (that is `meta_training`). The state is most of the memory, 2·layers·hidden numbers for each coordinate
-of an LSTM, so it is kept per parameter and renewed in place, a chunk of coordinates at a time.
+for any network m with `init_state(num_coordinates)` and `forward(grad, state) -> (update, state)`, see `nets.vectors`; or for a
+tensorwise one, see `nets.tensorwise`. The network is used, never trained (that is `meta_training`). The state is most of the
+memory, 2·layers·hidden numbers for each coordinate of an LSTM, so it is kept per parameter.
 """
 
 import math
@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from gradbuffer.checks import NonFiniteError, check_finite, sum_is_finite, values_unchecked
-from gradbuffer.nets.sharded import check_not_divided, check_sharded, local_size, true_everywhere
-from gradbuffer.nets.vectors import Vector, VectorNetwork, is_coordinatewise
+from gradbuffer.nets.optimizer_state import label
+from gradbuffer.nets.sharded import check_sharded, local_size, true_everywhere
+from gradbuffer.nets.tensorwise import TensorNetwork, is_tensorwise, own_rate
+from gradbuffer.nets.vectors import VectorNetwork, is_coordinatewise
 
 __all__ = ["LearnedOptimizer"]
 
@@ -27,18 +29,23 @@ STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class LearnedOptimizer(torch.optim.Optimizer):
     """A trained learned optimizer as a `torch.optim.Optimizer`, with all that goes with one.
 
-    Gradients are cast to the network's dtype, updates added in the parameter's. A network with `coordinatewise = True`
-    runs parameter by parameter, each with a state of its own in `self.state[parameter]`; any other sees all parameters
-    of its group as one vector, whose state lies with the group's first parameter. A network on another device is
-    copied to where the parameters are, and again when its weights change; it is not trained, and no graph is recorded.
+    A network with `coordinatewise = True` runs parameter by parameter, each with a state of its own in
+    `self.state[parameter]`. One with `tensorwise = True`, such as `MLPOptimizer`, is given parameters and gradients as the
+    tensors that they are, and no tensor's update may depend on another tensor. Any other sees all parameters of its group as
+    one vector, whose state lies with the group's first parameter. Vectors are cast to the network's dtype; a tensorwise
+    network computes in the parameters' dtype, or in float32 where they have 16 bits. Updates are added in the parameters'
+    dtype. A network on another device is copied to where the parameters are, and again when its weights change; it is not
+    trained, and no graph is recorded.
+
     A network with `network_for(name)`, such as `PerKind`, says which network runs a parameter; it needs named ones.
     A `forward` with an argument `inplace` is called with `inplace=True` and is to write the next state over the given
-    one, which may be a strided part of a larger tensor: that saves a copy of the state.
+    one, which may be a strided part of a larger tensor: that saves a copy of the state. An `MLPOptimizer` of variant "celo"
+    without Newton-Schulz takes compiled steps on a CPU where numba is installed.
 
     A step looks at gradients, weights and states before it changes anything, and keeps new states only once all networks
     have run: after an exception parameters and states are as they were. Not so with networks that write `inplace`: if the
     `forward` of one raises (ours does not after these checks, but Ctrl-C may come), states that it has written are a step
-    ahead, while all parameters stay; go on from a checkpoint then.
+    ahead, while all parameters stay; go on from a checkpoint then. The same holds for Ctrl-C within a compiled step.
 
     A parameter without gradient is left alone, and so is its state (in a group's joint vector its gradient is 0). A
     sparse gradient is made dense: rows that are not in it have gradient 0, which a learned optimizer may answer with a
@@ -46,8 +53,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Of parameters that are DTensors, such as those of FSDP2's `fully_shard`, a coordinatewise network whose state has no part
     for all coordinates together runs on each process's part; the state is then of DTensors too, for
-    `torch.distributed.checkpoint`. `ZeroRedundancyOptimizer` can hold coordinatewise networks. Other networks need all
-    coordinates, and are refused in both.
+    `torch.distributed.checkpoint`. Other networks need all coordinates and are refused. `ZeroRedundancyOptimizer` can hold
+    coordinatewise and tensorwise networks.
 
     `state_dict()` holds tensors and numbers only, so that `torch.load(weights_only=True)` reads it. It does not hold
     the networks: give the same ones when resuming (`save_optimizer` and `load_optimizer` store them).
@@ -58,17 +65,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
             "params" and, where they differ from the arguments below, "net", "lr", "weight_decay", "maximize",
             "state_dtype".
         net: the network; None if every group has its own.
-        lr: factor on the update, at least 0; a number or a tensor of one element. Default 1, the network's own scale.
-        weight_decay: λ ≥ 0, coupled as in `torch.optim.SGD`: the network reads ∇ + λθ. Default 0.
+        lr: at least 0; a number or a tensor of one element. Factor on the update, default 1, the network's own scale. Of a
+            tensorwise network whose `forward` takes `lr` it is the learning rate, default `net.lr`.
+        weight_decay: λ ≥ 0. Coupled as in `torch.optim.SGD`: the network reads ∇ + λθ. Of a tensorwise network decoupled as in
+            `torch.optim.AdamW`: θ ← (1 - lr · λ) θ, before it reads θ; a decay of its own comes on top. Default 0.
         maximize: the network reads -∇. Default False.
         state_dtype: store the state in this floating dtype, `torch.bfloat16` for half the memory; the network still
-            computes in its own. Parts with one number per coordinate (moments, step counters) keep their dtype.
-            Default None: the dtype that `init_state` gives.
+            computes in its own. Parts with one number per coordinate (moments, step counters) keep their dtype. Not for
+            tensorwise networks. Default None: the dtype that `init_state` gives.
 
     Raises:
         ValueError, TypeError: an argument is not as above.
         NonFiniteError: from `step`, a gradient holds an infinity or a NaN; no parameter and no state has changed.
-        ValueError: from `step`, a parameter has another size than when its state began; nothing has changed.
+        ValueError: from `step`, a parameter has another size than when its state began, or a network returns other than agreed;
+            nothing has changed.
 
     Example:
         >>> from optimizers import load_optimizer
@@ -76,11 +86,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         >>> optimizer = LearnedOptimizer(model.parameters(), load_optimizer("mnist"))
         >>> model(torch.ones(2, 3)).pow(2).mean().backward()
         >>> optimizer.step()
+        >>> from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
+        >>> optimizer = LearnedOptimizer(model.parameters(), start_as_normalized_adam(MLPOptimizer()), lr=0.003)
 
     Reference: Andrychowicz et al. 2016, section 2.1 ("Coordinatewise LSTM optimizer").
     """
 
-    def __init__(self, params, net, lr=1.0, weight_decay=0.0, *, maximize=False, state_dtype=None):
+    def __init__(self, params, net, lr=None, weight_decay=0.0, *, maximize=False, state_dtype=None):
         self._networks = {}  # (net, device, number of coordinates if it matters) -> VectorNetwork
         super().__init__(params, dict(zip(OPTIONS, (net, lr, weight_decay, maximize, state_dtype))))
 
@@ -99,11 +111,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 if not parameter.is_floating_point():
                     raise TypeError(f"params must be real floating-point tensors, but {label(group, number, index)} "
                                     f"is {parameter.dtype}")
-            for net, members in vectors_of(group):
+            if group["lr"] is None:
+                group["lr"] = rate_of(group)
+            for net, members in readers_of(group):
                 params, where = [group["params"][index] for index in members], label(group, number, members[0])
-                check_sharded(net, self._network(net, params), params, where)
-                if not is_coordinatewise(net):
-                    check_not_divided(net, where)
+                network = self._network(net, params)
+                check_sharded(network, params, where)
+                network.check_group(group, params, where)
         except Exception:
             self.param_groups.pop()
             raise
@@ -126,18 +140,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [vector for number, group in enumerate(self.param_groups) for vector in self._vectors(group, number)]
+        work = [part for number, group in enumerate(self.param_groups) for part in self._work(group, number)]
         by_network = {}
-        for vector in work:
-            by_network.setdefault(vector.network, []).append(vector)
+        for part in work:
+            by_network.setdefault(part.network, []).append(part)
         check_step(work, list(by_network))
-        for vector in work:
-            vector.prepare(self.state)
+        for part in work:
+            part.prepare(self.state)
         with values_unchecked():  # gradients and weights have been looked at
-            for network in sorted(by_network, key=lambda network: bool(network.options)):  # those in place come last
+            for network in sorted(by_network, key=lambda network: network.writes_in_place):  # those come last
                 network.advance(by_network[network])
-        for vector in work:
-            vector.apply(self.state)
+        for part in work:
+            part.apply(self.state)
         return loss
 
     def state_dict(self):
@@ -186,28 +200,32 @@ class LearnedOptimizer(torch.optim.Optimizer):
     # How it is done ---------------------------------------------------------------------------------------------------
 
     def _network(self, net, params):
-        """The network where these parameters are, for as many coordinates as they have."""
-        size, devices = sum(map(local_size, params)), {parameter.device for parameter in params}
+        """The network where these parameters are, for their dtype or for as many coordinates as they have if that matters."""
+        devices = {parameter.device for parameter in params}
         if len(devices) > 1:
             raise ValueError(f"{type(net).__name__} is not coordinatewise, so the parameters of its group must be on "
                              f"one device, got {sorted(map(str, devices))}")
-        key = net, *devices, None if is_coordinatewise(net) else size
+        kind, form = VectorNetwork, None
+        if is_tensorwise(net):
+            kind, form = TensorNetwork, params[0].dtype
+        elif not is_coordinatewise(net):
+            form = sum(map(local_size, params))
+        key = net, *devices, form
         network = self._networks.get(key)
         if network is None or not network.is_current():
-            network = self._networks[key] = VectorNetwork(net, *devices, size)
+            network = self._networks[key] = kind(net, *devices, form)
         return network
 
-    def _vectors(self, group, number):
-        """What this group has to do in a step: the vectors with at least one gradient."""
-        lr, networks = float(group["lr"]), {}  # one look at a network's weights for each device
-        for net, members in vectors_of(group):
+    def _work(self, group, number):
+        """What this group has to do in a step: what its networks read, as far as there are gradients."""
+        lr, networks = float(group["lr"]), {}  # one look at a network's weights for each device and dtype
+        for net, members in readers_of(group):
             params = [group["params"][index] for index in members]
             if any(parameter.grad is not None for parameter in params):
-                key = net, params[0].device
+                key = net, params[0].device, params[0].dtype
                 if key not in networks:
                     networks[key] = self._network(net, params)
-                yield Vector(params, group, networks[key], lr,
-                             lambda place, members=members: label(group, number, members[place]))
+                yield networks[key].work(networks[key], group, number, members, lr)
 
     def _state_from(self, saved):
         """dict from parameter to a copy of its saved state, which must fit. Empty if the groups differ: torch tells."""
@@ -215,7 +233,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             return state
         for number, (group, keys) in enumerate(zip(self.param_groups, (group["params"] for group in groups))):
-            owners = {members[0]: (net, members) for net, members in vectors_of(group)}
+            owners = {}
+            for net, members in readers_of(group):
+                owners |= {index: (net, [index]) for index in members} if is_tensorwise(net) else {members[0]: (net, members)}
             for index, key in enumerate(keys):
                 leaves = saved["state"].get(key)
                 if not leaves:
@@ -225,8 +245,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"{where} has no place here: got {sorted(leaves)}, accepted is none")
                 net, members = owners[index]
                 params = [group["params"][member] for member in members]
-                network = self._network(net, params)
-                state[params[0]] = network.load_state(leaves, params, group["state_dtype"], where)
+                state[params[0]] = self._network(net, params).load_state(leaves, params, group["state_dtype"], where)
         return state
 
 
@@ -246,6 +265,8 @@ def check_options(options):
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
     for name in ("lr", "weight_decay"):
         value = options[name]
+        if value is None and name == "lr":
+            continue
         if isinstance(value, bool) or not isinstance(value, (Real, torch.Tensor) if name == "lr" else Real):
             raise TypeError(f"{name} must be a number of at least 0, got {value!r}")
         if not 0 <= value < math.inf:
@@ -259,17 +280,28 @@ def check_options(options):
             raise ValueError(f"{name}={options[name]!r} is an option that LearnedOptimizer does not have")
 
 
-def vectors_of(group):
-    """Which network reads which parameters as one vector: pairs of a network and a list of places in the group."""
-    vectors, places_of, sizes = [], {}, list(map(torch.numel, group["params"]))
+def readers_of(group):
+    """Which network reads which parameters: pairs of a network and a list of places in the group.
+
+    A pair stands for one vector or, if the network is tensorwise, for tensors alike in device and dtype. Parameters without
+    coordinates are left out, except of a vector that has some.
+    """
+    readers, places_of, params = [], {}, group["params"]
+    sizes = list(map(torch.numel, params))
     for index in range(len(sizes)):
         places_of.setdefault(network_of(group, index), []).append(index)
     for net, places in places_of.items():
         if is_coordinatewise(net):
-            vectors += [(net, [index]) for index in places if sizes[index]]
+            readers += [(net, [index]) for index in places if sizes[index]]
+        elif is_tensorwise(net):
+            alike = {}
+            for index in places:
+                if sizes[index]:
+                    alike.setdefault((params[index].device, params[index].dtype), []).append(index)
+            readers += [(net, members) for members in alike.values()]
         elif any(sizes[index] for index in places):
-            vectors.append((net, places))
-    return vectors
+            readers.append((net, places))
+    return readers
 
 
 def network_of(group, index):
@@ -283,20 +315,23 @@ def network_of(group, index):
     return net.network_for(group["param_names"][index])
 
 
-def label(group, number, index):
-    name = f" ({group['param_names'][index]})" if "param_names" in group else ""
-    return f"parameter {index}{name} of group {number}"
+def rate_of(group):
+    """The rate of a group that is given none: its networks' own."""
+    rates = {own_rate(network_of(group, index)) for index in range(len(group["params"]))} or {own_rate(group["net"])}
+    if len(rates) > 1:
+        raise ValueError(f"lr must be given: the networks of the group have rates of their own, {sorted(rates)}")
+    return rates.pop()
 
 
-def check_step(vectors, networks):
+def check_step(work, networks):
     """Raise NonFiniteError unless all gradients are finite, and renew networks whose weights have changed.
 
     One synchronization for each device that is not a CPU, one for each mesh of processes.
     """
     flags, finite, meshes, unchanged = {}, True, [], {}
-    for vector in vectors:
-        meshes += [mesh for mesh in vector.meshes if mesh not in meshes]
-        for gradient in vector.gradients:
+    for part in work:
+        meshes += [mesh for mesh in part.meshes if mesh not in meshes]
+        for gradient in part.gradients:
             if gradient.is_cpu:
                 finite = finite and sum_is_finite(gradient)
             else:
@@ -317,9 +352,9 @@ def check_step(vectors, networks):
     error = None
     if not finite:
         try:
-            for vector in vectors:
-                for place, gradient in enumerate(vector.gradients):
-                    check_finite(gradient, f"the gradient of {vector.label(place)}")
+            for part in work:
+                for place, gradient in enumerate(part.gradients):
+                    check_finite(gradient, f"the gradient of {part.label(place)}")
         except NonFiniteError as found:
             error = found
     for mesh in meshes:  # all processes stop, or none: one alone would leave the others waiting

@@ -11,9 +11,9 @@ from functools import partial, reduce
 import torch
 
 from gradbuffer.nests import fill_leaves, map_tensors, named_leaves
-from gradbuffer.nets.optimizer_state import (NetworkInPlace, check_state, copy_of_state, dense_gradient, parts_of, tensors_of,
-                                             without_autocast)
-from gradbuffer.nets.sharded import as_sharded, from_sharded, is_sharded, local, local_size
+from gradbuffer.nets.optimizer_state import (NetworkInPlace, Work, check_state, copy_of_state, dense_gradient, parts_of,
+                                             tensors_of, without_autocast)
+from gradbuffer.nets.sharded import as_sharded, check_not_divided, from_sharded, is_sharded, local, local_size
 
 __all__ = ["Vector", "VectorNetwork", "is_coordinatewise"]
 
@@ -26,14 +26,14 @@ def is_coordinatewise(net):
     return bool(getattr(net, "coordinatewise", False))
 
 
-class Vector:
+class Vector(Work):
     """Parameters that a network reads as one vector in one step: their gradients, their state, their update."""
 
-    def __init__(self, params, group, network, lr, label):
-        self.params, self.network, self.lr, self.label = params, network, lr, label
-        self.state_dtype, self.net_name = group["state_dtype"], type(network.net).__name__
-        self.gradients = [flat_gradient(parameter, group, network.dtype or params[0].dtype) for parameter in params]
-        self.meshes = [params[0].device_mesh] if is_sharded(params[0]) else []
+    def __init__(self, network, group, number, members, lr):
+        super().__init__(network, group, number, members, lr)
+        dtype = network.dtype or self.params[0].dtype
+        self.gradients = [flat_gradient(parameter, group, dtype) for parameter in self.params]
+        self.meshes = [self.params[0].device_mesh] if is_sharded(self.params[0]) else []
 
     def prepare(self, states):
         """Find the state, or begin one; nothing of the optimizer's is changed."""
@@ -43,10 +43,10 @@ class Vector:
         stored = states.get(self.params[0])
         self.is_new = not stored
         if self.is_new:
-            self.state = self.network.new_state(self.size, self.state_dtype)
+            self.state = self.network.new_state(self.size, self.group["state_dtype"])
         else:
             self.state = {name: from_sharded(leaf, self.params[0]) for name, leaf in stored.items()} if self.meshes else stored
-            check_state(self.state, self.network.parts, self.size, self.network.device, self.label(0), self.net_name)
+            check_state(self.state, self.network.parts, self.size, self.network.device, self.label(0), self.network.name)
 
     def apply(self, states):
         """Keep the new state, and θ ← θ + lr · update, where there is a gradient."""
@@ -83,20 +83,28 @@ def cut(vector, sizes):
 
 
 class VectorNetwork(NetworkInPlace):
-    """A learned optimizer's network on one device, and of what parts its state is: tensors (..., n) and numbers."""
+    """A network on one device, for vectors of that size or, if it is coordinatewise, of any; and of what parts its state is."""
 
-    def __init__(self, net, device, size):
+    work = Vector
+
+    def __init__(self, net, device, size=None):
         super().__init__(net, device)
         self.options = {"inplace": True} if "inplace" in inspect.signature(net.forward).parameters else {}
+        self.writes_in_place = bool(self.options)
         self.most = {in_place: self.at_once(in_place) for in_place in (False, True)}
         with device, torch.inference_mode(False):  # whatever the caller's default device and mode
             nests = [self.net.init_state(n) for n in ((2, 3) if is_coordinatewise(net) else (size,))]
-        self.parts = parts_of(nests, type(net).__name__)
+        self.parts = parts_of(nests, self.name)
         self.nest = map_tensors(lambda leaf: leaf.new_empty(0), nests[0])
         self.joins = is_coordinatewise(net) and all(part.along for part in self.parts.values())
         kinds = [tensor.dtype for tensor in tensors_of(net)], [part.dtype for part in self.parts.values() if part.dtype]
         weights, state = ([kind for kind in some if kind.is_floating_point] for some in kinds)
         self.dtype = weights[0] if weights else reduce(torch.promote_types, state) if state else None
+
+    def check_group(self, group, params, where):
+        """Raise unless it can run in this place."""
+        if not is_coordinatewise(self.net):
+            check_not_divided(self.name, where)
 
     def at_once(self, in_place):
         """Coordinates that the network gets at most; in_place: it writes over what is stored."""
@@ -205,11 +213,11 @@ class VectorNetwork(NetworkInPlace):
         """The new state's leaves, or ValueError if the network did not return what was agreed."""
         if not isinstance(update, torch.Tensor) or update.shape != grad.shape:
             got = tuple(update.shape) if isinstance(update, torch.Tensor) else type(update).__name__
-            raise ValueError(f"{type(self.net).__name__} must return an update {tuple(grad.shape)}, got {got}")
+            raise ValueError(f"{self.name} must return an update {tuple(grad.shape)}, got {got}")
         shapes, expected = ({name: getattr(leaf, "shape", None) for name, leaf in parts.items()}
                             for parts in (leaves, given))
         if shapes != expected:
-            raise ValueError(f"{type(self.net).__name__} must return a state like the one it got, {expected}; "
+            raise ValueError(f"{self.name} must return a state like the one it got, {expected}; "
                              f"got {shapes}")
         return leaves
 
