@@ -10,31 +10,19 @@ Drawing is done on the CPU, so that a seed means the same functions on every dev
 import itertools
 import math
 from importlib import import_module
-from typing import Callable, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from gradbuffer.checks import check_count
 from gradbuffer.data.cifar10 import ColorImages, check_color_images, load_cifar10
-from gradbuffer.kernels.choice import takes_numba
 from gradbuffer.data.mnist import load_mnist
+from gradbuffer.kernels.choice import takes_numba
+from gradbuffer.problems.images import (Chosen, ImageNets, Minibatches, check_batch_size, check_floating, check_split, chosen,
+                                        color_images_on_device, drawn_batch_size, mean_cross_entropy, split_on_device)
 from gradbuffer.unrolling import MetaBatch, in_parts
 
 __all__ = ["CIFAR10Net", "ConvexTerms", "MNISTNet", "MetaBatch", "Mirrored", "Quadratics", "RandomScaling"]
-
-STEPS_PER_DRAW = 32  # minibatches whose indices are drawn at once
-
-
-def check_floating(dtype):
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
-
-
-def check_split(split):
-    if split not in ("train", "validation", "test"):
-        raise ValueError(f'split must be "train", "validation" or "test", got {split!r}')
-
 
 class Quadratics:
     """Random quadratics f(θ) = ‖Wθ − y‖², the elements of W and y from N(0, 1), θ_0 = 0.
@@ -298,22 +286,6 @@ ACTIVATIONS = {"sigmoid": (torch.sigmoid, torch.ops.aten.sigmoid_backward),
                "tanh": (torch.tanh, torch.ops.aten.tanh_backward)}
 
 
-class ImageNets:
-    """What the networks on images below share: their `options` rebuild them, on another device or split."""
-
-    def to(self, device):
-        """The same distribution on another device."""
-        return type(self)(**self.options, device=device)
-
-    def with_split(self, split):
-        """The same networks over another split of the data."""
-        return type(self)(**{**self.options, "split": split}, device=self.device)
-
-    def validation_problem(self):
-        """What `meta_train` validates on: the same networks, over images that no training function draws from."""
-        return self.with_split("validation")
-
-
 class MNISTNet(ImageNets):
     """A multilayer perceptron on MNIST from random initial weights: cross-entropy on a fresh minibatch at every step.
 
@@ -390,45 +362,6 @@ class MNISTNet(ImageNets):
         return in_parts(params, PerceptronLoss(Chosen(self.images, self.labels, minibatches), self.options["activation"]))
 
 
-class Chosen(NamedTuple):
-    """Minibatches of images and labels, of which `index(step)` (B, batch) says which they are at that step."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    index: Callable
-
-    def __call__(self, step):
-        """images (B, batch, inputs) and labels (B, batch)"""
-        index = self.index(step)
-        return chosen(self.images, index), chosen(self.labels, index)
-
-
-def chosen(rows, index):
-    """rows[index], on a CPU in a third of the time."""
-    return rows.index_select(0, index.flatten()).unflatten(0, index.shape)
-
-
-def check_batch_size(batch_size):
-    """A batch size, or a pair (least, most) of them as a tuple."""
-    if not isinstance(batch_size, (tuple, list)):
-        check_count(batch_size=batch_size)
-        return batch_size
-    if len(batch_size) != 2:
-        raise ValueError(f"batch_size must be a number or (least, most), got {batch_size!r}")
-    least, most = batch_size
-    check_count(**{"batch_size[0]": least})
-    check_count(least=least, **{"batch_size[1]": most})
-    return least, most
-
-
-def drawn_batch_size(batch_size, generator):
-    """That number; of a pair, one between the two, uniform in its logarithm."""
-    if isinstance(batch_size, int):
-        return batch_size
-    least, most = batch_size
-    return round(least * (most / least) ** torch.rand((), generator=generator, dtype=torch.float64).item())
-
-
 class PerceptronLoss:
     """Mean cross-entropy of B multilayer perceptrons, params weight0 (B, inputs, units), bias0 (B, units), weight1, …
 
@@ -499,11 +432,6 @@ class PerceptronLoss:
             return None
         images, labels, index, *rest = found
         return import_module("gradbuffer.kernels.numba_perceptrons").losses_and_gradient(images, labels, index(step), theta, *rest)
-
-
-def mean_cross_entropy(scores, labels):
-    """(B, classes, batch) and (B, batch) -> (B,)"""
-    return F.cross_entropy(scores, labels, reduction="none").mean(1)
 
 
 class CIFAR10Net(ImageNets):
@@ -675,66 +603,3 @@ def check_classes(classes):
     if len(classes) < 2 or len(set(classes)) < len(classes) or max(classes) > 9:
         raise ValueError(f"classes must be at least two different labels of 0 … 9, got {classes!r}")
     return tuple(classes)
-
-
-class Minibatches:
-    """Indices of the minibatch of any step: a function of the seed and the step alone, in whatever order they come."""
-
-    def __init__(self, seed, shape, length, device):
-        self.seed, self.shape, self.length, self.device = seed, shape, length, device
-        self.drawn = None, None
-
-    def __call__(self, step):
-        check_count(least=0, step=step)
-        chunk, within = divmod(step, STEPS_PER_DRAW)
-        drawn = self.drawn  # other threads may ask for other steps meanwhile
-        if drawn[0] != chunk:
-            generator = torch.Generator().manual_seed((self.seed + chunk) % 2**63)
-            indices = torch.randint(self.length, (STEPS_PER_DRAW, *self.shape), generator=generator)
-            self.drawn = drawn = chunk, indices.to(self.device)
-        return drawn[1][within]
-
-
-_on_device = {}
-
-
-def split_on_device(split, root, side, dtype, device):
-    """(images, labels) of a split as tensors on the device, moved there once per process."""
-    data = load_mnist(root)
-    key = id(data), split, side, dtype, device
-    if key not in _on_device:
-        images, labels = (data.test_images, data.test_labels) if split == "test" else half(data, split)
-        images = images if side is None else averaged(images, side)
-        _on_device[key] = images.to(device, dtype), labels.to(device), data  # data kept, so that its id stays its own
-    return _on_device[key][:2]
-
-
-def color_images_on_device(data, split, classes, device):
-    """(images, labels) of a split and of these classes as tensors on the device, moved there once per process."""
-    key = id(data), split, classes, device
-    if key not in _on_device:
-        images, labels = (data.test_images, data.test_labels) if split == "test" else half(data, split)
-        if classes is not None:
-            numbers = torch.full((10,), -1)  # of the labels, in the order of `classes`
-            numbers[list(classes)] = torch.arange(len(classes))
-            wanted = numbers[labels] >= 0
-            images, labels = images[wanted], numbers[labels][wanted]
-        if len(labels) < 2:
-            raise ValueError(f"{data.name} has {len(labels)} images of classes {classes} in split {split!r}, too few")
-        _on_device[key] = images.to(device), labels.to(device), data
-    return _on_device[key][:2]
-
-
-def averaged(images, side):
-    """(n, pixels) -> (n, side²): means over blocks, scaled up so that an image's norm stays about what it was."""
-    full = math.isqrt(images.shape[1])
-    blocks = images.view(-1, side, full // side, side, full // side)
-    return blocks.mean((2, 4)).flatten(1) * (full / side)
-
-
-def half(data, split):
-    """One half of the training images, by a fixed random order."""
-    order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
-    middle = len(order) // 2
-    order = order[:middle] if split == "train" else order[middle:]
-    return data.train_images[order], data.train_labels[order]

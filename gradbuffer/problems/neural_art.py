@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from gradbuffer.checks import check_count
 from gradbuffer.data.art import generated_textures, load_contents, load_style
-from optimizees import ImageNets, MetaBatch, check_floating, check_split
+from gradbuffer.problems.images import ImageNets, check_floating, check_split
+from gradbuffer.unrolling import MetaBatch
 
 __all__ = ["NeuralArt", "VGGFeatures", "from_pixels", "to_pixels"]
 
