@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from gradbuffer.checks import check_count
-from gradbuffer.data.mnist import data_root
+from gradbuffer.data.roots import data_root
 
 __all__ = ["ArtImages", "generated_textures", "load_contents", "load_style"]
 

@@ -7,7 +7,6 @@ into a data root that holds no CIFAR-10 yet.
 import functools
 import io
 import pickle
-import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from gradbuffer.checks import check_count
-from gradbuffer.data.mnist import data_root, fetch
+from gradbuffer.data.roots import data_root, find_or_download
 
 __all__ = ["CIFAR10_CLASSES", "ColorImages", "check_color_images", "generated_images", "load_cifar10"]
 
@@ -24,7 +23,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 """The names of the labels 0 … 9; in the order of the alphabet, which is the original's."""
 
 PICKLES = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
-PICKLED = "cifar-10-batches-py"  # the folder that torchvision unpacks
+PICKLED = Path("cifar-10-batches-py")  # the folder that torchvision unpacks
 IMAGE_FILES = (".jpg", ".jpeg", ".png")
 
 
@@ -82,18 +81,13 @@ def load_cifar10(root=None):
 
 @functools.lru_cache(maxsize=4)
 def _load(root):
-    splits = read_splits(root)
+    splits = find_or_download(read_splits, root, "CIFAR-10", PICKLED,
+                              f"using generated images instead. Put the pickled batches into {root / PICKLED}, or images into "
+                              f"{root / 'cifar10' / 'train'}/<class>/<number>.jpg and the like for test (or train.zip and test.zip "
+                              "with these)")
     if splits is None:
-        try:
-            download(root)
-            splits = read_splits(root)
-        except (ImportError, OSError, RuntimeError) as error:
-            warnings.warn(f"CIFAR-10 is not under {root} and could not be downloaded ({error}); using generated images "
-                          f"instead. Put the pickled batches into {root / PICKLED}, or images into "
-                          f"{root / 'cifar10' / 'train'}/<class>/<number>.jpg and the like for test (or train.zip and "
-                          "test.zip with these), or name their root in L2O_DATA.", stacklevel=3)
-            stand_in = generated_images()
-            return stand_in._replace(name=f"{stand_in.name} (CIFAR-10 not found)")
+        stand_in = generated_images()
+        return stand_in._replace(name=f"{stand_in.name} (CIFAR-10 not found)")
     (train_images, train_labels), (test_images, test_labels) = splits
     if train_images.shape[1:] != test_images.shape[1:]:
         raise ValueError(f"the images of {root} must all be of one size, got {tuple(train_images.shape[2:])} to train "
@@ -101,10 +95,6 @@ def _load(root):
     count = len(train_labels)
     name = "CIFAR-10" if count == 50_000 else f"CIFAR-10 (a part: {count:,} images)"
     return ColorImages(name, *shuffled(train_images, train_labels), *shuffled(test_images, test_labels))
-
-
-def download(root):
-    fetch(root, "CIFAR10", Path(PICKLED))
 
 
 def shuffled(images, labels):
