@@ -1,14 +1,16 @@
 """Where data lie, how they get there, and how an image file is read: what all data sets share."""
 
 import contextlib
+import io
 import os
 import socket
 import tempfile
 import warnings
 from pathlib import Path
 
-__all__ = ["data_root", "fetch", "find_or_download", "patience"]
+__all__ = ["data_root", "decode", "fetch", "find_or_download", "is_image", "patience"]
 
+IMAGE_FILES = (".jpg", ".jpeg", ".png")
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer after which we count as offline
 
 
@@ -59,3 +61,18 @@ def fetch(root, dataset, folder):
             {"MNIST": datasets.MNIST, "CIFAR-10": datasets.CIFAR10}[dataset](scratch.name, download=True)
         (root / folder).parent.mkdir(exist_ok=True)
         os.replace(Path(scratch.name) / folder, root / folder)
+
+
+def is_image(path):
+    return path.suffix.lower() in IMAGE_FILES and path.name[0] != "."
+
+
+def decode(source, path, read):
+    """The picture whose file's bytes `read()` gives, by PIL, in RGB. Raises ValueError that names the path and its source."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(read())) as image:
+            return image.convert("RGB")
+    except Exception as error:  # an encrypted member of a zip, a picture too large, whatever damage may lead to
+        raise ValueError(f"{path} in {source} is truncated or corrupt, or cannot be read: {type(error).__name__}: {error}") from error
