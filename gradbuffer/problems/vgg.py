@@ -6,21 +6,21 @@ torchvision is for its weights alone.
 
 import functools
 import itertools
-import socket
 import warnings
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from gradbuffer.checks import check_count
 from gradbuffer.data.art import generated_textures
+from gradbuffer.data.roots import patience
 
 __all__ = ["VGGFeatures", "from_pixels", "to_pixels"]
 
 CONVOLUTIONS = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 CHANNELS = (64, 128, 256, 512, 512)  # of the five blocks; after each but the last, max pooling
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, what torchvision's weights expect
-PATIENCE = 30  # seconds without an answer after which a download counts as offline
 
 
 def from_pixels(pixels, dtype=torch.float32):
@@ -56,7 +56,7 @@ class VGGFeatures:
 
     Raises:
         ValueError: an argument is not as above, or the file in torch's cache is damaged.
-        ConnectionError: weights="imagenet" cannot be downloaded.
+        ConnectionError: weights="imagenet" cannot be downloaded; ImportError: torchvision is not installed.
 
     Example:
         >>> features = VGGFeatures("vgg16", "random", layers=("relu1_1", "relu2_2"))
@@ -108,7 +108,7 @@ def scaled_convolutions(network, weights, seed, count):
     if weights != "random":
         try:
             state, title = imagenet_weights(network, count), f"{title}, ImageNet weights"
-        except ConnectionError as error:
+        except (ConnectionError, ImportError) as error:
             if weights == "imagenet":
                 raise
             warnings.warn(f"{error}. Neural Art uses the features of a {title} with random weights instead.",
@@ -146,13 +146,17 @@ def imagenet_weights(network, count):
     """dict from layer to (weight, bias). Raises ConnectionError where there is no network, ValueError on damage."""
     from torchvision.models import get_model_weights
 
-    from resnet_meta import load_checkpoint
-
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE)
+    weights = get_model_weights(network)["IMAGENET1K_V1"]
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    cached = path.exists()
     try:
-        checkpoint = load_checkpoint(get_model_weights(network)["IMAGENET1K_V1"], progress=True)
-    finally:
-        socket.setdefaulttimeout(patience)
-    return {layer: (checkpoint[f"features.{place}.weight"], checkpoint[f"features.{place}.bias"])
-            for layer, _, _, place in itertools.islice(shapes(network), count)}
+        with patience():
+            checkpoint = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+        return {layer: (checkpoint[f"features.{place}.weight"], checkpoint[f"features.{place}.bias"])
+                for layer, _, _, place in itertools.islice(shapes(network), count)}
+    except Exception as error:  # a damaged pickle may raise anything
+        if isinstance(error, OSError) and not cached:  # urllib's URLError is one
+            raise ConnectionError(f"{weights} could not be downloaded ({error}); download {weights.url} where there is a network and "
+                                  f"put it at {path}") from error
+        raise ValueError(f"{path} cannot be read: truncated, or no checkpoint of {network}; delete it and download {weights.url} "
+                         "again") from error
