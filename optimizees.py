@@ -18,7 +18,7 @@ from gradbuffer.data.mnist import load_mnist
 from gradbuffer.kernels.choice import takes_numba
 from gradbuffer.problems.cifar10 import CIFAR10Net
 from gradbuffer.problems.images import (Chosen, ImageNets, Minibatches, check_batch_size, check_floating, check_split,
-                                        drawn_batch_size, mean_cross_entropy, split_on_device)
+                                        drawn_batch_size, mean_cross_entropy, on_device)
 from gradbuffer.problems.variations import ConvexTerms, Mirrored, RandomScaling
 from gradbuffer.unrolling import MetaBatch, in_parts
 
@@ -153,13 +153,14 @@ class MNISTNet(ImageNets):
         self.options = dict(hidden_sizes=hidden_sizes, activation=activation, batch_size=batch_size, split=split,
                             root=root, init_std=init_std, side=side, dtype=dtype)
         self.device = torch.device(device)
-        full = math.isqrt(load_mnist(root).train_images.shape[1])
+        data = load_mnist(root)
+        full = math.isqrt(data.train_images.shape[1])
         if side is not None and not (isinstance(side, int) and 0 < side <= full and full % side == 0):
             raise ValueError(f"side must be None or a divisor of {full}, got {side!r}")
         self.shrinking = full / (side or full)
-        self.images, self.labels = split_on_device(split, root, side, dtype, self.device)
+        self.images, self.labels = on_device(data, split, self.device, averaged, side, dtype)
         self.sizes = (self.images.shape[1], *hidden_sizes, 10)
-        self.name = f"{load_mnist(root).name} {'-'.join(map(str, self.sizes))} {activation}"
+        self.name = f"{data.name} {'-'.join(map(str, self.sizes))} {activation}"
 
     def sample(self, meta_batch, generator=None):
         """Draw `meta_batch` networks with their sequences of minibatches. Returns `MetaBatch`."""
@@ -179,6 +180,15 @@ class MNISTNet(ImageNets):
         minibatches = Minibatches(seed, (meta_batch, images), len(self.labels), self.device)
 
         return in_parts(params, PerceptronLoss(Chosen(self.images, self.labels, minibatches), self.options["activation"]))
+
+
+def averaged(images, labels, side, dtype):
+    """Images (n, pixels) -> (n, side²): means over blocks, scaled up so that an image's norm stays about what it was."""
+    if side is not None:
+        full = math.isqrt(images.shape[1])
+        blocks = images.view(-1, side, full // side, side, full // side)
+        images = blocks.mean((2, 4)).flatten(1) * (full / side)
+    return images.to(dtype), labels
 
 
 class PerceptronLoss:

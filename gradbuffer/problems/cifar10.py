@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from gradbuffer.checks import check_count
 from gradbuffer.data.cifar10 import ColorImages, check_color_images, load_cifar10
-from gradbuffer.problems.images import (ImageNets, Minibatches, check_floating, check_split, chosen, color_images_on_device,
-                                        mean_cross_entropy)
+from gradbuffer.problems.images import (ImageNets, Minibatches, check_floating, check_split, chosen, mean_cross_entropy,
+                                        on_device)
 from gradbuffer.unrolling import MetaBatch
 
 __all__ = ["CIFAR10Net"]
@@ -74,8 +74,12 @@ class CIFAR10Net(ImageNets):
         if not channels or side >> len(channels) < 1:
             raise ValueError(f"channels must be 1 to {side.bit_length() - 1} numbers, each halves the side of {side} "
                              f"pixels; got {channels}")
-        self.images, self.labels = color_images_on_device(data, split, classes, self.device)
-        self.test_images, self.test_labels = color_images_on_device(data, "test", classes, self.device)
+        for name in (split, "test"):
+            images, labels = on_device(data, name, self.device, of_classes, classes)
+            if len(labels) < 2:
+                raise ValueError(f"{data.name} has {len(labels)} images of classes {classes} in split {name!r}, too few")
+        self.test_images, self.test_labels = images, labels
+        self.images, self.labels = on_device(data, split, self.device, of_classes, classes)
         self.shapes = {}
         for layer, (inputs, outputs) in enumerate(itertools.pairwise((3, *channels))):
             self.shapes |= {f"conv{layer}.weight": (outputs, inputs, 5, 5), f"conv{layer}.scale": (outputs,),
@@ -174,6 +178,16 @@ def normalized(x, params, layer):
     """Batch normalization by the minibatch's own mean and variance; x is (batch, B · channels, ...)."""
     scale, shift = (params[f"{layer}.{name}"].flatten() for name in ("scale", "shift"))
     return F.batch_norm(x, None, None, scale, shift, training=True)
+
+
+def of_classes(images, labels, classes):
+    """The images of these classes, and their labels' places among them."""
+    if classes is None:
+        return images, labels
+    places = torch.full((10,), -1)
+    places[list(classes)] = torch.arange(len(classes))
+    wanted = places[labels] >= 0
+    return images[wanted], places[labels][wanted]
 
 
 def check_classes(classes):

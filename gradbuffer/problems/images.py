@@ -1,13 +1,12 @@
 """What problems on images share: splits on the device, minibatches that a seed and a step determine, checks of arguments."""
 
-import math
+import functools
 from typing import Callable, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from gradbuffer.checks import check_count
-from gradbuffer.data.mnist import load_mnist
 
 STEPS_PER_DRAW = 32  # minibatches whose indices are drawn at once
 
@@ -99,41 +98,12 @@ class Minibatches:
             self.drawn = drawn = chunk, indices.to(self.device)
         return drawn[1][within]
 
-_on_device = {}
 
-
-def split_on_device(split, root, side, dtype, device):
-    """(images, labels) of a split as tensors on the device, moved there once per process."""
-    data = load_mnist(root)
-    key = id(data), split, side, dtype, device
-    if key not in _on_device:
-        images, labels = (data.test_images, data.test_labels) if split == "test" else half(data, split)
-        images = images if side is None else averaged(images, side)
-        _on_device[key] = images.to(device, dtype), labels.to(device), data  # data kept, so that its id stays its own
-    return _on_device[key][:2]
-
-
-def color_images_on_device(data, split, classes, device):
-    """(images, labels) of a split and of these classes as tensors on the device, moved there once per process."""
-    key = id(data), split, classes, device
-    if key not in _on_device:
-        images, labels = (data.test_images, data.test_labels) if split == "test" else half(data, split)
-        if classes is not None:
-            numbers = torch.full((10,), -1)  # of the labels, in the order of `classes`
-            numbers[list(classes)] = torch.arange(len(classes))
-            wanted = numbers[labels] >= 0
-            images, labels = images[wanted], numbers[labels][wanted]
-        if len(labels) < 2:
-            raise ValueError(f"{data.name} has {len(labels)} images of classes {classes} in split {split!r}, too few")
-        _on_device[key] = images.to(device), labels.to(device), data
-    return _on_device[key][:2]
-
-
-def averaged(images, side):
-    """(n, pixels) -> (n, side²): means over blocks, scaled up so that an image's norm stays about what it was."""
-    full = math.isqrt(images.shape[1])
-    blocks = images.view(-1, side, full // side, side, full // side)
-    return blocks.mean((2, 4)).flatten(1) * (full / side)
+@functools.cache
+def on_device(data, split, device, prepare, *options):
+    """What `prepare(images, labels, *options)` makes of a split of the data, as tensors on the device, moved there once per process."""
+    whole = (data.test_images, data.test_labels) if split == "test" else half(data, split)
+    return tuple(tensor.to(device) for tensor in prepare(*whole, *options))
 
 
 def half(data, split):
