@@ -24,6 +24,7 @@ from gradbuffer.unrolling import MetaBatch, in_parts
 
 __all__ = ["CIFAR10Net", "ConvexTerms", "MNISTNet", "MetaBatch", "Mirrored", "Quadratics", "RandomScaling"]
 
+
 class Quadratics:
     """Random quadratics f(θ) = ‖Wθ − y‖², the elements of W and y from N(0, 1), θ_0 = 0.
 
