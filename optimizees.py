@@ -14,18 +14,18 @@ from importlib import import_module
 import torch
 
 from gradbuffer.checks import check_count
+from gradbuffer.contracts import Loss, MetaBatch, PerceptronData, Problem, QuadraticData, in_parts
 from gradbuffer.data.mnist import load_mnist
 from gradbuffer.kernels.choice import takes_numba
 from gradbuffer.problems.cifar10 import CIFAR10Net
 from gradbuffer.problems.images import (Chosen, ImageNets, Minibatches, check_batch_size, check_floating, check_split,
                                         drawn_batch_size, mean_cross_entropy, on_device)
 from gradbuffer.problems.variations import ConvexTerms, Mirrored, RandomScaling
-from gradbuffer.unrolling import MetaBatch, in_parts
 
 __all__ = ["CIFAR10Net", "ConvexTerms", "MNISTNet", "MetaBatch", "Mirrored", "Quadratics", "RandomScaling"]
 
 
-class Quadratics:
+class Quadratics(Problem):
     """Random quadratics f(θ) = ‖Wθ − y‖², the elements of W and y from N(0, 1), θ_0 = 0.
 
     Args:
@@ -60,7 +60,7 @@ class Quadratics:
         return in_parts({"theta": torch.zeros(meta_batch, self.dim, dtype=self.dtype, device=self.device)}, QuadraticLoss(W, y))
 
 
-class QuadraticLoss:
+class QuadraticLoss(Loss):
     """‖Wθ − y‖² of B functions, W (B, n, n) and y (B, n, 1)."""
 
     def __init__(self, W, y, twice=None):
@@ -68,9 +68,10 @@ class QuadraticLoss:
         # one function: products without a batch cost half as much
         self.alone = (self.W[0], self.y[0, :, 0], self.twice[0]) if len(W) == 1 else None
 
-    @property
-    def quadratics(self):
-        return self.W, self.y, self.twice
+    divisible = True
+
+    def compiled(self, shapes):
+        return QuadraticData(self.W, self.y, self.twice)
 
     def residual(self, params):
         return torch.baddbmm(self.y, self.W, params["theta"].unsqueeze(-1), beta=-1)
@@ -88,7 +89,7 @@ class QuadraticLoss:
 
     def part(self, first, last):
         """The loss of functions first … last - 1."""
-        return QuadraticLoss(*(tensor[first:last] for tensor in self.quadratics))
+        return QuadraticLoss(*(tensor[first:last] for tensor in self.tensors(0)))
 
     def with_gradient(self, params, step):
         """Losses (B,) and their gradient 2 Wᵀ(Wθ − y), a dict like params, without a graph."""
@@ -192,11 +193,13 @@ def averaged(images, labels, side, dtype):
     return images.to(dtype), labels
 
 
-class PerceptronLoss:
+class PerceptronLoss(Loss):
     """Mean cross-entropy of B multilayer perceptrons, params weight0 (B, inputs, units), bias0 (B, units), weight1, …
 
     `minibatch(step)` gives images (B, batch, inputs) and labels (B, batch). activation: a name of `ACTIVATIONS`.
     """
+
+    divisible = True
 
     def __init__(self, minibatch, activation):
         self.minibatch, self.activation = minibatch, activation
@@ -247,18 +250,17 @@ class PerceptronLoss:
                 d = ACTIVATIONS[self.activation][1](torch.bmm(params[f"weight{layer}"], d), inputs[layer])
         return losses, gradients
 
-    def perceptrons(self, shapes):
-        """What `numba_perceptrons` wants to know of this loss, of parameters of these shapes: images, labels, a function
-        index(step) -> (B, batch), the layers' sizes and the activation; or None if it is not for that."""
+    def compiled(self, shapes):
         names = [f"{kind}{layer}" for layer in range(len(shapes) // 2) for kind in ("weight", "bias")]
         if not isinstance(self.minibatch, Chosen) or list(shapes) != names:
             return None
-        return *self.minibatch, [self.minibatch.images.shape[1], *(shapes[name][1] for name in names[1::2])], self.activation
+        sizes = [self.minibatch.images.shape[1], *(shapes[name][1] for name in names[1::2])]
+        return PerceptronData(*self.minibatch, sizes, self.activation)
 
     def with_vector_gradient(self, theta, shapes, step):
-        """`with_gradient` for parameters in one vector, by compiled loops: see `MetaBatch`."""
-        found = self.perceptrons(shapes)
-        if not found or not takes_numba(theta) or found[0].dtype != theta.dtype:
+        """`with_gradient` for parameters in one vector, by compiled loops: see `Loss`."""
+        data = self.compiled(shapes)
+        if data is None or not takes_numba(theta) or data.images.dtype != theta.dtype:
             return None
-        images, labels, index, *rest = found
-        return import_module("gradbuffer.kernels.numba_perceptrons").losses_and_gradient(images, labels, index(step), theta, *rest)
+        return import_module("gradbuffer.kernels.numba_perceptrons").losses_and_gradient(
+            data.images, data.labels, data.index(step), theta, data.sizes, data.activation)

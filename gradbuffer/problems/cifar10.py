@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from gradbuffer.checks import check_count
+from gradbuffer.contracts import MetaBatch
 from gradbuffer.data.cifar10 import ColorImages, check_color_images, load_cifar10
 from gradbuffer.problems.images import (ImageNets, Minibatches, check_floating, check_split, chosen, mean_cross_entropy,
                                         on_device)
-from gradbuffer.unrolling import MetaBatch
 
 __all__ = ["CIFAR10Net"]
 

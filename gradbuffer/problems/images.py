@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from gradbuffer.checks import check_count
+from gradbuffer.contracts import Problem
 
 STEPS_PER_DRAW = 32  # minibatches whose indices are drawn at once
 
@@ -21,7 +22,7 @@ def check_split(split):
         raise ValueError(f'split must be "train", "validation" or "test", got {split!r}')
 
 
-class ImageNets:
+class ImageNets(Problem):
     """What the networks on images below share: their `options` rebuild them, on another device or split."""
 
     def to(self, device):

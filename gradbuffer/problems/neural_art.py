@@ -10,10 +10,10 @@ import weakref
 import torch
 
 from gradbuffer.checks import check_count
+from gradbuffer.contracts import MetaBatch
 from gradbuffer.data.art import load_contents, load_style
 from gradbuffer.problems.images import ImageNets, check_floating, check_split
 from gradbuffer.problems.vgg import VGGFeatures, from_pixels
-from gradbuffer.unrolling import MetaBatch
 
 __all__ = ["NeuralArt"]
 

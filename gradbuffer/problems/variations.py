@@ -3,29 +3,29 @@
 import torch
 
 from gradbuffer.checks import check_count
-from gradbuffer.unrolling import MetaBatch
+from gradbuffer.contracts import MetaBatch, Problem, as_problem, kind_of
 
 __all__ = ["ConvexTerms", "Mirrored", "RandomScaling"]
 
 
-class Variation:
+class Variation(Problem):
     """A problem made of another one's functions: what `RandomScaling`, `Mirrored` and `ConvexTerms` share.
 
     Validation, in `meta_train`, is on the other problem's own functions: they are what the optimizer is for.
     """
 
     def __init__(self, problem):
-        if not hasattr(problem, "sample"):
-            raise TypeError(f"problem must have sample(meta_batch, generator), got {type(problem).__name__}")
-        self.problem = problem
+        self.problem = as_problem(problem)
 
     @property
     def device(self):
-        return getattr(self.problem, "device", torch.device("cpu"))
+        return self.problem.device
 
     def validation_problem(self):
-        problem = self.problem
-        return problem.validation_problem() if hasattr(problem, "validation_problem") else problem
+        return self.problem.validation_problem()
+
+    def describe(self):
+        return f"{super().describe()} of {self.problem.describe()}"
 
 
 class RandomScaling(Variation):
@@ -51,7 +51,7 @@ class RandomScaling(Variation):
             raise ValueError(f"radius must be a number in [0, 20], got {radius!r}")
         self.radius, self.signs = radius, bool(signs)
         self.options = dict(radius=self.radius, signs=self.signs)
-        self.name = f"{getattr(problem, 'name', type(problem).__name__)}, randomly scaled"
+        self.name = f"{self.problem.name or kind_of(self.problem)}, randomly scaled"
 
     def to(self, device):
         """The same distribution on another device."""
@@ -101,7 +101,7 @@ class Mirrored(Variation):
     def __init__(self, problem):
         super().__init__(problem)
         self.options = {}
-        self.name = f"{getattr(problem, 'name', type(problem).__name__)}, mirrored"
+        self.name = f"{self.problem.name or kind_of(self.problem)}, mirrored"
 
     def to(self, device):
         """The same distribution on another device."""
@@ -159,7 +159,7 @@ class ConvexTerms(Variation):
         super().__init__(problem)
         check_count(dim=dim)
         self.dim, self.options = dim, dict(dim=dim)
-        self.name = f"{getattr(problem, 'name', type(problem).__name__)} and a convex term"
+        self.name = f"{self.problem.name or kind_of(self.problem)} and a convex term"
 
     def to(self, device):
         """The same distribution on another device."""
