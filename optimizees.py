@@ -498,7 +498,7 @@ class PerceptronLoss:
         if not found or not takes_numba(theta) or found[0].dtype != theta.dtype:
             return None
         images, labels, index, *rest = found
-        return import_module("gradbuffer.kernels.numba_perceptrons").losses_and_gradient(images, labels, index(step), theta, *rest)
+        return import_module("gradbuffer.kernels.numba_windows").losses_and_gradient(images, labels, index(step), theta, *rest)
 
 
 def mean_cross_entropy(scores, labels):
