@@ -88,7 +88,7 @@ class CoordinatewiseLSTM(LSTMOptimizer):
 
     def read(self, grads, memory):
         """(T, N) -> readings (T, inputs, N), and no memory."""
-        return READINGS[self.preprocess].of(grads, self.p).movedim(0, -2), ()
+        return READINGS[self.preprocess].of(grads, self.p), ()
 
     def embed(self, readings):
         return readings

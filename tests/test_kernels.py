@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gradbuffer.kernels import choice
-from gradbuffer.kernels.choice import KINDS, kernels_for, reasons_against
+from gradbuffer.kernels.choice import KINDS, kernels_for, load, reasons_against
 from gradbuffer.kernels.interface import LSTMKernels
 from gradbuffer.kernels.torch_blocks import TorchLSTM
 from optimizers import CoordinatewiseLSTM, LSTMWithGAC, PerKind, RNNProp, explain
@@ -77,7 +77,7 @@ def test_defaults_of_the_interface_are_kept_by_every_kind(name):
     if name == "numba":
         pytest.importorskip("numba", reason="numba is not installed")
     lstm, output = torch.nn.LSTM(1, 5, 2), (torch.randn(5), torch.randn(()))
-    kernels, grads = KINDS[name].load()(lstm, *output), torch.randn(3, 40)
+    kernels, grads = load(KINDS[name].place)(lstm, *output), torch.randn(3, 40)
     state = expected = tuple(torch.randn(2, 2, 5, 40).unbind())
     own = tuple(torch.full_like(part, torch.nan) for part in state)
     tape = kernels.tape(40, 3)
@@ -101,7 +101,7 @@ def test_every_kind_does_what_the_plain_one_does(name, squash, monkeypatch):
     features, state, adjoint = torch.randn(3, 2, 40).double(), torch.randn(2, 2, 5, 40).double(), torch.randn(3, 40).double()
     results = []
     for kind in ("plain", name):
-        kernels, pulled = KINDS[kind].load()(lstm, *output), torch.zeros_like(features)
+        kernels, pulled = load(KINDS[kind].place)(lstm, *output), torch.zeros_like(features)
         layers, *rest = kernels.replay(lambda a, b: features[..., a:b], *state, adjoint, squash,
                                        lambda a, b, part: pulled[..., a:b].copy_(part))
         after = torch.ones(2, 2, 5, 40).double()

@@ -14,7 +14,7 @@ from optimizers import CoordinatewiseLSTM, LearnedOptimizer, LSTMWithGAC, load_o
 @pytest.fixture
 def third(monkeypatch):
     """A user's own: three readings, the last one even."""
-    monkeypatch.setitem(READINGS, "third", Readings(lambda grad, p: torch.stack([grad**3, grad / p, grad.abs()]), (-1, -1, 1)))
+    monkeypatch.setitem(READINGS, "third", Readings(lambda grad, p: torch.stack([grad**3, grad / p, grad.abs()], -2), (-1, -1, 1)))
     return "third"
 
 
@@ -94,7 +94,7 @@ def test_a_sharing_network_starts_as_one_that_reads_something_new(third, monkeyp
     grad = torch.randn(6, dtype=torch.float64)
     bound = net.bind(Coordinates({"theta": torch.zeros(2, 3)}))
     close(bound(grad, bound.init_state(6))[0], plain(grad, plain.init_state(6))[0])
-    monkeypatch.setitem(READINGS, "odd", Readings(lambda grad, p: grad[None], (-1,)))
+    monkeypatch.setitem(READINGS, "odd", Readings(lambda grad, p: grad.unsqueeze(-2), (-1,)))
     with pytest.raises(ValueError, match="net must read something that does not change sign with the gradient, 'odd' has nothing such"):
         start_as_coordinatewise(LSTMWithGAC(7, shared=2, preprocess="odd", p=4.0, output_scale=0.1), network("odd"))
 

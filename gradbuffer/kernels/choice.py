@@ -14,7 +14,7 @@ import torch
 
 from gradbuffer.kernels.interface import LSTMKernels
 
-__all__ = ["KINDS", "has_numba", "kernels_for", "reasons_against", "takes_numba"]
+__all__ = ["KINDS", "asked_for", "has_numba", "kernels_for", "load", "reasons_against", "takes_numba"]
 
 
 class Kind(NamedTuple):
@@ -23,9 +23,6 @@ class Kind(NamedTuple):
     place: str  # module:class
     needs: str | None = None  # a package
     devices: tuple | None = None  # the types on which they run; None for any
-
-    def load(self) -> type[LSTMKernels]:
-        return load(self.place)
 
 
 KINDS = {
@@ -46,27 +43,30 @@ def kernels_for(weight: torch.Tensor, work: str = "step", **needs) -> type[LSTMK
         ValueError: L2O_KERNELS is none of these kinds; or none of the kinds allowed does this.
         ImportError: L2O_KERNELS asks for one whose package is not installed.
     """
-    refused = {}
     for name in allowed():
-        refused[name] = reasons_against(name, weight, work, **needs)
-        if not refused[name]:
-            return KINDS[name].load()
+        if not refuse(name, weight, work, needs):
+            return load(KINDS[name].place)
     raise ValueError(f"no kernels do a {work} with {needs} for a weight {tuple(weight.shape)} of {weight.dtype} on {weight.device}: "
-                     f"{refused}")
+                     f"{ {name: reasons_against(name, weight, work, **needs) for name in allowed()} }")
 
 
 def reasons_against(name: str, weight: torch.Tensor, work: str, **needs) -> list[str]:
     """Why the kernels of that name do not do this; empty where they do. Arguments as of `kernels_for`."""
-    kind = KINDS[name]
     if name not in allowed():
         return ["L2O_KERNELS=triton must ask for it" if name == "triton" else f"L2O_KERNELS={asked_for()} asks for another"]
+    return refuse(name, weight, work, needs)
+
+
+def refuse(name, weight, work, needs):
+    """`reasons_against` one of the kinds allowed."""
+    kind = KINDS[name]
     if kind.devices and weight.device.type not in kind.devices:
         return [f"runs on {' and '.join(kind.devices)}, the network is on {weight.device}"]
     if kind.needs and not installed(kind.needs):
         if asked_for() == name:
             raise ImportError(f"L2O_KERNELS={name} needs {kind.needs}, which is not installed: pip install {kind.needs}")
         return [f"{kind.needs} is not installed: pip install {kind.needs}"]
-    return kind.load().reasons_against(weight, work, **needs)
+    return load(kind.place).reasons_against(weight, work, **needs)
 
 
 def takes_numba(tensor: torch.Tensor) -> bool:
@@ -81,6 +81,7 @@ def has_numba() -> bool:
 
 
 def asked_for() -> str:
+    """What the environment asks for."""
     return os.environ.get("L2O_KERNELS", "auto")
 
 
@@ -102,6 +103,7 @@ def installed(package):
 
 
 @functools.cache
-def load(place):
+def load(place: str) -> type[LSTMKernels]:
+    """The class of a "module:class", imported."""
     module, name = place.split(":")
     return getattr(importlib.import_module(module), name)

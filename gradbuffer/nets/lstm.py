@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gradbuffer.checks import check_count, check_finite, sum_is_finite, values_are_checked
-from gradbuffer.kernels.choice import KINDS, kernels_for, reasons_against
+from gradbuffer.kernels.choice import KINDS, asked_for, kernels_for, reasons_against
 from gradbuffer.kernels.interface import WORK, LSTMKernels, PerceptronData, QuadraticData
 from gradbuffer.nests import clone
 from gradbuffer.snapshots import Snapshot
@@ -140,7 +140,7 @@ class LSTMOptimizer(nn.Module):
             the function; the state that it overwrites, complete after the last of the `steps`; and the `tape` for `replay`, or None.
         """
         self._check(state[0][0, 0], state, state[0].shape[-1:])
-        tape = self.kernels("step").tape(state[0].shape[-1], steps) if steps else None
+        tape = self.kernels().tape(state[0].shape[-1], steps) if steps else None
         own = *(part.new_empty(part.shape) for part in state[:2]), *map(clone, state[2:])
         return self._stepper(state, own, tape), own, tape
 
@@ -148,7 +148,7 @@ class LSTMOptimizer(nn.Module):
         """[work(first, last), ...] over parts of some functions of `size` coordinates each; work is a window of so many steps of
         functions first … last - 1, and its replay. All are one part unless it is faster to take some after the others, or
         several at once, each by a thread of its own."""
-        return self.kernels("step").in_parts(work, functions, size, steps)
+        return self.kernels().in_parts(work, functions, size, steps)
 
     def window(self, data, theta: torch.Tensor, state: tuple, step: int, updates: int, keep: bool):
         """A window in one compiled loop, see `LSTMKernels.window`; None where there is none for this network and such functions.
@@ -157,10 +157,11 @@ class LSTMOptimizer(nn.Module):
             ValueError: shapes do not fit each other.
             NonFiniteError: a gradient holds an infinity or a NaN.
         """
-        if self.built_in is None:
+        p = self.built_in
+        if p is None:
             return None
         self._check(theta, state, tuple(theta.shape))
-        recorded = self.kernels("step").window(data, theta, *state, step, updates, self.built_in, keep)
+        recorded = self.kernels().window(data, theta, *state, step, updates, p, keep)
         if recorded is not None and not sum_is_finite(recorded[1][:-1]):  # the gradients that it was fed
             for gradient in recorded[1][:-1]:
                 check_finite(gradient, "grad")
@@ -233,19 +234,25 @@ class LSTMOptimizer(nn.Module):
         """What becomes of the output: the update."""
         return self.output_scale * (z.tanh() if self.squash else z)
 
-    def kernels(self, work: str = "step", **needs) -> LSTMKernels:
-        """What does a piece of work for these weights, made anew only after they have changed; arguments as of `kernels_for`.
+    def kernels(self, work: str = "step", state: torch.dtype | None = None, squash: bool = False, inputs: bool = False) -> LSTMKernels:
+        """What does a piece of work for these weights, made anew only after they have changed; arguments as of
+        `LSTMKernels.reasons_against`.
 
         Whoever says `values_unchecked` calls `repack` if they have, where a device would have to be waited for to see it.
         """
-        kind, scale, kept = kernels_for(self.output.weight, work, **needs), self._packed_scale(), self._packed
-        weights = [*self.lstm._flat_weights, self.output.weight, self.output.bias]
+        lstm, output = self.lstm, self.output
+        weight, bias = output.weight, output.bias
+        weights, scale, kept = [*lstm._flat_weights, weight, bias], self._packed_scale(), self._packed
         if kept is None or kept[0] != scale or not kept[1].holds(weights, wait=values_are_checked()):
             self._packed = kept = scale, Snapshot(weights), {}  # the snapshot first: a change in between is then seen
-        made = kept[2]
+        made, asked = kept[2], (asked_for(), work, state, squash, inputs)
+        if asked in made:
+            return made[asked]
+        kind = kernels_for(weight, work, state=state, squash=squash, inputs=inputs)
         if kind not in made:
             with torch.inference_mode(False), torch.no_grad():
-                made[kind] = kind(self.lstm, scale * self.output.weight.detach()[0], scale * self.output.bias.detach()[0])
+                made[kind] = kind(lstm, scale * weight.detach()[0], scale * bias.detach()[0])
+        made[asked] = made[kind]
         return made[kind]
 
     def repack(self) -> None:
@@ -279,7 +286,7 @@ class LSTMOptimizer(nn.Module):
     def _stepper(self, state, own, tape=None):
         """Steps of which the first reads `state`; each overwrites `own`."""
         (hidden, cell), memory, shape = own[:2], own[2:], own[0].shape[-1:]
-        kernels = self.kernels("step")
+        kernels = self.kernels()
         p, whole = self._left_to(kernels, "step"), (0, *shape)
         run = kernels.stepper(*state[:2], (hidden, cell), p, tape)
 
@@ -310,7 +317,7 @@ class LSTMOptimizer(nn.Module):
 
     def _left_to(self, kernels, work):
         """The p of log_sign where those kernels do it themselves: they are given gradients then. Else 0."""
-        return self.built_in if self.built_in and work in kernels.reads_log_sign else 0.0
+        return (self.built_in or 0.0) if work in kernels.reads_log_sign else 0.0
 
     def _names_of(self, layers, output_weight, output_bias):
         """Gradients of the packed weights as the kernels give them -> dict by the names of the parameters."""

@@ -33,15 +33,15 @@ def log_sign(grad: torch.Tensor, p: float = 10.0) -> torch.Tensor:
 class Readings(NamedTuple):
     """One way to read a gradient."""
 
-    of: Callable  # (gradients of any shape, p) -> (inputs, *shape), without weights; carries a graph if they do
+    of: Callable  # (gradients (..., N), p) -> (..., inputs, N), without weights; carries a graph if they do
     signs: tuple  # of each reading 1 or -1, what becomes of it where ∇ becomes -∇; as many as there are inputs
     built_in: Callable | None = None  # p -> the `p` of `LSTMKernels` that do the same; None: compiled kernels cannot do it
 
 
 READINGS = {  # by the name of `preprocess`
-    None: Readings(lambda grad, p: grad[None], (-1,), lambda p: 0.0),
-    "log_sign": Readings(log_sign, (1, -1), lambda p: float(p)),
-    "with_log_size": Readings(lambda grad, p: torch.stack([grad, log_sign(grad, p)[0]]), (-1, 1)),
+    None: Readings(lambda grad, p: grad.unsqueeze(-2), (-1,), lambda p: 0.0),
+    "log_sign": Readings(lambda grad, p: log_sign(grad, p).movedim(0, -2), (1, -1), lambda p: float(p)),
+    "with_log_size": Readings(lambda grad, p: torch.stack([grad, log_sign(grad, p)[0]], -2), (-1, 1)),
 }
 
 
