@@ -13,7 +13,7 @@ numba = pytest.importorskip("numba", reason="the kernels are compiled by numba")
 from gradbuffer.kernels import numba_loops, numba_lstm  # noqa: E402
 from gradbuffer.kernels.llvm_blocks import LANES, ROWS, STREAM  # noqa: E402
 from gradbuffer.kernels.numba_threads import parallel_for, pieces_of  # noqa: E402
-from gradbuffer.meta_gradients import replay_by_autograd  # noqa: E402
+from gradbuffer.unrolling import replay_by_autograd  # noqa: E402
 from optimizers import CoordinatewiseLSTM, NormalizedLSTM, RNNProp  # noqa: E402
 
 

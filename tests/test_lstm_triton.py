@@ -18,7 +18,7 @@ from gradbuffer.kernels import triton_lstm
 from gradbuffer.kernels.choice import kernels_for
 from gradbuffer.kernels.torch_blocks import PackedWeights, TorchLSTM
 from gradbuffer.kernels.triton_lstm import TritonLSTM
-from gradbuffer.meta_gradients import replay_by_autograd
+from gradbuffer.unrolling import replay_by_autograd
 from meta_training import meta_gradient
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, NormalizedLSTM, RNNProp, explain, log_sign

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 
 from gradbuffer.kernels import interface, torch_blocks
 from gradbuffer.kernels.choice import has_numba
-from gradbuffer.meta_gradients import replay_by_autograd
+from gradbuffer.unrolling import replay_by_autograd
 import optimizers
 from meta_training import meta_gradient, meta_train
 from optimizees import Quadratics

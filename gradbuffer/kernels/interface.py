@@ -6,12 +6,11 @@ against. A fast kind is a subclass that overrides some of the methods and says, 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-__all__ = ["LSTMKernels", "PerceptronData", "QuadraticData", "WORK"]
+__all__ = ["LSTMKernels", "WORK"]
 
 WORK = ("step", "replay", "step_back")  # the pieces of work for which kernels are chosen
 REPLAY_BLOCK = 1 << 16  # coordinates over which autograd runs at once
@@ -136,7 +135,7 @@ class LSTMKernels:
         """A whole window in one compiled loop, of functions that are known by what their loss declares.
 
         Args:
-            data: a `QuadraticData` or `PerceptronData` of `gradbuffer.unrolling`, or anything else.
+            data: a `QuadraticData` or `PerceptronData` of `gradbuffer.contracts`, or anything else.
             theta: (N,); hidden, cells: (layers, H, N), the state before the first step; none is changed.
             step: number of the first step. updates: in the window.
             p: of `log_sign`; 0 for gradients as they are.
@@ -184,21 +183,3 @@ def add_gradients(one, other):
     """The sums of two results of `LSTMKernels.replay`."""
     layers = [[a + b for a, b in zip(own, more)] for own, more in zip(one[0], other[0])]
     return layers, one[1] + other[1], one[2] + other[2]
-
-
-class QuadraticData(NamedTuple):
-    """f(θ) = ‖Wθ − y‖² of the only parameter (B, n), at every step."""
-
-    W: torch.Tensor  # (B, n, n)
-    y: torch.Tensor  # (B, n, 1)
-    twice: torch.Tensor  # 2 Wᵀ
-
-
-class PerceptronData(NamedTuple):
-    """Perceptrons with the mean cross-entropy of a minibatch."""
-
-    images: torch.Tensor  # (examples, inputs)
-    labels: torch.Tensor  # (examples,)
-    index: Callable  # step -> (B, batch), the minibatch's places
-    sizes: list  # of the layers, the input's first
-    activation: str

@@ -1,6 +1,6 @@
 """Whole windows on a CPU, compiled by numba: for functions whose operations of torch cost more in being called than in being done.
 
-`record_window` chooses by the data that a loss declares (`gradbuffer.unrolling.Loss.compiled`); for other data there is no window
+`record_window` chooses by the data that a loss declares (`contracts.Loss.compiled`); for other data there is no window
 here. The LSTM is that of `numba_loops`; `unrolling.unroll`, and the losses themselves, are what this is tested against. Images lie
 along columns, in tiles as there.
 """
@@ -12,7 +12,7 @@ import math
 import numpy as np
 import torch
 
-from gradbuffer.kernels.interface import PerceptronData, QuadraticData
+from gradbuffer.contracts import PerceptronData, QuadraticData
 from gradbuffer.kernels.llvm_blocks import LANES, OUTER, add_outer_blocks, gather_columns
 from gradbuffer.kernels.numba_loops import MORE_TILES, add_product, compiled, run_step
 from gradbuffer.kernels.numba_lstm import GateTape, array, as_rows

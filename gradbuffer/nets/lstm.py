@@ -8,15 +8,17 @@ import torch
 from torch import nn
 
 from gradbuffer.checks import check_count, check_finite, sum_is_finite, values_are_checked
+from gradbuffer.contracts import Rule
 from gradbuffer.kernels.choice import KINDS, asked_for, kernels_for, reasons_against
-from gradbuffer.kernels.interface import WORK, LSTMKernels, PerceptronData, QuadraticData
+from gradbuffer.kernels.interface import WORK, LSTMKernels
 from gradbuffer.nests import clone
 from gradbuffer.snapshots import Snapshot
+from gradbuffer.unrolling import Recorded, record_by_steps, trained
 
 __all__ = ["LSTMOptimizer", "explain"]
 
 
-class LSTMOptimizer(nn.Module):
+class LSTMOptimizer(Rule, nn.Module):
     """What such optimizers share. A subclass says what the LSTM is fed and what its output z becomes, in four steps:
     `read(grads, memory)` turns gradients into readings, without weights; `embed(readings)` turns those into the LSTM's
     input, perhaps with weights; the LSTM and `output` give z; the update is output_scale · z, or output_scale · tanh(z)
@@ -28,6 +30,7 @@ class LSTMOptimizer(nn.Module):
     """
 
     coordinatewise = True  # no coordinate reads another's: any subset of them can be replayed by itself
+    overwrites = True
     squash = False  # whether the output goes through a tanh
     arguments: tuple = ()  # the constructor's
     memory_shapes: list = []
@@ -145,29 +148,26 @@ class LSTMOptimizer(nn.Module):
         return self._stepper(state, own, tape), own, tape
 
     def in_parts(self, work, functions: int, size: int, steps: int) -> list:
-        """[work(first, last), ...] over parts of some functions of `size` coordinates each; work is a window of so many steps of
-        functions first … last - 1, and its replay. All are one part unless it is faster to take some after the others, or
-        several at once, each by a thread of its own."""
+        """See `Rule.in_parts`: some functions after the others, or several at once, each by a thread of its own."""
         return self.kernels().in_parts(work, functions, size, steps)
 
-    def window(self, data, theta: torch.Tensor, state: tuple, step: int, updates: int, keep: bool):
-        """A window in one compiled loop, see `LSTMKernels.window`; None where there is none for this network and such functions.
+    def record(self, loss, coordinates, theta: torch.Tensor, state: tuple, step: int, updates: int, keep: bool = False) -> Recorded:
+        """See `Rule.record`: in one compiled loop, where there is one for this network and such functions.
 
         Raises:
             ValueError: shapes do not fit each other.
             NonFiniteError: a gradient holds an infinity or a NaN.
         """
-        p = self.built_in
-        if p is None:
-            return None
-        self._check(theta, state, tuple(theta.shape))
-        recorded = self.kernels().window(data, theta, *state, step, updates, p, keep)
-        if recorded is not None and not sum_is_finite(recorded[1][:-1]):  # the gradients that it was fed
-            for gradient in recorded[1][:-1]:
-                check_finite(gradient, "grad")
-        return recorded
+        data, p = loss.compiled(coordinates.shapes), self.built_in
+        if data is not None and p is not None:
+            self._check(theta, state, tuple(theta.shape))
+            window = self.kernels().window(data, theta, *state, step, updates, p, keep)
+            if window is not None:
+                return with_finite_gradients(Recorded(*window))
+        take, own, tape = self.recorder(state, updates if keep else None)
+        return record_by_steps(self, loss, coordinates, theta, state, step, updates, lambda gradient, state: (take(gradient), own), tape)
 
-    def replay(self, grads: torch.Tensor, state: tuple, adjoint: torch.Tensor, tape=None, room=None) -> dict:
+    def replay(self, grads: torch.Tensor, state: tuple, adjoint: torch.Tensor, tape=None, read: dict | None = None) -> dict:
         """Gradient of Σ_t ⟨adjoint_t, update_t⟩ with respect to the weights, over recorded inputs.
 
         This is the whole meta-gradient when the inputs count as constants (`meta_gradients.meta_gradient`). The coordinates are
@@ -177,7 +177,8 @@ class LSTMOptimizer(nn.Module):
             grads: (T, N), the gradients fed to the network at steps 0 … T-1.
             state: the state before step 0; not changed.
             adjoint: (T, N), the derivative of the loss with respect to each update; constant.
-            tape: what `recorder` gave for the steps over these gradients from this state; used up.
+            tape: what `record` gave with these gradients, from this state; used up.
+            read: nothing, see `Rule.replay`.
 
         Returns:
             dict from name to gradient, for the parameters that require grad; no graph.
@@ -188,11 +189,11 @@ class LSTMOptimizer(nn.Module):
         self._check(grads, state, (adjoint.shape[0], state[0].shape[-1]))
         if adjoint.shape != grads.shape:
             raise ValueError(f"adjoint must have the shape of grads {tuple(grads.shape)}, got {tuple(adjoint.shape)}")
-        wanted = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        gradients = self._replay(grads, state, adjoint, wanted, room if tape is None else tape)
+        wanted = trained(self)
+        gradients = self._replay(grads, state, adjoint, wanted, tape)
         return {name: gradients[name] for name in wanted}
 
-    def pull_back(self, grad: torch.Tensor, state: tuple, adjoint: torch.Tensor, next_adjoints: list):
+    def pull_back(self, grad: torch.Tensor, state: tuple, adjoint: torch.Tensor, next_adjoints: list, read: dict | None = None):
         """Backpropagate through one step: what the second-order replay does from the last step to the first.
 
         Args:
@@ -200,6 +201,7 @@ class LSTMOptimizer(nn.Module):
             state: the state before the step; not changed.
             adjoint: (N,), the derivative of the loss with respect to the update.
             next_adjoints: list, the derivative with respect to each tensor of the state after the step; overwritten.
+            read: nothing, see `Rule.pull_back`.
 
         Returns:
             the derivatives with respect to grad (N,), to each tensor of `state` (list), and to the weights (dict). No
@@ -214,21 +216,12 @@ class LSTMOptimizer(nn.Module):
             kernels = self.kernels("step_back", squash=self.squash)
             dfeatures, *parts = kernels.step_back(features.detach(), hidden, cell, self._above(adjoint), dhidden, dcell, self.squash)
             gradients = self._names_of(*parts)
-        wanted = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        wanted = trained(self)
         rest = [name for name in wanted if name not in gradients]  # those of `embed`
         pulled = torch.autograd.grad([features, *new_memory], [grad, *memory, *(wanted[name] for name in rest)],
                                      [dfeatures, *dmemory])
         gradients |= zip(rest, pulled[1 + len(memory):])
         return pulled[0], [dhidden, dcell, *pulled[1:1 + len(memory)]], {name: gradients[name] for name in wanted}
-
-    take_parts = in_parts
-
-    def record_quadratics(self, quadratics, coordinates, theta, state, step, updates, keep):
-        return self.window(QuadraticData(*quadratics), theta, state, step, updates, keep)
-
-    def record_perceptrons(self, perceptrons, coordinates, theta, state, step, updates, keep):
-        found = perceptrons(coordinates.shapes)
-        return found and self.window(PerceptronData(*found), theta, state, step, updates, keep)
 
     def finish(self, z: torch.Tensor) -> torch.Tensor:
         """What becomes of the output: the update."""
@@ -350,6 +343,14 @@ class LSTMOptimizer(nn.Module):
 
     def __getstate__(self):  # packed weights are a cache: not pickled, not copied
         return {**self.__dict__, "_packed": None}
+
+
+def with_finite_gradients(recorded):
+    """What was recorded, or NonFiniteError if a gradient that the network was fed is not finite."""
+    if not sum_is_finite(recorded.gradients[:-1]):
+        for gradient in recorded.gradients[:-1]:
+            check_finite(gradient, "grad")
+    return recorded
 
 
 def explain(net: nn.Module) -> str:

@@ -23,12 +23,13 @@ from torch import nn
 from gradbuffer.checks import check_count, check_finite
 from gradbuffer.nets.readings import READINGS, check_preprocess, odd_part
 from gradbuffer.nests import tensors_in
+from gradbuffer.contracts import Rule
 from gradbuffer.unrolling import Coordinates
 
 __all__ = ["LSTMWithGAC", "LowRankMemory", "NTMBFGS", "Unaveraged", "start_as_coordinatewise"]
 
 
-class SharingLSTM(nn.Module):
+class SharingLSTM(Rule, nn.Module):
     """What the optimizers below share: an LSTM with global averaging cells, and which coordinate is whose.
 
     Inside, coordinates stand function after function, each function's n next to each other (in the vector outside they

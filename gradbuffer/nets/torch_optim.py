@@ -20,6 +20,7 @@ from torch import nn
 
 from gradbuffer.checks import NonFiniteError, check_finite, sum_is_finite, values_unchecked
 from gradbuffer.snapshots import Snapshot
+from gradbuffer.contracts import as_rule
 from gradbuffer.nests import fill_leaves, map_tensors, named_leaves
 
 __all__ = ["LearnedOptimizer"]
@@ -288,7 +289,7 @@ def vectors_of(group):
 def network_of(group, index):
     """The network that runs a parameter of the group."""
     net = group["net"]
-    if not hasattr(net, "network_for"):
+    if not as_rule(net).by_name:
         return net
     if "param_names" not in group:
         raise ValueError(f"{type(net).__name__} tells parameters apart by their names: params must be named, such as "
