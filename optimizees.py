@@ -262,5 +262,5 @@ class PerceptronLoss(Loss):
         data = self.compiled(shapes)
         if data is None or not takes_numba(theta) or data.images.dtype != theta.dtype:
             return None
-        return import_module("gradbuffer.kernels.numba_perceptrons").losses_and_gradient(
+        return import_module("gradbuffer.kernels.numba_windows").losses_and_gradient(
             data.images, data.labels, data.index(step), theta, data.sizes, data.activation)
