@@ -17,17 +17,17 @@ from dataclasses import asdict, dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-from gradbuffer.checkpoints import named_tuples, plain, read_checkpoint, regroup, unplain, write_checkpoint
+from gradbuffer.training.checkpoints import named_tuples, plain, read_checkpoint, regroup, unplain, write_checkpoint
 from gradbuffer.checks import NonFiniteError, check_count
 from gradbuffer.contracts import Problem, as_problem, as_rule, device_of, on_device, part_of
-from gradbuffer.cuda_graphs import CapturedWindow
+from gradbuffer.training.cuda_graphs import CapturedWindow
 from gradbuffer.evaluation import (BASELINES, AccuracyCurves, TunedBaseline, compare, compare_final, evaluate, evaluate_baseline,
                                    tune_baseline, tune_baselines)
-from gradbuffer.evolution import PESState
-from gradbuffer.imitation import imitation_gradient
-from gradbuffer.meta_gradients import PES, Autograd, Replay, meta_gradient
-from gradbuffer.options import Checkpoint, Curriculum, RandomHorizon, Teacher, Training, Validation, training_of
-from gradbuffer.ranks import Ranks
+from gradbuffer.training.evolution import PESState
+from gradbuffer.training.imitation import imitation_gradient
+from gradbuffer.training.meta_gradients import PES, Autograd, Replay, meta_gradient
+from gradbuffer.training.options import Checkpoint, Curriculum, RandomHorizon, Teacher, Training, Validation, training_of
+from gradbuffer.training.ranks import Ranks
 from gradbuffer.unrolling import Coordinates, trained
 
 __all__ = ["AccuracyCurves", "Autograd", "BASELINES", "Checkpoint", "Curriculum", "History", "PES", "RandomHorizon", "Replay", "Teacher",

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import resnet_meta
 from floors import bytes_of_step, copy_rate
-from gradbuffer.meta_gradients import meta_gradient
+from gradbuffer.training.meta_gradients import meta_gradient
 from meta_module import to_meta
 from optimizees import MetaBatch
 from optimizers import CoordinatewiseLSTM

@@ -63,8 +63,8 @@ def cases(net, N, unroll, precisions):
 
 def windows(unroll, repetitions):
     """Seconds of a window: {problem: {"torch": …, "torch, graph": …, "triton": …, "triton, graph": …}}"""
-    from gradbuffer.cuda_graphs import CapturedWindow
-    from gradbuffer.meta_gradients import meta_gradient
+    from gradbuffer.training.cuda_graphs import CapturedWindow
+    from gradbuffer.training.meta_gradients import meta_gradient
     from optimizees import MNISTNet, Quadratics
     from optimizers import CoordinatewiseLSTM
 

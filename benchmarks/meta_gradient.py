@@ -52,7 +52,7 @@ class Window:
 
     def run(self, name, unroll):
         """One meta-gradient by the method of that name in `METHODS`."""
-        from gradbuffer.meta_gradients import meta_gradient
+        from gradbuffer.training.meta_gradients import meta_gradient
 
         method, os.environ["L2O_KERNELS"] = METHODS[name]
         return meta_gradient(self.net, self.batch, self.batch.params, self.state, unroll=unroll, method=method)
@@ -65,7 +65,7 @@ def added_megabytes(problem, functions, unroll, name):
     The process is forked from one that has only imported what is needed.
     """
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["gradbuffer.meta_gradients", "optimizees", "optimizers", "gradbuffer.kernels.numba_lstm"])
+    processes.set_forkserver_preload(["gradbuffer.training.meta_gradients", "optimizees", "optimizers", "gradbuffer.kernels.numba_lstm"])
     with processes.Pool(1) as pool:
         return pool.apply(measure_memory, (problem, functions, unroll, name))
 

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gradbuffer.meta_gradients import meta_gradient
+from gradbuffer.training.meta_gradients import meta_gradient
 from optimizees import Mirrored, MNISTNet
 from optimizers import CoordinatewiseLSTM, start_as_momentum
 from gradbuffer.unrolling import Coordinates, unroll

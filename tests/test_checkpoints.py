@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from gradbuffer import files
-from gradbuffer.checkpoints import FILE_FORMAT, PARTS, plain, read_checkpoint, read_start, regroup, write_checkpoint
+from gradbuffer.training.checkpoints import FILE_FORMAT, PARTS, plain, read_checkpoint, read_start, regroup, write_checkpoint
 from meta_training import meta_train
 from optimizees import MNISTNet, Quadratics, RandomScaling
 from optimizers import CoordinatewiseLSTM, RNNProp, save_optimizer
@@ -138,7 +138,7 @@ def test_an_interval_is_honoured_and_a_finished_run_stays_as_it_is(tmp_path):
 KILLED = """
 import os, random, signal, sys, time
 import torch
-from gradbuffer.checkpoints import read_checkpoint
+from gradbuffer.training.checkpoints import read_checkpoint
 from meta_training import meta_train
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM

@@ -6,7 +6,7 @@ from conftest import write_cifar10
 from torch import nn
 
 from gradbuffer.data.cifar10 import generated_images, load_cifar10
-from gradbuffer.meta_gradients import meta_gradient
+from gradbuffer.training.meta_gradients import meta_gradient
 from gradbuffer.problems import cifar10
 from optimizees import CIFAR10Net
 from optimizers import CoordinatewiseLSTM

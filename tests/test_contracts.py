@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from gradbuffer.contracts import Loss, MetaBatch, Problem, Rule, as_loss, as_problem, as_rule, part_of
-from gradbuffer.evolution import PES
-from gradbuffer.imitation import Demonstration, imitation_gradient
-from gradbuffer.meta_gradients import Autograd, Replay
+from gradbuffer.training.evolution import PES
+from gradbuffer.training.imitation import Demonstration, imitation_gradient
+from gradbuffer.training.meta_gradients import Autograd, Replay
 from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
 from gradbuffer.unrolling import Coordinates, trained
 from meta_training import compare, evaluate, meta_gradient, meta_train

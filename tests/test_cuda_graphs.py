@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import meta_training
 from gradbuffer.checks import NonFiniteError, check_finite, values_unchecked
-from gradbuffer.cuda_graphs import CapturedWindow
-from gradbuffer.meta_gradients import meta_gradient
+from gradbuffer.training.cuda_graphs import CapturedWindow
+from gradbuffer.training.meta_gradients import meta_gradient
 from meta_training import meta_train
 from optimizees import MetaBatch, Mirrored, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM, RNNProp

@@ -18,7 +18,7 @@ from gradbuffer.data import art as art_data
 from gradbuffer.data import cifar10 as cifar_data
 from gradbuffer.data import mnist as mnist_data
 import optimizers
-from gradbuffer.checkpoints import read_checkpoint
+from gradbuffer.training.checkpoints import read_checkpoint
 from meta_training import meta_train
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, load_optimizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from optimizees import MetaBatch, MNISTNet, Quadratics
-from gradbuffer.ranks import Ranks
+from gradbuffer.training.ranks import Ranks
 from gradbuffer.contracts import part_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,7 +19,7 @@ import os, shutil, sys, traceback
 import torch
 from torch import distributed
 from gradbuffer.contracts import as_problem
-from gradbuffer.options import training_of
+from gradbuffer.training.options import training_of
 from meta_training import Run, meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM

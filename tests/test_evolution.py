@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gradbuffer.evolution import Pairs, Perceptrons, signal_to_noise
+from gradbuffer.training.evolution import Pairs, Perceptrons, signal_to_noise
 from gradbuffer.kernels.numba_mlp_windows import PerceptronWindows
 from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
 

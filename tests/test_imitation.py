@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from gradbuffer.evaluation import evaluate, evaluate_baseline
-from gradbuffer.imitation import Demonstration, Teacher, imitation_gradient
+from gradbuffer.training.imitation import Demonstration, Teacher, imitation_gradient
 from gradbuffer.nets.torch_optim import LearnedOptimizer
 from meta_training import meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics

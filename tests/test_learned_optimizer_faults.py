@@ -9,7 +9,7 @@ from test_learned_optimizer import AdamRule, NormalizedDescent, TwoGradientsBack
 from torch import nn
 
 from gradbuffer.evaluation import evaluate
-from gradbuffer.snapshots import Snapshot, joined_by_form
+from gradbuffer.nests import Snapshot, joined_by_form
 from gradbuffer.nets.torch_optim import check_step
 from meta_training import meta_gradient
 from optimizees import Quadratics

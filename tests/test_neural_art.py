@@ -13,7 +13,7 @@ from torch import nn
 from gradbuffer.data import art as art_data
 from gradbuffer.data.art import generated_textures, load_contents, load_style
 from gradbuffer.evaluation import evaluate, evaluate_baseline, evaluate_lbfgs, minimize_lbfgs
-from gradbuffer.meta_gradients import meta_gradient
+from gradbuffer.training.meta_gradients import meta_gradient
 from gradbuffer.problems import neural_art, vgg
 from gradbuffer.problems.neural_art import NeuralArt
 from gradbuffer.problems.vgg import VGGFeatures, from_pixels, to_pixels

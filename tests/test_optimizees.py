@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradbuffer.meta_gradients import meta_gradient
+from gradbuffer.training.meta_gradients import meta_gradient
 from optimizees import ConvexTerms, MetaBatch, Mirrored, MNISTNet, Quadratics, RandomScaling
 from gradbuffer.contracts import as_loss
 from gradbuffer.unrolling import Coordinates

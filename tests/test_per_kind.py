@@ -11,7 +11,7 @@ from torch import nn
 import optimizers
 from gradbuffer.nets import per_kind
 from gradbuffer.data.cifar10 import generated_images
-from gradbuffer.meta_gradients import meta_gradient
+from gradbuffer.training.meta_gradients import meta_gradient
 from meta_training import evaluate, meta_train
 from optimizees import CIFAR10Net, MetaBatch
 from optimizers import CoordinatewiseLSTM, LearnedOptimizer, PerKind, RNNProp, load_optimizer, save_optimizer

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import write_mnist
-from gradbuffer.meta_gradients import meta_gradient
+from gradbuffer.training.meta_gradients import meta_gradient
 from gradbuffer.problems.images import Minibatches
 from optimizees import MNISTNet, PerceptronLoss, Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, NormalizedLSTM, RNNProp

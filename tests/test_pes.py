@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradbuffer.meta_gradients import meta_gradient
+from gradbuffer.training.meta_gradients import meta_gradient
 from meta_training import meta_train
 from optimizees import MetaBatch, Quadratics
 from optimizers import CoordinatewiseLSTM

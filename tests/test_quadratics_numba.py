@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradbuffer import unrolling
-from gradbuffer.meta_gradients import meta_gradient
+from gradbuffer.training.meta_gradients import meta_gradient
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, NormalizedLSTM
 from gradbuffer.contracts import as_loss

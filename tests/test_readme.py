@@ -62,7 +62,7 @@ def test_quadratics_work_without_torchvision():
 
 
 @pytest.mark.parametrize("name", ["optimizers", "gradbuffer.nets.torch_optim", "gradbuffer.nests", "optimizees", "meta_training",
-                                  "gradbuffer.data.mnist", "meta_plots", "gradbuffer.imitation"])
+                                  "gradbuffer.data.mnist", "meta_plots", "gradbuffer.training.imitation"])
 def test_docstring_examples(name, tmp_path, monkeypatch, small_mnist):
     import doctest
     import importlib

@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from gradbuffer.nets import sharing
-from gradbuffer.meta_gradients import meta_gradient
+from gradbuffer.training.meta_gradients import meta_gradient
 from meta_training import evaluate, meta_train
 from optimizees import MetaBatch, Quadratics
 from optimizers import (CoordinatewiseLSTM, LearnedOptimizer, LSTMWithGAC, NonFiniteError, NTMBFGS, PerKind,

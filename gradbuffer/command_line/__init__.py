@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from gradbuffer.checkpoints import read_start
+from gradbuffer.training.checkpoints import read_start
 from gradbuffer.checks import CLASS, ON, NonFiniteError, named_class, refuse_without_effect
 from gradbuffer.contracts import on_device
 from gradbuffer.command_line import arguments

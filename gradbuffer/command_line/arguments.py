@@ -7,9 +7,9 @@ from typing import get_args
 
 import torch
 
-from gradbuffer.evolution import PES
-from gradbuffer.meta_gradients import Replay
-from gradbuffer.options import Checkpoint, Curriculum, Training, Validation, default_of, help_of
+from gradbuffer.training.evolution import PES
+from gradbuffer.training.meta_gradients import Replay
+from gradbuffer.training.options import Checkpoint, Curriculum, Training, Validation, default_of, help_of
 from meta_training import BASELINES
 from optimizees import ACTIVATIONS
 from optimizers import LSTMWithGAC, NTMBFGS

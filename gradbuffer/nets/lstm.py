@@ -12,7 +12,7 @@ from gradbuffer.contracts import Rule
 from gradbuffer.kernels.choice import KINDS, asked_for, kernels_for, reasons_against
 from gradbuffer.kernels.interface import WORK, LSTMKernels
 from gradbuffer.nests import clone
-from gradbuffer.snapshots import Snapshot
+from gradbuffer.nests import Snapshot
 from gradbuffer.unrolling import Recorded, record_by_steps, trained
 
 __all__ = ["LSTMOptimizer", "explain"]

@@ -13,7 +13,7 @@ import torch
 
 from gradbuffer.nests import named_leaves
 from gradbuffer.nets.sharded import is_sharded, local, local_size, placements_of_state
-from gradbuffer.snapshots import Snapshot
+from gradbuffer.nests import Snapshot
 
 __all__ = ["NetworkInPlace", "Part", "Work", "check_state", "copy_of_state", "dense_gradient", "label", "parts_of", "tensors_of",
            "without_autocast"]

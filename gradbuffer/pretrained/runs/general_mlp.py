@@ -47,7 +47,7 @@ def small_images():
 
 def make_families(net, data):
     """Two dicts from name to `Perceptrons`: to train on, and to look at."""
-    from gradbuffer.evolution import Perceptrons
+    from gradbuffer.training.evolution import Perceptrons
     from gradbuffer.kernels.numba_mlp_windows import PerceptronWindows
 
     def family(name, hidden, activation, batch, loss="cross_entropy"):
@@ -93,7 +93,7 @@ def main():
     parser.add_argument("--state", type=Path, default=HERE / "general_mlp.pt")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    from gradbuffer.evolution import Pairs
+    from gradbuffer.training.evolution import Pairs
     from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
 
     net = start_as_normalized_adam(MLPOptimizer())

@@ -12,11 +12,11 @@ from typing import Any, Callable
 
 import torch
 
-from gradbuffer.checkpoints import describe_net
+from gradbuffer.training.checkpoints import describe_net
 from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.contracts import Problem, as_rule
-from gradbuffer.imitation import Teacher
-from gradbuffer.meta_gradients import DEFAULTS, Replay, flat_options, method_of
+from gradbuffer.training.imitation import Teacher
+from gradbuffer.training.meta_gradients import DEFAULTS, Replay, flat_options, method_of
 
 __all__ = ["Checkpoint", "Curriculum", "RandomHorizon", "Teacher", "Training", "Validation", "default_of", "help_of",
            "training_of"]

@@ -10,7 +10,7 @@ The functions' loss must be an object that says which tensors it reads, see `Cap
 import torch
 
 from gradbuffer.checks import check_count, values_unchecked
-from gradbuffer.meta_gradients import Replay, finish_window, replay_window
+from gradbuffer.training.meta_gradients import Replay, finish_window, replay_window
 from gradbuffer.nests import clone, map_tensors, tensors_in
 from gradbuffer.contracts import Loss, as_loss, as_rule, repack
 from gradbuffer.unrolling import Coordinates, check_objective

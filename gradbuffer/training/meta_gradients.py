@@ -15,7 +15,7 @@ import torch
 
 from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
 from gradbuffer.contracts import as_loss, as_rule
-from gradbuffer.evolution import PES
+from gradbuffer.training.evolution import PES
 from gradbuffer.nests import map_tensors, tensors_in
 from gradbuffer.unrolling import Coordinates, check_objective, gradients_of, multiply_by_slopes, scored, unroll
 

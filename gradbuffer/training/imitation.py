@@ -14,7 +14,7 @@ import torch
 from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
 from gradbuffer.contracts import as_loss, as_rule, check_baseline, is_learned
 from gradbuffer.nets.torch_optim import LearnedOptimizer
-from gradbuffer.meta_gradients import check_replay_fraction, replay_recorded
+from gradbuffer.training.meta_gradients import check_replay_fraction, replay_recorded
 from gradbuffer.unrolling import Coordinates, joined_reads
 
 __all__ = ["Demonstration", "ImitationInfo", "Teacher", "imitation_gradient"]
