@@ -1,13 +1,16 @@
 """Quadratics and MNIST networks: their formulas, their randomness, their splits."""
 
+import doctest
+
 import pytest
 import torch
 from torch import nn
 
-from gradbuffer.meta_gradients import meta_gradient
-from optimizees import ConvexTerms, MetaBatch, Mirrored, MNISTNet, Quadratics, RandomScaling
 from gradbuffer.contracts import as_loss
+from gradbuffer.meta_gradients import meta_gradient
+from gradbuffer.problems import variations
 from gradbuffer.unrolling import Coordinates
+from optimizees import ConvexTerms, MetaBatch, Mirrored, MNISTNet, Quadratics, RandomScaling
 
 
 def generator(seed=0):
@@ -28,7 +31,7 @@ def test_quadratics_follow_their_formula():
 def test_quadratics_know_their_gradient(functions):
     batch = Quadratics(dim=3, dtype=torch.float64).sample(functions, generator())
     coordinates, theta = Coordinates(batch.params), torch.randn(3 * functions, dtype=torch.float64)
-    losses, gradient = coordinates.losses_and_gradient(as_loss(batch.loss), theta, 0)
+    losses, gradient = coordinates.losses_and_gradient(batch.loss, theta, 0)
     expected, by_autograd = coordinates.losses_and_gradient(as_loss(lambda params, step: batch.loss(params, step)), theta, 0)
     torch.testing.assert_close((losses, gradient), (expected, by_autograd), rtol=1e-13, atol=0)
     part, own = batch.part(functions // 2, functions), theta.view(functions, 3)[functions // 2:]
@@ -60,7 +63,7 @@ def test_network_knows_its_gradient(tiny_mnist, hidden_sizes, activation):
     coordinates = Coordinates(batch.params)
     theta = coordinates.join(batch.params)
     theta = theta + torch.randn(theta.shape, generator=generator(), dtype=torch.float64)
-    found = coordinates.losses_and_gradient(as_loss(batch.loss), theta, 5)
+    found = coordinates.losses_and_gradient(batch.loss, theta, 5)
     expected = coordinates.losses_and_gradient(as_loss(lambda params, step: batch.loss(params, step)), theta, 5)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
     part = batch.part(1, 3)
@@ -138,11 +141,11 @@ def test_functions_of_a_batch_are_independent(problem, tiny_mnist):
     batch = problem.sample(3, generator())
     coordinates = Coordinates(batch.params)
     theta = coordinates.join({name: torch.randn_like(tensor) for name, tensor in batch.params.items()})
-    _, gradient = coordinates.losses_and_gradient(as_loss(batch.loss), theta, 0)
+    _, gradient = coordinates.losses_and_gradient(batch.loss, theta, 0)
     changed = {name: tensor.clone() for name, tensor in coordinates.split(theta).items()}
     for tensor in changed.values():
         tensor[1] += 1
-    _, after = coordinates.losses_and_gradient(as_loss(batch.loss), coordinates.join(changed), 0)
+    _, after = coordinates.losses_and_gradient(batch.loss, coordinates.join(changed), 0)
     for before, now in zip(coordinates.split(gradient).values(), coordinates.split(after).values()):
         torch.testing.assert_close(before[[0, 2]], now[[0, 2]])
 
@@ -170,7 +173,7 @@ def test_mirrored_functions_come_in_pairs(tiny_mnist):
     batch, upright = Mirrored(plain).sample(6, generator()), plain.sample(3, generator())
     coordinates = Coordinates(batch.params)
     for step in (0, 7):
-        losses, gradient = coordinates.losses_and_gradient(as_loss(batch.loss), coordinates.join(batch.params), step)
+        losses, gradient = coordinates.losses_and_gradient(batch.loss, coordinates.join(batch.params), step)
         torch.testing.assert_close(losses, upright.loss(upright.params, step).repeat(2))
         for tensor in coordinates.split(gradient).values():
             assert tensor[:3].any()
@@ -216,6 +219,52 @@ def test_parts_of_variations_have_the_same_losses(first, last):
     assert all(torch.equal(part.params[name], tensor[first:last]) for name, tensor in batch.params.items())
 
 
+VARIATIONS = [lambda problem: RandomScaling(problem, 1.0, signs=True), Mirrored, ConvexTerms,
+              lambda problem: Mirrored(ConvexTerms(RandomScaling(Mirrored(problem), 1.0), dim=3))]
+
+
+@pytest.mark.parametrize("vary", VARIATIONS)
+@pytest.mark.parametrize("kind", ["quadratics", "networks", "a user's own"])
+def test_variations_pass_on_what_a_loss_knows(vary, kind, tiny_mnist):
+    """Its gradient, its parts, what it reads."""
+    plain = MNISTNet((5,), root=tiny_mnist, batch_size=4, dtype=torch.float64) if kind == "networks" else Quadratics(4, torch.float64)
+
+    class Own:
+        def sample(self, meta_batch, generator=None):
+            batch = plain.sample(meta_batch, generator)
+            return batch._replace(loss=lambda params, step: batch.loss(params, step))
+
+    batch = vary(Own() if kind == "a user's own" else plain).sample(4, generator())
+    coordinates = Coordinates(batch.params)
+    theta = coordinates.join(batch.params)
+    theta = theta + torch.randn(theta.shape, generator=generator(), dtype=theta.dtype)
+    found = coordinates.losses_and_gradient(batch.loss, theta, 5)
+    expected = coordinates.losses_and_gradient(as_loss(lambda params, step: batch.loss(params, step)), theta, 5)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert not found[0].requires_grad and not found[1].requires_grad and expected[1].any()
+    if kind == "a user's own":
+        assert batch.part and batch.part(0, 2).loss.divisible  # as the meta-batch says, which divides them
+        with pytest.raises(ValueError, match="can be captured"):
+            batch.loss.tensors(0)
+    else:
+        own = batch.loss.of(tuple(batch.loss.tensors(5)))
+        torch.testing.assert_close(own(coordinates.split(theta), 99), expected[0], rtol=1e-12, atol=0)
+        part = batch.loss.part(0, 3).part(1, 3)
+        torch.testing.assert_close(part({name: tensor[1:3] for name, tensor in coordinates.split(theta).items()}, 5), expected[0][1:3])
+    part = batch.part(1, 3).loss
+    torch.testing.assert_close(part({name: tensor[1:3] for name, tensor in coordinates.split(theta).items()}, 5), expected[0][1:3])
+
+
+def test_variations_of_a_loss_without_parts():
+    class Own:
+        def sample(self, meta_batch, generator=None):
+            batch = Quadratics(3).sample(meta_batch, generator)
+            return MetaBatch(batch.params, lambda params, step: batch.loss(params, step))
+
+    assert all(vary(Own()).sample(4, generator()).part is None for vary in VARIATIONS)
+    assert RandomScaling(Own()).name == "Own, randomly scaled"
+
+
 def test_variations_validate_on_the_problem_itself(tiny_mnist):
     problem = ConvexTerms(Mirrored(RandomScaling(MNISTNet((5,), root=tiny_mnist))))
     assert problem.to("cpu").validation_problem().options["split"] == "validation"
@@ -249,3 +298,8 @@ BAD = [
 def test_bad_input(tiny_mnist, call, error, message):
     with pytest.raises(error, match=message):
         call(tiny_mnist)
+
+
+def test_docstring_examples():
+    result = doctest.testmod(variations)
+    assert result.attempted >= 6 and result.failed == 0
