@@ -21,9 +21,9 @@ from gradbuffer.kernels.choice import takes_numba
 from gradbuffer.problems.cifar10 import CIFAR10Net
 from gradbuffer.problems.images import (Chosen, ImageNets, MinibatchLoss, check_batch_size, check_floating,
                                         mean_cross_entropy, on_device)
-from gradbuffer.problems.variations import ConvexTerms, Mirrored, RandomScaling
+from gradbuffer.problems.variations import ConvexTerms, Mirrored, Mixture, RandomScaling
 
-__all__ = ["CIFAR10Net", "ConvexTerms", "MNISTNet", "MetaBatch", "Mirrored", "Quadratics", "RandomScaling"]
+__all__ = ["CIFAR10Net", "ConvexTerms", "MNISTNet", "MetaBatch", "Mirrored", "Mixture", "Quadratics", "RandomScaling"]
 
 
 class Quadratics(Problem):

@@ -10,7 +10,7 @@ from gradbuffer.contracts import as_loss
 from gradbuffer.meta_gradients import meta_gradient
 from gradbuffer.problems import variations
 from gradbuffer.unrolling import Coordinates
-from optimizees import ConvexTerms, MetaBatch, Mirrored, MNISTNet, Quadratics, RandomScaling
+from optimizees import ConvexTerms, MetaBatch, Mirrored, Mixture, MNISTNet, Quadratics, RandomScaling
 
 
 def generator(seed=0):
@@ -265,6 +265,44 @@ def test_variations_of_a_loss_without_parts():
     assert RandomScaling(Own()).name == "Own, randomly scaled"
 
 
+def test_a_mixture_draws_of_each_problem(tiny_mnist):
+    problems = [Quadratics(3), MNISTNet((5,), root=tiny_mnist, batch_size=4)]
+    mixture, draw = Mixture(problems), generator()
+    for drawn, problem in zip(mixture.sample(4, generator()), problems, strict=True):
+        alone = problem.sample(4, draw)
+        assert isinstance(drawn, MetaBatch) and list(drawn.params) == list(alone.params)
+        assert torch.equal(drawn.loss(drawn.params, 3), alone.loss(alone.params, 3))
+    validation = mixture.validation_problem()
+    assert [problem.options.get("split") for problem in validation.problems] == [None, "validation"]
+    assert [len(batch.params) for batch in validation.to("cpu").sample(2)] == [1, 4]
+    assert "Quadratics, 3 dimensions; " in mixture.name and mixture.device == torch.device("cpu")
+    assert mixture.describe() != Mixture(problems[:1]).describe() and "Quadratics, 3 dimensions" in mixture.describe()
+
+
+def test_a_mixture_draws_families_by_their_weights():
+    mixture = Mixture([Quadratics(dim) for dim in (1, 2, 3)], weights=[1, 1, 4], families=1)
+    draw = generator()
+    drawn = [[batch.params["theta"].shape[1] for batch in mixture.sample(2, draw)] for _ in range(600)]
+    counts = torch.tensor([dims for (dims,) in drawn]).bincount(minlength=4)
+    assert (counts[1:] - torch.tensor([100, 100, 400])).abs().max() < 40
+    two = Mixture(mixture.problems, families=2)
+    drawn = {tuple(batch.params["theta"].shape[1] for batch in two.sample(2, draw)) for _ in range(50)}
+    assert drawn == {(1, 2), (1, 3), (2, 3)}
+    assert [batch.params["theta"].shape for batch in two.sample(2, generator(3))] == \
+        [batch.params["theta"].shape for batch in two.sample(2, generator(3))]
+    assert len(two.validation_problem().sample(1)) == 3
+
+
+def test_variations_of_a_mixture():
+    mixed = Mirrored(RandomScaling(Mixture([Quadratics(2), Mixture([ConvexTerms(Quadratics(3), dim=5)])])))
+    batches = mixed.sample(4, generator())
+    assert [{name: tuple(tensor.shape) for name, tensor in batch.params.items()} for batch in batches] == \
+        [{"theta": (4, 2)}, {"theta": (4, 3), "convex": (4, 5)}]
+    assert all(batch.loss(batch.params, 0).shape == (4,) for batch in batches)
+    assert [problem.name for problem in mixed.problems][0] == "Quadratics, 2 dimensions, randomly scaled, mirrored"
+    assert [problem.name for problem in mixed.validation_problem().problems] == ["Quadratics, 2 dimensions", "Quadratics, 3 dimensions"]
+
+
 def test_variations_validate_on_the_problem_itself(tiny_mnist):
     problem = ConvexTerms(Mirrored(RandomScaling(MNISTNet((5,), root=tiny_mnist))))
     assert problem.to("cpu").validation_problem().options["split"] == "validation"
@@ -277,6 +315,14 @@ BAD = [
     (lambda root: Mirrored(Quadratics()).sample(3), ValueError, "meta_batch must be even for mirrored pairs, got 3"),
     (lambda root: ConvexTerms(Quadratics(), dim=0), ValueError, "dim must be at least 1, got 0"),
     (lambda root: ConvexTerms(ConvexTerms(Quadratics())).sample(1), ValueError, 'has a parameter named "convex"'),
+    (lambda root: Mixture([]), TypeError, r"problems must be a list of at least one problem, got \[\]"),
+    (lambda root: Mixture(Quadratics()), TypeError, "problems must be a list of at least one problem, got <"),
+    (lambda root: Mixture([Quadratics(), 3]), TypeError, r"problem must have sample\(meta_batch, generator\), got int"),
+    (lambda root: Mixture([Quadratics()] * 2, [1]), ValueError, "weights have an effect only with families, got families=None"),
+    (lambda root: Mixture([Quadratics()] * 2, [1], 1), ValueError, r"weights must be 2 positive numbers, one .* got \[1\]"),
+    (lambda root: Mixture([Quadratics()] * 2, [1, 0], 1), ValueError, r"weights\[1\] must be a positive number, got 0"),
+    (lambda root: Mixture([Quadratics()] * 2, families=2), ValueError, "families must be None, .* below their number, 2, got 2"),
+    (lambda root: Mixture([Quadratics(), Quadratics(device="meta")]), ValueError, r"on one device, got \['cpu', 'meta'\]"),
     (lambda root: Quadratics(dim=0), ValueError, "dim must be at least 1, got 0"),
     (lambda root: Quadratics(dim=2.5), TypeError, "dim must be an int, got 2.5"),
     (lambda root: Quadratics(dtype=torch.int64), TypeError, "dtype must be a floating-point"),
@@ -302,4 +348,4 @@ def test_bad_input(tiny_mnist, call, error, message):
 
 def test_docstring_examples():
     result = doctest.testmod(variations)
-    assert result.attempted >= 6 and result.failed == 0
+    assert result.attempted >= 8 and result.failed == 0

@@ -1,14 +1,14 @@
-"""Problems made of other problems: their functions in other coordinates, mirrored or beside a convex term."""
+"""Problems made of other problems: their functions in other coordinates, mirrored, beside a convex term; or several problems."""
 
 import copy
 
 import torch
 
-from gradbuffer.checks import check_count
+from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.contracts import Loss, MetaBatch, Problem, as_loss, as_problem, in_parts, kind_of
 from gradbuffer.unrolling import Coordinates
 
-__all__ = ["ConvexTerms", "Mirrored", "RandomScaling"]
+__all__ = ["ConvexTerms", "Mirrored", "Mixture", "RandomScaling"]
 
 
 class Variation(Problem):
@@ -29,12 +29,17 @@ class Variation(Problem):
     def validation_problem(self):
         return self.problem.validation_problem()
 
+    @property
+    def problems(self):
+        return [type(self)(problem, **self.options) for problem in self.problem.problems]
+
     def describe(self):
         return f"{super().describe()} of {self.problem.describe()}"
 
     def sample(self, meta_batch, generator=None):
-        """Draw `meta_batch` functions. Returns `MetaBatch`."""
-        return self.vary(self.problem.sample(meta_batch, generator=generator), generator)
+        """Draw `meta_batch` functions. Returns `MetaBatch`; of a `Mixture` a list of them."""
+        drawn = self.problem.sample(meta_batch, generator=generator)
+        return [self.vary(batch, generator) for batch in drawn] if isinstance(drawn, list) else self.vary(drawn, generator)
 
     def vary(self, batch, generator):
         """What becomes of a meta-batch of the problem."""
@@ -150,7 +155,7 @@ class Mirrored(Variation):
     title = "{}, mirrored"
 
     def sample(self, meta_batch, generator=None):
-        """Draw `meta_batch` functions, in pairs. Returns `MetaBatch`."""
+        """Draw `meta_batch` functions, in pairs. Returns `MetaBatch`; of a `Mixture` a list of them."""
         check_count(meta_batch=meta_batch)
         if meta_batch % 2:
             raise ValueError(f"meta_batch must be even for mirrored pairs, got {meta_batch}")
@@ -261,3 +266,74 @@ class ConvexLoss(Loss):
 
     def of(self, tensors):
         return ConvexLoss(self.loss.of(tensors[:-1]), tensors[-1])
+
+
+class Mixture(Problem):
+    """Several problems at once, whose functions may have parameters of unequal names and shapes.
+
+    Args:
+        problems: a list of at least one, all on one device.
+        weights: of the random draw of `families`: how often each problem is drawn in proportion to the others, positive numbers.
+            Default: all alike.
+        families: how many different problems `sample` draws from, at random; from 1 to all but one. Default: all of them.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; or `weights` are given, and there is nothing to be drawn by them.
+
+    Example:
+        >>> from optimizees import Quadratics
+        >>> [batch.params["theta"].shape for batch in Mixture([Quadratics(4), Quadratics(8)]).sample(2)]
+        [torch.Size([2, 4]), torch.Size([2, 8])]
+    """
+
+    problems: list = []
+
+    def __init__(self, problems, weights=None, families=None):
+        if not isinstance(problems, (list, tuple)) or not problems:
+            raise TypeError(f"problems must be a list of at least one problem, got {problems!r}")
+        self.problems = [as_problem(problem) for problem in problems]
+        self.device = self.problems[0].device
+        if any(problem.device != self.device for problem in self.problems):
+            raise ValueError(f"problems must be on one device, got {[str(problem.device) for problem in self.problems]}")
+        if families is not None:
+            check_count(families=families)
+            if families >= len(problems):
+                raise ValueError("families must be None, for all problems, or below their number, "
+                                 f"{len(problems)}, got {families}")
+        elif weights is not None:
+            raise ValueError("weights have an effect only with families, got families=None")
+        if weights is not None:
+            weights = check_weights(weights, len(problems))
+        self.weights, self.families = weights, families
+        self.name = f"a mixture of {'; '.join(map(title_of, self.problems))}"
+
+    def to(self, device):
+        return Mixture([problem.to(device) for problem in self.problems], self.weights, self.families)
+
+    def validation_problem(self):
+        """The validation problems of all, whatever `families` is: every validation is on all of them."""
+        validated = [as_problem(problem.validation_problem()) for problem in self.problems]
+        return Mixture([own for problem in validated for own in problem.problems])
+
+    def describe(self):
+        options = dict(weights=self.weights, families=self.families)
+        return f"{kind_of(self)} {options} of {[problem.describe() for problem in self.problems]}"
+
+    def sample(self, meta_batch, generator=None):
+        """Draw `meta_batch` functions of each problem, or of each of the `families` drawn. Returns a list of `MetaBatch`, in the
+        problems' order."""
+        problems = self.problems
+        if self.families is not None:
+            weights = torch.tensor(self.weights or [1.0] * len(problems), dtype=torch.float64)
+            places = torch.multinomial(weights, self.families, generator=generator)
+            problems = [problems[place] for place in sorted(places.tolist())]
+        drawn = [problem.sample(meta_batch, generator=generator) for problem in problems]
+        return [batch for some in drawn for batch in (some if isinstance(some, list) else [some])]
+
+
+def check_weights(weights, count):
+    """A list of that many positive numbers, or an error."""
+    if not isinstance(weights, (list, tuple)) or len(weights) != count:
+        raise ValueError(f"weights must be {count} positive numbers, one for each problem, got {weights!r}")
+    check_positive_number(**{f"weights[{place}]": weight for place, weight in enumerate(weights)})
+    return list(weights)
