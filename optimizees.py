@@ -16,13 +16,14 @@ import torch
 from gradbuffer.checks import check_count
 from gradbuffer.contracts import Loss, MetaBatch, PerceptronData, Problem, QuadraticData, in_parts
 from gradbuffer.data.mnist import load_mnist
+from gradbuffer.data.roots import check_split
 from gradbuffer.kernels.choice import takes_numba
 from gradbuffer.problems.cifar10 import CIFAR10Net
-from gradbuffer.problems.images import (Chosen, ImageNets, Minibatches, check_batch_size, check_floating, check_split,
-                                        drawn_batch_size, mean_cross_entropy, on_device)
-from gradbuffer.problems.variations import ConvexTerms, Mirrored, RandomScaling
+from gradbuffer.problems.images import (Chosen, ImageNets, MinibatchLoss, check_batch_size, check_floating,
+                                        mean_cross_entropy, on_device)
+from gradbuffer.problems.variations import ConvexTerms, Mirrored, Mixture, RandomScaling
 
-__all__ = ["CIFAR10Net", "ConvexTerms", "MNISTNet", "MetaBatch", "Mirrored", "Quadratics", "RandomScaling"]
+__all__ = ["CIFAR10Net", "ConvexTerms", "MNISTNet", "MetaBatch", "Mirrored", "Mixture", "Quadratics", "RandomScaling"]
 
 
 class Quadratics(Problem):
@@ -63,33 +64,30 @@ class Quadratics(Problem):
 class QuadraticLoss(Loss):
     """‖Wθ − y‖² of B functions, W (B, n, n) and y (B, n, 1)."""
 
-    def __init__(self, W, y, twice=None):
-        self.W, self.y, self.twice = W, y, (2 * W).mT.contiguous() if twice is None else twice
-        # one function: products without a batch cost half as much
-        self.alone = (self.W[0], self.y[0, :, 0], self.twice[0]) if len(W) == 1 else None
-
     divisible = True
 
-    def compiled(self, shapes):
-        return QuadraticData(self.W, self.y, self.twice)
+    def __init__(self, W, y, twice=None):
+        self.data = QuadraticData(W, y, (2 * W).mT.contiguous() if twice is None else twice)
+        # one function: products without a batch cost half as much
+        self.alone = (W[0], y[0, :, 0], self.data.twice[0]) if len(W) == 1 else None
 
     def residual(self, params):
-        return torch.baddbmm(self.y, self.W, params["theta"].unsqueeze(-1), beta=-1)
+        return torch.baddbmm(self.data.y, self.data.W, params["theta"].unsqueeze(-1), beta=-1)
 
     def __call__(self, params, step):
         return self.residual(params).square().sum((1, 2))
 
+    def part(self, first, last):
+        return QuadraticLoss(*(tensor[first:last] for tensor in self.data))
+
     def tensors(self, step):
-        """What the loss reads, the same at every step."""
-        return self.W, self.y, self.twice
+        return self.data
 
     def of(self, tensors):
-        """The loss that reads these tensors."""
         return QuadraticLoss(*tensors)
 
-    def part(self, first, last):
-        """The loss of functions first … last - 1."""
-        return QuadraticLoss(*(tensor[first:last] for tensor in self.tensors(0)))
+    def compiled(self, shapes):
+        return self.data
 
     def with_gradient(self, params, step):
         """Losses (B,) and their gradient 2 Wᵀ(Wθ − y), a dict like params, without a graph."""
@@ -98,7 +96,7 @@ class QuadraticLoss(Loss):
             residual = torch.addmv(y, W, params["theta"].view(-1), beta=-1)
             return torch.dot(residual, residual).view(1), {"theta": torch.mv(twice, residual).view(1, -1)}
         residual = self.residual(params)
-        return torch.bmm(residual.mT, residual).view(-1), {"theta": torch.bmm(self.twice, residual).squeeze(-1)}
+        return torch.bmm(residual.mT, residual).view(-1), {"theta": torch.bmm(self.data.twice, residual).squeeze(-1)}
 
 
 # each with what makes of an output y and dL/dy the derivative dL/dx
@@ -177,11 +175,7 @@ class MNISTNet(ImageNets):
                 else:
                     draw.normal_(0, self.options["init_std"], generator=generator)
                 params[name] = draw.to(self.device)
-        seed = int(torch.randint(2**62, (), generator=generator))
-        images = drawn_batch_size(self.options["batch_size"], generator)
-        minibatches = Minibatches(seed, (meta_batch, images), len(self.labels), self.device)
-
-        return in_parts(params, PerceptronLoss(Chosen(self.images, self.labels, minibatches), self.options["activation"]))
+        return in_parts(params, PerceptronLoss(self.minibatches(meta_batch, generator), self.options["activation"]))
 
 
 def averaged(images, labels, side, dtype):
@@ -193,35 +187,19 @@ def averaged(images, labels, side, dtype):
     return images.to(dtype), labels
 
 
-class PerceptronLoss(Loss):
+class PerceptronLoss(MinibatchLoss):
     """Mean cross-entropy of B multilayer perceptrons, params weight0 (B, inputs, units), bias0 (B, units), weight1, …
 
-    `minibatch(step)` gives images (B, batch, inputs) and labels (B, batch). activation: a name of `ACTIVATIONS`.
+    minibatch: of images (B, batch, inputs) and labels (B, batch), see `MinibatchLoss`. activation: a name of `ACTIVATIONS`.
     """
 
-    divisible = True
-
     def __init__(self, minibatch, activation):
-        self.minibatch, self.activation = minibatch, activation
+        super().__init__(minibatch)
+        self.activation = activation
 
     def __call__(self, params, step):
         images, labels = self.minibatch(step)
         return mean_cross_entropy(self.layers(params, images)[-1], labels)
-
-    def tensors(self, step):
-        """What the loss reads at that step: its images and labels."""
-        return self.minibatch(step)
-
-    def of(self, tensors):
-        """The loss that reads these tensors, at every step."""
-        return PerceptronLoss(lambda step: tensors, self.activation)
-
-    def part(self, first, last):
-        """The loss of functions first … last - 1."""
-        if isinstance(self.minibatch, Chosen):
-            index = self.minibatch.index
-            return PerceptronLoss(self.minibatch._replace(index=lambda step: index(step)[first:last]), self.activation)
-        return PerceptronLoss(lambda step: tuple(part[first:last] for part in self.minibatch(step)), self.activation)
 
     def layers(self, params, images):
         """What every layer reads, the images (B, inputs, batch) first, and the scores (B, classes, batch).
@@ -258,7 +236,6 @@ class PerceptronLoss(Loss):
         return PerceptronData(*self.minibatch, sizes, self.activation)
 
     def with_vector_gradient(self, theta, shapes, step):
-        """`with_gradient` for parameters in one vector, by compiled loops: see `Loss`."""
         data = self.compiled(shapes)
         if data is None or not takes_numba(theta) or data.images.dtype != theta.dtype:
             return None

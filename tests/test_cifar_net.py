@@ -50,12 +50,6 @@ def torch_network(params, b):
     return nn.Sequential(*layers)
 
 
-def minibatch_of(batch, problem, step):
-    names = batch.loss.__code__.co_freevars
-    index = batch.loss.__closure__[names.index("minibatches")].cell_contents(step)
-    return problem.images[index].double() / 127.5 - 1, problem.labels[index]
-
-
 @pytest.fixture(params=["function by function", "grouped"])
 def way(request, monkeypatch):
     """Both ways in which B networks are run: a CPU's and a GPU's."""
@@ -69,7 +63,8 @@ def test_networks_equal_torch_modules(way):
     params = {name: tensor.requires_grad_() for name, tensor in away_from_the_start(batch).items()}
     losses = batch.loss(params, 5)
     grads = dict(zip(params, torch.autograd.grad(losses.sum(), list(params.values()))))
-    images, labels = minibatch_of(batch, problem, 5)
+    images, labels = batch.loss.minibatch(5)
+    images = images.double() / 127.5 - 1
     for b in range(3):
         network = torch_network(params, b)
         expected = nn.functional.cross_entropy(network(images[b]), labels[b])
@@ -112,6 +107,8 @@ def test_part_has_the_losses_of_the_whole():
     own = {name: tensor[1:3] for name, tensor in params.items()}
     torch.testing.assert_close(part.loss(own, 40), batch.loss(params, 40)[1:3], rtol=1e-13, atol=0)
     assert all(torch.equal(part.params[name], tensor[1:3]) for name, tensor in batch.params.items())
+    given = batch.loss.of(batch.loss.tensors(40))
+    assert torch.equal(given(params, 0), batch.loss(params, 40)) and not torch.equal(batch.loss(params, 0), batch.loss(params, 40))
 
 
 @pytest.mark.parametrize("second_order", [False, True])

@@ -107,6 +107,7 @@ def test_functions_are_independent_and_parts_are_the_whole(small_art):
     part = whole.part(1, 3)
     assert torch.equal(part.params["image"], whole.params["image"][1:3])
     torch.testing.assert_close(part.loss({"image": images[1:3]}, 0), losses[1:3], rtol=1e-12, atol=0)
+    torch.testing.assert_close(part.loss.of(part.loss.tensors(0))({"image": images[1:3]}, 0), losses[1:3], rtol=1e-12, atol=0)
 
 
 def test_a_larger_image_has_gradients_of_the_same_size(small_art):

@@ -1,13 +1,16 @@
 """Quadratics and MNIST networks: their formulas, their randomness, their splits."""
 
+import doctest
+
 import pytest
 import torch
 from torch import nn
 
-from gradbuffer.training.meta_gradients import meta_gradient
-from optimizees import ConvexTerms, MetaBatch, Mirrored, MNISTNet, Quadratics, RandomScaling
 from gradbuffer.contracts import as_loss
+from gradbuffer.training.meta_gradients import meta_gradient
+from gradbuffer.problems import variations
 from gradbuffer.unrolling import Coordinates
+from optimizees import ConvexTerms, MetaBatch, Mirrored, Mixture, MNISTNet, Quadratics, RandomScaling
 
 
 def generator(seed=0):
@@ -28,7 +31,7 @@ def test_quadratics_follow_their_formula():
 def test_quadratics_know_their_gradient(functions):
     batch = Quadratics(dim=3, dtype=torch.float64).sample(functions, generator())
     coordinates, theta = Coordinates(batch.params), torch.randn(3 * functions, dtype=torch.float64)
-    losses, gradient = coordinates.losses_and_gradient(as_loss(batch.loss), theta, 0)
+    losses, gradient = coordinates.losses_and_gradient(batch.loss, theta, 0)
     expected, by_autograd = coordinates.losses_and_gradient(as_loss(lambda params, step: batch.loss(params, step)), theta, 0)
     torch.testing.assert_close((losses, gradient), (expected, by_autograd), rtol=1e-13, atol=0)
     part, own = batch.part(functions // 2, functions), theta.view(functions, 3)[functions // 2:]
@@ -60,7 +63,7 @@ def test_network_knows_its_gradient(tiny_mnist, hidden_sizes, activation):
     coordinates = Coordinates(batch.params)
     theta = coordinates.join(batch.params)
     theta = theta + torch.randn(theta.shape, generator=generator(), dtype=torch.float64)
-    found = coordinates.losses_and_gradient(as_loss(batch.loss), theta, 5)
+    found = coordinates.losses_and_gradient(batch.loss, theta, 5)
     expected = coordinates.losses_and_gradient(as_loss(lambda params, step: batch.loss(params, step)), theta, 5)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
     part = batch.part(1, 3)
@@ -138,11 +141,11 @@ def test_functions_of_a_batch_are_independent(problem, tiny_mnist):
     batch = problem.sample(3, generator())
     coordinates = Coordinates(batch.params)
     theta = coordinates.join({name: torch.randn_like(tensor) for name, tensor in batch.params.items()})
-    _, gradient = coordinates.losses_and_gradient(as_loss(batch.loss), theta, 0)
+    _, gradient = coordinates.losses_and_gradient(batch.loss, theta, 0)
     changed = {name: tensor.clone() for name, tensor in coordinates.split(theta).items()}
     for tensor in changed.values():
         tensor[1] += 1
-    _, after = coordinates.losses_and_gradient(as_loss(batch.loss), coordinates.join(changed), 0)
+    _, after = coordinates.losses_and_gradient(batch.loss, coordinates.join(changed), 0)
     for before, now in zip(coordinates.split(gradient).values(), coordinates.split(after).values()):
         torch.testing.assert_close(before[[0, 2]], now[[0, 2]])
 
@@ -170,7 +173,7 @@ def test_mirrored_functions_come_in_pairs(tiny_mnist):
     batch, upright = Mirrored(plain).sample(6, generator()), plain.sample(3, generator())
     coordinates = Coordinates(batch.params)
     for step in (0, 7):
-        losses, gradient = coordinates.losses_and_gradient(as_loss(batch.loss), coordinates.join(batch.params), step)
+        losses, gradient = coordinates.losses_and_gradient(batch.loss, coordinates.join(batch.params), step)
         torch.testing.assert_close(losses, upright.loss(upright.params, step).repeat(2))
         for tensor in coordinates.split(gradient).values():
             assert tensor[:3].any()
@@ -216,6 +219,90 @@ def test_parts_of_variations_have_the_same_losses(first, last):
     assert all(torch.equal(part.params[name], tensor[first:last]) for name, tensor in batch.params.items())
 
 
+VARIATIONS = [lambda problem: RandomScaling(problem, 1.0, signs=True), Mirrored, ConvexTerms,
+              lambda problem: Mirrored(ConvexTerms(RandomScaling(Mirrored(problem), 1.0), dim=3))]
+
+
+@pytest.mark.parametrize("vary", VARIATIONS)
+@pytest.mark.parametrize("kind", ["quadratics", "networks", "a user's own"])
+def test_variations_pass_on_what_a_loss_knows(vary, kind, tiny_mnist):
+    """Its gradient, its parts, what it reads."""
+    plain = MNISTNet((5,), root=tiny_mnist, batch_size=4, dtype=torch.float64) if kind == "networks" else Quadratics(4, torch.float64)
+
+    class Own:
+        def sample(self, meta_batch, generator=None):
+            batch = plain.sample(meta_batch, generator)
+            return batch._replace(loss=lambda params, step: batch.loss(params, step))
+
+    batch = vary(Own() if kind == "a user's own" else plain).sample(4, generator())
+    coordinates = Coordinates(batch.params)
+    theta = coordinates.join(batch.params)
+    theta = theta + torch.randn(theta.shape, generator=generator(), dtype=theta.dtype)
+    found = coordinates.losses_and_gradient(batch.loss, theta, 5)
+    expected = coordinates.losses_and_gradient(as_loss(lambda params, step: batch.loss(params, step)), theta, 5)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert not found[0].requires_grad and not found[1].requires_grad and expected[1].any()
+    if kind == "a user's own":
+        assert batch.part and batch.part(0, 2).loss.divisible  # as the meta-batch says, which divides them
+        with pytest.raises(ValueError, match="can be captured"):
+            batch.loss.tensors(0)
+    else:
+        own = batch.loss.of(tuple(batch.loss.tensors(5)))
+        torch.testing.assert_close(own(coordinates.split(theta), 99), expected[0], rtol=1e-12, atol=0)
+        part = batch.loss.part(0, 3).part(1, 3)
+        torch.testing.assert_close(part({name: tensor[1:3] for name, tensor in coordinates.split(theta).items()}, 5), expected[0][1:3])
+    part = batch.part(1, 3).loss
+    torch.testing.assert_close(part({name: tensor[1:3] for name, tensor in coordinates.split(theta).items()}, 5), expected[0][1:3])
+
+
+def test_variations_of_a_loss_without_parts():
+    class Own:
+        def sample(self, meta_batch, generator=None):
+            batch = Quadratics(3).sample(meta_batch, generator)
+            return MetaBatch(batch.params, lambda params, step: batch.loss(params, step))
+
+    assert all(vary(Own()).sample(4, generator()).part is None for vary in VARIATIONS)
+    assert RandomScaling(Own()).name == "Own, randomly scaled"
+
+
+def test_a_mixture_draws_of_each_problem(tiny_mnist):
+    problems = [Quadratics(3), MNISTNet((5,), root=tiny_mnist, batch_size=4)]
+    mixture, draw = Mixture(problems), generator()
+    for drawn, problem in zip(mixture.sample(4, generator()), problems, strict=True):
+        alone = problem.sample(4, draw)
+        assert isinstance(drawn, MetaBatch) and list(drawn.params) == list(alone.params)
+        assert torch.equal(drawn.loss(drawn.params, 3), alone.loss(alone.params, 3))
+    validation = mixture.validation_problem()
+    assert [problem.options.get("split") for problem in validation.problems] == [None, "validation"]
+    assert [len(batch.params) for batch in validation.to("cpu").sample(2)] == [1, 4]
+    assert "Quadratics, 3 dimensions; " in mixture.name and mixture.device == torch.device("cpu")
+    assert mixture.describe() != Mixture(problems[:1]).describe() and "Quadratics, 3 dimensions" in mixture.describe()
+
+
+def test_a_mixture_draws_families_by_their_weights():
+    mixture = Mixture([Quadratics(dim) for dim in (1, 2, 3)], weights=[1, 1, 4], families=1)
+    draw = generator()
+    drawn = [[batch.params["theta"].shape[1] for batch in mixture.sample(2, draw)] for _ in range(600)]
+    counts = torch.tensor([dims for (dims,) in drawn]).bincount(minlength=4)
+    assert (counts[1:] - torch.tensor([100, 100, 400])).abs().max() < 40
+    two = Mixture(mixture.problems, families=2)
+    drawn = {tuple(batch.params["theta"].shape[1] for batch in two.sample(2, draw)) for _ in range(50)}
+    assert drawn == {(1, 2), (1, 3), (2, 3)}
+    assert [batch.params["theta"].shape for batch in two.sample(2, generator(3))] == \
+        [batch.params["theta"].shape for batch in two.sample(2, generator(3))]
+    assert len(two.validation_problem().sample(1)) == 3
+
+
+def test_variations_of_a_mixture():
+    mixed = Mirrored(RandomScaling(Mixture([Quadratics(2), Mixture([ConvexTerms(Quadratics(3), dim=5)])])))
+    batches = mixed.sample(4, generator())
+    assert [{name: tuple(tensor.shape) for name, tensor in batch.params.items()} for batch in batches] == \
+        [{"theta": (4, 2)}, {"theta": (4, 3), "convex": (4, 5)}]
+    assert all(batch.loss(batch.params, 0).shape == (4,) for batch in batches)
+    assert [problem.name for problem in mixed.problems][0] == "Quadratics, 2 dimensions, randomly scaled, mirrored"
+    assert [problem.name for problem in mixed.validation_problem().problems] == ["Quadratics, 2 dimensions", "Quadratics, 3 dimensions"]
+
+
 def test_variations_validate_on_the_problem_itself(tiny_mnist):
     problem = ConvexTerms(Mirrored(RandomScaling(MNISTNet((5,), root=tiny_mnist))))
     assert problem.to("cpu").validation_problem().options["split"] == "validation"
@@ -228,6 +315,14 @@ BAD = [
     (lambda root: Mirrored(Quadratics()).sample(3), ValueError, "meta_batch must be even for mirrored pairs, got 3"),
     (lambda root: ConvexTerms(Quadratics(), dim=0), ValueError, "dim must be at least 1, got 0"),
     (lambda root: ConvexTerms(ConvexTerms(Quadratics())).sample(1), ValueError, 'has a parameter named "convex"'),
+    (lambda root: Mixture([]), TypeError, r"problems must be a list of at least one problem, got \[\]"),
+    (lambda root: Mixture(Quadratics()), TypeError, "problems must be a list of at least one problem, got <"),
+    (lambda root: Mixture([Quadratics(), 3]), TypeError, r"problem must have sample\(meta_batch, generator\), got int"),
+    (lambda root: Mixture([Quadratics()] * 2, [1]), ValueError, "weights have an effect only with families, got families=None"),
+    (lambda root: Mixture([Quadratics()] * 2, [1], 1), ValueError, r"weights must be 2 positive numbers, one .* got \[1\]"),
+    (lambda root: Mixture([Quadratics()] * 2, [1, 0], 1), ValueError, r"weights\[1\] must be a positive number, got 0"),
+    (lambda root: Mixture([Quadratics()] * 2, families=2), ValueError, "families must be None, .* below their number, 2, got 2"),
+    (lambda root: Mixture([Quadratics(), Quadratics(device="meta")]), ValueError, r"on one device, got \['cpu', 'meta'\]"),
     (lambda root: Quadratics(dim=0), ValueError, "dim must be at least 1, got 0"),
     (lambda root: Quadratics(dim=2.5), TypeError, "dim must be an int, got 2.5"),
     (lambda root: Quadratics(dtype=torch.int64), TypeError, "dtype must be a floating-point"),
@@ -249,3 +344,8 @@ BAD = [
 def test_bad_input(tiny_mnist, call, error, message):
     with pytest.raises(error, match=message):
         call(tiny_mnist)
+
+
+def test_docstring_examples():
+    result = doctest.testmod(variations)
+    assert result.attempted >= 8 and result.failed == 0

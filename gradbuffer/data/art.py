@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from gradbuffer.checks import check_count
-from gradbuffer.data.roots import data_root, decode, is_image
+from gradbuffer.data.roots import check_split, data_root, decode, is_image
 
 __all__ = ["ArtImages", "generated_textures", "load_contents", "load_style"]
 
@@ -53,8 +53,7 @@ def load_contents(root=None, split="train", size=64):
         >>> contents = load_contents(split="test").images
     """
     check_count(size=size)
-    if split not in GENERATED:
-        raise ValueError(f'split must be "train", "validation" or "test", got {split!r}')
+    check_split(split)
     return _contents(data_root(root), split, size)
 
 

@@ -79,9 +79,9 @@ def load_cifar10(root=None):
 @functools.lru_cache(maxsize=4)
 def _load(root):
     splits = find_or_download(read_splits, root, "CIFAR-10", PICKLED,
-                              f"using generated images instead. Put the pickled batches into {root / PICKLED}, or images into "
-                              f"{root / 'cifar10' / 'train'}/<class>/<number>.jpg and the like for test (or train.zip and test.zip "
-                              "with these)")
+                              f"using generated images instead. Put the pickled batches into {root / PICKLED}, or images "
+                              f"into {root / 'cifar10' / 'train'}/<class>/<number>.jpg and the like for test (or train.zip and "
+                              "test.zip with these)")
     if splits is None:
         stand_in = generated_images()
         return stand_in._replace(name=f"{stand_in.name} (CIFAR-10 not found)")

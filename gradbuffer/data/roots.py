@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-__all__ = ["data_root", "decode", "fetch", "find_or_download", "is_image", "patience"]
+__all__ = ["check_split", "data_root", "decode", "fetch", "find_or_download", "is_image", "patience"]
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png")
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer after which we count as offline
@@ -19,6 +19,11 @@ def data_root(root):
     if root is not None and not isinstance(root, (str, os.PathLike)):
         raise TypeError(f"root must be a path or None, got {root!r}")
     return Path(root or os.environ.get("L2O_DATA") or "data").resolve()
+
+
+def check_split(split):
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f'split must be "train", "validation" or "test", got {split!r}')
 
 
 @contextlib.contextmanager
@@ -33,16 +38,16 @@ def patience():
 
 
 def find_or_download(find, root, dataset, folder, instead):
-    """What `find(root)` finds of a data set, if need be after a download into <root>/<folder>; None where it cannot be had, with
-    a warning that says what is done `instead`."""
+    """What `find(root)` finds of a data set, if need be after a download into <root>/<folder>. Where it cannot be had, None,
+    and a warning that says what is done `instead`."""
     found = find(root)
     if not found:
         try:
             fetch(root, dataset, folder)
             found = find(root)
         except (ImportError, OSError, RuntimeError) as error:
-            warnings.warn(f"{dataset} is not under {root} and could not be downloaded ({error}); {instead}, or name their root in "
-                          "L2O_DATA.", stacklevel=4)
+            warnings.warn(f"{dataset} is not under {root} and could not be downloaded ({error}); {instead}, or name their "
+                          "root in L2O_DATA.", stacklevel=4)
     return found
 
 
@@ -75,4 +80,5 @@ def decode(source, path, read):
         with Image.open(io.BytesIO(read())) as image:
             return image.convert("RGB")
     except Exception as error:  # an encrypted member of a zip, a picture too large, whatever damage may lead to
-        raise ValueError(f"{path} in {source} is truncated or corrupt, or cannot be read: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} in {source} is truncated or corrupt, or cannot be read: {type(error).__name__}: "
+                         f"{error}") from error

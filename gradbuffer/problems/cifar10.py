@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from gradbuffer.checks import check_count
-from gradbuffer.contracts import MetaBatch
+from gradbuffer.contracts import in_parts
 from gradbuffer.data.cifar10 import ColorImages, check_color_images, load_cifar10
-from gradbuffer.problems.images import (ImageNets, Minibatches, check_floating, check_split, chosen, mean_cross_entropy,
-                                        on_device)
+from gradbuffer.data.roots import check_split
+from gradbuffer.problems.images import ImageNets, MinibatchLoss, check_floating, mean_cross_entropy, on_device
 
 __all__ = ["CIFAR10Net"]
 
@@ -102,19 +102,7 @@ class CIFAR10Net(ImageNets):
             elif name.endswith("scale"):
                 draw.fill_(1)
             params[name] = draw.to(self.device)
-        seed = int(torch.randint(2**62, (), generator=generator))
-        minibatches = Minibatches(seed, (meta_batch, self.options["batch_size"]), len(self.labels), self.device)
-
-        def part(first, last):
-            def loss(params, step):
-                index = minibatches(step)[first:last]
-                labels = self.labels[index]
-                scores = function_by_function(params, self.pixels(chosen(self.images, index)))
-                return mean_cross_entropy(scores.mT, labels)
-
-            return MetaBatch({name: tensor[first:last] for name, tensor in params.items()}, loss)
-
-        return MetaBatch(params, part(0, meta_batch).loss, part)
+        return in_parts(params, ConvolutionalLoss(self.minibatches(meta_batch, generator), self.options["dtype"]))
 
     @torch.no_grad()
     def test_accuracy(self, params, images=None):
@@ -140,13 +128,26 @@ class CIFAR10Net(ImageNets):
         chunks = math.ceil(len(labels) / self.options["batch_size"])
         functions = len(params["fc1.bias"])
         for chunk, expected in zip(self.test_images[:images].tensor_split(chunks), labels.tensor_split(chunks)):
-            pixels = self.pixels(chunk).expand(functions, *chunk.shape)
-            right = right + (function_by_function(params, pixels).argmax(2) == expected).sum(1)
+            inputs = pixels(chunk, self.options["dtype"]).expand(functions, *chunk.shape)
+            right = right + (function_by_function(params, inputs).argmax(2) == expected).sum(1)
         return right.to(params["fc1.bias"].dtype) / len(labels)
 
-    def pixels(self, images):
-        """Bytes -> [-1, 1]"""
-        return images.to(self.options["dtype"]).div_(127.5).sub_(1)
+
+class ConvolutionalLoss(MinibatchLoss):
+    """Mean cross-entropy of B convolutional networks; dtype: of the parameters."""
+
+    def __init__(self, minibatch, dtype):
+        super().__init__(minibatch)
+        self.dtype = dtype
+
+    def __call__(self, params, step):
+        images, labels = self.minibatch(step)
+        return mean_cross_entropy(function_by_function(params, pixels(images, self.dtype)).mT, labels)
+
+
+def pixels(images, dtype):
+    """Bytes -> [-1, 1]"""
+    return images.to(dtype).div_(127.5).sub_(1)
 
 
 def function_by_function(params, x):

@@ -1,5 +1,6 @@
 """What problems on images share: splits on the device, minibatches that a seed and a step determine, checks of arguments."""
 
+import copy
 import functools
 from typing import Callable, NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from gradbuffer.checks import check_count
-from gradbuffer.contracts import Problem
+from gradbuffer.contracts import Loss, Problem
 
 STEPS_PER_DRAW = 32  # minibatches whose indices are drawn at once
 
@@ -17,13 +18,8 @@ def check_floating(dtype):
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
 
 
-def check_split(split):
-    if split not in ("train", "validation", "test"):
-        raise ValueError(f'split must be "train", "validation" or "test", got {split!r}')
-
-
 class ImageNets(Problem):
-    """What the networks on images below share: their `options` rebuild them, on another device or split."""
+    """What the problems on images share: their `options` rebuild them, on another device or split."""
 
     def to(self, device):
         """The same distribution on another device."""
@@ -37,6 +33,12 @@ class ImageNets(Problem):
         """What `meta_train` validates on: the same networks, over images that no training function draws from."""
         return self.with_split("validation")
 
+    def minibatches(self, meta_batch, generator):
+        """Draw the sequences of minibatches of that many functions: `Chosen` of the problem's images and labels."""
+        seed = int(torch.randint(2**62, (), generator=generator))
+        shape = meta_batch, drawn_batch_size(self.options["batch_size"], generator)
+        return Chosen(self.images, self.labels, Minibatches(seed, shape, len(self.labels), self.device))
+
 
 class Chosen(NamedTuple):
     """Minibatches of images and labels, of which `index(step)` (B, batch) says which they are at that step."""
@@ -46,9 +48,50 @@ class Chosen(NamedTuple):
     index: Callable
 
     def __call__(self, step):
-        """images (B, batch, inputs) and labels (B, batch)"""
+        """images (B, batch, ...) and labels (B, batch)"""
         index = self.index(step)
         return chosen(self.images, index), chosen(self.labels, index)
+
+    def part(self, first, last):
+        """Those of functions first … last - 1."""
+        return self._replace(index=lambda step: self.index(step)[first:last])
+
+
+class Given(NamedTuple):
+    """The same minibatches at every step."""
+
+    images: torch.Tensor  # (B, batch, ...)
+    labels: torch.Tensor  # (B, batch)
+
+    def __call__(self, step):
+        return self
+
+    def part(self, first, last):
+        return Given(self.images[first:last], self.labels[first:last])
+
+
+class MinibatchLoss(Loss):
+    """The loss of B networks on what `minibatch(step)` gives: `Chosen` images and labels, or `Given` ones."""
+
+    divisible = True
+
+    def __init__(self, minibatch):
+        self.minibatch = minibatch
+
+    def tensors(self, step):
+        return tuple(self.minibatch(step))
+
+    def of(self, tensors):
+        return self.on(Given(*tensors))
+
+    def part(self, first, last):
+        return self.on(self.minibatch.part(first, last))
+
+    def on(self, minibatch):
+        """The same networks' loss on other minibatches."""
+        loss = copy.copy(self)
+        loss.minibatch = minibatch
+        return loss
 
 
 def chosen(rows, index):
@@ -102,7 +145,7 @@ class Minibatches:
 
 @functools.cache
 def on_device(data, split, device, prepare, *options):
-    """What `prepare(images, labels, *options)` makes of a split of the data, as tensors on the device, moved there once per process."""
+    """What `prepare(images, labels, *options)` makes of a split of the data, on the device; moved there once per process."""
     whole = (data.test_images, data.test_labels) if split == "test" else half(data, split)
     return tuple(tensor.to(device) for tensor in prepare(*whole, *options))
 

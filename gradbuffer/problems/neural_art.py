@@ -10,9 +10,10 @@ import weakref
 import torch
 
 from gradbuffer.checks import check_count
-from gradbuffer.contracts import MetaBatch
+from gradbuffer.contracts import Loss, in_parts
 from gradbuffer.data.art import load_contents, load_style
-from gradbuffer.problems.images import ImageNets, check_floating, check_split
+from gradbuffer.data.roots import check_split
+from gradbuffer.problems.images import ImageNets, check_floating
 from gradbuffer.problems.vgg import VGGFeatures, from_pixels
 
 __all__ = ["NeuralArt"]
@@ -109,13 +110,7 @@ class NeuralArt(ImageNets):
         if generator in self.dealt:
             self.dealt[generator] = generator.get_state(), self.dealt[generator][1]
 
-        def part(first, last):
-            def loss(params, step):
-                return self.losses(params["image"], targets[first:last])
-
-            return MetaBatch({"image": start[first:last]}, loss)
-
-        return MetaBatch({"image": start}, part(0, meta_batch).loss, part)
+        return in_parts({"image": start}, ArtLoss(self, targets))
 
     def deal(self, count, generator):
         """Indices of the next photographs in a random order that goes on from call to call with the same generator.
@@ -139,6 +134,27 @@ class NeuralArt(ImageNets):
         rough = images.diff(dim=2).square().mean((1, 2, 3)) + images.diff(dim=3).square().mean((1, 2, 3))
         loss = options["alpha"] * content + options["beta"] / len(self.grams) * style + options["gamma"] * rough
         return loss * (options["size"] ** 2 / UNIT)
+
+
+class ArtLoss(Loss):
+    """The losses of images whose contents' features are `targets`, the same at every step."""
+
+    divisible = True
+
+    def __init__(self, problem, targets):
+        self.problem, self.targets = problem, targets
+
+    def __call__(self, params, step):
+        return self.problem.losses(params["image"], self.targets)
+
+    def part(self, first, last):
+        return ArtLoss(self.problem, self.targets[first:last])
+
+    def tensors(self, step):
+        return (self.targets,)
+
+    def of(self, tensors):
+        return ArtLoss(self.problem, *tensors)
 
 
 def gram(features):

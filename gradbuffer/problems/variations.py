@@ -1,11 +1,14 @@
-"""Problems made of other problems' functions: in other coordinates, mirrored, beside a convex term."""
+"""Problems made of other problems: their functions in other coordinates, mirrored, beside a convex term; or several problems."""
+
+import copy
 
 import torch
 
-from gradbuffer.checks import check_count
-from gradbuffer.contracts import MetaBatch, Problem, as_problem, kind_of
+from gradbuffer.checks import check_count, check_positive_number
+from gradbuffer.contracts import Loss, MetaBatch, Problem, as_loss, as_problem, in_parts, kind_of
+from gradbuffer.unrolling import Coordinates
 
-__all__ = ["ConvexTerms", "Mirrored", "RandomScaling"]
+__all__ = ["ConvexTerms", "Mirrored", "Mixture", "RandomScaling"]
 
 
 class Variation(Problem):
@@ -14,18 +17,57 @@ class Variation(Problem):
     Validation, in `meta_train`, is on the other problem's own functions: they are what the optimizer is for.
     """
 
-    def __init__(self, problem):
-        self.problem = as_problem(problem)
+    title = "{}"
 
-    @property
-    def device(self):
-        return self.problem.device
+    def __init__(self, problem, **options):
+        self.problem, self.options = as_problem(problem), options
+        self.device, self.name = self.problem.device, self.title.format(title_of(self.problem))
+
+    def to(self, device):
+        return type(self)(self.problem.to(device), **self.options)
 
     def validation_problem(self):
         return self.problem.validation_problem()
 
+    @property
+    def problems(self):
+        return [type(self)(problem, **self.options) for problem in self.problem.problems]
+
     def describe(self):
         return f"{super().describe()} of {self.problem.describe()}"
+
+    def sample(self, meta_batch, generator=None):
+        """Draw `meta_batch` functions. Returns `MetaBatch`; of a `Mixture` a list of them."""
+        drawn = self.problem.sample(meta_batch, generator=generator)
+        return [self.vary(batch, generator) for batch in drawn] if isinstance(drawn, list) else self.vary(drawn, generator)
+
+    def vary(self, batch, generator):
+        """What becomes of a meta-batch of the problem."""
+        raise NotImplementedError
+
+
+def title_of(problem):
+    return problem.name or kind_of(problem)
+
+
+def loss_of(batch):
+    """A meta-batch's `Loss`, divided as the meta-batch is."""
+    loss = as_loss(batch.loss)
+    if not loss.divisible and isinstance(batch, MetaBatch) and batch.part:
+        loss = copy.copy(loss)
+        loss.divisible, loss.part = True, lambda first, last: loss_of(batch.part(first, last))
+    return loss
+
+
+def meta_batch_of(params, loss):
+    return in_parts(params, loss) if loss.divisible else MetaBatch(params, loss)
+
+
+def gradient_of(loss, params, step):
+    """Losses (B,) and the gradient of their sum, a dict like params, without a graph, in the fastest way that the loss knows."""
+    coordinates = Coordinates(params)
+    losses, gradient = coordinates.losses_and_gradient(loss, coordinates.join(params), step)
+    return losses, coordinates.split(gradient)
 
 
 class RandomScaling(Variation):
@@ -40,45 +82,56 @@ class RandomScaling(Variation):
         signs: also give each c_i a random sign.
 
     Example:
+        >>> from optimizees import Quadratics
         >>> batch = RandomScaling(Quadratics(), radius=3.0).sample(4)
 
     Reference: Lv, Jiang and Li 2017 (arXiv 1703.03633), section 4.1; the signs are ours.
     """
 
+    title = "{}, randomly scaled"
+
     def __init__(self, problem, radius=3.0, signs=False):
-        super().__init__(problem)
         if isinstance(radius, bool) or not (isinstance(radius, (int, float)) and 0 <= radius <= 20):
             raise ValueError(f"radius must be a number in [0, 20], got {radius!r}")
-        self.radius, self.signs = radius, bool(signs)
-        self.options = dict(radius=self.radius, signs=self.signs)
-        self.name = f"{self.problem.name or kind_of(self.problem)}, randomly scaled"
+        super().__init__(problem, radius=radius, signs=bool(signs))
 
-    def to(self, device):
-        """The same distribution on another device."""
-        return RandomScaling(self.problem.to(device), self.radius, self.signs)
-
-    def sample(self, meta_batch, generator=None):
-        """Draw `meta_batch` functions. Returns `MetaBatch`."""
-        batch, scales = self.problem.sample(meta_batch, generator=generator), {}
+    def vary(self, batch, generator):
+        scales = {}
         for name, tensor in batch.params.items():
             scale = torch.empty(tensor.shape, dtype=tensor.dtype).uniform_(-1, 1, generator=generator)
-            scale = scale.mul_(self.radius).exp_()
-            if self.signs:
+            scale = scale.mul_(self.options["radius"]).exp_()
+            if self.options["signs"]:
                 scale *= 2 * torch.randint(2, tensor.shape, generator=generator) - 1
             scales[name] = scale.to(tensor.device)
-        return scaled_batch(batch, scales)
+        scaled = {name: tensor / scales[name] for name, tensor in batch.params.items()}
+        return meta_batch_of(scaled, ScaledLoss(loss_of(batch), scales))
 
 
-def scaled_batch(batch, scales):
-    """The functions of a meta-batch in coordinates θ / scales."""
-    def loss(params, step):
-        return batch.loss({name: scales[name] * tensor for name, tensor in params.items()}, step)
+class ScaledLoss(Loss):
+    """Another loss in coordinates θ / scales."""
 
-    def part(first, last):
-        return scaled_batch(batch.part(first, last), {name: scale[first:last] for name, scale in scales.items()})
+    def __init__(self, loss, scales):
+        self.loss, self.scales, self.divisible = loss, scales, loss.divisible
 
-    scaled = {name: tensor / scales[name] for name, tensor in batch.params.items()}
-    return MetaBatch(scaled, loss, part if getattr(batch, "part", None) else None)
+    def scaled(self, params):
+        return {name: self.scales[name] * tensor for name, tensor in params.items()}
+
+    def __call__(self, params, step):
+        return self.loss(self.scaled(params), step)
+
+    def with_gradient(self, params, step):
+        losses, gradients = gradient_of(self.loss, self.scaled(params), step)
+        return losses, self.scaled(gradients)
+
+    def part(self, first, last):
+        return ScaledLoss(self.loss.part(first, last), {name: scale[first:last] for name, scale in self.scales.items()})
+
+    def tensors(self, step):
+        return *self.loss.tensors(step), *self.scales.values()
+
+    def of(self, tensors):
+        own = len(tensors) - len(self.scales)
+        return ScaledLoss(self.loss.of(tensors[:own]), dict(zip(self.scales, tensors[own:])))
 
 
 class Mirrored(Variation):
@@ -93,97 +146,194 @@ class Mirrored(Variation):
         problem: whose functions; `sample` then needs an even `meta_batch`, and gives its first half upright.
 
     Example:
+        >>> from optimizees import Quadratics
         >>> batch = Mirrored(Quadratics()).sample(4)
 
     Reference: ours; antithetic sampling of the functions.
     """
 
-    def __init__(self, problem):
-        super().__init__(problem)
-        self.options = {}
-        self.name = f"{self.problem.name or kind_of(self.problem)}, mirrored"
-
-    def to(self, device):
-        """The same distribution on another device."""
-        return Mirrored(self.problem.to(device))
+    title = "{}, mirrored"
 
     def sample(self, meta_batch, generator=None):
-        """Draw `meta_batch` functions. Returns `MetaBatch`."""
+        """Draw `meta_batch` functions, in pairs. Returns `MetaBatch`; of a `Mixture` a list of them."""
         check_count(meta_batch=meta_batch)
         if meta_batch % 2:
             raise ValueError(f"meta_batch must be even for mirrored pairs, got {meta_batch}")
-        batch, pairs = self.problem.sample(meta_batch // 2, generator=generator), meta_batch // 2
-        whole = mirrored_batch([(1, pairs, batch), (-1, pairs, batch)])
-        if not getattr(batch, "part", None):
-            return whole
+        return super().sample(meta_batch // 2, generator)
 
-        def part(first, last):
-            ranges = [(1, first, min(last, pairs)), (-1, max(first, pairs) - pairs, last - pairs)]
-            return mirrored_batch([(sign, end - start, batch.part(start, end)) for sign, start, end in ranges
-                                   if start < end])
-
-        return whole._replace(part=part)
+    def vary(self, batch, generator):
+        loss, pairs = loss_of(batch), len(next(iter(batch.params.values())))
+        params = {name: torch.cat([tensor, -tensor]) for name, tensor in batch.params.items()}
+        return meta_batch_of(params, MirroredLoss([(1, pairs, loss), (-1, pairs, loss)]))
 
 
-def mirrored_batch(pieces):
-    """Meta-batches one after the other, each (sign, functions, meta-batch) in coordinates sign · θ."""
-    def loss(params, step):
-        losses, start = [], 0
-        for sign, functions, batch in pieces:
-            own = {name: sign * tensor[start:start + functions] for name, tensor in params.items()}
-            losses.append(batch.loss(own, step))
+class MirroredLoss(Loss):
+    """Losses one after the other, each (sign, functions, loss) in coordinates sign · θ."""
+
+    def __init__(self, pieces):
+        self.pieces, self.divisible = pieces, all(loss.divisible for *_, loss in pieces)
+
+    def split(self, params):
+        """(sign, loss, parameters) of each."""
+        start = 0
+        for sign, functions, loss in self.pieces:
+            yield sign, loss, {name: sign * tensor[start:start + functions] for name, tensor in params.items()}
             start += functions
-        return torch.cat(losses)
 
-    names = pieces[0][2].params
-    return MetaBatch({name: torch.cat([sign * batch.params[name] for sign, _, batch in pieces]) for name in names}, loss)
+    def __call__(self, params, step):
+        return torch.cat([loss(own, step) for _, loss, own in self.split(params)])
+
+    def with_gradient(self, params, step):
+        found = [(sign, *gradient_of(loss, own, step)) for sign, loss, own in self.split(params)]
+        gradients = {name: torch.cat([sign * gradient[name] for sign, _, gradient in found]) for name in params}
+        return torch.cat([losses for _, losses, _ in found]), gradients
+
+    def part(self, first, last):
+        pieces, start = [], 0
+        for sign, functions, loss in self.pieces:
+            begin, end = max(first - start, 0), min(last - start, functions)
+            if begin < end:
+                pieces.append((sign, end - begin, loss.part(begin, end)))
+            start += functions
+        return MirroredLoss(pieces)
+
+    def tensors(self, step):
+        return tuple(tensor for *_, loss in self.pieces for tensor in loss.tensors(step))
+
+    def of(self, tensors):
+        left, pieces = iter(tensors), []
+        for sign, functions, loss in self.pieces:
+            pieces.append((sign, functions, loss.of(tuple(next(left) for _ in loss.tensors(0)))))
+        return MirroredLoss(pieces)
 
 
 class ConvexTerms(Variation):
     """The same functions beside an easy one: f(θ) + mean_i (x_i − v_i)², with x_0 and v uniform on [-1, 1].
 
     Deep networks start with small gradients and little to learn from; the convex term teaches the optimizer, from the
-    first window on, to go downhill.
+    first window on, to go downhill. x goes by the name "convex".
 
     Args:
         problem: whose functions.
         dim: coordinates of x, positive.
 
     Example:
+        >>> from optimizees import Quadratics
         >>> batch = ConvexTerms(Quadratics()).sample(4)
 
     Reference: Lv, Jiang and Li 2017 (arXiv 1703.03633), section 4.2.
     """
 
+    title = "{} and a convex term"
+
     def __init__(self, problem, dim=20):
-        super().__init__(problem)
         check_count(dim=dim)
-        self.dim, self.options = dim, dict(dim=dim)
-        self.name = f"{self.problem.name or kind_of(self.problem)} and a convex term"
+        super().__init__(problem, dim=dim)
 
-    def to(self, device):
-        """The same distribution on another device."""
-        return ConvexTerms(self.problem.to(device), self.dim)
-
-    def sample(self, meta_batch, generator=None):
-        """Draw `meta_batch` functions. Returns `MetaBatch`; x goes by the name "convex"."""
-        batch = self.problem.sample(meta_batch, generator=generator)
+    def vary(self, batch, generator):
         if "convex" in batch.params:
             raise ValueError('the problem has a parameter named "convex" already')
         like = next(iter(batch.params.values()))
-        start, target = (torch.empty(meta_batch, self.dim, dtype=like.dtype).uniform_(-1, 1, generator=generator)
+        start, target = (torch.empty(len(like), self.options["dim"], dtype=like.dtype).uniform_(-1, 1, generator=generator)
                          .to(like.device) for _ in range(2))
-        return with_convex_term(batch, start, target)
+        return meta_batch_of({**batch.params, "convex": start}, ConvexLoss(loss_of(batch), target))
 
 
-def with_convex_term(batch, start, target):
-    """The functions of a meta-batch, each with mean_i (x_i − target_i)² from x = start added to it."""
-    def loss(params, step):
-        own = {name: tensor for name, tensor in params.items() if name != "convex"}
-        return batch.loss(own, step) + (params["convex"] - target).square().mean(1)
+class ConvexLoss(Loss):
+    """Another loss, and mean_i (x_i − target_i)² of the parameter x, "convex", added to it."""
 
-    def part(first, last):
-        return with_convex_term(batch.part(first, last), start[first:last], target[first:last])
+    def __init__(self, loss, target):
+        self.loss, self.target, self.divisible = loss, target, loss.divisible
 
-    return MetaBatch({**batch.params, "convex": start}, loss,
-                     part if getattr(batch, "part", None) else None)
+    def split(self, params):
+        """The other loss's parameters, and x - target."""
+        return {name: tensor for name, tensor in params.items() if name != "convex"}, params["convex"] - self.target
+
+    def __call__(self, params, step):
+        own, away = self.split(params)
+        return self.loss(own, step) + away.square().mean(1)
+
+    def with_gradient(self, params, step):
+        own, away = self.split(params)
+        losses, gradients = gradient_of(self.loss, own, step)
+        return losses + away.square().mean(1), {**gradients, "convex": away * (2 / away.shape[1])}
+
+    def part(self, first, last):
+        return ConvexLoss(self.loss.part(first, last), self.target[first:last])
+
+    def tensors(self, step):
+        return *self.loss.tensors(step), self.target
+
+    def of(self, tensors):
+        return ConvexLoss(self.loss.of(tensors[:-1]), tensors[-1])
+
+
+class Mixture(Problem):
+    """Several problems at once, whose functions may have parameters of unequal names and shapes.
+
+    Args:
+        problems: a list of at least one, all on one device.
+        weights: of the random draw of `families`: how often each problem is drawn in proportion to the others, positive numbers.
+            Default: all alike.
+        families: how many different problems `sample` draws from, at random; from 1 to all but one. Default: all of them.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; or `weights` are given, and there is nothing to be drawn by them.
+
+    Example:
+        >>> from optimizees import Quadratics
+        >>> [batch.params["theta"].shape for batch in Mixture([Quadratics(4), Quadratics(8)]).sample(2)]
+        [torch.Size([2, 4]), torch.Size([2, 8])]
+    """
+
+    problems: list = []
+
+    def __init__(self, problems, weights=None, families=None):
+        if not isinstance(problems, (list, tuple)) or not problems:
+            raise TypeError(f"problems must be a list of at least one problem, got {problems!r}")
+        self.problems = [as_problem(problem) for problem in problems]
+        self.device = self.problems[0].device
+        if any(problem.device != self.device for problem in self.problems):
+            raise ValueError(f"problems must be on one device, got {[str(problem.device) for problem in self.problems]}")
+        if families is not None:
+            check_count(families=families)
+            if families >= len(problems):
+                raise ValueError("families must be None, for all problems, or below their number, "
+                                 f"{len(problems)}, got {families}")
+        elif weights is not None:
+            raise ValueError("weights have an effect only with families, got families=None")
+        if weights is not None:
+            weights = check_weights(weights, len(problems))
+        self.weights, self.families = weights, families
+        self.name = f"a mixture of {'; '.join(map(title_of, self.problems))}"
+
+    def to(self, device):
+        return Mixture([problem.to(device) for problem in self.problems], self.weights, self.families)
+
+    def validation_problem(self):
+        """The validation problems of all, whatever `families` is: every validation is on all of them."""
+        validated = [as_problem(problem.validation_problem()) for problem in self.problems]
+        return Mixture([own for problem in validated for own in problem.problems])
+
+    def describe(self):
+        options = dict(weights=self.weights, families=self.families)
+        return f"{kind_of(self)} {options} of {[problem.describe() for problem in self.problems]}"
+
+    def sample(self, meta_batch, generator=None):
+        """Draw `meta_batch` functions of each problem, or of each of the `families` drawn. Returns a list of `MetaBatch`, in the
+        problems' order."""
+        problems = self.problems
+        if self.families is not None:
+            weights = torch.tensor(self.weights or [1.0] * len(problems), dtype=torch.float64)
+            places = torch.multinomial(weights, self.families, generator=generator)
+            problems = [problems[place] for place in sorted(places.tolist())]
+        drawn = [problem.sample(meta_batch, generator=generator) for problem in problems]
+        return [batch for some in drawn for batch in (some if isinstance(some, list) else [some])]
+
+
+def check_weights(weights, count):
+    """A list of that many positive numbers, or an error."""
+    if not isinstance(weights, (list, tuple)) or len(weights) != count:
+        raise ValueError(f"weights must be {count} positive numbers, one for each problem, got {weights!r}")
+    check_positive_number(**{f"weights[{place}]": weight for place, weight in enumerate(weights)})
+    return list(weights)

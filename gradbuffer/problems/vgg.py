@@ -156,7 +156,7 @@ def imagenet_weights(network, count):
                 for layer, _, _, place in itertools.islice(shapes(network), count)}
     except Exception as error:  # a damaged pickle may raise anything
         if isinstance(error, OSError) and not cached:  # urllib's URLError is one
-            raise ConnectionError(f"{weights} could not be downloaded ({error}); download {weights.url} where there is a network and "
-                                  f"put it at {path}") from error
-        raise ValueError(f"{path} cannot be read: truncated, or no checkpoint of {network}; delete it and download {weights.url} "
-                         "again") from error
+            raise ConnectionError(f"{weights} could not be downloaded ({error}); download {weights.url} where there is a "
+                                  f"network and put it at {path}") from error
+        raise ValueError(f"{path} cannot be read: truncated, or no checkpoint of {network}; delete it and download "
+                         f"{weights.url} again") from error
