@@ -8,7 +8,7 @@
 or what `load_optimizer` reads. All optimizers have the same initial weights and minibatches; all but "Adam, constant"
 anneal their rate by a cosine. Each tries as many rates, √10 apart around its own centre, on another seed; an e marks a
 best rate at the end of those tried. "Speed against X": how many times more steps X needs to end as low; ≥ and ≤ mark
-bounds (`gradbuffer.racing.speed_against`).
+bounds (`gradbuffer.problems.races.speed_against`).
 """
 
 import argparse
@@ -22,8 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gradbuffer.racing import SPANS, Contestant, race, smoothed, speed_against, summary  # noqa: E402
-from gradbuffer.tasks import GENERALIZATION, TASKS  # noqa: E402
+from gradbuffer.problems.races import SPANS, Contestant, race, smoothed, speed_against, summary  # noqa: E402
+from gradbuffer.problems.tasks import GENERALIZATION, TASKS  # noqa: E402
 
 ALL = TASKS | GENERALIZATION
 BASELINES = ("AdamW, cosine", "Adam, constant")  # speeds are taken against these, and against the own start
@@ -63,10 +63,10 @@ def muon(params, lr):
 def learned(net):
     """dict from name to `Contestant`: the learned optimizer and, where there is one, its start."""
     from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
-    from gradbuffer.nets.tensorwise import TensorwiseSteps
+    from optimizers import LearnedOptimizer, load_optimizer
 
-    def contestant(network):
-        return Contestant(lambda params, lr: TensorwiseSteps(params, network, lr), 0.003)
+    def contestant(network, lr=0.003):
+        return Contestant(lambda params, lr: LearnedOptimizer(params, network, lr=lr), lr)
 
     start = start_as_normalized_adam(MLPOptimizer())
     if net == "start":
@@ -80,12 +80,10 @@ def learned(net):
                              f"in {net}")
         torch.nn.utils.vector_to_parameters(weights.detach(), trained.parameters())
         return {"learned": contestant(trained), "start": contestant(start)}
-    from optimizers import LearnedOptimizer, load_optimizer
-
     network = load_optimizer(net)
     if isinstance(network, MLPOptimizer):
         return {"learned": contestant(network), "start": contestant(start)}
-    return {"learned": Contestant(lambda params, lr: LearnedOptimizer(params, network, lr=lr), 1.0)}
+    return {"learned": contestant(network, lr=1.0)}
 
 
 def weights_in(net):

@@ -8,7 +8,8 @@ import torch
 
 from conftest import write_mnist
 from gradbuffer.meta_gradients import meta_gradient
-from optimizees import Minibatches, MNISTNet, PerceptronLoss, Quadratics
+from gradbuffer.problems.images import Minibatches
+from optimizees import MNISTNet, PerceptronLoss, Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, NormalizedLSTM, RNNProp
 from gradbuffer.nests import tensors_in
 from gradbuffer.contracts import as_loss
