@@ -1,10 +1,11 @@
 """Learned optimizers: networks that read gradients and write updates.
 
-`CoordinatewiseLSTM` is the optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1 and appendix A). The others have their
-own modules in `gradbuffer.nets`, and their names here: `RNNProp` and `NormalizedLSTM` read what Adam would do, `LSTMWithGAC` and
-`NTMBFGS` have coordinates that tell each other something, `PerKind` is several networks in one. A learned optimizer is any `nn.Module`
-with `init_state(num_coordinates)` and `forward(grad, state) -> (update, state)`; `meta_training` trains a user's own as well as
-these. `LearnedOptimizer` makes a drop-in `torch.optim.Optimizer` of one.
+`CoordinatewiseLSTM` is the optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1 and appendix A). The
+others have their own modules in `gradbuffer.nets`, and their names here: `RNNProp` and `NormalizedLSTM` read what Adam
+would do, `LSTMWithGAC` and `NTMBFGS` have coordinates that tell each other something, `PerKind` is several networks in
+one. A learned optimizer is any `nn.Module` with `init_state(num_coordinates)` and `forward(grad, state) -> (update,
+state)`; `meta_training` trains a user's own as well as these. `LearnedOptimizer` makes a drop-in `torch.optim.Optimizer`
+of one.
 """
 
 import hashlib
@@ -27,8 +28,8 @@ from gradbuffer.nets.readings import READINGS, check_preprocess, log_sign, odd_p
 from gradbuffer.nets.sharing import LSTMWithGAC, NTMBFGS, start_as_coordinatewise
 from gradbuffer.nets.torch_optim import LearnedOptimizer
 
-__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LSTMWithGAC", "LearnedOptimizer", "NTMBFGS", "NonFiniteError", "NormalizedLSTM",
-           "PerKind", "RNNProp", "explain", "load_optimizer", "log_sign", "pretrained_optimizers",
+__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LSTMWithGAC", "LearnedOptimizer", "NTMBFGS", "NonFiniteError",
+           "NormalizedLSTM", "PerKind", "RNNProp", "explain", "load_optimizer", "log_sign", "pretrained_optimizers",
            "save_optimizer", "start_as_adam", "start_as_coordinatewise", "start_as_momentum"]
 
 FILE_FORMAT = 2  # since 2 files hold a digest
@@ -95,8 +96,9 @@ class CoordinatewiseLSTM(LSTMOptimizer):
 
     @property
     def built_in(self):
-        known = READINGS[self.preprocess].built_in if type(self) is CoordinatewiseLSTM else None  # a subclass may read something else
-        return None if known is None else known(self.p)
+        known = READINGS[self.preprocess].built_in
+        own = type(self) is CoordinatewiseLSTM  # a subclass may read something else
+        return known(self.p) if own and known else None
 
 
 @torch.no_grad()
@@ -240,7 +242,8 @@ def save_optimizer(net: nn.Module, path: str | Path, **notes) -> None:
     metadata = {"format": str(FILE_FORMAT), "class": type(net).__name__, "config": json.dumps(net.config)}
     taken = sorted(notes.keys() & {*metadata, "sha256"})
     if taken:
-        raise ValueError(f"notes must have other names than {sorted({*metadata, 'sha256'})}, which the file itself needs; got {taken}")
+        raise ValueError(f"notes must have other names than {sorted({*metadata, 'sha256'})}, which the file itself needs; "
+                         f"got {taken}")
     metadata |= {name: str(note) for name, note in notes.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     for name, tensor in tensors.items():

@@ -18,8 +18,8 @@ WEIGHT = torch.zeros(1, 20)
 
 def without(monkeypatch, package):
     """As if that package were not installed."""
-    installed = choice.installed
-    monkeypatch.setattr(choice, "installed", lambda name: name != package and installed(name))
+    is_installed = choice.is_installed
+    monkeypatch.setattr(choice, "is_installed", lambda name: name != package and is_installed(name))
 
 
 def test_the_first_kind_without_reasons_runs(monkeypatch):
@@ -52,7 +52,7 @@ def test_what_is_asked_for_and_refused(monkeypatch):
         kernels_for(WEIGHT)
     monkeypatch.setenv("L2O_KERNELS", "torch")
     assert reasons_against("numba", WEIGHT, "step") == ["L2O_KERNELS=torch asks for another"]
-    with pytest.raises(ValueError, match=r"no kernels do a step .*'torch': \['the state must be of torch.float32, got torch.bfloat16"):
+    with pytest.raises(ValueError, match="no kernels do a step .*'torch': .* must be of torch.float32, got torch.bf"):
         kernels_for(WEIGHT, "step", state=torch.bfloat16)
 
 
@@ -65,7 +65,7 @@ def test_explain(monkeypatch):
 
 
 def test_no_kind_is_imported_before_it_is_asked():
-    code = "import sys, optimizers; from gradbuffer.kernels.choice import kernels_for; import torch; " \
+    code = "import sys, optimizers, torch; from gradbuffer.kernels.choice import kernels_for; " \
            "kernels_for(torch.zeros(1, 20, device='meta')); print([name for name in ('numba', 'triton') if name in sys.modules])"
     environment = {name: value for name, value in os.environ.items() if name != "L2O_KERNELS"}
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stdout == "[]\n"

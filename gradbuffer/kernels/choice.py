@@ -1,7 +1,7 @@
 """Which kernels run where: for each piece of work the first of `KINDS` that has no reasons against it.
 
-L2O_KERNELS in the environment asks for one: "triton" (on CUDA), "numba", "torch" or "plain". Where that one has reasons against a
-piece of work, the ones after it are asked. "auto", the default, is "numba".
+L2O_KERNELS in the environment asks for one: "triton" (on CUDA), "numba", "torch" or "plain". Where that one has reasons
+against a piece of work, the ones after it are asked. "auto", the default, is "numba".
 """
 
 import functools
@@ -43,16 +43,17 @@ def kernels_for(weight: torch.Tensor, work: str = "step", **needs) -> type[LSTMK
         ValueError: L2O_KERNELS is none of these kinds; or none of the kinds allowed does this.
         ImportError: L2O_KERNELS asks for one whose package is not installed.
     """
-    for name in allowed():
+    for name in kinds_allowed():
         if not refuse(name, weight, work, needs):
             return load(KINDS[name].place)
-    raise ValueError(f"no kernels do a {work} with {needs} for a weight {tuple(weight.shape)} of {weight.dtype} on {weight.device}: "
-                     f"{ {name: reasons_against(name, weight, work, **needs) for name in allowed()} }")
+    reasons = {name: reasons_against(name, weight, work, **needs) for name in kinds_allowed()}
+    raise ValueError(f"no kernels do a {work} with {needs} for a weight {tuple(weight.shape)} of {weight.dtype} on "
+                     f"{weight.device}: {reasons}")
 
 
 def reasons_against(name: str, weight: torch.Tensor, work: str, **needs) -> list[str]:
     """Why the kernels of that name do not do this; empty where they do. Arguments as of `kernels_for`."""
-    if name not in allowed():
+    if name not in kinds_allowed():
         return ["L2O_KERNELS=triton must ask for it" if name == "triton" else f"L2O_KERNELS={asked_for()} asks for another"]
     return refuse(name, weight, work, needs)
 
@@ -62,7 +63,7 @@ def refuse(name, weight, work, needs):
     kind = KINDS[name]
     if kind.devices and weight.device.type not in kind.devices:
         return [f"runs on {' and '.join(kind.devices)}, the network is on {weight.device}"]
-    if kind.needs and not installed(kind.needs):
+    if kind.needs and not is_installed(kind.needs):
         if asked_for() == name:
             raise ImportError(f"L2O_KERNELS={name} needs {kind.needs}, which is not installed: pip install {kind.needs}")
         return [f"{kind.needs} is not installed: pip install {kind.needs}"]
@@ -72,12 +73,12 @@ def refuse(name, weight, work, needs):
 def takes_numba(tensor: torch.Tensor) -> bool:
     """Whether other loops compiled by numba may run on tensors like this one, and can be had."""
     fits = tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
-    return fits and "numba" in allowed() and (has_numba() or asked_for() == "numba")
+    return fits and "numba" in kinds_allowed() and (has_numba() or asked_for() == "numba")
 
 
 def has_numba() -> bool:
     """Whether numba is installed."""
-    return installed("numba")
+    return is_installed("numba")
 
 
 def asked_for() -> str:
@@ -85,7 +86,7 @@ def asked_for() -> str:
     return os.environ.get("L2O_KERNELS", "auto")
 
 
-def allowed():
+def kinds_allowed():
     """The names of `KINDS` from the one that is asked for on."""
     wanted = asked_for()
     if wanted not in ORDERS:
@@ -98,7 +99,7 @@ ORDERS["auto"] = ORDERS["numba"]
 
 
 @functools.cache
-def installed(package):
+def is_installed(package):
     return find_spec(package) is not None
 
 

@@ -83,14 +83,14 @@ class LSTMKernels:
         return None
 
     def replay(self, features: Callable, hidden: torch.Tensor, cells: torch.Tensor, adjoint: torch.Tensor, squash: bool = False,
-               pulled: Callable | None = None, p: float = 0.0, tape=None):
+               pull_inputs: Callable | None = None, p: float = 0.0, tape=None):
         """Gradient of Σ_t ⟨adjoint_t, output_t⟩ with respect to the weights, over recorded inputs.
 
         Args:
             features: function (start, stop) -> (T, inputs, width), what those coordinates read; with `p` the gradients.
             hidden, cells: (layers, H, N), the state at the first step; not changed.
             adjoint: (T, N), the loss's derivative by each output; with `squash` by its tanh.
-            pulled: function (start, stop, dfeatures (T, inputs, width)), called with the derivatives by the features.
+            pull_inputs: function (start, stop, dfeatures (T, inputs, width)), called with the derivatives by the features.
             p: of `log_sign`, where `reads_log_sign` has "replay"; else 0.
             tape: what the steps that led to this have kept; used up.
 
@@ -101,9 +101,9 @@ class LSTMKernels:
         for start in range(0, adjoint.shape[1], REPLAY_BLOCK):
             block = slice(start, start + REPLAY_BLOCK)
             dfeatures, _, *parts = self.by_autograd(features(start, min(block.stop, adjoint.shape[1])), hidden[..., block],
-                                                    cells[..., block], adjoint[:, block], None, squash, pulled is not None)
-            if pulled:
-                pulled(start, start + dfeatures.shape[-1], dfeatures)
+                                                    cells[..., block], adjoint[:, block], None, squash, pull_inputs is not None)
+            if pull_inputs:
+                pull_inputs(start, start + dfeatures.shape[-1], dfeatures)
             total = parts if total is None else add_gradients(total, parts)
         return tuple(total)
 

@@ -371,7 +371,7 @@ def gather_columns(typing, source, row, index, count, out):
 
             def block(number, _):
                 first = builder.mul(number, ir.Constant(INDEX, vectors.length))
-                columns = vectors.transposed([vectors.load(vectors.at(row, first)) for row in rows])
+                columns = vectors.transpose([vectors.load(vectors.at(row, first)) for row in rows])
                 out = vectors.at(target, builder.mul(first, ir.Constant(INDEX, LANES)), place)
                 for k, column in enumerate(columns):
                     vectors.store(column, vectors.at(out, k * LANES))

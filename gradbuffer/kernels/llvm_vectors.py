@@ -177,9 +177,9 @@ class Vectors:
 
     def sums(self, several):
         """As many vectors as a vector has places -> one vector of their sums."""
-        order = self.folded([[number] * self.length for number in range(self.length)],
+        order = self.fold([[number] * self.length for number in range(self.length)],
                             lambda a, b, first, _: [(a + b)[place] for place in first])  # which one's sum comes where
-        return self.folded([several[order.index(number)] for number in range(self.length)], self.add_halves)
+        return self.fold([several[order.index(number)] for number in range(self.length)], self.add_halves)
 
     def add_sums(self, several, pointer):
         """The sum of each vector is added to what is in float64 at the pointer, one after the other."""
@@ -195,7 +195,7 @@ class Vectors:
             place = self.builder.bitcast(self.at(pointer, start), wide.as_pointer())
             self.builder.store(self.builder.fadd(self.builder.load(place, align=8), sums), place, align=8)
 
-    def transposed(self, rows):
+    def transpose(self, rows):
         """A vector's length of vectors, as the rows of a square matrix -> those of its columns."""
         positions, distance = ir.VectorType(ir.IntType(32), self.length), 1
         while distance < self.length:  # squares that far apart change places with those across the diagonal
@@ -208,11 +208,11 @@ class Vectors:
             rows, distance = new, 2 * distance
         return rows
 
-    def folded(self, several, fold):
-        """Vectors become half as many, `fold(a, b, first, second)` of two neighbours, until one is left."""
+    def fold(self, several, join):
+        """Vectors become half as many, `join(a, b, first, second)` of two neighbours, until one is left."""
         size = self.length
         while len(several) > 1:
-            several = [fold(a, b, *self.halves(size)) for a, b in zip(several[::2], several[1::2])]
+            several = [join(a, b, *self.halves(size)) for a, b in zip(several[::2], several[1::2])]
             size //= 2
         return several[0]
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numba
 
-from gradbuffer.kernels.llvm_blocks import (LANES, OUTER, OUTER_OF_ONE_ROW, ROWS, STREAM, add_outer_blocks, add_product_blocks,
-                                            affine_blocks, cell_again_units, cell_back_units, cell_units, copy_numbers, copy_rows,
-                                            fetch_rows, log_sign_row)
+from gradbuffer.kernels.llvm_blocks import (LANES, OUTER, OUTER_OF_ONE_ROW, ROWS, STREAM, add_outer_blocks,
+                                            add_product_blocks, affine_blocks, cell_again_units, cell_back_units, cell_units,
+                                            copy_numbers, copy_rows, fetch_rows, log_sign_row)
 
-__all__ = ["MORE_TILES", "add_product", "affine", "compiled", "digest", "in_order", "load", "load_log_sign", "run_cell", "run_replay",
-           "run_step", "shared_rows", "sources", "store"]
+__all__ = ["MORE_TILES", "add_product", "affine", "compiled", "digest", "in_order", "load", "load_log_sign", "run_cell",
+           "run_replay", "run_step", "shared_rows", "sources", "store"]
 
 TILES, MORE_TILES = 4, 16  # that `run_step` loads together; the latter where rows are so long that `FAR` says so
 FAR = 4096  # from so many columns on the state is no longer in the cache when the next step comes
@@ -30,7 +30,7 @@ FAR = 4096  # from so many columns on the state is no longer in the cache when t
 
 def sources():
     """The files that compiled code may come from."""
-    return sorted(Path(__file__).parent.glob("*.py"))
+    return sorted(file for kind in ("llvm_*.py", "numba_*.py") for file in Path(__file__).parent.glob(kind))
 
 
 def digest(files):
@@ -41,9 +41,9 @@ def digest(files):
 def compiler(*allowed, version=digest(sources())):
     """`numba.njit` that lets LLVM change sums so, and compiles anew when a source has changed.
 
-    numba takes what it has compiled before from `__pycache__` while the function's own file has its date: so the name it is
-    kept by says what was in all of them. Nothing is allocated and no references are counted (`_nrt`), which for every slice would
-    cost an atomic operation or two.
+    numba takes what it has compiled before from `__pycache__` while the function's own file has its date: so the name it
+    is kept by says what was in all of them. Nothing is allocated and no references are counted (`_nrt`), which for every
+    slice would cost an atomic operation or two.
     """
     def compile(function):
         function.__qualname__ += f"-{version}"
@@ -213,7 +213,8 @@ def run_step(weights, biases, output, p, features, offset, hidden, cells, stride
     """One step of the coordinates start … stop. features (inputs, …) begin at coordinate `offset`; if p is not 0 they are
     gradients (1, …), of which log_sign makes two. tape, shares: see `GateTape`; it is number `step` of its `steps`.
 
-    The state before the step, flat, has the strides `strides`, that after it `new_strides`: so far apart are layers, rows and tiles.
+    The state before the step, flat, has the strides `strides`, that after it `new_strides`: so far apart are layers, rows
+    and tiles.
     What some tiles need of a row is read, and written, together: of rows that strides far apart, more of them.
     """
     layers, inputs, tiles = len(weights), 2 if p > 0 else features.shape[0], MORE_TILES if strides[1] >= FAR else TILES

@@ -1,9 +1,9 @@
 """The kernels of the coordinatewise LSTM on a CPU that are compiled by numba.
 
-The optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1). `numba_loops` has the arithmetic; here weights are laid
-out for it, states and gradients are handed over, and the columns are shared among threads. Beside the arguments and results,
-memory holds one scratch of fixed size for each thread, and a `GateTape` of at most 208 MB. `torch_blocks` is the plain version,
-which this one is tested against.
+The optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1). `numba_loops` has the arithmetic; here weights
+are laid out for it, states and gradients are handed over, and the columns are shared among threads. Beside the arguments
+and results, memory holds one scratch of fixed size for each thread, and a `GateTape` of at most 208 MB. `torch_blocks` is
+the plain version, which this one is tested against.
 """
 
 import functools
@@ -114,7 +114,7 @@ class NumbaLSTM(LSTMKernels):
     def tape(self, coordinates, steps):
         return GateTape(self, coordinates, steps)
 
-    def replay(self, features, hidden, cells, adjoint, squash=False, pulled=None, p=0.0, tape=None):
+    def replay(self, features, hidden, cells, adjoint, squash=False, pull_inputs=None, p=0.0, tape=None):
         before, N = (*flat(array(hidden), array(cells)), array(adjoint)), adjoint.shape[1]
         tape = tape if tape and tape.kernels is self and tape.steps == len(adjoint) else None
         kept, none = self.gates_on(tape), np.empty((1, 1, 0), self.weights.dtype)
@@ -122,12 +122,12 @@ class NumbaLSTM(LSTMKernels):
 
         def work(start, stop):
             inputs, sums, scratch = features(start, stop), self.zero_sums(), self.scratch(len(adjoint))
-            dfeatures = torch.empty(inputs.shape if pulled else (1, 1, 0), dtype=self.dtype, device="cpu")
+            dfeatures = torch.empty(inputs.shape if pull_inputs else (1, 1, 0), dtype=self.dtype, device="cpu")
             ahead = 2 * (scratch.nbytes + next_tile) <= CACHE
             run_replay(self.weights, self.transposed, self.biases, self.output, squash, float(p), array(inputs), start, *before,
                        start, stop, array(dfeatures), none, none, *sums, scratch, *kept, ahead)
-            if pulled:
-                pulled(start, stop, dfeatures)
+            if pull_inputs:
+                pull_inputs(start, stop, dfeatures)
             return sums
 
         gradients = self.gradients(parallel_for(work, pieces_of(N, max(REPLAY_CHUNK // len(adjoint), LANES))))
@@ -189,7 +189,8 @@ class NumbaLSTM(LSTMKernels):
     def zero_sums(self):
         """What `run_replay` adds to, in float64: weights' (in blocks 4 × OUTER), biases'; the output's bias's and weight's."""
         blocks = self.layers, self.hidden * -(-self.weights.shape[1] // (4 * self.hidden * OUTER)) * 4 * OUTER
-        return np.zeros(blocks), np.zeros(self.biases.shape), np.zeros(1 + -(-self.hidden // OUTER_OF_ONE_ROW) * OUTER_OF_ONE_ROW)
+        output = 1 + -(-self.hidden // OUTER_OF_ONE_ROW) * OUTER_OF_ONE_ROW
+        return np.zeros(blocks), np.zeros(self.biases.shape), np.zeros(output)
 
     def gradients(self, sums):
         """A list of such sums -> gradients as of `replay`."""
@@ -232,10 +233,10 @@ class GateTape:
         try:
             self.memory = GateTape.spare.pop()
         except IndexError:
-            self.memory = aligned(0)
+            self.memory = allocate_aligned(0)
         if len(self.memory) < needed:
             self.memory = None  # not both at once
-            self.memory = aligned(needed)
+            self.memory = allocate_aligned(needed)
         numbers = self.memory[:needed].view(kernels.weights.dtype)
         self.state, self.gates = numbers[:state].reshape(2, state // 2), numbers[state:]
 
@@ -250,7 +251,7 @@ def most_bytes(windows):
     return min(TAPE_BYTES, 4 * TAPE_BYTES // windows)
 
 
-def aligned(size):
+def allocate_aligned(size):
     """Bytes, the first at a multiple of what a vector takes."""
     memory = np.empty(size + REGISTER, np.uint8)
     start = -memory.ctypes.data % REGISTER
@@ -274,7 +275,7 @@ def in_blocks(rows: int, width: int):
 
 
 def flat(hidden, cells):
-    """What compiled functions are told of a state (layers, H, N), as arrays in one piece, and the strides of layers, rows, tiles."""
+    """What compiled functions are told of a state (layers, H, N): arrays in one piece, and the strides of layers, rows, tiles."""
     return hidden.reshape(-1), cells.reshape(-1), np.array([hidden[0].size, hidden.shape[2], LANES])
 
 

@@ -1,8 +1,8 @@
 """Whole windows on a CPU, compiled by numba: for functions whose operations of torch cost more in being called than in being done.
 
 `record_window` chooses by the data that a loss declares (`contracts.Loss.compiled`); for other data there is no window
-here. The LSTM is that of `numba_loops`; `unrolling.unroll`, and the losses themselves, are what this is tested against. Images lie
-along columns, in tiles as there.
+here. The LSTM is that of `numba_loops`; `unrolling.unroll`, and the losses themselves, are what this is tested against.
+Images lie along columns, in tiles as there.
 """
 
 import functools
@@ -38,7 +38,8 @@ def record_quadratics(data: QuadraticData, kernels, theta, state, step, updates,
     if any(tensor.dtype != theta.dtype or tensor.is_cuda for tensor in data) or kernels.dtype != theta.dtype:
         return None
     functions, n = data.y.shape[:2]
-    if [tuple(part.shape) for part in data] != [(functions, n, n), (functions, n, 1), (functions, n, n)] or functions * n != len(theta):
+    shapes = [(functions, n, n), (functions, n, 1), (functions, n, n)]
+    if [tuple(part.shape) for part in data] != shapes or functions * n != len(theta):
         raise ValueError("quadratics must be W (B, n, n), y (B, n, 1) and 2 Wᵀ, of B functions of n coordinates; got "
                          f"{[tuple(part.shape) for part in data]} for {len(theta)} coordinates")
     W, y, twice = map(array, data)
@@ -65,12 +66,13 @@ def record_perceptrons(data: PerceptronData, kernels, theta, state, step, update
     index, N = torch.stack([data.index(step + t) for t in range(updates + 1)]), len(theta)
     (layers, buffers), theta, hidden = layout(data.sizes, *index.shape[1:]), clone(theta), state[0]
     losses, gradients = theta.new_empty(index.shape[:2]), theta.new_empty(updates + 1, N)
-    tape, own = GateTape(kernels, N, updates) if keep else None, tuple(torch.empty(hidden.shape, dtype=theta.dtype) for _ in range(2))
+    tape, own = GateTape(kernels, N, updates) if keep else None, (hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape))
     end = as_rows(*own)
     between = (*tape.state, tape.strides) if tape and tape.state.size else end
     perceptron_window(*map(array, (data.images, data.labels, index, theta)), layers, ACTIVATIONS.index(data.activation), float(p),
                       *kernels.packed, *as_rows(*state), *between, *end, array(losses), array(gradients),
-                      np.empty(N, kernels.weights.dtype), *buffers(theta.dtype), kernels.scratch(1, MORE_TILES), *kernels.gates_on(tape))
+                      np.empty(N, kernels.weights.dtype), *buffers(theta.dtype), kernels.scratch(1, MORE_TILES),
+                      *kernels.gates_on(tape))
     return losses, gradients, theta, own, tape
 
 

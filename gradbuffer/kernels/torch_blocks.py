@@ -119,7 +119,7 @@ class TorchLSTM(LSTMKernels):
                     dfeatures[:, start:stop] = dbelow
         return dfeatures, *self.packed.gradients(weight_grads, output_grad, bias_grad)
 
-    def replay(self, features, hidden, cells, adjoint, squash=False, pulled=None, p=0.0, tape=None):
+    def replay(self, features, hidden, cells, adjoint, squash=False, pull_inputs=None, p=0.0, tape=None):
         T, N = adjoint.shape
         spans = blocks(N, replay_width(self, T))
         block = activations_for(self, T, spans[0][1])
@@ -130,10 +130,10 @@ class TorchLSTM(LSTMKernels):
             if squash:
                 outputs = torch.einsum("h,thn->tn", self.output_weight, block.top) + self.output_bias
                 block.adjoint *= self.slopes(outputs)
-            dfeatures = inputs.new_empty(*inputs.shape[:2], block.adjoint.shape[1]) if pulled else None
+            dfeatures = inputs.new_empty(*inputs.shape[:2], block.adjoint.shape[1]) if pull_inputs else None
             block.backward(dfeatures)
-            if pulled:
-                pulled(start, stop, dfeatures[..., :stop - start])
+            if pull_inputs:
+                pull_inputs(start, stop, dfeatures[..., :stop - start])
         return self.packed.gradients(block.weight_grads, block.output_grad, block.bias_grad.clone())
 
     def slopes(self, outputs):

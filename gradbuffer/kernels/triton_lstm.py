@@ -109,11 +109,11 @@ class TritonLSTM(LSTMKernels):
             new = [old if old is there else old.copy_(there) for old, there in zip(given, new)]
         return update, *new
 
-    def replay(self, features, hidden, cells, adjoint, squash=False, pulled=None, p=0.0, tape=None):
+    def replay(self, features, hidden, cells, adjoint, squash=False, pull_inputs=None, p=0.0, tape=None):
         """As of `LSTMKernels`, in one launch for each 2^20 coordinates. Its programs keep the states of one block each in memory
         that does not grow with N (REPLAY_BYTES at most, in general)."""
-        if squash or pulled:
-            return super().replay(features, hidden, cells, adjoint, squash, pulled)
+        if squash or pull_inputs:
+            return super().replay(features, hidden, cells, adjoint, squash, pull_inputs)
         (T, N), padded, layers, H = adjoint.shape, self.padded, self.layers, self.hidden
         hidden, cells = hidden.contiguous(), cells.contiguous()
         block = REPLAY_BLOCK[adjoint.dtype]

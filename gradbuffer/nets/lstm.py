@@ -1,7 +1,8 @@
 """What learned optimizers share that are an LSTM with a linear output, run by every coordinate by itself.
 
-Andrychowicz et al. 2016 (arXiv 1606.04474), section 2.1. `optimizers.CoordinatewiseLSTM` and those of `normalized` are such. Where
-autograd records nothing, the arithmetic is that of `gradbuffer.kernels`; `explain` says which kind of kernels does what.
+Andrychowicz et al. 2016 (arXiv 1606.04474), section 2.1. `optimizers.CoordinatewiseLSTM` and those of `normalized` are
+such. Where autograd records nothing, the arithmetic is that of `gradbuffer.kernels`; `explain` says which kind of kernels
+does what.
 """
 
 import torch
@@ -140,7 +141,8 @@ class LSTMOptimizer(Rule, nn.Module):
             steps: so many will be taken, and `replay` will be asked about just these; or None.
 
         Returns:
-            the function; the state that it overwrites, complete after the last of the `steps`; and the `tape` for `replay`, or None.
+            the function; the state that it overwrites, complete after the last of the `steps`; and the `tape` for `replay`,
+            or None.
         """
         self._check(state[0][0, 0], state, state[0].shape[-1:])
         tape = self.kernels().tape(state[0].shape[-1], steps) if steps else None
@@ -151,7 +153,8 @@ class LSTMOptimizer(Rule, nn.Module):
         """See `Rule.in_parts`: some functions after the others, or several at once, each by a thread of its own."""
         return self.kernels().in_parts(work, functions, size, steps)
 
-    def record(self, loss, coordinates, theta: torch.Tensor, state: tuple, step: int, updates: int, keep: bool = False) -> Recorded:
+    def record(self, loss, coordinates, theta: torch.Tensor, state: tuple, step: int, updates: int,
+               keep: bool = False) -> Recorded:
         """See `Rule.record`: in one compiled loop, where there is one for this network and such functions.
 
         Raises:
@@ -165,7 +168,8 @@ class LSTMOptimizer(Rule, nn.Module):
             if window is not None:
                 return with_finite_gradients(Recorded(*window))
         take, own, tape = self.recorder(state, updates if keep else None)
-        return record_by_steps(self, loss, coordinates, theta, state, step, updates, lambda gradient, state: (take(gradient), own), tape)
+        return record_by_steps(self, loss, coordinates, theta, state, step, updates,
+                               lambda gradient, state: (take(gradient), own), tape)
 
     def replay(self, grads: torch.Tensor, state: tuple, adjoint: torch.Tensor, tape=None, read: dict | None = None) -> dict:
         """Gradient of Σ_t ⟨adjoint_t, update_t⟩ with respect to the weights, over recorded inputs.
@@ -214,7 +218,8 @@ class LSTMOptimizer(Rule, nn.Module):
             features = self.embed(readings)[0]
         with torch.no_grad():
             kernels = self.kernels("step_back", squash=self.squash)
-            dfeatures, *parts = kernels.step_back(features.detach(), hidden, cell, self._above(adjoint), dhidden, dcell, self.squash)
+            dfeatures, *parts = kernels.step_back(features.detach(), hidden, cell, self._above(adjoint), dhidden, dcell,
+                                                  self.squash)
             gradients = self._names_of(*parts)
         wanted = trained(self)
         rest = [name for name in wanted if name not in gradients]  # those of `embed`
@@ -227,7 +232,8 @@ class LSTMOptimizer(Rule, nn.Module):
         """What becomes of the output: the update."""
         return self.output_scale * (z.tanh() if self.squash else z)
 
-    def kernels(self, work: str = "step", state: torch.dtype | None = None, squash: bool = False, inputs: bool = False) -> LSTMKernels:
+    def kernels(self, work: str = "step", state: torch.dtype | None = None, squash: bool = False,
+                inputs: bool = False) -> LSTMKernels:
         """What does a piece of work for these weights, made anew only after they have changed; arguments as of
         `LSTMKernels.reasons_against`.
 
@@ -333,12 +339,12 @@ class LSTMOptimizer(Rule, nn.Module):
                 return grads[:, None, start:stop]
             return self.read(grads[:, start:stop], [part[..., start:stop] for part in memory])[0]
 
-        def pulled(start, stop, dfeatures):
+        def pull_inputs(start, stop, dfeatures):
             with torch.enable_grad():
                 pieces.append(torch.autograd.grad(self.embed(readings(start, stop)), list(own.values()), dfeatures))
 
         parts = kernels.replay(lambda a, b: self.embed(readings(a, b)), hidden, cell, self._above(adjoint), self.squash,
-                               pulled if own else None, p, tape)
+                               pull_inputs if own else None, p, tape)
         return self._names_of(*parts) | {name: sum(piece) for name, piece in zip(own, zip(*pieces))}
 
     def __getstate__(self):  # packed weights are a cache: not pickled, not copied

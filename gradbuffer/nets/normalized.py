@@ -1,4 +1,7 @@
-"""Learned optimizers that read what Adam would do: `RNNProp` of Lv, Jiang and Li 2017 (arXiv 1703.03633), and `NormalizedLSTM`."""
+"""Learned optimizers that read what Adam would do: `RNNProp`, and `NormalizedLSTM` for general use.
+
+Lv, Jiang and Li 2017 (arXiv 1703.03633).
+"""
 
 import math
 
@@ -47,7 +50,8 @@ class RNNProp(LSTMOptimizer):
     memory_shapes = [(3,)]
     squash = True
 
-    def __init__(self, hidden_size: int = 20, num_layers: int = 2, beta: float = 0.95, output_scale: float = 0.1, eps: float = 1e-8):
+    def __init__(self, hidden_size: int = 20, num_layers: int = 2, beta: float = 0.95, output_scale: float = 0.1,
+                 eps: float = 1e-8):
         if not (isinstance(beta, (int, float)) and 0 <= beta < 1):
             raise ValueError(f"beta must be a number in [0, 1), got {beta!r}")
         check_positive_number(output_scale=output_scale, eps=eps)
@@ -136,7 +140,8 @@ class NormalizedLSTM(LSTMOptimizer):
             averages = torch.cat([decay * averages[:-1] + (1 - decay) * fresh, time])
             corrected = averages[:-1] / (1 - decay ** time[:, :1])  # t is the same for all
             size = (corrected[-1:] + self.eps**2).sqrt()
-            readings.append(torch.cat([grad[None] / size, corrected[:-1] / size, (time.clamp(max=self.longest) / self.fade).log()]))
+            age = (time.clamp(max=self.longest) / self.fade).log()
+            readings.append(torch.cat([grad[None] / size, corrected[:-1] / size, age]))
         return torch.stack(readings), (averages,)
 
     def embed(self, readings):
@@ -147,10 +152,10 @@ class NormalizedLSTM(LSTMOptimizer):
 def start_as_adam(net: NormalizedLSTM, lr: float, mix: float = 0.3) -> NormalizedLSTM:
     """Write weights into a `NormalizedLSTM` with which it is Adam with a fading learning rate; meta-training starts there.
 
-    The updates are -lr / (1 + t / fade) · ((1 - mix) m̂ + mix ∇) / √v̂ for t = 1, 2, … longest, with m̂ the average of the second
-    of the net's `betas` (the first if there is one only), right to a few per cent where |∇| ≤ 3 √v̂. One unit of each layer
-    does it: its output gate is sigmoid(-log(t / fade)) = 1 / (1 + t / fade). The other units keep their weights and start
-    with output weights of 0: they are there for meta-training to use.
+    The updates are -lr / (1 + t / fade) · ((1 - mix) m̂ + mix ∇) / √v̂ for t = 1, 2, … longest, with m̂ the average of
+    the second of the net's `betas` (the first if there is one only), right to a few per cent where |∇| ≤ 3 √v̂. One unit
+    of each layer does it: its output gate is sigmoid(-log(t / fade)) = 1 / (1 + t / fade). The other units keep their
+    weights and start with output weights of 0: they are there for meta-training to use.
 
     Args:
         net: changed in place.

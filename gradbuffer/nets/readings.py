@@ -60,11 +60,11 @@ def odd_part(tensors: dict, hidden_size: int, input_signs: tuple, shared: int = 
     """The nearest weights with which an LSTM optimizer is odd; of a meta-gradient, its part along such weights.
 
     Optimizees whose coordinates could as well have the other sign, such as random quadratics or a network's weights, give
-    an optimizer no reason to tell the two apart. Under ∇ → -∇ units come in three kinds: *odd* ones change sign (of 20: the first 6), *even* ones stay (the next 2),
-    and the others come in pairs that change places. An LSTM keeps to that if its weights stay the same when rows and
-    columns are exchanged and signed accordingly: gates must be even, candidates are as their units, the linear layers
-    on top are odd. The mean of the weights and of the exchanged ones is the nearest such point. Adam keeps to it too,
-    since tied entries have the same history.
+    an optimizer no reason to tell the two apart. Under ∇ → -∇ units come in three kinds: *odd* ones change sign (of 20:
+    the first 6), *even* ones stay (the next 2), and the others come in pairs that change places. An LSTM keeps to that if
+    its weights stay the same when rows and columns are exchanged and signed accordingly: gates must be even, candidates
+    are as their units, the linear layers on top are odd. The mean of the weights and of the exchanged ones is the nearest
+    such point. Adam keeps to it too, since tied entries have the same history.
 
     Args:
         tensors: dict like `state_dict()`: an `nn.LSTM` under the name "lstm" and linear layers. Not changed.
