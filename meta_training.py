@@ -8,8 +8,8 @@ optimizers `evaluation`; their public names are here too. As a program (`python 
 """
 
 import copy
-import inspect
 import math
+import runpy
 import sys
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -17,30 +17,23 @@ from dataclasses import asdict, dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
-from gradbuffer.checkpoints import (describe_net, describe_problem, named_tuples, plain, read_checkpoint, regroup, unplain,
-                         write_checkpoint)
-from gradbuffer.evaluation import (BASELINES, AccuracyCurves, TunedBaseline, compare, compare_final, device_of, evaluate,
-                        evaluate_baseline, on_device, tune_baseline, tune_baselines)
+from gradbuffer.checkpoints import named_tuples, plain, read_checkpoint, regroup, unplain, write_checkpoint
+from gradbuffer.checks import NonFiniteError, check_count
+from gradbuffer.contracts import Problem, as_problem, as_rule, device_of, on_device, part_of
 from gradbuffer.cuda_graphs import CapturedWindow
-from gradbuffer.needs import ON, refuse_without_effect
-from gradbuffer.horizons import check_curriculum, describe_horizons, horizon_rule
-from gradbuffer.imitation import Imitation, imitation_gradient
-from gradbuffer.meta_gradients import check_gradient_options, meta_gradient
-from gradbuffer.pes import PESState
+from gradbuffer.evaluation import (BASELINES, AccuracyCurves, TunedBaseline, compare, compare_final, evaluate, evaluate_baseline,
+                                   tune_baseline, tune_baselines)
+from gradbuffer.evolution import PESState
+from gradbuffer.imitation import imitation_gradient
+from gradbuffer.meta_gradients import PES, Autograd, Replay, meta_gradient
+from gradbuffer.options import Checkpoint, Curriculum, RandomHorizon, Teacher, Training, Validation, training_of
 from gradbuffer.ranks import Ranks
-from gradbuffer.unrolling import Coordinates, bound, part_of
+from gradbuffer.unrolling import Coordinates, trained
 
-__all__ = ["AccuracyCurves", "BASELINES", "History", "TunedBaseline", "compare", "compare_final", "evaluate",
-           "evaluate_baseline", "meta_gradient", "meta_train", "tune_baseline", "tune_baselines"]
+__all__ = ["AccuracyCurves", "Autograd", "BASELINES", "Checkpoint", "Curriculum", "History", "PES", "RandomHorizon", "Replay", "Teacher",
+           "Training", "TunedBaseline", "Validation", "compare", "compare_final", "evaluate", "evaluate_baseline", "meta_gradient",
+           "meta_train", "tune_baseline", "tune_baselines"]
 
-GRADIENT_OPTIONS = ("method", "second_order", "replay_fraction", "sigma", "pairs", "objective", "adjoint_bound")
-NEEDS = (  # see `gradbuffer.needs`
-    ("sigma pairs", "method", ("pes",)),
-    ("patience", "curriculum", ON),
-    ("imitation_weight", "teacher", ON),
-    ("method second_order objective adjoint_bound cuda_graph", "imitation", range(1)),  # all imitation: there is no meta-loss
-)
 VALIDATION_SEED = 1_000_003  # added to the seed of a run, so that its validation functions are not its training ones
 
 
@@ -81,17 +74,17 @@ class History:
 
 
 def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=1000, lr=0.005, seed=0, device=None, *,
-               warmup=50, clip=1.0, method="replay", second_order=False, replay_fraction=1.0, sigma=0.01, pairs=1,
-               objective="sum", adjoint_bound=None, cuda_graph=False, averaging=0.0, horizons=None, curriculum=None,
-               patience=3, teacher=None, imitation=0.0, imitation_weight=1.0, skip_non_finite=0, validation_every=None,
-               validation_functions=64, checkpoint=None, checkpoint_every=None, callback=None, progress=True):
+               callback=None, progress=True, **options):
     """Meta-train a learned optimizer by truncated backpropagation through the unrolled optimization.
 
     Functions are drawn anew after every `steps` steps; each window of `unroll` updates gives one meta-update by Adam,
     with the meta-gradient clipped by its norm and the learning rate warmed up, then annealed to 0 on a cosine. Every
-    `validation_every` iterations (and at the end) the optimizer is scored on functions that training does not draw:
+    so many iterations (and at the end) the optimizer is scored on functions that training does not draw:
     the sum of the loss over `steps` steps. `net` ends with the weights that scored best, Ctrl-C included: it ends the
     run early, with a warning.
+
+    Of a problem that is a mixture (`optimizees.Mixture`) every iteration takes a window of each of its meta-batches, and sums their
+    meta-gradients; its score is the geometric mean of its problems' scores.
 
     In a process group of `torch.distributed` (`torchrun`), each process takes a slice of every meta-batch and the
     meta-gradients are summed: N processes train as one does, to rounding (what the meta-gradient itself draws,
@@ -102,56 +95,24 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
         net: the learned optimizer; trained in place, and moved to `device`.
         problem: distribution of optimizees to train on. Its `validation_problem()`, if it has one, is validated on;
             else fresh functions of its own.
-        steps: horizon, updates of each function; a multiple of `unroll`.
-        unroll: updates in a window of truncated backpropagation.
-        meta_batch: functions run together; in all processes together, if there are several.
-        iterations: meta-updates, each of one window.
-        lr: the highest meta-learning rate.
-        seed: of the functions; the same seed gives the same run.
+        steps, unroll, meta_batch, iterations, lr, seed: see `Training`.
         device: where to train; default where `net` is.
-        warmup: iterations over which the meta-learning rate rises from 0.
-        clip: largest norm of the meta-gradient, or None for no clipping.
-        method, second_order, replay_fraction, sigma, pairs, objective, adjoint_bound: see `meta_gradient`.
-        cuda_graph: launch each window as one CUDA graph, see `cuda_graphs.CapturedWindow`: for small optimizees, which
-            keep a GPU waiting for Python. Changes no result but by rounding. Only with method="replay",
-            second_order=False and replay_fraction=1.
-        averaging: in [0, 1): validate, and keep, a running average of the weights, φ̄ ← a φ̄ + (1 - a) φ with
-            a = min(averaging, k / (k + 10)) after k iterations. It takes the
-            meta-gradient's noise out of what is kept. Default 0: the weights as they are.
-        horizons: windows until functions are drawn anew, instead of always `steps` / `unroll`: (least, most), drawn
-            uniformly each time, or a function of (iteration, generator) that returns a count.
-        curriculum: horizons to train at before `steps`, such as (20, 50): increasing multiples of `unroll`. Where
-            validation, at the present horizon, has not improved `patience` times in a row, training returns to the best
-            weights of that horizon and goes on at the next. What is kept is the best of the last horizon reached, which
-            is not `steps` if `iterations` end before. Adam's state and the schedule of the meta-learning rate go on.
-            Only with `horizons=None`.
-        patience: validations in a row without improvement, after which a curriculum goes on.
-        teacher: imitate this optimizer: (class of a `torch.optim.Optimizer`, its options), such as
-            (torch.optim.Adam, {"lr": 0.01}), or a learned optimizer. See `imitation_gradient`; `method`, `second_order`
-            and `objective` are of no concern there.
-        imitation: in (0, 1] with a teacher: share of the draws of functions, spread evenly over the run, that it
-            optimizes, in all their windows, while `net` reads the gradients and learns to write its updates. Nothing
-            else is learned from these. Default 0.
-        imitation_weight: positive factor on the imitation loss, ½‖g - ĝ‖² summed over a window, mean over functions.
-            Its gradients go through the same clipping and Adam as meta-gradients, which are often larger by far.
-        skip_non_finite: how many windows in a row may be skipped because a loss, a gradient or the meta-gradient is not
-            finite: the optimizer stays as it is, `History.skipped` notes it, and functions are drawn anew. Validation
-            functions that diverge then score infinity. Default 0: the first one stops the run.
-        validation_every: default a fortieth of `iterations`.
-        validation_functions: how many functions a validation takes; the same ones each time.
-        checkpoint: a file to keep the state of the run in. If it is there already the run goes on from it, and ends
-            as if it had never stopped, to the bit (one process, the same machine and torch). For that, a batch's
-            `loss` must depend on nothing but its arguments and what `sample` drew from the generator (or from torch's).
-        checkpoint_every: iterations from one checkpoint to the next; default `validation_every`.
         callback: called as callback(iterations done, history) after each iteration; in the first process only.
         progress: show a bar with the meta-loss.
+        options: the other options of `Training`, by their names: warmup, clip, averaging, method, cuda_graph, weights, horizon, teacher,
+            meta_optimizer, schedule, skip_non_finite, balance, validation, checkpoint. Those that are objects may be given so, such as
+            method=Replay(second_order=True), or by the names of their own options: second_order, replay_fraction, objective and
+            adjoint_bound (see `Replay`), sigma, pairs, hold and per_function (`PES`), horizons=(least, most), curriculum and patience
+            (`Curriculum`), imitation and imitation_weight, with teacher=(class of `torch.optim`, its options) or a learned
+            optimizer (`Teacher`), validation_every and validation_functions (`Validation`), checkpoint_every and on_mismatch
+            (`Checkpoint`).
 
     Returns:
         `History`.
 
     Raises:
-        ValueError, TypeError: an argument is not as above, or has no effect beside the others; `checkpoint` is damaged, no checkpoint, or that of a run
-            with other settings.
+        ValueError, TypeError: an argument is not as above, or has no effect beside the others; `checkpoint` is damaged, no checkpoint,
+            or that of a run with other settings.
         OSError: `checkpoint` cannot be written; an older one there is as it was.
         NonFiniteError: the meta-loss or the meta-gradient stopped being finite; names the iteration. `net` then has
             the best weights so far.
@@ -166,53 +127,20 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
 
     Reference: Andrychowicz et al. 2016, section 3; curriculum and imitation: Chen et al. 2020 (arXiv 2010.09089).
     """
-    options = dict(locals())
-    check_count(steps=steps, unroll=unroll, meta_batch=meta_batch, iterations=iterations,
-                validation_functions=validation_functions, patience=patience)
-    check_count(least=0, warmup=warmup, seed=seed, skip_non_finite=skip_non_finite)
-    if steps % unroll:
-        raise ValueError(f"unroll must divide steps, got unroll={unroll} and steps={steps}")
-    check_positive_number(lr=lr)
-    if clip is not None:
-        check_positive_number(clip=clip)
-    if isinstance(averaging, bool) or not (isinstance(averaging, (int, float)) and 0 <= averaging < 1):
-        raise ValueError(f"averaging must be a number in [0, 1), got {averaging!r}")
-    check_curriculum(curriculum, steps, unroll, horizons)
-    validation_every = validation_every or max(1, iterations // 40)
-    checkpoint_every = checkpoint_every or validation_every
-    check_count(validation_every=validation_every, checkpoint_every=checkpoint_every)
+    options = training_of(net, steps=steps, unroll=unroll, meta_batch=meta_batch, iterations=iterations, lr=lr, seed=seed, **options)
     device = device_of(net, device)
     net.to(device)
-    if teacher is None and imitation != 0:
-        raise ValueError(f"imitation needs a teacher, got imitation={imitation!r} and teacher=None")
-    imitation = None if teacher is None else Imitation(teacher, imitation, imitation_weight, net)
-    settings = dict(steps=steps, unroll=unroll, meta_batch=meta_batch, iterations=iterations, lr=lr, seed=seed,
-                    warmup=warmup, clip=clip, method=method, second_order=second_order,
-                    replay_fraction=replay_fraction, sigma=sigma, pairs=pairs, objective=objective,
-                    adjoint_bound=adjoint_bound, averaging=averaging, horizons=describe_horizons(horizons),
-                    curriculum=curriculum and f"{tuple(curriculum)} with patience {patience}",
-                    teacher=imitation and imitation.describe(),
-                    validation_every=validation_every, validation_functions=validation_functions, net=describe_net(net),
-                    problem=describe_problem(problem))
-    check_gradient_options(net, **{name: settings[name] for name in GRADIENT_OPTIONS})
-    if cuda_graph and (method, second_order, replay_fraction) != ("replay", False, 1):
-        raise ValueError('cuda_graph=True needs method="replay", second_order=False and replay_fraction=1, got '
-                         f"{method!r}, {second_order} and {replay_fraction}")
-    given = {name for name, parameter in inspect.signature(meta_train).parameters.items()
-             if parameter.default is not parameter.empty and options[name] != parameter.default}
-    refuse_without_effect(NEEDS, options, given)
-    run = Run(net, on_device(problem, device), settings, horizon_rule(horizons, steps // unroll), skip_non_finite,
-              curriculum, patience, imitation, cuda_graph)
+    run = Run(net, on_device(problem, device), options)
     try:
-        run.begin(checkpoint)
+        run.begin()
         with tqdm(total=iterations, initial=run.iteration, desc="meta-training", unit="it",
                   disable=not progress or run.ranks.rank > 0) as bar:
             while run.iteration < iterations:
                 run.advance()
-                if run.iteration % validation_every == 0 or run.iteration == iterations:
+                if run.iteration % options.validation_every == 0 or run.iteration == iterations:
                     run.validate()
-                if checkpoint is not None and (run.iteration % checkpoint_every == 0 or run.iteration in (1, iterations)):
-                    run.save(checkpoint)  # after the first too: a place that cannot be written is found out early
+                if options.checkpoint and (run.iteration % options.checkpoint_every == 0 or run.iteration in (1, iterations)):
+                    run.save()  # after the first too: a place that cannot be written is found out early
                 if callback is not None and run.ranks.rank == 0:
                     callback(run.iteration, run.history)
                 bar.update()
@@ -227,53 +155,74 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
     return run.history
 
 
+class Functions:
+    """A meta-batch on its way: where its functions are, and what moves them."""
+
+    def __init__(self, net, batch, teacher):
+        coordinates = Coordinates(batch.params)
+        self.batch, self.params = batch, batch.params
+        self.state = as_rule(net, coordinates).init_state(sum(coordinates.sizes))
+        self.demonstration = teacher and teacher.begin(batch.params)
+
+    def carried(self):
+        """What it takes to go on: params, and the state, that of the teacher beside it if there is one."""
+        return self.params, self.state if self.demonstration is None else (self.state, self.demonstration.state_dict())
+
+    def carry_on(self, params, state):
+        if self.demonstration is not None:
+            state, taught = state
+            self.demonstration.go_on(params, taught)
+        device = next(iter(self.params.values())).device
+        self.params, self.state = unplain((params, state), device, [PESState, *named_tuples(self.state)])
+
+
 class Run:
     """A meta-training run: what changes from window to window, how it goes on, and how it is saved and restored."""
 
-    def __init__(self, net, problem, settings, horizon, skip_non_finite, curriculum=None, patience=1, imitation=None,
-                 cuda_graph=False):
-        self.net, self.problem, self.settings = net, problem, settings
-        self.validation = problem.validation_problem() if hasattr(problem, "validation_problem") else problem
-        self.horizon, self.skip_non_finite = horizon, skip_non_finite
+    def __init__(self, net, problem: Problem, options: Training):
+        self.net, self.problem, self.options = net, problem, options
+        self.validation, self.settings = as_problem(problem.validation_problem()), options.describe(net, problem)
         self.ranks = Ranks()
-        self.first, self.last = self.ranks.share(settings["meta_batch"])
-        self.trained = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
-        self.adam = torch.optim.Adam(self.trained.values(), lr=settings["lr"])
-        self.generator = torch.Generator().manual_seed(settings["seed"])
-        self.curriculum, self.patience, self.imitation = (*(curriculum or ()), settings["steps"]), patience, imitation
+        self.first, self.last = self.ranks.share(options.meta_batch)
+        self.trained = trained(as_rule(net))
+        make = options.meta_optimizer or (lambda params: torch.optim.Adam(params, lr=options.lr))
+        self.adam = make(list(self.trained.values()))
+        self.rates = [group["lr"] for group in self.adam.param_groups]
+        self.generator = torch.Generator().manual_seed(options.seed)
+        stages = options.horizon.curriculum if isinstance(options.horizon, Curriculum) else ()
+        self.curriculum = (*stages, options.steps)
         self.history, self.iteration, self.best = History(), 0, copy.deepcopy(net.state_dict())
         self.start = self.best  # what training begins with
-        if curriculum:
-            self.history.stages.append((0, curriculum[0]))
-        self.averaged = copy.deepcopy(net) if settings["averaging"] else net
-        self.cuda_graph, self.captured = cuda_graph, None
-        self.batch, self.draws = None, 0  # the functions in hand (None: to be drawn), how many draws there were
+        if stages:
+            self.history.stages.append((0, stages[0]))
+        self.averaged = copy.deepcopy(net) if options.averaging else net
+        self.captured, self.sizes = {}, {}  # CUDA graphs and mean squares of meta-gradients, by the place of a mixture's problem
+        self.functions, self.draws = None, 0  # those in hand (None: to be drawn), how many draws there were
 
     @property
     def steps(self):
         """The present horizon."""
-        return self.history.stages[-1][1] if self.history.stages else self.settings["steps"]
+        return self.history.stages[-1][1] if self.history.stages else self.options.steps
 
     def draw(self):
         """New functions. What it takes to draw these again is kept."""
         self.drawn_from, self.drawn_at = self.random_state(), self.iteration
-        self.windows = self.horizon(self.iteration, self.generator)
+        self.windows = self.options.windows(self.iteration, self.generator)
         if self.history.stages:
-            self.windows = self.steps // self.settings["unroll"]
+            self.windows = self.steps // self.options.unroll
         check_count(horizons=self.windows)
-        batch = self.problem.sample(self.settings["meta_batch"], generator=self.generator)
-        self.batch = batch if self.ranks.size == 1 else part_of(batch, self.first, self.last)
-        self.params, self.step = self.batch.params, 0
-        coordinates = Coordinates(self.params)
-        self.state = bound(self.net, coordinates).init_state(sum(coordinates.sizes))
-        imitates = self.imitation is not None and self.imitation.comes(self.draws)
-        self.demonstration = self.imitation.begin(self.params) if imitates else None
+        batches, teacher = self.problem.sample(self.options.meta_batch, generator=self.generator), self.options.teacher
+        self.imitates = teacher is not None and teacher.comes(self.draws)
+        self.functions, self.step = [], 0
+        for batch in batches if isinstance(batches, list) else [batches]:
+            own = batch if self.ranks.size == 1 else part_of(batch, self.first, self.last)
+            self.functions.append(Functions(self.net, own, teacher if self.imitates else None))
         self.draws += 1
 
     def advance(self):
         """One iteration: a window and the meta-update by its meta-gradient, or the note that it was skipped."""
-        settings, history = self.settings, self.history
-        rate = schedule(self.iteration, settings["iterations"], settings["warmup"]) * settings["lr"]
+        options, history = self.options, self.history
+        factor = (options.schedule or self.schedule)(self.iteration, options.iterations)
         try:
             grads, (meta_loss, *squares, imitation) = self.window()
             norm = torch.linalg.vector_norm(torch.stack([grad.norm() for grad in grads.values()])).item()
@@ -285,60 +234,79 @@ class Run:
         else:
             change, before, after = (square**0.5 for square in squares)
             update_size = change / max(before, after, sys.float_info.min)
-            clip = settings["clip"]
-            apply_meta_gradient(self.adam, self.trained, grads, rate, min(1.0, clip / (norm + 1e-12)) if clip else 1.0)
+            clipped = min(1.0, options.clip / (norm + 1e-12)) if options.clip else 1.0
+            for name, parameter in self.trained.items():
+                parameter.grad = grads[name] * clipped
+            for group, rate in zip(self.adam.param_groups, self.rates):
+                group["lr"] = factor * rate
+            self.adam.step()
+            self.adam.zero_grad()
             self.average()
-            if self.demonstration is not None:
+            if self.imitates:
                 history.imitation.append((self.iteration, imitation))
-        for record, value in ((history.meta_loss, meta_loss), (history.grad_norm, norm), (history.lr, rate),
+        for record, value in ((history.meta_loss, meta_loss), (history.grad_norm, norm), (history.lr, factor * self.rates[0]),
                               (history.update_size, update_size)):
             record.append(value)
         self.iteration += 1
 
+    def schedule(self, iteration, iterations):
+        """A linear warm-up, then half a cosine down to 0."""
+        return min(1.0, (iteration + 1) / (self.options.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+
     @torch.no_grad()
     def average(self):
         if self.averaged is not self.net:
-            kept = min(self.settings["averaging"], self.iteration / (self.iteration + 10))
+            kept = min(self.options.averaging, self.iteration / (self.iteration + 10))
             for average, now in zip(self.averaged.parameters(), self.net.parameters()):
                 average.lerp_(now, 1 - kept)
 
     def window(self):
         """The next window's meta-gradient, and [meta-loss, squares of ‖θ_T - θ_0‖, ‖θ_0‖, ‖θ_T‖, imitation loss]."""
-        if self.batch is None:
+        if self.functions is None:
             self.draw()
-        settings, start = self.settings, self.params
-        share = (self.last - self.first) / settings["meta_batch"]
+        share = (self.last - self.first) / self.options.meta_batch
         grads = figures = failure = None
         try:
-            if self.demonstration is None:
-                grads, info = self.meta_gradient(start)
-            else:
-                grads, info = imitation_gradient(self.net, self.batch, self.demonstration, self.state, self.step,
-                                                 settings["unroll"], self.imitation.weight, settings["replay_fraction"],
-                                                 self.window_generator())
+            found = [self.window_of(functions, place) for place, functions in enumerate(self.functions)]
         except NonFiniteError as error:
             failure = error
         else:
-            grads = {name: grad * share for name, grad in grads.items()}
-            imitation = 0.0 if self.demonstration is None else info.imitation.item() * share
-            figures = [info.losses.mean().item() * share, *squares_of_change(start, info.params), imitation]
-            self.params, self.state, self.step = info.params, info.state, self.step + settings["unroll"]
-            if self.step >= self.windows * settings["unroll"]:
-                self.batch = None
+            grads = {name: sum(grads[name] for grads, _ in found) * share for name in self.trained}
+            loss, *squares, imitation = (sum(figures) for figures in zip(*(figures for _, figures in found)))
+            figures = [loss / len(found) * share, *squares, imitation * share]
+            self.step += self.options.unroll
+            if self.step >= self.windows * self.options.unroll:
+                self.functions = None
         return self.ranks.sum(grads, figures, failure)
 
-    def meta_gradient(self, start):
-        settings, window = self.settings, (self.batch, start, self.state)
-        if not self.cuda_graph:
-            return meta_gradient(self.net, *window, self.step, settings["unroll"], generator=self.window_generator(),
-                                 **{name: settings[name] for name in GRADIENT_OPTIONS})
-        if self.captured is None or not self.captured.fits(*window, self.step):
-            self.captured = CapturedWindow(self.net, *window, settings["unroll"], settings["objective"])
-        return self.captured(*window, self.step)
+    def window_of(self, functions, place):
+        """The same of one meta-batch, which goes on."""
+        start, unroll = functions.params, self.options.unroll
+        if functions.demonstration is not None:
+            grads, info = imitation_gradient(self.net, functions.batch, functions.demonstration, functions.state, self.step, unroll,
+                                             self.options.teacher.weight, replay_fraction_of(self.options.method), self.window_generator(place))
+        else:
+            grads, info = self.meta_gradient(functions, place)
+        functions.params, functions.state = info.params, info.state
+        if self.options.balance:
+            square = sum(grad.square().sum().item() for grad in grads.values())
+            self.sizes[place] = 0.99 * self.sizes.get(place, square) + 0.01 * square
+            grads = {name: grad / (self.sizes[place] ** 0.5 + 1e-12) for name, grad in grads.items()}
+        imitation = 0.0 if functions.demonstration is None else info.imitation.item()
+        return grads, [info.losses.mean().item(), *squares_of_change(start, info.params), imitation]
 
-    def window_generator(self):
+    def meta_gradient(self, functions, place):
+        window = functions.batch, functions.params, functions.state
+        if not self.options.cuda_graph:
+            return meta_gradient(self.net, *window, self.step, self.options.unroll, self.options.method,
+                                 weights=self.options.weights_at(self.step), generator=self.window_generator(place))
+        if place not in self.captured or not self.captured[place].fits(*window, self.step):
+            self.captured[place] = CapturedWindow(self.net, *window, self.options.unroll, self.options.method.objective)
+        return self.captured[place](*window, self.step)
+
+    def window_generator(self, place):
         """For what the meta-gradient draws: a generator of its own, so that the functions depend on the seed alone."""
-        number = (self.settings["seed"] * 1_000_003 + self.iteration) * self.ranks.size + self.ranks.rank
+        number = (self.options.seed * 1_000_003 + self.iteration) * self.ranks.size + self.ranks.rank + (place << 40)
         return torch.Generator().manual_seed(number % 2**63)
 
     def skip(self, error):
@@ -346,36 +314,39 @@ class Run:
         skipped, before = self.history.skipped, 0
         while before < len(skipped) and skipped[-1 - before][0] == self.iteration - 1 - before:
             before += 1
-        if before >= self.skip_non_finite:
+        if before >= self.options.skip_non_finite:
             after = f" after {before} skipped windows in a row" if before else ""
             raise stopped(self.iteration, f"{error}{after}") from error
         skipped.append((self.iteration, str(error)))
-        self.batch = None
+        self.functions = None
 
     def validate(self):
         """Score the optimizer; where the best of a curriculum's stage has stood long enough, go on to the next."""
         self.score()
         history, later = self.history, [steps for steps in self.curriculum if steps > self.steps]
         waited = sum(iteration > history.best_iteration for iteration, _ in history.validation)
-        if later and waited >= self.patience and self.iteration < self.settings["iterations"]:
+        if later and waited >= self.options.horizon.patience and self.iteration < self.options.iterations:
             for net in (self.net, self.averaged):
                 net.load_state_dict(self.best)
             history.stages.append((self.iteration, later[0]))
             history.best_iteration, history.best_validation = self.iteration, math.inf
-            self.batch = None
+            self.functions = None
             self.score()
 
     def score(self):
         """Score the optimizer at the present horizon (on the first rank, for all), and keep it if it is the best."""
         def score():
-            try:
-                losses = evaluate(self.averaged, self.validation, self.steps, self.settings["validation_functions"],
-                                  self.settings["seed"] + VALIDATION_SEED)
-            except NonFiniteError as error:
-                if not self.skip_non_finite:
-                    raise stopped(self.iteration - 1, f"in validation, {error}") from error
-                return math.inf
-            score = losses.sum(1).mean().item()
+            logs = []
+            for problem in self.validation.problems:
+                try:
+                    losses = evaluate(self.averaged, problem, self.steps, self.options.validation.validation_functions,
+                                      self.options.seed + VALIDATION_SEED)
+                except NonFiniteError as error:
+                    if not self.options.skip_non_finite:
+                        raise stopped(self.iteration - 1, f"in validation, {error}") from error
+                    return math.inf
+                logs.append(losses.sum(1).mean().item())
+            score = logs[0] if len(logs) == 1 else math.exp(sum(map(math.log, logs)) / len(logs))
             return score if math.isfinite(score) else math.inf
 
         score, history = self.ranks.on_first(score), self.history
@@ -386,37 +357,39 @@ class Run:
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def begin(self, checkpoint):
+    def begin(self):
         """Take up the run where its checkpoint left it, or begin it, every rank from the first rank's weights."""
         content = None
-        if checkpoint is not None:
-            content = self.ranks.on_first(lambda: read_checkpoint(checkpoint, self.settings))
+        if self.options.checkpoint is not None:
+            path, restart = self.options.checkpoint.checkpoint, self.options.checkpoint.on_mismatch == "restart"
+            content = self.ranks.on_first(lambda: read_checkpoint(path, self.settings, restart))
         if content is not None:
             best = self.best
             try:
                 self.restore(content)
             except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
                 self.best = best
-                raise ValueError(f"{checkpoint} is whole as a file, but does not describe this run: {type(error).__name__}: {error}. "
+                raise ValueError(f"{path} is whole as a file, but does not describe this run: {type(error).__name__}: {error}. "
                                  "Remove it to begin anew") from error
         elif self.ranks.size > 1:
             self.net.load_state_dict(self.ranks.on_first(lambda: plain(dict(self.net.state_dict()))))
             self.best = self.start = copy.deepcopy(self.net.state_dict())
             self.averaged.load_state_dict(self.best)
 
-    def save(self, checkpoint):
+    def save(self):
         content = {"iteration": self.iteration, "history": asdict(self.history), "random": self.random_state(),
                    "net": dict(self.net.state_dict()), "averaged": dict(self.averaged.state_dict()),
                    "best": dict(self.best), "start": dict(self.start), "adam": self.adam.state_dict(), "draws": self.draws,
                    "window": None}
-        if self.batch is not None:  # in the middle of an unroll
-            state, imitates = self.state, self.demonstration is not None
-            if imitates:
-                state = state, self.demonstration.state_dict()
-            parts = self.ranks.gather(plain((self.first, self.last, self.params, state)))
+        if self.sizes:
+            content["sizes"] = self.sizes
+        if self.functions is not None:  # in the middle of an unroll
+            carried = [functions.carried() for functions in self.functions]
+            params, state = carried[0] if len(carried) == 1 else zip(*carried)
+            parts = self.ranks.gather(plain((self.first, self.last, params, state)))
             content["window"] = {"step": self.step, "drawn_at": self.drawn_at, "drawn_from": self.drawn_from,
-                                 "imitates": imitates, "parts": parts}
-        self.ranks.on_first(lambda: write_checkpoint(checkpoint, plain(content), self.settings))
+                                 "imitates": self.imitates, "parts": parts}
+        self.ranks.on_first(lambda: write_checkpoint(self.options.checkpoint.checkpoint, plain(content), self.settings))
 
     def restore(self, content):
         for net, name in ((self.net, "best"), (self.averaged, "averaged"), (self.net, "net")):
@@ -427,21 +400,19 @@ class Run:
             raise ValueError(f"its history has {len(self.history.meta_loss)} iterations, not {content['iteration']}")
         self.draws = content.get("draws", 0)  # files from before there was imitation have none
         self.start = content.get("start", self.start)  # nor have older ones this
+        self.sizes = content.get("sizes", {})
         window = content["window"]
         if window is not None:
-            parts, divisible = window["parts"], getattr(self.net, "coordinatewise", False)
-            divisible = divisible and self.settings["method"] != "pes" and not window.get("imitates")
+            parts, several = window["parts"], isinstance(window["parts"][0][2], tuple)
+            divisible = as_rule(self.net).coordinatewise and not isinstance(self.options.method, PES) and not window.get("imitates")
+            divisible = divisible and not several
             if divisible or len(parts) == self.ranks.size:  # else these ranks begin with new functions
-                carried = regroup(parts, self.first, self.last, divisible)
+                params, state = regroup(parts, self.first, self.last, divisible)
                 self.set_random_state(window["drawn_from"])
                 self.iteration, self.draws = window["drawn_at"], self.draws - 1
                 self.draw()
-                device = next(iter(self.params.values())).device
-                params, state = carried
-                if self.demonstration is not None:
-                    state, taught = state
-                    self.demonstration.go_on(params, taught)
-                self.params, self.state = unplain((params, state), device, [PESState, *named_tuples(self.state)])
+                for functions, *carried in zip(self.functions, *((params, state) if several else ([params], [state]))):
+                    functions.carry_on(*carried)
                 self.step = window["step"]
         self.set_random_state(content["random"])
         self.iteration = content["iteration"]
@@ -454,18 +425,9 @@ class Run:
         torch.set_rng_state(state[1])
 
 
-def schedule(iteration, iterations, warmup):
-    """Factor of the meta-learning rate: a linear warm-up, then half a cosine down to 0."""
-    return min(1.0, (iteration + 1) / (warmup + 1)) * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
-
-
-def apply_meta_gradient(adam, trained, grads, lr, factor):
-    for name, parameter in trained.items():
-        parameter.grad = grads[name] * factor
-    for group in adam.param_groups:
-        group["lr"] = lr
-    adam.step()
-    adam.zero_grad()
+def replay_fraction_of(method):
+    """Imitation replays as `Replay` does; other methods have no share of it."""
+    return method.replay_fraction if isinstance(method, Replay) else 1.0
 
 
 def squares_of_change(start, end):
@@ -480,6 +442,4 @@ def stopped(iteration, cause):
 
 
 if __name__ == "__main__":
-    from gradbuffer.command_line import main  # which imports this module under its own name
-
-    sys.exit(main())
+    runpy.run_module("gradbuffer.command_line", run_name="__main__")  # the program, which imports this module under its own name

@@ -19,7 +19,7 @@ from gradbuffer.checks import check_count
 from gradbuffer.data.cifar10 import ColorImages, check_color_images, load_cifar10
 from gradbuffer.kernels.choice import takes_numba
 from gradbuffer.data.mnist import load_mnist
-from gradbuffer.unrolling import MetaBatch, in_parts
+from gradbuffer.contracts import Loss, MetaBatch, PerceptronData, Problem, QuadraticData, as_problem, in_parts, kind_of
 
 __all__ = ["CIFAR10Net", "ConvexTerms", "MNISTNet", "MetaBatch", "Mirrored", "Quadratics", "RandomScaling"]
 
@@ -36,7 +36,7 @@ def check_split(split):
         raise ValueError(f'split must be "train", "validation" or "test", got {split!r}')
 
 
-class Quadratics:
+class Quadratics(Problem):
     """Random quadratics f(θ) = ‖Wθ − y‖², the elements of W and y from N(0, 1), θ_0 = 0.
 
     Args:
@@ -71,7 +71,7 @@ class Quadratics:
         return in_parts({"theta": torch.zeros(meta_batch, self.dim, dtype=self.dtype, device=self.device)}, QuadraticLoss(W, y))
 
 
-class QuadraticLoss:
+class QuadraticLoss(Loss):
     """‖Wθ − y‖² of B functions, W (B, n, n) and y (B, n, 1)."""
 
     def __init__(self, W, y, twice=None):
@@ -79,9 +79,10 @@ class QuadraticLoss:
         # one function: products without a batch cost half as much
         self.alone = (self.W[0], self.y[0, :, 0], self.twice[0]) if len(W) == 1 else None
 
-    @property
-    def quadratics(self):
-        return self.W, self.y, self.twice
+    divisible = True
+
+    def compiled(self, shapes):
+        return QuadraticData(self.W, self.y, self.twice)
 
     def residual(self, params):
         return torch.baddbmm(self.y, self.W, params["theta"].unsqueeze(-1), beta=-1)
@@ -99,7 +100,7 @@ class QuadraticLoss:
 
     def part(self, first, last):
         """The loss of functions first … last - 1."""
-        return QuadraticLoss(*(tensor[first:last] for tensor in self.quadratics))
+        return QuadraticLoss(*(tensor[first:last] for tensor in self.tensors(0)))
 
     def with_gradient(self, params, step):
         """Losses (B,) and their gradient 2 Wᵀ(Wθ − y), a dict like params, without a graph."""
@@ -111,24 +112,24 @@ class QuadraticLoss:
         return torch.bmm(residual.mT, residual).view(-1), {"theta": torch.bmm(self.twice, residual).squeeze(-1)}
 
 
-class Variation:
+class Variation(Problem):
     """A problem made of another one's functions: what `RandomScaling`, `Mirrored` and `ConvexTerms` share.
 
     Validation, in `meta_train`, is on the other problem's own functions: they are what the optimizer is for.
     """
 
     def __init__(self, problem):
-        if not hasattr(problem, "sample"):
-            raise TypeError(f"problem must have sample(meta_batch, generator), got {type(problem).__name__}")
-        self.problem = problem
+        self.problem = as_problem(problem)
 
     @property
     def device(self):
-        return getattr(self.problem, "device", torch.device("cpu"))
+        return self.problem.device
 
     def validation_problem(self):
-        problem = self.problem
-        return problem.validation_problem() if hasattr(problem, "validation_problem") else problem
+        return self.problem.validation_problem()
+
+    def describe(self):
+        return f"{super().describe()} of {self.problem.describe()}"
 
 
 class RandomScaling(Variation):
@@ -154,7 +155,7 @@ class RandomScaling(Variation):
             raise ValueError(f"radius must be a number in [0, 20], got {radius!r}")
         self.radius, self.signs = radius, bool(signs)
         self.options = dict(radius=self.radius, signs=self.signs)
-        self.name = f"{getattr(problem, 'name', type(problem).__name__)}, randomly scaled"
+        self.name = f"{self.problem.name or kind_of(self.problem)}, randomly scaled"
 
     def to(self, device):
         """The same distribution on another device."""
@@ -204,7 +205,7 @@ class Mirrored(Variation):
     def __init__(self, problem):
         super().__init__(problem)
         self.options = {}
-        self.name = f"{getattr(problem, 'name', type(problem).__name__)}, mirrored"
+        self.name = f"{self.problem.name or kind_of(self.problem)}, mirrored"
 
     def to(self, device):
         """The same distribution on another device."""
@@ -262,7 +263,7 @@ class ConvexTerms(Variation):
         super().__init__(problem)
         check_count(dim=dim)
         self.dim, self.options = dim, dict(dim=dim)
-        self.name = f"{getattr(problem, 'name', type(problem).__name__)} and a convex term"
+        self.name = f"{self.problem.name or kind_of(self.problem)} and a convex term"
 
     def to(self, device):
         """The same distribution on another device."""
@@ -298,7 +299,7 @@ ACTIVATIONS = {"sigmoid": (torch.sigmoid, torch.ops.aten.sigmoid_backward),
                "tanh": (torch.tanh, torch.ops.aten.tanh_backward)}
 
 
-class ImageNets:
+class ImageNets(Problem):
     """What the networks on images below share: their `options` rebuild them, on another device or split."""
 
     def to(self, device):
@@ -429,11 +430,13 @@ def drawn_batch_size(batch_size, generator):
     return round(least * (most / least) ** torch.rand((), generator=generator, dtype=torch.float64).item())
 
 
-class PerceptronLoss:
+class PerceptronLoss(Loss):
     """Mean cross-entropy of B multilayer perceptrons, params weight0 (B, inputs, units), bias0 (B, units), weight1, …
 
     `minibatch(step)` gives images (B, batch, inputs) and labels (B, batch). activation: a name of `ACTIVATIONS`.
     """
+
+    divisible = True
 
     def __init__(self, minibatch, activation):
         self.minibatch, self.activation = minibatch, activation
@@ -484,21 +487,20 @@ class PerceptronLoss:
                 d = ACTIVATIONS[self.activation][1](torch.bmm(params[f"weight{layer}"], d), inputs[layer])
         return losses, gradients
 
-    def perceptrons(self, shapes):
-        """What `numba_perceptrons` wants to know of this loss, of parameters of these shapes: images, labels, a function
-        index(step) -> (B, batch), the layers' sizes and the activation; or None if it is not for that."""
+    def compiled(self, shapes):
         names = [f"{kind}{layer}" for layer in range(len(shapes) // 2) for kind in ("weight", "bias")]
         if not isinstance(self.minibatch, Chosen) or list(shapes) != names:
             return None
-        return *self.minibatch, [self.minibatch.images.shape[1], *(shapes[name][1] for name in names[1::2])], self.activation
+        sizes = [self.minibatch.images.shape[1], *(shapes[name][1] for name in names[1::2])]
+        return PerceptronData(*self.minibatch, sizes, self.activation)
 
     def with_vector_gradient(self, theta, shapes, step):
-        """`with_gradient` for parameters in one vector, by compiled loops: see `MetaBatch`."""
-        found = self.perceptrons(shapes)
-        if not found or not takes_numba(theta) or found[0].dtype != theta.dtype:
+        """`with_gradient` for parameters in one vector, by compiled loops: see `Loss`."""
+        data = self.compiled(shapes)
+        if data is None or not takes_numba(theta) or data.images.dtype != theta.dtype:
             return None
-        images, labels, index, *rest = found
-        return import_module("gradbuffer.kernels.numba_perceptrons").losses_and_gradient(images, labels, index(step), theta, *rest)
+        return import_module("gradbuffer.kernels.numba_perceptrons").losses_and_gradient(
+            data.images, data.labels, data.index(step), theta, data.sizes, data.activation)
 
 
 def mean_cross_entropy(scores, labels):

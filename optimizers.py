@@ -20,6 +20,7 @@ from torch import nn
 
 import gradbuffer
 from gradbuffer.kernels import torch_blocks
+from gradbuffer.contracts import PerceptronData, QuadraticData, Rule
 from gradbuffer.checks import (NonFiniteError, check_count, check_finite, check_positive_number, sum_is_finite,
                              values_are_checked)
 from gradbuffer.snapshots import Snapshot
@@ -31,6 +32,7 @@ from gradbuffer.nets.preprocessing import log_sign
 from gradbuffer.nets.sharing import LSTMWithGAC, NTMBFGS, start_as_coordinatewise
 from gradbuffer.nests import clone
 from gradbuffer.files import write_whole
+from gradbuffer.unrolling import Recorded, record_by_steps
 
 __all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LSTMWithGAC", "LearnedOptimizer", "NTMBFGS", "NonFiniteError",
            "NormalizedLSTM", "PerKind", "RNNProp", "load_optimizer", "log_sign", "pretrained_optimizers", "save_optimizer",
@@ -41,7 +43,7 @@ PRETRAINED = Path(gradbuffer.__file__).with_name("pretrained")
 GRAPH_BLOCK = 1 << 16  # coordinates that `replay` runs at once where autograd does the backward pass
 
 
-class LSTMOptimizer(nn.Module):
+class LSTMOptimizer(Rule, nn.Module):
     """What the optimizers below share: an LSTM with a linear output that every coordinate runs by itself.
 
     A subclass says what the LSTM is fed and what its output z becomes, in four steps:
@@ -55,6 +57,7 @@ class LSTMOptimizer(nn.Module):
     """
 
     coordinatewise = True  # no coordinate reads another's: any subset of them can be replayed by itself
+    overwrites = True
     squash = False  # whether the output goes through a tanh
 
     def __init__(self, inputs, hidden_size, num_layers):
@@ -153,7 +156,7 @@ class LSTMOptimizer(nn.Module):
 
         Returns:
             the function; the state that it overwrites, with `steps` complete after the last of them; and what `replay` may
-            be given as `room`, or None.
+            be given as `tape`, or None.
         """
         self._check(state[0][0, 0], state, state[0].shape[-1:])
         kernels, packed = self._packed_kernels()
@@ -162,7 +165,7 @@ class LSTMOptimizer(nn.Module):
         own = *(part.new_empty(part.shape) if compiled else clone(part) for part in state[:2]), *map(clone, state[2:])
         return self._stepper(state if compiled else own, own, room), own, room
 
-    def take_parts(self, work, functions, size, steps):
+    def in_parts(self, work, functions, size, steps):
         """[work(first, last), ...] over parts of some functions of `size` coordinates each; work is a window of so many steps of
         functions first … last - 1, and its replay. All are one part unless it is faster to take some after the others, or
         several at once, each by a thread of its own."""
@@ -170,6 +173,11 @@ class LSTMOptimizer(nn.Module):
         if not hasattr(kernels, "take_parts"):
             return [work(0, functions)]
         return kernels.take_parts(work, packed, functions, size, steps)
+
+    def record(self, loss, coordinates, theta, state, step, updates, keep=False):
+        """See `Rule.record`."""
+        take, own, room = self.recorder(state, updates if keep else None)
+        return record_by_steps(self, loss, coordinates, theta, state, step, updates, lambda gradient, state: (take(gradient), own), room)
 
     def _stepper(self, state, own, room):
         """Steps of which the first reads `state`; each overwrites `own`."""
@@ -192,7 +200,7 @@ class LSTMOptimizer(nn.Module):
 
         return step
 
-    def replay(self, grads, state, adjoint, room=None):
+    def replay(self, grads, state, adjoint, tape=None, read=None):
         """Gradient of Σ_t ⟨adjoint_t, update_t⟩ with respect to the weights, over recorded inputs.
 
         This is the whole meta-gradient when the inputs count as constants (design: "The meta-gradient needs no graph
@@ -202,7 +210,8 @@ class LSTMOptimizer(nn.Module):
             grads: (T, N), the gradients fed to the network at steps 0 … T-1.
             state: the state before step 0; not changed.
             adjoint: (T, N), the derivative of the loss with respect to each update; constant.
-            room: what `recorder` gave for the steps over these gradients from this state; used up.
+            tape: what `recorder` gave for the steps over these gradients from this state; used up.
+            read: nothing, see `Rule.replay`.
 
         Returns:
             dict from name to gradient, for the parameters that require grad; no graph.
@@ -214,11 +223,11 @@ class LSTMOptimizer(nn.Module):
         if adjoint.shape != grads.shape:
             raise ValueError(f"adjoint must have the shape of grads {tuple(grads.shape)}, got {tuple(adjoint.shape)}")
         wanted = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        gradients = self._replay(grads, state, adjoint, wanted, room)
+        gradients = self._replay(grads, state, adjoint, wanted, tape)
         return {name: gradients[name] for name in wanted}
 
-    def pull_back(self, grad, state, adjoint, next_adjoints):
-        """Backpropagate through one step, on a CPU: what the second-order replay does from the last step to the first.
+    def pull_back(self, grad, state, adjoint, next_adjoints, read=None):
+        """Backpropagate through one step: what the second-order replay does from the last step to the first.
 
         Args:
             grad: (N,), what the step was fed.
@@ -230,6 +239,8 @@ class LSTMOptimizer(nn.Module):
             the derivatives with respect to grad (N,), to each tensor of `state` (list), and to the weights (dict). No
             graph.
         """
+        if grad.device.type != "cpu":
+            return super().pull_back(grad, state, adjoint, next_adjoints)
         (hidden, cell, *memory), (dhidden, dcell, *dmemory) = state, next_adjoints
         with torch.enable_grad():
             grad, *memory = (tensor.detach().requires_grad_() for tensor in (grad, *memory))
@@ -436,39 +447,38 @@ class CoordinatewiseLSTM(LSTMOptimizer):
     def embed(self, readings):
         return readings
 
-    def record_quadratics(self, quadratics, coordinates, theta, state, step, updates, keep):
-        """`unrolling.record` for the functions ‖Wθ − y‖², by a compiled loop; None where there is none.
-
-        Args:
-            quadratics: W (B, n, n), y (B, n, 1) and 2 Wᵀ.
-            theta: (N,) with N = B · n. Not changed, nor is `state`.
-            keep: whether `replay` will be asked about these steps.
+    def record(self, loss, coordinates, theta, state, step, updates, keep=False):
+        """See `Rule.record`; quadratics and perceptrons go through all steps in one compiled loop, where there is one.
 
         Raises:
             ValueError: shapes do not fit each other.
             NonFiniteError: a gradient holds an infinity or a NaN.
         """
+        data, record = loss.compiled(coordinates.shapes), {QuadraticData: self._record_quadratics, PerceptronData: self._record_perceptrons}
+        found = record[type(data)](data, theta, state, step, updates, keep) if type(data) in record else None
+        return found or super().record(loss, coordinates, theta, state, step, updates, keep)
+
+    def _record_quadratics(self, quadratics, theta, state, step, updates, keep):
         packed = self._packed_for_windows(theta)
         if packed is None or any(tensor.dtype != theta.dtype or tensor.is_cuda for tensor in quadratics):
             return None
         self._check(theta, state, tuple(theta.shape))
-        B, n = quadratics[1].shape[:2]
+        B, n = quadratics.y.shape[:2]
         if [tuple(tensor.shape) for tensor in quadratics] != [(B, n, n), (B, n, 1), (B, n, n)] or B * n != len(theta):
             raise ValueError("a loss's quadratics must be W (B, n, n), y (B, n, 1) and 2 Wᵀ, of B functions of n coordinates; got "
                              f"{[tuple(tensor.shape) for tensor in quadratics]} for {len(theta)} coordinates")
         return with_finite_gradients(*import_module("gradbuffer.kernels.numba_quadratics").record_quadratics(
             packed, quadratics, theta, *state, updates, self.p if self.preprocess else 0, keep))
 
-    def record_perceptrons(self, perceptrons, coordinates, theta, state, step, updates, keep):
-        """The same for `optimizees.PerceptronLoss.perceptrons`, where one thread alone has this to do."""
-        packed, found = self._packed_for_windows(theta), perceptrons(coordinates.shapes)
-        if packed is None or not found or found[0].dtype != theta.dtype or compiled_kernels().threads_here() > 1:
+    def _record_perceptrons(self, data, theta, state, step, updates, keep):
+        """The same, where one thread alone has this to do."""
+        packed = self._packed_for_windows(theta)
+        if packed is None or data.images.dtype != theta.dtype or compiled_kernels().threads_here() > 1:
             return None
         self._check(theta, state, tuple(theta.shape))
-        images, labels, index, *rest = found
-        indices = torch.stack([index(step + t) for t in range(updates + 1)])
+        indices = torch.stack([data.index(step + t) for t in range(updates + 1)])
         return with_finite_gradients(*import_module("gradbuffer.kernels.numba_perceptrons").record_perceptrons(
-            packed, images, labels, indices, *rest, theta, *state, self.p if self.preprocess else 0, keep))
+            packed, data.images, data.labels, indices, data.sizes, data.activation, theta, *state, self.p if self.preprocess else 0, keep))
 
     def _packed_for_windows(self, theta):
         """The weights as compiled windows want them; None where there are no such windows."""
@@ -773,7 +783,7 @@ def with_finite_gradients(losses, gradients, *rest):
     if not sum_is_finite(gradients[:-1]):
         for gradient in gradients[:-1]:
             check_finite(gradient, "grad")
-    return losses, gradients, *rest
+    return Recorded(losses, gradients, *rest)
 
 
 # Files --------------------------------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from gradbuffer.nests import map_tensors, tensors_in
+from gradbuffer.contracts import kind_of
+from gradbuffer.nests import is_named, map_tensors, tensors_in
 from gradbuffer.unrolling import Coordinates
 from gradbuffer.files import remove_partial_files, write_whole
 
-__all__ = ["describe_net", "describe_problem", "named_tuples", "plain", "read_checkpoint", "read_start", "regroup", "unplain",
+__all__ = ["describe_net", "named_tuples", "plain", "read_checkpoint", "read_start", "regroup", "unplain",
            "write_checkpoint"]
 
 FILE_FORMAT = 2  # since 2 files end with a digest
@@ -53,8 +54,9 @@ def digest_fits(content):
     return with_digest(content[:-length - 2] + b"\0\0") == content
 
 
-def read_checkpoint(path, settings):
-    """The content of a checkpoint of the run with these settings, on the CPU; None if there is no file.
+def read_checkpoint(path, settings, restart=False):
+    """The content of a checkpoint of the run with these settings, on the CPU; None if there is no file, or with `restart` one of
+    another run.
 
     Raises:
         ValueError: the file is corrupt, of a later format, no checkpoint, lacks parts, or is another run's; names the settings
@@ -68,6 +70,8 @@ def read_checkpoint(path, settings):
     there = file["settings"]
     different = [f"{name} was {there.get(name)!r} and is {settings.get(name)!r}"
                  for name in {**there, **settings} if there.get(name) != settings.get(name)]
+    if different and restart:
+        return None
     if different:
         raise ValueError(f"{path} is the checkpoint of another run: {'; '.join(different)}. Go on with its settings, "
                          "name another file, or remove this one")
@@ -112,7 +116,7 @@ def plain(state):
         return state.detach().cpu()
     if isinstance(state, dict):
         return {name: plain(part) for name, part in state.items()}
-    if hasattr(state, "_fields"):
+    if is_named(state):
         return {NAMED_TUPLE: type(state).__name__, "parts": plain(tuple(state))}
     if isinstance(state, (tuple, list)):
         return (list if isinstance(state, list) else tuple)(plain(part) for part in state)
@@ -127,7 +131,7 @@ def named_tuples(state):
         state = list(state.values())
     if not isinstance(state, (tuple, list)):
         return []
-    return [type(state)] * hasattr(state, "_fields") + [cls for part in state for cls in named_tuples(part)]
+    return [type(state)] * is_named(state) + [cls for part in state for cls in named_tuples(part)]
 
 
 def unplain(state, device, classes):
@@ -178,14 +182,8 @@ def regroup_tensors(tensors, coordinates, first, last):
 # What a checkpoint must agree with ------------------------------------------------------------------------------------
 
 
-def describe_net(net):
+def describe_net(rule):
+    """What a checkpoint must agree with of a learned optimizer, as text."""
     tensors = {name: f"{tuple(parameter.shape)} {parameter.dtype}, {'trained' if parameter.requires_grad else 'frozen'}"
-               for name, parameter in net.named_parameters()}
-    return f"{type(net).__name__} {getattr(net, 'config', '')} with {tensors}"
-
-
-def describe_problem(problem):
-    options = getattr(problem, "options", {})
-    options = {name: value for name, value in options.items() if name != "root"} if isinstance(options, dict) else {}
-    inner = f" of {describe_problem(problem.problem)}" if hasattr(problem, "problem") else ""
-    return f"{type(problem).__name__} {getattr(problem, 'name', '')} {options}{inner}"
+               for name, parameter in rule.named_parameters()}
+    return f"{kind_of(rule)} {rule.config} with {tensors}"

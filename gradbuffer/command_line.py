@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from gradbuffer.checks import NonFiniteError
+from gradbuffer.checks import ON, NonFiniteError, refuse_without_effect
 from gradbuffer.checkpoints import read_start
-from gradbuffer.needs import ON, refuse_without_effect
 from meta_training import BASELINES, compare, evaluate, meta_train, tune_baselines
 from optimizees import ACTIVATIONS, CIFAR10Net, Mirrored, MNISTNet, Quadratics, RandomScaling
 from optimizers import (CoordinatewiseLSTM, LSTMWithGAC, NTMBFGS, NormalizedLSTM, PerKind, RNNProp, load_optimizer,
@@ -45,7 +44,7 @@ KINDS = ("conv", "fc")  # of parameters, by which `CIFAR10Net` names them
 FIGURE_FORMATS = (".pdf", ".png", ".svg")
 
 
-NEEDS = (  # see `gradbuffer.needs`
+NEEDS = (  # see `gradbuffer.checks.refuse_without_effect`
     ("dim", "problem", ("quadratics",)),
     ("hidden activation side", "problem", ("mnist",)),
     ("batch_size data", "problem", ("mnist", "cifar10")),
@@ -558,3 +557,7 @@ def add_general(command):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default cuda if present, else cpu")
     add("--force", action="store_true", help="replace results that are there already")
     add("--quiet", action="store_true", help="no progress bars")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,9 +10,10 @@ The functions' loss must be an object that says which tensors it reads, see `Cap
 import torch
 
 from gradbuffer.checks import check_count, values_unchecked
-from gradbuffer.meta_gradients import finished, replay_window
+from gradbuffer.meta_gradients import Replay, finish_window, replay_window
 from gradbuffer.nests import clone, map_tensors, tensors_in
-from gradbuffer.unrolling import Coordinates, bound
+from gradbuffer.contracts import Loss, as_loss, as_rule, repack
+from gradbuffer.unrolling import Coordinates
 
 __all__ = ["CapturedWindow", "cuda_graph"]
 
@@ -76,12 +77,12 @@ class CapturedWindow:
         self.net, self.unroll, self.objective = net, unroll, objective
         self.data = [tuple(map(clone, tensors)) for tensors in self.data_of(batch, 0)]
         self.shapes, self.coordinates = shapes_of(params, state, self.data[0]), Coordinates(params)
-        self.own = bound(net, self.coordinates)
+        self.own = as_rule(net, self.coordinates)
         self.theta = clone(self.coordinates.join(params).detach())
         if record is cuda_graph and not self.theta.is_cuda:
             raise RuntimeError(f"a CUDA graph needs a CUDA device, the window lies on {self.theta.device}")
         self.state = map_tensors(clone, state)
-        self.loss = LossesOfSteps([batch.loss.of(tensors) for tensors in self.data])
+        self.loss = LossesOfSteps([as_loss(batch.loss).of(tensors) for tensors in self.data])
         self.weights = torch.full_like(self.theta[:1], 1 / self.coordinates.functions).expand(unroll + 1).contiguous()
         try:
             self.launch, self.results = record(self.work)
@@ -92,19 +93,17 @@ class CapturedWindow:
         """What is captured: a window on the memory of this object."""
         repack(self.net)
         with values_unchecked():
-            return replay_window(self.own, self.loss, self.coordinates, self.theta, self.state, 0, self.weights, 1.0, None,
-                                 self.objective)
+            return replay_window(self.own, self.loss, self.coordinates, self.theta, self.state, 0, self.weights,
+                                 Replay(objective=self.objective), None)
 
     def fits(self, batch, params, state, step=0):
         """Whether this window has the shapes that were captured."""
-        return self.shapes == shapes_of(params, state, batch.loss.tensors(step))
+        return self.shapes == shapes_of(params, state, as_loss(batch.loss).tensors(step))
 
     def data_of(self, batch, step):
         """What the loss reads at each step of the window from `step` on."""
-        if not (hasattr(batch.loss, "tensors") and hasattr(batch.loss, "of")):
-            raise ValueError("a window can be captured if the batch's loss is an object with tensors(step) and of(tensors), "
-                             f"as QuadraticLoss and PerceptronLoss are; got {batch.loss!r}")
-        return [batch.loss.tensors(step + t) for t in range(self.unroll + 1)]
+        loss = as_loss(batch.loss)
+        return [loss.tensors(step + t) for t in range(self.unroll + 1)]
 
     def __call__(self, batch, params, state, step=0):
         """Launch the window of these functions from these params and this state, at that step.
@@ -126,7 +125,7 @@ class CapturedWindow:
                 kept.copy_(new)
             self.launch()
             grads, losses, theta, state = map_tensors(clone, self.results)
-        return finished(self.own, self.coordinates, grads, losses, theta, state, step, self.objective)
+        return finish_window(self.own, self.coordinates, grads, losses, theta, state, step, self.objective)
 
 
 def shapes_of(params, state, data):
@@ -135,20 +134,14 @@ def shapes_of(params, state, data):
             [tensor.shape for tensor in data])
 
 
-class LossesOfSteps:
+class LossesOfSteps(Loss):
     """A loss that is another one at every step."""
 
     def __init__(self, losses):
         self.losses = losses
-        if hasattr(losses[0], "with_gradient"):
-            self.with_gradient = lambda params, step: losses[step].with_gradient(params, step)
+
+    def with_gradient(self, params, step):
+        return self.losses[step].with_gradient(params, step)
 
     def __call__(self, params, step):
         return self.losses[step](params, step)
-
-
-def repack(net):
-    """Have the optimizer pack its weights anew at the next step, though they may not have changed."""
-    for module in net.modules():
-        if hasattr(module, "repack"):
-            module.repack()

@@ -5,7 +5,6 @@ with the lowest final loss, and one seed gives every optimizer the same function
 """
 
 import functools
-import inspect
 import math
 from dataclasses import dataclass
 
@@ -13,7 +12,8 @@ import torch
 from tqdm.auto import tqdm
 
 from gradbuffer.checks import check_count
-from gradbuffer.unrolling import Coordinates, bound, stepper
+from gradbuffer.contracts import as_loss, check_baseline, device_of, learned_rule, on_device, torch_rule
+from gradbuffer.unrolling import Coordinates
 
 __all__ = ["AccuracyCurves", "BASELINES", "TunedBaseline", "compare", "compare_final", "evaluate", "evaluate_baseline",
            "evaluate_lbfgs", "minimize_lbfgs", "tune_baseline", "tune_baselines"]
@@ -80,63 +80,21 @@ def evaluate_baseline(optimizer, options, problem, steps=100, num_functions=100,
     return loss_curves(torch_rule(optimizer, options), problem, steps, num_functions, seed, torch.device(device), watch)
 
 
-def check_baseline(optimizer, options, names=("optimizer", "options")):
-    if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
-        raise TypeError(f"{names[0]} must be a class of torch.optim.Optimizer, got {optimizer!r}")
-    if inspect.signature(optimizer.step).parameters.get("closure", inspect.Parameter("closure", 1)).default is not None:
-        raise ValueError(f"{optimizer.__name__} needs a closure and does not treat coordinates by themselves")
-    if not isinstance(options, dict):
-        raise TypeError(f'{names[1]} must be a dict such as {{"lr": 0.1}}, got {options!r}')
-
-
-def learned_rule(net):
-    """A rule: rule(theta, coordinates) begins an optimization, and returns a function of each gradient that changes
-    theta (N,), in which parameters lie as `Coordinates` say (None: one parameter without a name)."""
-    def begin(theta, coordinates=None):
-        own = net if coordinates is None else bound(net, coordinates)
-        state = own.init_state(theta.numel())
-        step = stepper(own, state)
-
-        @torch.no_grad()
-        def advance(gradient):
-            nonlocal state
-            update, state = step(gradient, state)
-            theta.add_(update)
-
-        return advance
-
-    return begin
-
-
-def torch_rule(optimizer, options):
-    """The same of a class of `torch.optim`."""
-    def begin(theta, coordinates=None):
-        steps = optimizer([theta], **options)
-
-        def advance(gradient):
-            theta.grad = gradient
-            steps.step()
-
-        return advance
-
-    return begin
-
-
 def loss_curves(rule, problem, steps, num_functions, seed, device, watch=None):
     """Curves (num_functions, steps) of a rule, begun anew for each meta-batch; `watch` as in `evaluate`."""
     check_count(steps=steps)
     curves = []
     for batch in drawn(problem, num_functions, seed, device):
         coordinates = Coordinates(batch.params)
-        theta = coordinates.join(batch.params).detach().clone()
+        theta, loss = coordinates.join(batch.params).detach().clone(), as_loss(batch.loss)
         advance, losses = rule(theta, coordinates), []
         for step in range(steps):
             if watch is not None:
                 watch(step, coordinates.split(theta.detach()))
-            values, gradient = coordinates.losses_and_gradient(batch.loss, theta, step)
+            values, gradient = coordinates.losses_and_gradient(loss, theta, step)
             losses.append(values)
             if step + 1 < steps:
-                advance(gradient)
+                advance(gradient, values, step)
         curves.append(torch.stack(losses, 1))
     return torch.cat(curves).cpu()
 
@@ -210,7 +168,7 @@ def minimize_one(batch, steps, options):
 
     def closure():
         nonlocal best, lowest
-        loss, theta.grad = coordinates.losses_and_gradient(batch.loss, theta, 0)
+        loss, theta.grad = coordinates.losses_and_gradient(as_loss(batch.loss), theta, 0)
         if len(losses) < steps and loss.item() < lowest:
             best, lowest = theta.detach().clone(), loss.item()
         losses.append(loss[0])
@@ -429,20 +387,3 @@ class AccuracyCurves:
     def curves(self):
         return {name: torch.stack([torch.cat(groups) for groups in by_step.values()], 1)
                 for name, by_step in self.measured.items()}
-
-
-def device_of(net, device):
-    """The device asked for, else the one that the network is on."""
-    if not isinstance(net, torch.nn.Module) or not hasattr(net, "init_state"):
-        raise TypeError(f"net must be a learned optimizer, an nn.Module with init_state, got {type(net).__name__}")
-    if device is not None:
-        return torch.device(device)
-    return next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
-
-
-def on_device(problem, device):
-    """The problem on a device, if it knows how to move there."""
-    if not hasattr(problem, "sample"):
-        raise TypeError(f"problem must have sample(meta_batch, generator), got {type(problem).__name__}")
-    here = getattr(problem, "device", None)
-    return problem.to(device) if hasattr(problem, "to") and here != device else problem

@@ -1,4 +1,4 @@
-"""Evolution strategies for learned optimizers, on many families of functions at once.
+"""Evolution strategies: the meta-gradient without derivatives, of one meta-batch (`PES`) and on many families of functions (`Pairs`).
 
 A family's functions run in antithetic pairs: both of a pair begin at one point, read the same minibatches, and are moved by the
 optimizer's weights plus and minus a perturbation of the pair's own. The difference of their losses along a window, relative to the
@@ -8,13 +8,119 @@ neither estimate is biased by truncation. Nothing is differentiated.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from gradbuffer.checks import check_count, check_positive_number
+from gradbuffer.unrolling import trained, unroll
 
-__all__ = ["Estimate", "Pairs", "Perceptrons", "signal_to_noise"]
+__all__ = ["Estimate", "PES", "PESState", "Pairs", "Perceptrons", "signal_to_noise"]
+
+
+class PESState(NamedTuple):
+    """What a window leaves for the next one of the same functions."""
+
+    perturbations: dict  # name -> (pairs, ...), the sum of all perturbations so far; (pairs, B, ...) with one for every function
+    particles: list  # for each pair, and in it for each sign: (theta (N,), the optimizer's state)
+
+
+@dataclass(frozen=True)
+class PES:
+    """The meta-gradient by evolution strategies: an unbiased estimate from truncated windows, without any derivative of them.
+
+    The optimizer's weights are perturbed, in antithetic pairs; each of a pair goes its own way through all windows, and the loss of a
+    window is credited to all perturbations that its function has seen so far. So the estimate has no truncation bias, and neither the
+    optimizee nor the optimizer needs useful gradients.
+
+    Args:
+        sigma: standard deviation of the perturbations of φ; positive.
+        pairs: antithetic pairs, each of which costs two unrolls; positive.
+        objective: see `meta_gradients.Replay`.
+        hold: keep a perturbation for all windows of its functions (noise-reuse evolution strategies, Li et al. 2023), instead of adding
+            a fresh one in each (persistent ones, Vicol et al. 2021).
+        per_function: give every function perturbations of its own, so that the estimate is a mean over as many directions as functions.
+            A network that cannot take several weights at once is then run function by function.
+
+    Reference: Vicol, Metz and Sohl-Dickstein 2021 (arXiv 2112.13835); Li et al. 2023 (arXiv 2304.12180).
+    """
+
+    sigma: float = 0.01
+    pairs: int = 1
+    objective: str = "sum"
+    hold: bool = False
+    per_function: bool = False
+
+    name = "pes"
+
+    def check(self, rule):
+        """Raise unless the options are as above."""
+        check_count(pairs=self.pairs)
+        check_positive_number(sigma=self.sigma)
+        if self.objective not in ("sum", "log"):
+            raise ValueError(f'objective must be "sum" or "log", got {self.objective!r}')
+
+    @torch.no_grad()
+    def window(self, rule, loss, coordinates, theta, state, step, weights, generator):
+        """One window of every particle.
+
+        state: the optimizer's, at the first window of its functions (with `per_function` they begin with `init_state`); else the
+        `PESState` of the window before. The loss at the start counts nothing, since the window before has counted it.
+
+        Returns:
+            grads (dict), losses (T + 1, B) as a mean over particles, theta of the first particle, `PESState`.
+        """
+        parameters, lead = trained(rule), [coordinates.functions] * self.per_function
+        first = not isinstance(state, PESState)
+        if first:
+            nothing = {name: parameter.new_zeros(self.pairs, *lead, *parameter.shape) for name, parameter in parameters.items()}
+            own = None if self.per_function else state
+            state = PESState(nothing, [[(theta, own)] * 2 for _ in range(self.pairs)])
+        if len(state.particles) != self.pairs:
+            raise ValueError(f"pairs must stay what it was in the window before, {len(state.particles)}, got {self.pairs}")
+        kept = {name: parameter.clone() for name, parameter in parameters.items()}
+        grads = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        perturbations, particles, curves = {name: [] for name in parameters}, [], []
+        try:
+            for pair, starts in enumerate(state.particles):
+                fresh, total = self.perturb(kept, {name: sums[pair] for name, sums in state.perturbations.items()}, lead, first, generator)
+                scores, ends = [], []
+                for sign, (theta, own) in zip((1, -1), starts):
+                    moved, losses = {name: kept[name] + sign * fresh[name] for name in kept}, []
+                    if self.per_function:
+                        particle = rule.per_function(moved, coordinates)
+                        own = particle.init_state(theta.numel()) if own is None else own
+                    else:
+                        particle = rule
+                        for name, parameter in parameters.items():
+                            parameter.copy_(moved[name])
+                    for values, _, theta, own in unroll(particle, loss, coordinates, theta, own, step, len(weights) - 1):
+                        losses.append(values)
+                    curves.append(torch.stack(losses))
+                    scored = curves[-1][1:].log() if self.objective == "log" else curves[-1][1:]
+                    scored = weights[1:, None] * scored
+                    scores.append(scored.sum(0) if self.per_function else scored.sum())
+                    ends.append((theta, own))
+                particles.append(ends)
+                difference = scores[0] - scores[1]
+                for name in parameters:
+                    perturbations[name].append(total[name])
+                    credit = torch.tensordot(difference, total[name], 1) if self.per_function else total[name] * difference
+                    grads[name] += credit / (2 * self.sigma**2 * self.pairs)
+        finally:
+            for name, parameter in parameters.items():
+                parameter.copy_(kept[name])
+        after = PESState({name: torch.stack(parts) for name, parts in perturbations.items()}, particles)
+        return grads, torch.stack(curves).mean(0), particles[0][0][0], after
+
+    def perturb(self, parameters, before, lead, first, generator):
+        """What a pair's weights are moved by in this window, and the sum of it over all windows so far."""
+        if self.hold and not first:
+            return before, before
+        fresh = {name: self.sigma * torch.randn([*lead, *parameter.shape], generator=generator, dtype=parameter.dtype).to(parameter.device)
+                 for name, parameter in parameters.items()}
+        return fresh, {name: before[name] + fresh[name] for name in fresh}
 
 
 class Estimate(NamedTuple):

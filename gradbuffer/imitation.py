@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 
 from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
-from gradbuffer.evaluation import check_baseline
+from gradbuffer.contracts import as_loss, as_rule, check_baseline, is_learned
 from gradbuffer.nets.torch_optim import LearnedOptimizer
 from gradbuffer.meta_gradients import check_replay_fraction, replay_recorded
-from gradbuffer.unrolling import Coordinates, bound
+from gradbuffer.unrolling import Coordinates, joined_reads
 
-__all__ = ["Demonstration", "Imitation", "ImitationInfo", "imitation_gradient"]
+__all__ = ["Demonstration", "ImitationInfo", "Teacher", "imitation_gradient"]
 
 
 class ImitationInfo(NamedTuple):
@@ -29,32 +29,32 @@ class ImitationInfo(NamedTuple):
     state: object  # the student's there
 
 
-class Imitation:
-    """Whom to imitate, and how often: the options of `meta_train`, checked.
+class Teacher:
+    """Whom a learned optimizer imitates, and how often.
 
     Args:
-        teacher: (class of a `torch.optim.Optimizer`, its options), or a learned optimizer.
-        share: in (0, 1]: how much of the training imitates.
-        weight: positive factor on the imitation loss.
-        net: the student, which cannot be its own teacher.
+        optimizer: class of a `torch.optim.Optimizer` that treats coordinates by themselves; or a learned optimizer.
+        options: the class's options, a dict such as {"lr": 0.01}; None for a learned optimizer.
+        share: in (0, 1]: share of the draws of functions, spread evenly over the run, that the teacher optimizes, in all their windows,
+            while the student reads the gradients and learns to write its updates. Nothing else is learned from these.
+        weight: positive factor on the imitation loss, ½‖g - ĝ‖² summed over a window, mean over functions. Its gradients go through the
+            same clipping and Adam as meta-gradients, which are often larger by far.
 
     Raises:
         ValueError, TypeError: an argument is not as above, or the class refuses the options.
     """
 
-    def __init__(self, teacher, share, weight, net):
+    def __init__(self, optimizer, options=None, share=1.0, weight=1.0):
         if isinstance(share, bool) or not (isinstance(share, (int, float)) and 0 < share <= 1):
             raise ValueError(f"imitation must be a number in (0, 1] where there is a teacher, got {share!r}")
         check_positive_number(imitation_weight=weight)
-        if teacher is net:
-            raise ValueError("teacher must be another optimizer than net, which changes as it learns: give a copy")
-        if isinstance(teacher, torch.nn.Module) and hasattr(teacher, "init_state"):
-            teacher = LearnedOptimizer, {"net": teacher}
-        if not (isinstance(teacher, tuple) and len(teacher) == 2):
+        if options is None and is_learned(optimizer):
+            optimizer, options = LearnedOptimizer, {"net": optimizer}
+        if options is None:
             raise TypeError("teacher must be (class of torch.optim, dict of its options), or a learned optimizer, got "
-                            f"{teacher!r}")
-        check_baseline(*teacher, names=("teacher[0]", "teacher[1]"))
-        (self.optimizer, self.options), self.share, self.weight = teacher, share, weight
+                            f"{optimizer!r}")
+        check_baseline(optimizer, options, names=("teacher[0]", "teacher[1]"))
+        self.optimizer, self.options, self.share, self.weight = optimizer, options, share, weight
         self.begin({"probe": torch.zeros(1, 1)})
 
     def begin(self, params):
@@ -139,23 +139,25 @@ def imitation_gradient(net, batch, demonstration, state, step=0, unroll=20, weig
     check_count(unroll=unroll)
     check_count(least=0, step=step)
     check_positive_number(weight=weight)
-    check_replay_fraction(replay_fraction, "replay", False, net)
+    check_replay_fraction(replay_fraction, False, as_rule(net))
     coordinates, start = demonstration.coordinates, state
-    net = bound(net, coordinates)
+    rule, loss, read = as_rule(net, coordinates), as_loss(batch.loss), []
     losses = demonstration.theta.new_empty(unroll, coordinates.functions)
     inputs, errors = demonstration.theta.new_empty(2, unroll, demonstration.theta.numel())
     for t in range(unroll):
-        losses[t], gradient = coordinates.losses_and_gradient(batch.loss, demonstration.theta, step + t)
+        losses[t], gradient = coordinates.losses_and_gradient(loss, demonstration.theta, step + t)
         inputs[t] = gradient
-        update, state = net(gradient, state)
+        read.append(coordinates.what(rule.reads, demonstration.theta.clone() if "params" in rule.reads else None, losses[t], step + t))
+        update, state = rule(gradient, state, **read[-1])
         errors[t] = update - demonstration.update(gradient)
     for name, values in (("loss", losses), ("difference of the updates", errors)):
         if not torch.isfinite(values).all():
             raise NonFiniteError(f"a {name} at steps {step} … {step + unroll - 1} of the teacher's way is not finite")
     errors /= coordinates.functions
-    grads = replay_recorded(net, coordinates, inputs, start, weight * errors, replay_fraction, generator)
-    if getattr(net, "odd", False):
-        grads = net.symmetrize(grads)
+    grads = replay_recorded(rule, coordinates, inputs, start, weight * errors, replay_fraction, generator,
+                            read=joined_reads(read) if rule.reads else None)
+    if rule.odd:
+        grads = rule.symmetrize(grads)
     imitation = 0.5 * coordinates.functions * errors.square().sum()
     return grads, ImitationInfo(losses, imitation, coordinates.split(demonstration.theta.clone()), state)
 
@@ -166,4 +168,4 @@ def fingerprint(net):
     for name, tensor in net.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return f"{type(net).__name__} {getattr(net, 'config', '')} {digest.hexdigest()[:16]}"
+    return f"{type(net).__name__} {as_rule(net).config} {digest.hexdigest()[:16]}"

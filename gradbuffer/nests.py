@@ -5,7 +5,7 @@ Networks choose their own nest (`init_state`); what moves, cuts or stores a stat
 
 import torch
 
-__all__ = ["clone", "fill_leaves", "map_tensors", "named_leaves", "tensors_in"]
+__all__ = ["clone", "fill_leaves", "is_named", "map_tensors", "named_leaves", "tensors_in"]
 
 
 def map_leaves(function, state, name):
@@ -14,13 +14,18 @@ def map_leaves(function, state, name):
         return {key: map_leaves(function, part, f"{name}.{key}") for key, part in state.items()}
     if isinstance(state, (tuple, list)):
         parts = [map_leaves(function, part, f"{name}.{number}") for number, part in enumerate(state)]
-        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
+        return type(state)(*parts) if is_named(state) else type(state)(parts)
     return function(name, state)
 
 
 def map_tensors(function, state):
     """Apply a function to every tensor in a state; leaves that are no tensors stay as they are."""
     return map_leaves(lambda _, leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, state, "state")
+
+
+def is_named(state):
+    """Whether it is a named tuple."""
+    return isinstance(state, tuple) and hasattr(state, "_fields")
 
 
 def clone(tensor):

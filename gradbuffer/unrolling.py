@@ -2,73 +2,21 @@
 
 A meta-batch's parameters, a dict of tensors (B, ...), lie one after the other in one vector of N = B × n coordinates,
 each tensor flattened; gradients, updates and states follow that order. θ_{t+1} = θ_t + g_t, (g_t, h_{t+1}) = m(∇_t, h_t; φ)
-is Andrychowicz et al. 2016 (arXiv 1606.04474), section 2. Nothing here carries a graph.
+is Andrychowicz et al. 2016 (arXiv 1606.04474), section 2. Losses and rules are those of `contracts`.
 """
 
 import copy
-import inspect
 import math
-from typing import Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from gradbuffer.nests import map_tensors, tensors_in
 
-__all__ = ["Coordinates", "MetaBatch", "bound", "in_parts", "part_of", "record", "stepper", "unroll"]
+__all__ = ["Coordinates", "Recorded", "gradients_of", "in_place", "joined_reads", "pull_back_by_autograd", "record_by_steps", "replay_by_autograd",
+           "trained", "unroll"]
 
 SMALLEST_SHARE = 1024  # coordinates of a tensor that a partial replay reads at least
-
-
-class MetaBatch(NamedTuple):
-    """B functions: initial `params`, each (B, ...), and `loss(params, step) -> (B,)`, which carries a graph.
-
-    `part(first, last)`, if there is one, gives functions first … last - 1 as a meta-batch of their own, with the very
-    losses that they have in the whole: what several processes share a meta-batch by.
-
-    A loss may be an object that also has `with_gradient(params, step)`, which returns the losses (B,) and the gradient of
-    their sum, a dict like params, without a graph: for functions so small that autograd costs more than they do. It may have
-    `with_vector_gradient(theta, shapes, step)` beside it, which does the same for the vector θ (N,) of `unrolling.Coordinates`,
-    where the parameters of these shapes lie one after the other, and returns ∇ (N,), or None where it cannot. With
-    `tensors(step)` and `of(tensors)` its windows can be captured, see `cuda_graphs.CapturedWindow`. If it is ‖Wθ − y‖² of the
-    only parameter (B, n), whatever its name, at every step, it may say so by `quadratics`, the tensors W (B, n, n), y (B, n, 1)
-    and 2 Wᵀ: then windows are unrolled by `numba_quadratics` where they can be. If it is that of a perceptron, it may say so by
-    `perceptrons(shapes)`, see `PerceptronLoss`. With `part(first, last)`, the loss of those functions alone, a window may take
-    some functions to its end before it takes the others, or several threads may take some each.
-    """
-
-    params: dict
-    loss: Callable
-    part: Callable | None = None
-
-
-def in_parts(params, loss):
-    """A meta-batch of a loss that has parts."""
-
-    def part(first, last):
-        return MetaBatch({name: tensor[first:last] for name, tensor in params.items()}, loss.part(first, last))
-
-    return MetaBatch(params, loss, part)
-
-
-def part_of(batch, first, last):
-    """Functions first … last - 1 of a meta-batch.
-
-    A batch without `part` computes the losses of all its functions and gives those asked for: right, but the
-    optimizees' own time is not shared among the ranks.
-    """
-    if getattr(batch, "part", None) is not None:
-        return batch.part(first, last)
-    return PartOfBatch(batch, first, last)
-
-
-class PartOfBatch:
-    def __init__(self, batch, first, last):
-        self.batch, self.first, self.last = batch, first, last
-        self.params = {name: tensor[first:last] for name, tensor in batch.params.items()}
-
-    def loss(self, params, step):
-        whole = {name: torch.cat([tensor[:self.first], params[name], tensor[self.last:]])
-                 for name, tensor in self.batch.params.items()}
-        return self.batch.loss(whole, step)[self.first:self.last]
 
 
 class Coordinates:
@@ -123,16 +71,14 @@ class Coordinates:
     def losses_and_gradient(self, loss, theta, step):
         """Losses (B,) and ∇ (N,) of their sum, each function's own gradient; no graph.
 
-        A loss that has `with_gradient(params, step)`, or `with_vector_gradient`, gives both, in tensors that the next step leaves
-        alone; autograd does it for others. See `optimizees.MetaBatch`.
+        `Loss.with_vector_gradient` or `Loss.with_gradient` gives both; where they do not, autograd does.
         """
-        if hasattr(loss, "with_vector_gradient"):
-            found = loss.with_vector_gradient(theta.detach(), self.shapes, step)
-            if found is not None:
-                return found
-        if hasattr(loss, "with_gradient"):
-            losses, gradients = loss.with_gradient(self.split(theta.detach()), step)
-            return losses, self.join(gradients)
+        found = loss.with_vector_gradient(theta.detach(), self.shapes, step)
+        if found is not None:
+            return found
+        found = loss.with_gradient(self.split(theta.detach()), step)
+        if found is not None:
+            return found[0], self.join(found[1])
         with torch.enable_grad():
             theta = theta.detach().requires_grad_()
             losses, gradient = self.losses(loss, theta, step), None
@@ -146,6 +92,27 @@ class Coordinates:
     def spread(self, values):
         """One value for each function (..., B) -> one for each coordinate (..., N)."""
         return torch.cat([values.repeat_interleave(size // self.functions, -1) for size in self.sizes], -1)
+
+    def first_of_each(self, values):
+        """The way back: one value for each coordinate (N,) -> one for each function (B,)."""
+        return values[:self.sizes[0]].view(self.functions, -1)[:, 0]
+
+    def what(self, reads, theta, losses, step):
+        """What a network that `reads` these is given beside gradient and state, see `Rule`."""
+        given = {"params": theta} if "params" in reads else {}
+        if "loss" in reads:
+            given["loss"] = self.spread(losses)
+        if "step" in reads:
+            given["step"] = step
+        return given
+
+    def pull_back_reads(self, adjoints, gradient):
+        """The adjoint of θ (N,) from those of what a network read: of "params" (N,), and of "loss" (N,) through ∇."""
+        total = adjoints.get("params", torch.zeros_like(gradient))
+        if "loss" in adjoints:
+            of_each = [part.view(self.functions, -1).sum(1) for part in adjoints["loss"].split(self.sizes)]
+            total = total + self.spread(sum(of_each)) * gradient
+        return total
 
     def norms(self, vectors):
         """(T, N) -> (T, B), the norm of each function's part."""
@@ -174,56 +141,108 @@ class Coordinates:
         return torch.cat(indices), torch.cat(weights)
 
 
-def bound(net, coordinates):
-    """The network for parameters that lie like this, if it tells them apart (see `per_kind`); else as it is."""
-    return net.bind(coordinates) if hasattr(net, "bind") else net
+# The unrolled optimization ----------------------------------------------------------------------------------------------
 
 
-def unroll(net, loss, coordinates, theta, state, step, updates, keep_states=False, advance=None):
+class Recorded(NamedTuple):
+    """A window without a graph: what `Rule.record` gives."""
+
+    losses: torch.Tensor  # (updates + 1, B)
+    gradients: torch.Tensor  # (updates + 1, N), ∇ at each step
+    theta: torch.Tensor  # (N,), the end
+    state: Any  # the optimizer's there
+    tape: Any = None  # what its `replay` may want to be given
+    read: dict | None = None  # what it read at each step but the last
+
+
+def unroll(rule, loss, coordinates, theta, state, step, updates, keep_states=False, advance=None):
     """Yield (losses (B,), ∇ (N,), θ (N,), state) at steps step … step + updates, with an update after each but the last.
 
     The state given is not changed. Those yielded are overwritten by the next step, where the network can do that, unless
     `keep_states`. advance: (gradient, state) -> (update, next state), instead of the network's. Run it under
     `torch.no_grad()`.
     """
-    take = advance or net
+    take = advance or rule
     for t in range(updates + 1):
-        if t == 1 and not (advance or keep_states):
-            take = stepper(net, state)
+        if t == 1 and rule.overwrites and not (advance or keep_states):
+            take = in_place(rule, state)
         losses, gradient = coordinates.losses_and_gradient(loss, theta, step + t)
         yield losses, gradient, theta, state
         if t < updates:
-            update, state = take(gradient, state)
+            update, state = take(gradient, state, **coordinates.what(rule.reads, theta, losses, step + t))
             theta = theta + update
 
 
-def record(net, loss, coordinates, theta, state, step, updates, keep):
-    """The same to its end: losses (updates + 1, B), gradients ∇ (updates + 1, N), θ and the state there, and with `keep`
-    what the network may want to be given at their replay, as `room`, or None.
+def in_place(rule, state):
+    """(gradient, state) -> (update, state) for this state, which every step overwrites."""
+    step = rule.stepper(state)
+    return lambda gradient, state, **read: (step(gradient, **read), state)
 
-    Quadratics and perceptrons go through all steps in one compiled loop where the network can do that.
-    """
-    for kind in ("quadratics", "perceptrons"):
-        if hasattr(net, f"record_{kind}") and hasattr(loss, kind):
-            recorded = getattr(net, f"record_{kind}")(getattr(loss, kind), coordinates, theta, state, step, updates, keep)
-            if recorded is not None:
-                return recorded
-    losses, gradients, advance, room = [], theta.new_empty(updates + 1, len(theta)), None, None
-    if hasattr(net, "recorder"):
-        take, own, room = net.recorder(state, updates if keep else None)
-        advance = lambda gradient, state: (take(gradient), own)  # noqa: E731
-    for values, gradient, theta, state in unroll(net, loss, coordinates, theta, state, step, updates, advance=advance):
+
+def record_by_steps(rule, loss, coordinates, theta, state, step, updates, advance=None, tape=None) -> Recorded:
+    """`Rule.record`, step by step. advance: as of `unroll`; tape: what goes with it."""
+    losses, gradients, read = [], theta.new_empty(updates + 1, len(theta)), []
+    for values, gradient, theta, state in unroll(rule, loss, coordinates, theta, state, step, updates, advance=advance):
+        if len(losses) < updates and rule.reads:
+            read.append(coordinates.what(rule.reads, theta, values, step + len(losses)))
         gradients[len(losses)] = gradient
         losses.append(values)
-    return torch.stack(losses), gradients, theta, state, room
+    return Recorded(torch.stack(losses), gradients, theta, state, tape, joined_reads(read))
 
 
-def stepper(net, state):
-    """step(gradient, state) -> (update, next state), to be given this state and then its own: the network itself, or
-    where it can do that, a step that overwrites `state`."""
-    if hasattr(net, "stepper"):
-        step = net.stepper(state)
-        return lambda gradient, state: (step(gradient), state)
-    if "inplace" in inspect.signature(net.forward).parameters:
-        return lambda gradient, state: net(gradient, state, inplace=True)
-    return net
+def joined_reads(read):
+    """A list of what was read at each step -> a dict of it all, None if nothing was."""
+    if not read:
+        return None
+    return {name: torch.stack([step[name] for step in read]) if name != "step" else [step[name] for step in read] for name in read[0]}
+
+
+def read_at(read, t):
+    """What was read at step t of those recorded, as keyword arguments."""
+    return {} if read is None else {name: values[t] for name, values in read.items()}
+
+
+# Differentiating the optimizer by autograd -----------------------------------------------------------------------------
+
+
+@torch.enable_grad()
+def replay_by_autograd(rule, grads, state, adjoint, read=None):
+    """`Rule.replay` for any network: run it over grads (T, N) again, with a graph."""
+    updates, state = [], map_tensors(torch.Tensor.detach, state)
+    for t, grad in enumerate(grads):
+        update, state = rule(grad, state, **read_at(read, t))
+        updates.append(update)
+    return gradients_of((torch.stack(updates) * adjoint).sum(), rule)
+
+
+def pull_back_by_autograd(rule, grad, state, adjoint, next_adjoints, read=None):
+    """`Rule.pull_back` for any network: run the step again, with a graph."""
+    wanted, read = trained(rule), dict(read or {})
+    with torch.enable_grad():
+        grad = grad.detach().requires_grad_()
+        read |= {name: value.detach().requires_grad_() for name, value in read.items() if isinstance(value, torch.Tensor)}
+        state = map_tensors(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), state)
+        before, beside = tensors_in(state), {name: value for name, value in read.items() if isinstance(value, torch.Tensor)}
+        update, after = rule(grad, state, **read)
+        ends = [(end, d) for end, d in zip([update, *tensors_in(after)], [adjoint, *next_adjoints]) if end.requires_grad]
+        leaves = [grad, *before, *wanted.values(), *beside.values()]
+        asked = [leaf for leaf in leaves if leaf.requires_grad]
+        found = dict(zip(map(id, asked), torch.autograd.grad([end for end, _ in ends], asked, [d for _, d in ends],
+                                                             allow_unused=True)))
+    pulled = [torch.zeros_like(leaf) if found.get(id(leaf)) is None else found[id(leaf)] for leaf in leaves]
+    first = 1 + len(before)
+    parts = pulled[0], pulled[1:first], dict(zip(wanted, pulled[first:]))
+    return (*parts, dict(zip(beside, pulled[first + len(wanted):]))) if rule.reads else parts
+
+
+def trained(rule) -> dict:
+    """dict from name to parameter, of those that require grad."""
+    return {name: parameter for name, parameter in rule.named_parameters() if parameter.requires_grad}
+
+
+def gradients_of(value, rule):
+    """Gradients of a scalar as a dict like `named_parameters()`; zeros for parameters it does not depend on."""
+    wanted = trained(rule)
+    grads = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
+    return {name: torch.zeros_like(parameter) if grad is None else grad
+            for (name, parameter), grad in zip(wanted.items(), grads)}

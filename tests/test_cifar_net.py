@@ -10,6 +10,7 @@ from gradbuffer.data.cifar10 import generated_images, load_cifar10
 from gradbuffer.meta_gradients import meta_gradient
 from optimizees import CIFAR10Net
 from optimizers import CoordinatewiseLSTM
+from gradbuffer.contracts import as_loss
 from gradbuffer.unrolling import Coordinates
 
 IMAGES = generated_images(120, 40, side=8)
@@ -84,10 +85,10 @@ def test_functions_do_not_interact(way):
     batch = small().sample(3, generator())
     params = away_from_the_start(batch)
     coordinates = Coordinates(params)
-    losses, gradient = coordinates.losses_and_gradient(batch.loss, coordinates.join(params), 2)
+    losses, gradient = coordinates.losses_and_gradient(as_loss(batch.loss), coordinates.join(params), 2)
     for tensor in params.values():
         tensor[1] += 1
-    others, after = coordinates.losses_and_gradient(batch.loss, coordinates.join(params), 2)
+    others, after = coordinates.losses_and_gradient(as_loss(batch.loss), coordinates.join(params), 2)
     torch.testing.assert_close(losses[[0, 2]], others[[0, 2]], rtol=1e-13, atol=0)
     assert losses[1] != others[1]
     for before, now in zip(coordinates.split(gradient).values(), coordinates.split(after).values()):
@@ -101,7 +102,7 @@ def test_hessian_products(way):
     theta = coordinates.join(params)
     vector = torch.randn_like(theta)
     product = coordinates.hessian_product(batch.loss, theta, 0, vector)
-    ahead, behind = (coordinates.losses_and_gradient(batch.loss, theta + h * vector, 0)[1] for h in (1e-6, -1e-6))
+    ahead, behind = (coordinates.losses_and_gradient(as_loss(batch.loss), theta + h * vector, 0)[1] for h in (1e-6, -1e-6))
     torch.testing.assert_close(product, (ahead - behind) / 2e-6, rtol=1e-4, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from optimizees import MetaBatch, MNISTNet, Quadratics
 from gradbuffer.ranks import Ranks
-from gradbuffer.unrolling import part_of
+from gradbuffer.contracts import part_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,7 +18,9 @@ JOB = """
 import os, shutil, sys, traceback
 import torch
 from torch import distributed
-from meta_training import Run, horizon_rule, meta_train
+from gradbuffer.contracts import as_problem
+from gradbuffer.options import training_of
+from meta_training import Run, meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM
 
@@ -69,9 +71,8 @@ def settings(**more):
 def first_gradient(name, root):
     torch.manual_seed(0)
     net = CoordinatewiseLSTM(hidden_size=3).double()
-    full = settings(seed=0, clip=None, method="replay", second_order=False, replay_fraction=1.0, sigma=0.01, pairs=1,
-                    adjoint_bound=None, averaging=0.0, objective="sum")
-    run = Run(net, problem(name, root), full, horizon_rule(None, 4), 0)
+    options = {option: value for option, value in settings(clip=None).items() if option != "progress"}
+    run = Run(net, as_problem(problem(name, root)), training_of(net, **options))
     return run.window()
 
 

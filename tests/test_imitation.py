@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from gradbuffer.evaluation import evaluate, evaluate_baseline
-from gradbuffer.imitation import Demonstration, Imitation, imitation_gradient
+from gradbuffer.imitation import Demonstration, Teacher, imitation_gradient
 from gradbuffer.nets.torch_optim import LearnedOptimizer
 from meta_training import meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
@@ -210,7 +210,7 @@ def test_bad_input(call, error, message):
 
 def test_the_description_tells_teachers_apart():
     def describe(teacher, *more):
-        return Imitation(teacher, *(more or (0.5, 1.0)), None).describe()
+        return Teacher(*(teacher if isinstance(teacher, tuple) else (teacher, None)), *(more or (0.5, 1.0))).describe()
 
     torch.manual_seed(0)
     one, other = CoordinatewiseLSTM(2), CoordinatewiseLSTM(2)

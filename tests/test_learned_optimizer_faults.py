@@ -14,6 +14,7 @@ from gradbuffer.nets.torch_optim import check_step
 from meta_training import meta_gradient
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, LearnedOptimizer, NormalizedLSTM, RNNProp
+from gradbuffer.contracts import as_loss
 from gradbuffer.unrolling import Coordinates
 
 # Weights that change, whoever writes them -----------------------------------------------------------------------------
@@ -315,4 +316,4 @@ def test_a_loss_that_does_not_depend_on_the_parameters():
     for loss in (lambda params, step: torch.ones(2), lambda params, step: other * 2,
                  lambda params, step: params["a"].detach().sum(1)):
         with pytest.raises(ValueError, match="loss must depend on the parameters .*'a'"):
-            coordinates.losses_and_gradient(loss, theta, 0)
+            coordinates.losses_and_gradient(as_loss(loss), theta, 0)

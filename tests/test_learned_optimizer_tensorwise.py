@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
-from gradbuffer.nets.per_kind import PerKind
 from optimizers import LearnedOptimizer, NonFiniteError
 
 SHAPES = [(5, 4), (7,), (), (1,), (0,), (4, 3, 3, 2), (2, 5, 3), (3, 0, 2), (1, 6)]
@@ -262,8 +261,24 @@ def test_a_negative_rate_changes_nothing(kernels):
     assert all(map(torch.equal, params, before)) and not optimizer.state
 
 
+class ByLayer(nn.Module):
+    """A user's network that is two, by the names of parameters."""
+
+    by_name = True
+
+    def __init__(self):
+        super().__init__()
+        self.networks = nn.ModuleDict({"0": lstm(), "2": mlp()})
+
+    def init_state(self, num_coordinates):
+        raise NotImplementedError
+
+    def network_for(self, name):
+        return self.networks[name[0]]
+
+
 def test_networks_by_name_have_one_rate():
-    net, several = model(), PerKind({"0": lstm(), "2": mlp()})
+    net, several = model(), ByLayer()
     with pytest.raises(ValueError, match=r"lr must be given: the networks of the group have rates of their own, \[0.001, 1.0\]"):
         LearnedOptimizer(net.named_parameters(), several)
     optimizer, before = LearnedOptimizer(net.named_parameters(), several, lr=0.01), values(net[2])

@@ -11,7 +11,7 @@ from gradbuffer.nets.preprocessing import log_sign
 
 numba = pytest.importorskip("numba", reason="the kernels are compiled by numba")
 from gradbuffer.kernels import numba_lstm  # noqa: E402
-from gradbuffer.meta_gradients import replay_by_autograd  # noqa: E402
+from gradbuffer.unrolling import replay_by_autograd  # noqa: E402
 from optimizers import CoordinatewiseLSTM, NormalizedLSTM, RNNProp  # noqa: E402
 
 
@@ -75,7 +75,7 @@ def steps_and_replays(net, N, steps, threads=1):
     with torch.no_grad():
         step, own, room = net.recorder(state, steps)
         updates = [step(grad).clone() for grad in grads]
-        kept = net.replay(grads, state, adjoint, room=room)
+        kept = net.replay(grads, state, adjoint, tape=room)
         plain = net.stepper(here)
         assert all(torch.equal(plain(grad), update) for grad, update in zip(grads, updates))
         assert all(map(torch.equal, own, here)) and all(map(torch.equal, state, before))
@@ -193,7 +193,7 @@ def test_what_was_kept_under_other_weights_is_not_used(monkeypatch):
             step(grads[0])
         for parameter in net.parameters():
             parameter *= 2
-    found, expected = net.replay(grads, net.init_state(40), grads, room=room), net.replay(grads, net.init_state(40), grads)
+    found, expected = net.replay(grads, net.init_state(40), grads, tape=room), net.replay(grads, net.init_state(40), grads)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -206,8 +206,8 @@ def test_windows_at_the_same_time_have_rooms_of_their_own(monkeypatch):
         (one, _, first), (two, _, second) = net.recorder(state, 3), net.recorder(state, 3)
         for grad in grads:
             one(grad), two(-grad)
-    found, memory = net.replay(grads, state, adjoint, room=first), second.array.ctypes.data
-    net.replay(-grads, state, adjoint, room=second)
+    found, memory = net.replay(grads, state, adjoint, tape=first), second.array.ctypes.data
+    net.replay(-grads, state, adjoint, tape=second)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
     assert net.recorder(state, 3)[2].array.ctypes.data == memory  # the next window uses what the last one left

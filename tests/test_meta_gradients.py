@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-from gradbuffer.meta_gradients import meta_gradient, replay_by_autograd
+from gradbuffer.meta_gradients import meta_gradient
+from gradbuffer.unrolling import replay_by_autograd
 from meta_training import evaluate, meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, NormalizedLSTM, RNNProp, start_as_momentum
@@ -88,7 +89,7 @@ def test_adjoint_bound():
     exploding, seen[:] = torch.stack(seen), []
     meta_gradient(**window, second_order=True, adjoint_bound=1.0)
     bounded, seen[:] = torch.stack(seen), []
-    net.replay = lambda grads, state, adjoint, room=None: seen.append(adjoint.flip(0)) or {}
+    net.replay = lambda grads, state, adjoint, tape=None: seen.append(adjoint.flip(0)) or {}
     meta_gradient(**window)
     norms = [adjoints.view(30, 4, 10).norm(dim=2) for adjoints in (exploding, bounded, seen[0])]
     assert (norms[0] > 10 * norms[2]).any() and (norms[1] <= norms[2] * (1 + 1e-10)).all()

@@ -6,6 +6,7 @@ from torch import nn
 
 from gradbuffer.meta_gradients import meta_gradient
 from optimizees import ConvexTerms, MetaBatch, Mirrored, MNISTNet, Quadratics, RandomScaling
+from gradbuffer.contracts import as_loss
 from gradbuffer.unrolling import Coordinates
 
 
@@ -27,8 +28,8 @@ def test_quadratics_follow_their_formula():
 def test_quadratics_know_their_gradient(functions):
     batch = Quadratics(dim=3, dtype=torch.float64).sample(functions, generator())
     coordinates, theta = Coordinates(batch.params), torch.randn(3 * functions, dtype=torch.float64)
-    losses, gradient = coordinates.losses_and_gradient(batch.loss, theta, 0)
-    expected, by_autograd = coordinates.losses_and_gradient(lambda params, step: batch.loss(params, step), theta, 0)
+    losses, gradient = coordinates.losses_and_gradient(as_loss(batch.loss), theta, 0)
+    expected, by_autograd = coordinates.losses_and_gradient(as_loss(lambda params, step: batch.loss(params, step)), theta, 0)
     torch.testing.assert_close((losses, gradient), (expected, by_autograd), rtol=1e-13, atol=0)
     part, own = batch.part(functions // 2, functions), theta.view(functions, 3)[functions // 2:]
     torch.testing.assert_close(part.loss.with_gradient({"theta": own}, 0)[1]["theta"].flatten(),
@@ -59,8 +60,8 @@ def test_network_knows_its_gradient(tiny_mnist, hidden_sizes, activation):
     coordinates = Coordinates(batch.params)
     theta = coordinates.join(batch.params)
     theta = theta + torch.randn(theta.shape, generator=generator(), dtype=torch.float64)
-    found = coordinates.losses_and_gradient(batch.loss, theta, 5)
-    expected = coordinates.losses_and_gradient(lambda params, step: batch.loss(params, step), theta, 5)
+    found = coordinates.losses_and_gradient(as_loss(batch.loss), theta, 5)
+    expected = coordinates.losses_and_gradient(as_loss(lambda params, step: batch.loss(params, step)), theta, 5)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
     part = batch.part(1, 3)
     split = {name: tensor[1:3] for name, tensor in coordinates.split(theta).items()}
@@ -137,11 +138,11 @@ def test_functions_of_a_batch_are_independent(problem, tiny_mnist):
     batch = problem.sample(3, generator())
     coordinates = Coordinates(batch.params)
     theta = coordinates.join({name: torch.randn_like(tensor) for name, tensor in batch.params.items()})
-    _, gradient = coordinates.losses_and_gradient(batch.loss, theta, 0)
+    _, gradient = coordinates.losses_and_gradient(as_loss(batch.loss), theta, 0)
     changed = {name: tensor.clone() for name, tensor in coordinates.split(theta).items()}
     for tensor in changed.values():
         tensor[1] += 1
-    _, after = coordinates.losses_and_gradient(batch.loss, coordinates.join(changed), 0)
+    _, after = coordinates.losses_and_gradient(as_loss(batch.loss), coordinates.join(changed), 0)
     for before, now in zip(coordinates.split(gradient).values(), coordinates.split(after).values()):
         torch.testing.assert_close(before[[0, 2]], now[[0, 2]])
 
@@ -169,7 +170,7 @@ def test_mirrored_functions_come_in_pairs(tiny_mnist):
     batch, upright = Mirrored(plain).sample(6, generator()), plain.sample(3, generator())
     coordinates = Coordinates(batch.params)
     for step in (0, 7):
-        losses, gradient = coordinates.losses_and_gradient(batch.loss, coordinates.join(batch.params), step)
+        losses, gradient = coordinates.losses_and_gradient(as_loss(batch.loss), coordinates.join(batch.params), step)
         torch.testing.assert_close(losses, upright.loss(upright.params, step).repeat(2))
         for tensor in coordinates.split(gradient).values():
             assert tensor[:3].any()

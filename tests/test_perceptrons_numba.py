@@ -11,7 +11,8 @@ from gradbuffer.meta_gradients import meta_gradient
 from optimizees import Minibatches, MNISTNet, PerceptronLoss, Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, NormalizedLSTM, RNNProp
 from gradbuffer.nests import tensors_in
-from gradbuffer.unrolling import Coordinates, record
+from gradbuffer.contracts import as_loss
+from gradbuffer.unrolling import Coordinates
 
 numba_lstm = pytest.importorskip("gradbuffer.kernels.numba_lstm", reason="numba is not installed", exc_type=ImportError)
 
@@ -98,6 +99,10 @@ def test_other_layouts_and_precisions_are_not_compiled(small_mnist):
     close([losses, *turned.split(gradient).values()], [expected[0], *(expected[1][name] for name in there)], 1e-12)
 
 
+def record(net, loss, *rest):
+    return net.record(as_loss(loss), *rest)
+
+
 def stepwise(net, loss, *rest):
     """`record` of a loss that does not say that it is a perceptron's."""
     return record(net, lambda params, step: loss(params, step), *rest)
@@ -117,11 +122,11 @@ def test_windows_equal_single_steps(small_mnist, dtype, tolerance, updates, net,
     with torch.no_grad():
         given = coordinates, theta, state, 3, updates
         expected, plain = stepwise(net, batch.loss, *given, False), record(net, batch.loss, *given, False)
-        *found, room = record(net, batch.loss, *given, True)
+        *found, room, _ = record(net, batch.loss, *given, True)
     close(tensors_in(found), tensors_in(expected[:4]), tolerance)
     close(tensors_in(plain[:4]), tensors_in(expected[:4]), tolerance)
     assert all(map(torch.equal, kept, (theta, *state)))
-    with_room, without = (net.replay(found[1][:-1], state, adjoint, **more) for more in (dict(room=room), {}))
+    with_room, without = (net.replay(found[1][:-1], state, adjoint, **more) for more in (dict(tape=room), {}))
     close(list(with_room.values()), list(without.values()), tolerance)
 
 

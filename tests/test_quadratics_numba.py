@@ -9,7 +9,8 @@ from gradbuffer import unrolling
 from gradbuffer.meta_gradients import meta_gradient
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, NormalizedLSTM
-from gradbuffer.unrolling import Coordinates, record
+from gradbuffer.contracts import as_loss
+from gradbuffer.unrolling import Coordinates
 
 numba = pytest.importorskip("numba", reason="windows of quadratics are compiled by numba")
 
@@ -27,6 +28,10 @@ def window(net, problem, functions, seed=0):
     theta = torch.randn(functions * problem.dim, generator=generator, dtype=problem.dtype)
     state = tuple(torch.rand(part.shape, generator=generator, dtype=problem.dtype) - 0.5 for part in net.init_state(len(theta)))
     return net, batch.loss, coordinates, theta, state, 3, 7, False
+
+
+def record(net, loss, *rest):
+    return net.record(as_loss(loss), *rest)
 
 
 def stepwise(net, loss, *rest):

@@ -15,14 +15,14 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from gradbuffer.meta_gradients import pull_back_by_autograd, replay_by_autograd
 from gradbuffer.nests import tensors_in
+from gradbuffer.contracts import Rule, as_rule, is_learned
 from gradbuffer.unrolling import Coordinates
 
 __all__ = ["PerKind"]
 
 
-class PerKind(nn.Module):
+class PerKind(Rule, nn.Module):
     """Several learned optimizers, each for one kind of parameter.
 
     It is trained as one: a meta-gradient has a part for each network, and all of them see the same functions. In the
@@ -52,6 +52,8 @@ class PerKind(nn.Module):
     Reference: Andrychowicz et al. 2016, section 3.3.
     """
 
+    by_name = True
+
     def __init__(self, networks, rule=None):
         super().__init__()
         if not isinstance(networks, dict) or not networks:
@@ -59,10 +61,11 @@ class PerKind(nn.Module):
         for kind, net in networks.items():
             if not isinstance(kind, str):
                 raise TypeError(f"kinds must be text, got {kind!r}")
-            if not isinstance(net, nn.Module) or not callable(getattr(net, "init_state", None)):
+            if not is_learned(net):
                 raise TypeError(f"networks[{kind!r}] must be a learned optimizer, an nn.Module with init_state, got "
                                 f"{type(net).__name__}")
-            if hasattr(net, "bind"):
+            own = as_rule(net)
+            if own.tensorwise or own.reads or own.bind.__func__ is not Rule.bind:
                 raise TypeError(f"networks[{kind!r}] is a {type(net).__name__}, which can't be one of several")
         tensors = [id(parameter) for net in networks.values() for parameter in net.parameters()]
         if len(set(map(id, networks.values()))) < len(networks) or len(set(tensors)) < len(tensors):
@@ -82,7 +85,7 @@ class PerKind(nn.Module):
     @property
     def config(self):
         """What rebuilds this network, weights apart: for each kind class and config, and the rule."""
-        networks = {kind: [type(net).__name__, getattr(net, "config", None)] for kind, net in self.networks.items()}
+        networks = {kind: [type(net).__name__, self.rules[kind].config] for kind, net in self.networks.items()}
         rule = getattr(self.rule, "__qualname__", type(self.rule).__name__)  # of a function, its name
         return {"networks": networks, "rule": self.rule if isinstance(self.rule, dict) else rule}
 
@@ -131,38 +134,39 @@ class PerKind(nn.Module):
             updates[kind], after[kind] = self.networks[kind](own, state[kind])
         return self._join(updates), after
 
-    def replay(self, grads, state, adjoint):
+    @property
+    def rules(self):
+        return {kind: as_rule(net) for kind, net in self.networks.items()}
+
+    def replay(self, grads, state, adjoint, tape=None, read=None):
         """See `LSTMOptimizer.replay`: every network over its own coordinates of grads and adjoint, (T, N) each."""
         self._check(grads.shape[-1])
         total, adjoints = self._zeros(), self._split(adjoint)
         for kind, own in self._split(grads).items():
-            net = self.networks[kind]
-            replay = getattr(net, "replay", None) or (lambda *recorded, net=net: replay_by_autograd(net, *recorded))
-            total |= self._named(kind, replay(own, state[kind], adjoints[kind]))
+            total |= self._named(kind, self.rules[kind].replay(own, state[kind], adjoints[kind]))
         return total
 
-    def pull_back(self, grad, state, adjoint, next_adjoints):
+    def pull_back(self, grad, state, adjoint, next_adjoints, read=None):
         """See `LSTMOptimizer.pull_back`: every network for its own coordinates, and its own part of the state."""
         self._check(grad.shape[-1])
         pulled, before, total, adjoints, rest = {}, [], self._zeros(), self._split(adjoint), list(next_adjoints)
         for kind, own in self._split(grad).items():
-            net, count = self.networks[kind], len(tensors_in(state[kind]))
+            count = len(tensors_in(state[kind]))
             given, rest = rest[:count], rest[count:]
-            pull_back = getattr(net, "pull_back", None) or (lambda *step, net=net: pull_back_by_autograd(net, *step))
-            pulled[kind], parts, grads = pull_back(own, state[kind], adjoints[kind], given)
+            pulled[kind], parts, grads = self.rules[kind].pull_back(own, state[kind], adjoints[kind], given)
             before += parts
             total |= self._named(kind, grads)
         return self._join(pulled), before, total
 
     @property
     def odd(self):
-        return any(getattr(net, "odd", False) for net in self.networks.values())
+        return any(rule.odd for rule in self.rules.values())
 
     def symmetrize(self, tensors):
         """See `CoordinatewiseLSTM.symmetrize`, of those networks that are odd."""
         symmetric = dict(tensors)
-        for kind, net in self.networks.items():
-            if getattr(net, "odd", False):
+        for kind, net in self.rules.items():
+            if net.odd:
                 start = f"networks.{kind}."
                 own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
                 symmetric |= self._named(kind, net.symmetrize(own))

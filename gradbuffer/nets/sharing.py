@@ -25,6 +25,7 @@ from gradbuffer.checks import check_count, check_finite
 from gradbuffer.nets.odd_weights import odd_part
 from gradbuffer.nets.preprocessing import log_sign
 from gradbuffer.nests import tensors_in
+from gradbuffer.contracts import Rule
 from gradbuffer.unrolling import Coordinates
 
 __all__ = ["LSTMWithGAC", "LowRankMemory", "NTMBFGS", "Unaveraged", "start_as_coordinatewise"]
@@ -32,7 +33,7 @@ __all__ = ["LSTMWithGAC", "LowRankMemory", "NTMBFGS", "Unaveraged", "start_as_co
 PREPROCESSING = {None: (-1,), "log_sign": (1, -1), "with_log_size": (-1, 1)}  # what ∇ → -∇ does to each reading
 
 
-class SharingLSTM(nn.Module):
+class SharingLSTM(Rule, nn.Module):
     """What the optimizers below share: an LSTM with global averaging cells, and which coordinate is whose.
 
     Inside, coordinates stand function after function, each function's n next to each other (in the vector outside they
