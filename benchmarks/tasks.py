@@ -8,7 +8,7 @@
 or what `load_optimizer` reads. All optimizers have the same initial weights and minibatches; all but "Adam, constant"
 anneal their rate by a cosine. Each tries as many rates, √10 apart around its own centre, on another seed; an e marks a
 best rate at the end of those tried. "Speed against X": how many times more steps X needs to end as low; ≥ and ≤ mark
-bounds (`gradbuffer.racing.speed_against`).
+bounds (`gradbuffer.problems.races.speed_against`).
 """
 
 import argparse
@@ -22,8 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gradbuffer.racing import SPANS, Contestant, race, smoothed, speed_against, summary  # noqa: E402
-from gradbuffer.tasks import GENERALIZATION, TASKS  # noqa: E402
+from gradbuffer.problems.races import SPANS, Contestant, race, smoothed, speed_against, summary  # noqa: E402
+from gradbuffer.problems.tasks import GENERALIZATION, TASKS  # noqa: E402
 
 ALL = TASKS | GENERALIZATION
 BASELINES = ("AdamW, cosine", "Adam, constant")  # speeds are taken against these, and against the own start

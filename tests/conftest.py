@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gradbuffer.data import cifar10 as cifar_data
-from gradbuffer.data import mnist as mnist_data
+from gradbuffer.data import roots
+from gradbuffer.data.cifar10 import CIFAR10_CLASSES
 
 
 torch.set_num_threads(1)  # the tests' tensors are too small for more to help
@@ -27,21 +27,17 @@ def seeded():
     torch.manual_seed(0)
 
 
-def refuse_downloads(monkeypatch, module):
-    """Torchvision's download fails as it does without a network. Returns the list of calls."""
-    calls = []
-
-    def refuse(root):
-        calls.append(root)
-        raise OSError("no network in this test")
-
-    monkeypatch.setattr(module, "download", refuse)
-    return calls
-
-
 @pytest.fixture
 def offline(monkeypatch):
-    return refuse_downloads(monkeypatch, mnist_data)
+    """Torchvision's downloads fail as they do without a network. Returns the list of data sets asked for."""
+    asked = []
+
+    def refuse(root, dataset, folder):
+        asked.append(dataset)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(roots, "fetch", refuse)
+    return asked
 
 
 def idx_bytes(array):
@@ -78,11 +74,6 @@ def tiny_mnist(tmp_path):
     return write_mnist(tmp_path / "tiny", side=8)
 
 
-@pytest.fixture
-def no_cifar(monkeypatch):
-    return refuse_downloads(monkeypatch, cifar_data)
-
-
 def image_of(label, side, random):
     """(side, side, 3): noise, and a corner that tells the label and the color."""
     image = random.integers(0, 256, (side, side, 3)).astype(np.uint8)
@@ -94,7 +85,7 @@ def write_cifar10(root, train=6, test=2, side=8, form="folder"):
     """A small CIFAR-10 in image files (PNG, so that they are exact) under root, or in zips of them."""
     random = np.random.default_rng(0)
     for split, count in (("train", train), ("test", test)):
-        for label, name in enumerate(cifar_data.CIFAR10_CLASSES):
+        for label, name in enumerate(CIFAR10_CLASSES):
             folder = root / "cifar10" / split / name
             folder.mkdir(parents=True)
             for number in range(count):

@@ -4,6 +4,7 @@ import doctest
 import io
 import pickle
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,12 +40,12 @@ def test_pickles_are_read_as_torchvision_unpacks_them(tmp_path, monkeypatch):
     assert load_cifar10() is data
 
 
-def test_pickles_run_no_code(tmp_path, no_cifar):
+def test_pickles_run_no_code(tmp_path, offline):
     path = write_cifar10_pickles(tmp_path) / "cifar-10-batches-py" / "data_batch_2"
     path.write_bytes(pickle.dumps({b"data": print, b"labels": []}))
     with pytest.raises(ValueError, match="data_batch_2 is truncated or corrupt.*builtins.print"):
         load_cifar10(tmp_path)
-    assert not no_cifar
+    assert not offline
 
 
 @pytest.mark.filterwarnings("error")
@@ -82,11 +83,11 @@ def change_pickle(**changes):
     (change_pickle(labels=[1, 2]), r"test_batch must hold .* n labels"),
     (change_pickle(labels=[1, 2, 10]), "test_batch must hold labels 0 … 9"),
 ])
-def test_damaged_pickles_name_the_file(tmp_path, no_cifar, damage, message):
+def test_damaged_pickles_name_the_file(tmp_path, offline, damage, message):
     damage(write_cifar10_pickles(tmp_path) / "cifar-10-batches-py" / "test_batch")
     with pytest.raises(ValueError, match=message):
         load_cifar10(tmp_path)
-    assert not no_cifar
+    assert not offline
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -96,14 +97,14 @@ def test_damaged_pickles_name_the_file(tmp_path, no_cifar, damage, message):
     (lambda folder: (folder / "train/cat").rename(folder / "train/lion"), r"missing: \['cat'\], not known: \['lion'\]"),
     (lambda folder: (folder / "test").rename(folder / "other"), r"the folder test \(or test.zip\) is missing"),
 ])
-def test_damaged_images_name_the_file(tmp_path, no_cifar, damage, message):
+def test_damaged_images_name_the_file(tmp_path, offline, damage, message):
     damage(write_cifar10(tmp_path) / "cifar10")
     with pytest.raises(ValueError, match=message):
         load_cifar10(tmp_path)
-    assert not no_cifar
+    assert not offline
 
 
-def test_damaged_zip_names_the_file(tmp_path, no_cifar):
+def test_damaged_zip_names_the_file(tmp_path, offline):
     path = write_cifar10(tmp_path, form="zip") / "cifar10" / "test.zip"
     content = path.read_bytes()
     path.write_bytes(content[:-40])
@@ -114,10 +115,10 @@ def test_damaged_zip_names_the_file(tmp_path, no_cifar):
     path.write_bytes(content[:entry.header_offset + 60] + b"?" + content[entry.header_offset + 61:])
     with pytest.raises(ValueError, match="test.zip is truncated or corrupt.*test/dog/1.png"):
         load_cifar10(tmp_path)
-    assert not no_cifar
+    assert not offline
 
 
-def test_members_that_cannot_be_read(tmp_path, no_cifar):
+def test_members_that_cannot_be_read(tmp_path, offline):
     path = write_cifar10(tmp_path, form="zip") / "cifar10" / "test.zip"
     content = bytearray(path.read_bytes())
     for mark, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
@@ -128,10 +129,10 @@ def test_members_that_cannot_be_read(tmp_path, no_cifar):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="test.zip is truncated or corrupt, or cannot be read.* encrypted"):
         load_cifar10(tmp_path)
-    assert not no_cifar
+    assert not offline
 
 
-def test_a_picture_that_is_too_large(tmp_path, no_cifar):
+def test_a_picture_that_is_too_large(tmp_path, offline):
     (write_cifar10(tmp_path) / "cifar10" / "train" / "dog" / "3.png").write_bytes(huge_picture())
     with pytest.raises(ValueError, match="dog/3.png in .* cannot be read: DecompressionBombError: Image size .400000000 pixels"):
         load_cifar10(tmp_path)
@@ -146,10 +147,10 @@ def test_splits_of_different_sizes(tmp_path):
         load_cifar10(root)
 
 
-def test_offline_falls_back_to_generated_images_with_a_warning(tmp_path, no_cifar):
+def test_offline_falls_back_to_generated_images_with_a_warning(tmp_path, offline):
     with pytest.warns(UserWarning, match="no network in this test.*cifar-10-batches-py"):
         data = load_cifar10(tmp_path / "nothing here")
-    assert len(no_cifar) == 1 and "CIFAR-10 not found" in data.name
+    assert offline == ["CIFAR-10"] and "CIFAR-10 not found" in data.name
     assert data.train_images.shape == (2000, 3, 32, 32) and data.test_labels.bincount().tolist() == [50] * 10
 
 
@@ -163,7 +164,7 @@ def test_generated_images_have_classes_that_can_be_told_apart():
 
 def test_download_is_put_in_place(tmp_path, monkeypatch):
     datasets = pytest.importorskip("torchvision.datasets")
-    monkeypatch.setattr(datasets, "CIFAR10", lambda root, download: write_cifar10_pickles(cifar_data.Path(root)))
+    monkeypatch.setattr(datasets, "CIFAR10", lambda root, download: write_cifar10_pickles(Path(root)))
     assert load_cifar10(tmp_path).name == "CIFAR-10 (a part: 50 images)"
     assert [path.name for path in tmp_path.iterdir()] == ["cifar-10-batches-py"]
 
@@ -178,7 +179,7 @@ def test_bad_input(tmp_path):
     with pytest.raises(TypeError, match="root must be a path or None, got 3"):
         load_cifar10(3)
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(ValueError, match="holds no CIFAR10 and can't be written to.*L2O_DATA"):
+    with pytest.raises(ValueError, match="holds no CIFAR-10 and can't be written to.*L2O_DATA"):
         load_cifar10(tmp_path / "file" / "data")
     with pytest.raises(ValueError, match="side must be at least 1, got 0"):
         generated_images(side=0)

@@ -5,9 +5,9 @@ import torch
 from conftest import write_cifar10
 from torch import nn
 
-import optimizees
 from gradbuffer.data.cifar10 import generated_images, load_cifar10
 from gradbuffer.meta_gradients import meta_gradient
+from gradbuffer.problems import cifar10
 from optimizees import CIFAR10Net
 from optimizers import CoordinatewiseLSTM
 from gradbuffer.contracts import as_loss
@@ -60,7 +60,7 @@ def minibatch_of(batch, problem, step):
 def way(request, monkeypatch):
     """Both ways in which B networks are run: a CPU's and a GPU's."""
     if request.param == "grouped":
-        monkeypatch.setattr(optimizees, "function_by_function", optimizees.convolutional_scores)
+        monkeypatch.setattr(cifar10, "function_by_function", cifar10.convolutional_scores)
 
 
 def test_networks_equal_torch_modules(way):

@@ -10,10 +10,10 @@ import torch
 from conftest import write_cifar10, write_mnist
 from torch import nn
 
-from gradbuffer import racing, tasks
+from gradbuffer.problems import races, tasks
 from gradbuffer.nets.mlp import MLPOptimizer
-from gradbuffer.racing import Contestant, Race, final, race, smoothed, speed, speed_against, summary, train
-from gradbuffer.tasks import GENERALIZATION, TASKS, Task
+from gradbuffer.problems.races import Contestant, Race, final, race, smoothed, speed, speed_against, summary, train
+from gradbuffer.problems.tasks import GENERALIZATION, TASKS, Task
 
 ALL = TASKS | GENERALIZATION
 
@@ -218,11 +218,11 @@ def test_twice_the_slope_is_twice_the_speed(schedule, ratio):
 
 def test_speeds_have_bounds():
     slow, fast = sgd(0.001), sgd(1.0)
-    assert speed_against(SLOPE, raced(fast), slow, raced(slow), [0, 1]) == racing.SPANS[-1]
-    assert speed_against(SLOPE, raced(slow), fast, raced(fast), [0, 1]) == pytest.approx(racing.SPANS[0], rel=0.01)
+    assert speed_against(SLOPE, raced(fast), slow, raced(slow), [0, 1]) == races.SPANS[-1]
+    assert speed_against(SLOPE, raced(slow), fast, raced(fast), [0, 1]) == pytest.approx(races.SPANS[0], rel=0.01)
     failing = raced(sgd(1.0, maximize=True))
     assert failing.failures == 2
-    assert speed_against(SLOPE, failing, slow, raced(slow), [0, 1]) == pytest.approx(racing.SPANS[0], rel=0.01)
+    assert speed_against(SLOPE, failing, slow, raced(slow), [0, 1]) == pytest.approx(races.SPANS[0], rel=0.01)
 
 
 def test_runs_of_the_other_are_kept():

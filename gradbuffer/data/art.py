@@ -4,7 +4,6 @@ Archives are read where they lie, members into memory; nothing on disk is ever c
 """
 
 import functools
-import io
 import tarfile
 import warnings
 import zlib
@@ -16,11 +15,10 @@ import torch
 from torch.nn import functional as F
 
 from gradbuffer.checks import check_count
-from gradbuffer.data.mnist import data_root
+from gradbuffer.data.roots import data_root, decode, is_image
 
 __all__ = ["ArtImages", "generated_textures", "load_contents", "load_style"]
 
-IMAGE_FILES = (".jpg", ".jpeg", ".png")
 GENERATED = {"train": 200, "validation": 20, "test": 100}  # how many images stand in for each split
 
 
@@ -95,7 +93,7 @@ def _contents(root, split, size):
     folder = f"{split}_{size}" if folders.get(f"{split}_{size}") else split
     if not folders.get(folder):
         raise ValueError(f"{source} holds no images in {split} or {split}_{size}; it has folders {sorted(folders)}")
-    images = [decode(source, path, read, size) for path, read in sorted(folders[folder].items())]
+    images = [middle_square(source, path, read, size) for path, read in sorted(folders[folder].items())]
     return ArtImages(f"{len(images):,} photographs", torch.stack(images))
 
 
@@ -108,7 +106,7 @@ def _style(root, style, size):
         return ArtImages(f'a generated style "{style}"', generated_textures(1, size, seed=zlib.crc32(style.encode())))
     if style not in files:
         raise ValueError(f"style must be one of {sorted(files)}, the images of {source}, got {style!r}")
-    return ArtImages(style.replace("_", " "), decode(source, *files[style], size)[None])
+    return ArtImages(style.replace("_", " "), middle_square(source, *files[style], size)[None])
 
 
 def announce(kind, root, form):
@@ -151,20 +149,16 @@ def in_folders(readers):
     """{path: reader} -> {folder's name: {path: reader}}, images only."""
     folders = {}
     for path, read in readers.items():
-        if path.suffix.lower() in IMAGE_FILES and path.name[0] != ".":
+        if is_image(path):
             folders.setdefault(path.parent.name, {})[path] = read
     return folders
 
 
-def decode(source, path, read, size):
+def middle_square(source, path, read, size):
     """(3, size, size), uint8: the middle square of an image, averaged down. Raises ValueError."""
     from PIL import Image
 
-    try:
-        with Image.open(io.BytesIO(read())) as image:
-            image = image.convert("RGB")
-    except Exception as error:  # a picture too large, whatever damage may lead to
-        raise ValueError(f"{path} in {source} is truncated or corrupt, or cannot be read: {type(error).__name__}: {error}") from error
+    image = decode(source, path, read)
     width, height = image.size
     side = min(width, height)
     if side < size:

@@ -5,9 +5,7 @@ into a data root that holds no CIFAR-10 yet.
 """
 
 import functools
-import io
 import pickle
-import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +14,7 @@ import numpy as np
 import torch
 
 from gradbuffer.checks import check_count
-from gradbuffer.data.mnist import data_root, fetch
+from gradbuffer.data.roots import data_root, decode, find_or_download, is_image
 
 __all__ = ["CIFAR10_CLASSES", "ColorImages", "check_color_images", "generated_images", "load_cifar10"]
 
@@ -24,8 +22,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 """The names of the labels 0 … 9; in the order of the alphabet, which is the original's."""
 
 PICKLES = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
-PICKLED = "cifar-10-batches-py"  # the folder that torchvision unpacks
-IMAGE_FILES = (".jpg", ".jpeg", ".png")
+PICKLED = Path("cifar-10-batches-py")  # the folder that torchvision unpacks
 
 
 class ColorImages(NamedTuple):
@@ -41,8 +38,7 @@ class ColorImages(NamedTuple):
 def check_color_images(data):
     """Raise unless `ColorImages` hold what their fields say: all images square and of one size."""
     side = data.train_images.shape[-1]
-    for split in ("train", "test"):
-        images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
+    for split, images, labels in (("train", data.train_images, data.train_labels), ("test", data.test_images, data.test_labels)):
         if images.dtype != torch.uint8 or labels.dtype != torch.int64:
             raise TypeError(f"{split}_images must be uint8 tensors with int64 labels, got {images.dtype} and "
                             f"{labels.dtype}")
@@ -82,18 +78,13 @@ def load_cifar10(root=None):
 
 @functools.lru_cache(maxsize=4)
 def _load(root):
-    splits = read_splits(root)
+    splits = find_or_download(read_splits, root, "CIFAR-10", PICKLED,
+                              f"using generated images instead. Put the pickled batches into {root / PICKLED}, or images into "
+                              f"{root / 'cifar10' / 'train'}/<class>/<number>.jpg and the like for test (or train.zip and test.zip "
+                              "with these)")
     if splits is None:
-        try:
-            download(root)
-            splits = read_splits(root)
-        except (ImportError, OSError, RuntimeError) as error:
-            warnings.warn(f"CIFAR-10 is not under {root} and could not be downloaded ({error}); using generated images "
-                          f"instead. Put the pickled batches into {root / PICKLED}, or images into "
-                          f"{root / 'cifar10' / 'train'}/<class>/<number>.jpg and the like for test (or train.zip and "
-                          "test.zip with these), or name their root in L2O_DATA.", stacklevel=3)
-            stand_in = generated_images()
-            return stand_in._replace(name=f"{stand_in.name} (CIFAR-10 not found)")
+        stand_in = generated_images()
+        return stand_in._replace(name=f"{stand_in.name} (CIFAR-10 not found)")
     (train_images, train_labels), (test_images, test_labels) = splits
     if train_images.shape[1:] != test_images.shape[1:]:
         raise ValueError(f"the images of {root} must all be of one size, got {tuple(train_images.shape[2:])} to train "
@@ -101,10 +92,6 @@ def _load(root):
     count = len(train_labels)
     name = "CIFAR-10" if count == 50_000 else f"CIFAR-10 (a part: {count:,} images)"
     return ColorImages(name, *shuffled(train_images, train_labels), *shuffled(test_images, test_labels))
-
-
-def download(root):
-    fetch(root, "CIFAR10", Path(PICKLED))
 
 
 def shuffled(images, labels):
@@ -174,7 +161,7 @@ def read_images(source):
     """(images, labels) of a folder or a zip with `<class>/<number>.jpg` in it. Raises ValueError."""
     try:
         if source.is_dir():
-            return decode(source, {path.relative_to(source): path.read_bytes for path in source.glob("*/*")})
+            return labelled(source, {path.relative_to(source): path.read_bytes for path in source.glob("*/*")})
         with zipfile.ZipFile(source) as file:
             members = file.infolist()
             if len({member.filename for member in members}) < len(members):
@@ -183,19 +170,13 @@ def read_images(source):
                 if not is_image(Path(member.filename)):
                     file.read(member)  # says so if the name is a damaged one, which would hide an image
             entries = {Path(member.filename): functools.partial(file.read, member) for member in members}
-            return decode(source, entries)
+            return labelled(source, entries)
     except (zipfile.BadZipFile, OSError, RuntimeError) as error:
         raise ValueError(f"{source} is truncated or corrupt, or cannot be read: {error}") from error
 
 
-def is_image(path):
-    return path.suffix.lower() in IMAGE_FILES and path.name[0] != "."
-
-
-def decode(source, readers):
+def labelled(source, readers):
     """(images, labels), from a dict of paths that end in `<class>/<file>` and what reads each."""
-    from PIL import Image
-
     paths = sorted(filter(is_image, readers))
     found = {path.parent.name for path in paths}
     if found != set(CIFAR10_CLASSES):
@@ -204,11 +185,7 @@ def decode(source, readers):
                          f"missing: {missing}, not known: {other}")
     images = None
     for place, path in enumerate(paths):
-        try:
-            with Image.open(io.BytesIO(readers[path]())) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except Exception as error:  # an encrypted member of a zip, a picture too large, whatever damage may lead to
-            raise ValueError(f"{path} in {source} is truncated or corrupt, or cannot be read: {type(error).__name__}: {error}") from error
+        pixels = np.asarray(decode(source, path, readers[path]))
         if images is None:
             images = torch.empty(len(paths), *pixels.shape, dtype=torch.uint8)
         if pixels.shape != images.shape[1:] or pixels.shape[0] != pixels.shape[1]:

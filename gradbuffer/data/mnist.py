@@ -7,10 +7,6 @@ root that holds no MNIST yet.
 import functools
 import gzip
 import math
-import os
-import socket
-import tempfile
-import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +14,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from gradbuffer.data.roots import data_root, find_or_download
+
 __all__ = ["ImageData", "load_mnist"]
 
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-DOWNLOAD_TIMEOUT = 30  # seconds without an answer after which we count as offline
+RAW = Path("MNIST", "raw")  # the folder into which torchvision unpacks
 
 
 class ImageData(NamedTuple):
@@ -61,25 +59,13 @@ def load_mnist(root=None):
     return _load(data_root(root))
 
 
-def data_root(root):
-    """Where data lie: `root`, else what `L2O_DATA` names, else `data` in the working folder. A whole path."""
-    if root is not None and not isinstance(root, (str, os.PathLike)):
-        raise TypeError(f"root must be a path or None, got {root!r}")
-    return Path(root or os.environ.get("L2O_DATA") or "data").resolve()
-
-
 @functools.lru_cache(maxsize=4)
 def _load(root):
-    files = find_files(root)
+    files = find_or_download(find_files, root, "MNIST", RAW,
+                             "using scikit-learn's handwritten digits (8×8 pixels) instead. Put the four IDX files into "
+                             f"{root / RAW}")
     if not files:
-        try:
-            download(root)
-            files = find_files(root)
-        except (ImportError, OSError, RuntimeError) as error:
-            warnings.warn(f"MNIST is not under {root} and could not be downloaded ({error}); using scikit-learn's "
-                          "handwritten digits (8×8 pixels) instead. Put the four IDX files into "
-                          f"{root / 'MNIST' / 'raw'}, or name their root in L2O_DATA.", stacklevel=3)
-            return load_digits()
+        return load_digits()
     tensors = []
     for split in ("train", "test"):
         images, labels = (read_idx(files[name]) for name in FILES[split])
@@ -96,7 +82,7 @@ def _load(root):
 
 def find_files(root):
     """dict from IDX file name to the path it is found at; empty if there is none, an error if some are missing."""
-    for folder in (root / "MNIST" / "raw", root / "raw", root):
+    for folder in (root / RAW, root / "raw", root):
         found = {}
         for name in (name for names in FILES.values() for name in names):
             for path in (folder / name, folder / f"{name}.gz"):
@@ -124,31 +110,6 @@ def read_idx(path):
     if held != expected or expected == 0:
         raise ValueError(f"{path} is truncated or corrupt: its header says {expected} bytes of data, it holds {held}")
     return np.frombuffer(bytearray(content), np.uint8, offset=4 + 4 * dims).reshape(shape)
-
-
-def download(root):
-    fetch(root, "MNIST", Path("MNIST", "raw"))
-
-
-def fetch(root, dataset, folder):
-    """A data set by torchvision into <root>/<folder>, whole or not at all. Raises ValueError where it can't write."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=root, prefix=f".{dataset.lower()}-download-")
-    except OSError as error:
-        raise ValueError(f"the data root {root} holds no {dataset} and can't be written to ({error}): name another by "
-                         "the argument root or the environment variable L2O_DATA") from error
-    with scratch:
-        from torchvision import datasets
-
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-        try:
-            getattr(datasets, dataset)(scratch.name, download=True)
-        finally:
-            socket.setdefaulttimeout(timeout)
-        (root / folder).parent.mkdir(exist_ok=True)
-        os.replace(Path(scratch.name) / folder, root / folder)
 
 
 def load_digits():

@@ -1,1 +1,1 @@
-"""Optimizees of single papers."""
+"""Problems, the distributions of functions that are optimized, and tasks on which optimizers race."""

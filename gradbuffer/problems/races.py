@@ -2,7 +2,7 @@
 
 All optimizers get the same number of rates, the same initial weights and the same minibatches. A rate is chosen on one
 seed and raced on others. Final losses are means over the last tenth of the steps. What the tasks are is not said here:
-`gradbuffer.tasks`.
+`gradbuffer.problems.tasks`.
 """
 
 import math
@@ -100,7 +100,7 @@ def train(task, make_optimizer, steps, seed, schedule="cosine"):
     """Train a task's model, and never raise because it diverges.
 
     Args:
-        task: a `gradbuffer.tasks.Task`.
+        task: a `gradbuffer.problems.tasks.Task`.
         make_optimizer: function of the list of parameters that returns a `torch.optim.Optimizer`, or a list of them.
         steps: at least 1.
         seed: of the initial weights and of the minibatches. The global generator is as before afterwards.
@@ -156,7 +156,7 @@ def race(tasks, contestants, rates=5, steps=500, seeds=range(5), tuning_seed=100
     """Every contestant on every task: a rate chosen on one seed, then trained at it on others.
 
     Args:
-        tasks: dict from name to `gradbuffer.tasks.Task`.
+        tasks: dict from name to `gradbuffer.problems.tasks.Task`.
         contestants: dict from name to `Contestant`.
         rates: how many each of them tries, around its own centre. The best has the lowest final loss; if none is finite,
             it is the smallest rate.
@@ -233,7 +233,7 @@ def speed_against(task, ours, contestant, other, seeds, longer=None):
     are means over the seeds; where one of ours failed (`Race.failures`), the result is 1/3.
 
     Args:
-        task: the `gradbuffer.tasks.Task`.
+        task: the `gradbuffer.problems.tasks.Task`.
         ours: our `Race`.
         contestant: the other `Contestant`.
         other: its `Race` on the same task and seeds.

@@ -1,7 +1,7 @@
 """Small tasks of many kinds, on which optimizers race: what a learned optimizer is judged by where it was not trained.
 
 Each is a network, its minibatches and their loss; a training step takes one to four milliseconds of a core, and 500
-steps get far enough to tell optimizers apart. Losses are those of training. `gradbuffer.racing` runs the races.
+steps get far enough to tell optimizers apart. Losses are those of training. `gradbuffer.problems.races` runs the races.
 """
 
 import functools

@@ -1,0 +1,115 @@
+"""What problems on images share: splits on the device, minibatches that a seed and a step determine, checks of arguments."""
+
+import functools
+from typing import Callable, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from gradbuffer.checks import check_count
+from gradbuffer.contracts import Problem
+
+STEPS_PER_DRAW = 32  # minibatches whose indices are drawn at once
+
+
+def check_floating(dtype):
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+
+
+def check_split(split):
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f'split must be "train", "validation" or "test", got {split!r}')
+
+
+class ImageNets(Problem):
+    """What the networks on images below share: their `options` rebuild them, on another device or split."""
+
+    def to(self, device):
+        """The same distribution on another device."""
+        return type(self)(**self.options, device=device)
+
+    def with_split(self, split):
+        """The same networks over another split of the data."""
+        return type(self)(**{**self.options, "split": split}, device=self.device)
+
+    def validation_problem(self):
+        """What `meta_train` validates on: the same networks, over images that no training function draws from."""
+        return self.with_split("validation")
+
+
+class Chosen(NamedTuple):
+    """Minibatches of images and labels, of which `index(step)` (B, batch) says which they are at that step."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    index: Callable
+
+    def __call__(self, step):
+        """images (B, batch, inputs) and labels (B, batch)"""
+        index = self.index(step)
+        return chosen(self.images, index), chosen(self.labels, index)
+
+
+def chosen(rows, index):
+    """rows[index], on a CPU in a third of the time."""
+    return rows.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def check_batch_size(batch_size):
+    """A batch size, or a pair (least, most) of them as a tuple."""
+    if not isinstance(batch_size, (tuple, list)):
+        check_count(batch_size=batch_size)
+        return batch_size
+    if len(batch_size) != 2:
+        raise ValueError(f"batch_size must be a number or (least, most), got {batch_size!r}")
+    least, most = batch_size
+    check_count(**{"batch_size[0]": least})
+    check_count(least=least, **{"batch_size[1]": most})
+    return least, most
+
+
+def drawn_batch_size(batch_size, generator):
+    """That number; of a pair, one between the two, uniform in its logarithm."""
+    if isinstance(batch_size, int):
+        return batch_size
+    least, most = batch_size
+    return round(least * (most / least) ** torch.rand((), generator=generator, dtype=torch.float64).item())
+
+
+def mean_cross_entropy(scores, labels):
+    """(B, classes, batch) and (B, batch) -> (B,)"""
+    return F.cross_entropy(scores, labels, reduction="none").mean(1)
+
+
+class Minibatches:
+    """Indices of the minibatch of any step: a function of the seed and the step alone, in whatever order they come."""
+
+    def __init__(self, seed, shape, length, device):
+        self.seed, self.shape, self.length, self.device = seed, shape, length, device
+        self.drawn = None, None
+
+    def __call__(self, step):
+        check_count(least=0, step=step)
+        chunk, within = divmod(step, STEPS_PER_DRAW)
+        drawn = self.drawn  # other threads may ask for other steps meanwhile
+        if drawn[0] != chunk:
+            generator = torch.Generator().manual_seed((self.seed + chunk) % 2**63)
+            indices = torch.randint(self.length, (STEPS_PER_DRAW, *self.shape), generator=generator)
+            self.drawn = drawn = chunk, indices.to(self.device)
+        return drawn[1][within]
+
+
+@functools.cache
+def on_device(data, split, device, prepare, *options):
+    """What `prepare(images, labels, *options)` makes of a split of the data, as tensors on the device, moved there once per process."""
+    whole = (data.test_images, data.test_labels) if split == "test" else half(data, split)
+    return tuple(tensor.to(device) for tensor in prepare(*whole, *options))
+
+
+def half(data, split):
+    """One half of the training images, by a fixed random order."""
+    order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
+    middle = len(order) // 2
+    order = order[:middle] if split == "train" else order[middle:]
+    return data.train_images[order], data.train_labels[order]
