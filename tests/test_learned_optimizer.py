@@ -326,6 +326,50 @@ def test_a_copy_of_the_network_where_the_parameters_are():
     assert network.net is not first
 
 
+class Decaying(nn.Module):
+    """Reads θ and the time."""
+
+    reads = {"params", "step"}
+
+    def __init__(self, coordinatewise):
+        super().__init__()
+        self.coordinatewise = coordinatewise
+
+    def init_state(self, num_coordinates):
+        return torch.zeros(num_coordinates)
+
+    def forward(self, grad, state, *, params, step):
+        assert isinstance(step, int) and params.shape == grad.shape == state.shape
+        return -0.1 * (step + 1) * (grad + params), state + params
+
+
+@pytest.mark.parametrize("coordinatewise", [False, True])
+def test_a_network_may_read_parameters_and_time(coordinatewise, monkeypatch):
+    monkeypatch.setitem(vectors.CHUNK, "cpu", 4)
+    params = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, dtype=torch.float64))]
+    optimizer, expected, sums = LearnedOptimizer(params, Decaying(coordinatewise), lr=0.5), torch.ones(3), torch.zeros(3)
+    for step in range(3):
+        for parameter in params:
+            parameter.grad = torch.full_like(parameter, 2)
+        optimizer.step()
+        sums, expected = sums + expected, expected - 0.05 * (step + 1) * (2 + expected)
+    for parameter in params:
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, expected[0]))
+    state = optimizer.state[params[0]]
+    assert state["step"] == 3 and len(optimizer.state) == 1 + coordinatewise
+    torch.testing.assert_close(state["state"][:3], sums)
+    other = LearnedOptimizer(copy.deepcopy(params), Decaying(coordinatewise))
+    other.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    torch.testing.assert_close(other.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
+
+
+def test_a_network_that_reads_the_loss_is_refused():
+    net = Decaying(True)
+    net.reads = {"loss"}
+    with pytest.raises(ValueError, match=r"Decaying must read params and step at most, beside gradients, got \['loss'\]"):
+        LearnedOptimizer(model().parameters(), net)
+
+
 # Gradients of every sort ----------------------------------------------------------------------------------------------
 
 

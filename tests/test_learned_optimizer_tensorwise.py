@@ -13,11 +13,15 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
-from gradbuffer.nets.per_kind import PerKind
 from optimizers import LearnedOptimizer, NonFiniteError
 
 SHAPES = [(5, 4), (7,), (), (1,), (0,), (4, 3, 3, 2), (2, 5, 3), (3, 0, 2), (1, 6)]
-VARIANTS = [{}, {"vectors": "adamw", "weight_decay": 0.1}, {"variant": "small_fc"}, {"orthogonalize": True, "hidden_sizes": (3,)}]
+VARIANTS = [
+    {},
+    {"vectors": "adamw", "weight_decay": 0.1},
+    {"variant": "small_fc"},
+    {"orthogonalize": True, "hidden_sizes": (3,)},
+]
 
 
 def mlp(dtype=torch.float32, **options):
@@ -40,15 +44,17 @@ class Signs(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.1))
 
     def init_state(self, params):
-        return {name: {"average": torch.zeros_like(param), "sizes": (param.square().reshape(len(param), -1).sum(1), )}
-                for name, param in params.items()}
+        return {
+            name: {"average": torch.zeros_like(param), "sizes": (param.square().reshape(len(param), -1).sum(1),)}
+            for name, param in params.items()
+        }
 
     def forward(self, grads, state, *, params):
         updates, after = {}, {}
         for name, grad in grads.items():
             average = 0.5 * state[name]["average"] + grad
             updates[name] = -self.scale * average.sign() / average[0].numel()
-            after[name] = {"average": average, "sizes": (state[name]["sizes"][0] + 1, )}
+            after[name] = {"average": average, "sizes": (state[name]["sizes"][0] + 1,)}
         return updates, after
 
 
@@ -62,15 +68,23 @@ class Late(nn.Module):
 
     def forward(self, grads, state, *, params, lr=None, step=None):
         assert isinstance(step, int)
-        return ({name: -lr * (step + 1) * grad for name, grad in grads.items()},
-                {name: count + 1 for name, count in state.items()})
+        return (
+            {name: -lr * (step + 1) * grad for name, grad in grads.items()},
+            {name: count + 1 for name, count in state.items()},
+        )
 
 
 def small_fc():
     return mlp(variant="small_fc")
 
 
-NETS = {"mlp": mlp, "adamw": lambda: mlp(vectors="adamw", weight_decay=0.1), "small_fc": small_fc, "signs": Signs, "late": Late}
+NETS = {
+    "mlp": mlp,
+    "adamw": lambda: mlp(vectors="adamw", weight_decay=0.1),
+    "small_fc": small_fc,
+    "signs": Signs,
+    "late": Late,
+}
 
 
 @pytest.fixture(params=["torch", "numba"])
@@ -122,7 +136,9 @@ class ByHand:
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_equals_the_network_run_by_hand(variant, options, kernels):
     net, ours, theirs = mlp(torch.float64, **variant), parameters(), parameters()
-    optimizer = LearnedOptimizer([{"params": ours[:4]}, {"params": ours[4:], "lr": 0.003, "weight_decay": 0.05}], net, lr=0.02, **options)
+    optimizer = LearnedOptimizer(
+        [{"params": ours[:4]}, {"params": ours[4:], "lr": 0.003, "weight_decay": 0.05}], net, lr=0.02, **options
+    )
     by_hand = [ByHand(net, 0.02, **options), ByHand(net, 0.003, **{**options, "weight_decay": 0.05})]
     for step in range(7):
         for params in (ours, theirs):
@@ -147,7 +163,10 @@ def test_a_zero_gradient_does_not_keep_from_decay(weight_decay, kernels):
 
 def test_a_users_network_without_a_rate():
     net, params = Signs(), parameters(torch.float32, [(2, 3), (4,), ()])
-    optimizer, before = LearnedOptimizer(params, net, lr=0.5, weight_decay=0.1), [param.detach().clone() for param in params]
+    optimizer, before = (
+        LearnedOptimizer(params, net, lr=0.5, weight_decay=0.1),
+        [param.detach().clone() for param in params],
+    )
     for param in params:
         param.grad = -torch.ones_like(param)
     optimizer.step()
@@ -183,7 +202,9 @@ def test_16_bit_parameters_are_rounded_once(variant, dtype, kernels):
         by_hand.step(theirs)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a.detach().float(), b.detach(), rtol=torch.finfo(dtype).eps, atol=1e-6)
-    assert ours[0].dtype == dtype and {part.dtype for part in optimizer.state[ours[0]].values() if isinstance(part, torch.Tensor)} == {torch.float32}
+    assert ours[0].dtype == dtype and {
+        part.dtype for part in optimizer.state[ours[0]].values() if isinstance(part, torch.Tensor)
+    } == {torch.float32}
 
 
 def test_dtypes_and_networks_side_by_side(kernels):
@@ -198,9 +219,14 @@ def test_dtypes_and_networks_side_by_side(kernels):
     assert net.layers["weight_0"].dtype == torch.float64
 
 
-@pytest.mark.parametrize("arrange", [lambda t: t.contiguous(memory_format=torch.channels_last), lambda t: t.mT.contiguous().mT])
+@pytest.mark.parametrize(
+    "arrange", [lambda t: t.contiguous(memory_format=torch.channels_last), lambda t: t.mT.contiguous().mT]
+)
 def test_memory_layout_does_not_matter(arrange, kernels):
-    plain, laid = parameters(shapes=[(2, 3, 4, 4)])[0], nn.Parameter(arrange(parameters(shapes=[(2, 3, 4, 4)])[0].detach()))
+    plain, laid = (
+        parameters(shapes=[(2, 3, 4, 4)])[0],
+        nn.Parameter(arrange(parameters(shapes=[(2, 3, 4, 4)])[0].detach())),
+    )
     for step in range(1, 3):
         for param in (plain, laid):
             param.grad = torch.linspace(-1, step, 96, dtype=torch.float64).view(2, 3, 4, 4)
@@ -229,7 +255,9 @@ def test_sparse_gradients_equal_dense_ones(kernels):
 
 def test_the_rate_is_the_networks_own_unless_given(kernels):
     net, twin = model(), model()
-    optimizer = LearnedOptimizer([{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.0}], mlp(lr=0.02))
+    optimizer = LearnedOptimizer(
+        [{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.0}], mlp(lr=0.02)
+    )
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "net": lstm()})
     assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.0, 1.0]
     train(net, optimizer, 1)
@@ -242,7 +270,9 @@ def test_the_rate_is_the_networks_own_unless_given(kernels):
 def test_schedulers_set_the_rate(tensor_lr, kernels):
     """In "celo" a tensor of one element moves by the rate."""
     param = nn.Parameter(torch.zeros(1))
-    optimizer = LearnedOptimizer([param], start_as_normalized_adam(MLPOptimizer()), lr=torch.tensor(0.8) if tensor_lr else 0.8)
+    optimizer = LearnedOptimizer(
+        [param], start_as_normalized_adam(MLPOptimizer()), lr=torch.tensor(0.8) if tensor_lr else 0.8
+    )
     scheduler, moves = lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5), []
     for _ in range(4):
         param.grad, before = torch.ones(1), param.item()
@@ -262,9 +292,27 @@ def test_a_negative_rate_changes_nothing(kernels):
     assert all(map(torch.equal, params, before)) and not optimizer.state
 
 
+class ByLayer(nn.Module):
+    """A user's network that is two, by the names of parameters."""
+
+    by_name = True
+
+    def __init__(self):
+        super().__init__()
+        self.networks = nn.ModuleDict({"0": lstm(), "2": mlp()})
+
+    def init_state(self, num_coordinates):
+        raise NotImplementedError
+
+    def network_for(self, name):
+        return self.networks[name[0]]
+
+
 def test_networks_by_name_have_one_rate():
-    net, several = model(), PerKind({"0": lstm(), "2": mlp()})
-    with pytest.raises(ValueError, match=r"lr must be given: the networks of the group have rates of their own, \[0.001, 1.0\]"):
+    net, several = model(), ByLayer()
+    with pytest.raises(
+        ValueError, match=r"lr must be given: the networks of the group have rates of their own, \[0.001, 1.0\]"
+    ):
         LearnedOptimizer(net.named_parameters(), several)
     optimizer, before = LearnedOptimizer(net.named_parameters(), several, lr=0.01), values(net[2])
     train(net, optimizer, 2)
@@ -288,8 +336,11 @@ def test_new_weights_are_seen_at_the_next_step(kind, kernels):
         pytest.skip("it has no weights")
     net, own, other = NETS[kind](), model(), model()
     optimizer = LearnedOptimizer(own.parameters(), net, lr=0.05)
-    for write in (lambda part: by_fused_adam(part), lambda part: [weight.data.mul_(2) for weight in part.parameters()],
-                  lambda part: [weight.detach().numpy().__imul__(0.5) for weight in part.parameters()]):
+    for write in (
+        lambda part: by_fused_adam(part),
+        lambda part: [weight.data.mul_(2) for weight in part.parameters()],
+        lambda part: [weight.detach().numpy().__imul__(0.5) for weight in part.parameters()],
+    ):
         write(net)
         fresh = LearnedOptimizer(other.parameters(), copy.deepcopy(net), lr=0.05)
         if optimizer.state:
@@ -301,7 +352,7 @@ def test_new_weights_are_seen_at_the_next_step(kind, kernels):
 
 
 def test_a_copy_elsewhere_sees_every_change():
-    """"meta" stands for another device."""
+    """ "meta" stands for another device."""
     net, param = mlp(), nn.Parameter(torch.zeros(3, 2, device="meta"))
     optimizer = LearnedOptimizer([param], net)
     network = optimizer._network(net, [param])
@@ -317,7 +368,10 @@ def test_a_new_setting_of_the_network_is_seen_too(kernels):
     optimizer = LearnedOptimizer([param], net, lr=0.5)
     param.grad = torch.ones(2, 3)
     optimizer.step()
-    twin, state = param.detach()[None].clone(), {"": {name[6:]: part[None].clone() for name, part in optimizer.state[param].items()}}
+    twin, state = (
+        param.detach()[None].clone(),
+        {"": {name[6:]: part[None].clone() for name, part in optimizer.state[param].items()}},
+    )
     net.weight_decay = 0.5
     with torch.no_grad():
         updates, _ = net({"": param.grad[None]}, state, params={"": twin}, lr=0.5)
@@ -332,7 +386,9 @@ def test_training_goes_on_from_a_saved_state(again, dtype, kind, kernels):
     net = model(dtype)
 
     def setup(part):
-        return LearnedOptimizer([{"params": part[0].parameters(), "lr": 0.1}, {"params": part[2].parameters()}], NETS[kind](), lr=0.05)
+        return LearnedOptimizer(
+            [{"params": part[0].parameters(), "lr": 0.1}, {"params": part[2].parameters()}], NETS[kind](), lr=0.05
+        )
 
     optimizer = setup(net)
     train(net, optimizer, 3)
@@ -346,7 +402,9 @@ def test_training_goes_on_from_a_saved_state(again, dtype, kind, kernels):
         second = setup(other)
         second.load_state_dict(state)
     else:
-        other, second = copy.deepcopy((net, optimizer)) if again == "deepcopy" else pickle.loads(pickle.dumps((net, optimizer)))
+        other, second = (
+            copy.deepcopy((net, optimizer)) if again == "deepcopy" else pickle.loads(pickle.dumps((net, optimizer)))
+        )
     train(net, optimizer, 3)
     train(other, second, 3)
     assert torch.equal(values(net), values(other))
@@ -358,7 +416,11 @@ def test_a_state_that_does_not_fit_changes_nothing(kernels):
     optimizer = LearnedOptimizer(net.parameters(), mlp())
     train(net, optimizer, 2)
     kept = copy.deepcopy(optimizer.state_dict())
-    for other in (torch.optim.Adam(net.parameters()), LearnedOptimizer(net.parameters(), lstm()), LearnedOptimizer(net.parameters(), Late())):
+    for other in (
+        torch.optim.Adam(net.parameters()),
+        LearnedOptimizer(net.parameters(), lstm()),
+        LearnedOptimizer(net.parameters(), Late()),
+    ):
         train(net, other, 1)
         with pytest.raises(ValueError, match="the state of parameter 0 of group 0 must have the parts .* got"):
             optimizer.load_state_dict(other.state_dict())
@@ -396,7 +458,9 @@ def test_gradients_that_are_not_finite(bad, kernels):
     train(net, optimizer, 1)
     before, state = values(net), copy.deepcopy(optimizer.state_dict())
     net[2].bias.grad[1] = bad
-    with pytest.raises(NonFiniteError, match=rf"the gradient of parameter 1 \(bias\) of group 1 must be finite, but holds {bad}"):
+    with pytest.raises(
+        NonFiniteError, match=rf"the gradient of parameter 1 \(bias\) of group 1 must be finite, but holds {bad}"
+    ):
         optimizer.step()
     assert torch.equal(values(net), before)
     torch.testing.assert_close(optimizer.state_dict()["state"], state["state"], rtol=0, atol=0)
@@ -404,7 +468,10 @@ def test_gradients_that_are_not_finite(bad, kernels):
 
 def test_grad_scaler_and_autocast(kernels):
     net, twin, (x, y) = model(), model(), data()
-    optimizer, scaler = LearnedOptimizer(net.parameters(), mlp(), lr=0.05), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer, scaler = (
+        LearnedOptimizer(net.parameters(), mlp(), lr=0.05),
+        torch.amp.GradScaler("cpu", init_scale=2.0**10),
+    )
     for _ in range(3):
         optimizer.zero_grad()
         scaler.scale((net(x) - y).square().mean()).backward()
@@ -449,7 +516,12 @@ class Careless(nn.Module):
 
     tensorwise = True
 
-    def __init__(self, state=lambda params: {name: {"m": torch.zeros_like(param)} for name, param in params.items()}, updates=None, after=None):
+    def __init__(
+        self,
+        state=lambda params: {name: {"m": torch.zeros_like(param)} for name, param in params.items()},
+        updates=None,
+        after=None,
+    ):
         super().__init__()
         self.state, self.updates, self.after = state, updates, after
 
@@ -460,12 +532,36 @@ class Careless(nn.Module):
         return self.updates(grads) if self.updates else grads, self.after(state) if self.after else state
 
 
-@pytest.mark.parametrize("net, options, message", [
-    (mlp(), {"state_dtype": torch.bfloat16}, "state_dtype must be None for parameter 0 of group 0, whose network MLPOptimizer is tensorwise"),
-    (Careless(lambda params: {}), {}, "init_state of Careless must return a dict with the names of the params, got {}"),
-    (Careless(lambda params: None), {}, "init_state of Careless must return a dict with the names of the params, got None"),
-    (Careless(lambda params: {name: {"m": torch.zeros(3)} for name in params}), {}, r"state.m of Careless must be a tensor \(B, ...\) .* got \(3,\)"),
-    (Careless(lambda params: {name: {"m": 0} for name in params}), {}, "state.m of Careless must be a tensor .* got int")])
+@pytest.mark.parametrize(
+    "net, options, message",
+    [
+        (
+            mlp(),
+            {"state_dtype": torch.bfloat16},
+            "state_dtype must be None for parameter 0 of group 0, whose network MLPOptimizer is tensorwise",
+        ),
+        (
+            Careless(lambda params: {}),
+            {},
+            "init_state of Careless must return a dict with the names of the params, got {}",
+        ),
+        (
+            Careless(lambda params: None),
+            {},
+            "init_state of Careless must return a dict with the names of the params, got None",
+        ),
+        (
+            Careless(lambda params: {name: {"m": torch.zeros(3)} for name in params}),
+            {},
+            r"state.m of Careless must be a tensor \(B, ...\) .* got \(3,\)",
+        ),
+        (
+            Careless(lambda params: {name: {"m": 0} for name in params}),
+            {},
+            "state.m of Careless must be a tensor .* got int",
+        ),
+    ],
+)
 def test_bad_networks_and_options(net, options, message):
     params = parameters(torch.float32)
     with pytest.raises(ValueError, match=message):
@@ -475,7 +571,9 @@ def test_bad_networks_and_options(net, options, message):
 def test_what_a_network_cannot_read():
     net = Late()
     net.reads = {"params", "loss"}
-    with pytest.raises(ValueError, match=r"Late must read params and step at most, beside gradients, got \['loss', 'params'\]"):
+    with pytest.raises(
+        ValueError, match=r"Late must read params and step at most, beside gradients, got \['loss', 'params'\]"
+    ):
         LearnedOptimizer(parameters(), net)
     net.reads, net.lr = {"params"}, None
     with pytest.raises(ValueError, match="lr must be given: Late takes a rate and has none of its own"):
@@ -485,12 +583,22 @@ def test_what_a_network_cannot_read():
         LearnedOptimizer(named, mlp())
 
 
-@pytest.mark.parametrize("net, message", [
-    (Careless(updates=lambda grads: {}), "Careless must return updates of the shapes .*, got {}"),
-    (Careless(updates=lambda grads: {name: grad[0] for name, grad in grads.items()}), r"Careless must return updates of the shapes .*\(1, 2, 3\)"),
-    (Careless(updates=lambda grads: None), "Careless must return updates of the shapes .*, got NoneType"),
-    (Careless(after=lambda state: {name: {} for name in state}), "Careless must return a state of '0' of the shapes .*, got {}"),
-    (Careless(after=lambda state: None), "Careless must return a state of '0' of the shapes")])
+@pytest.mark.parametrize(
+    "net, message",
+    [
+        (Careless(updates=lambda grads: {}), "Careless must return updates of the shapes .*, got {}"),
+        (
+            Careless(updates=lambda grads: {name: grad[0] for name, grad in grads.items()}),
+            r"Careless must return updates of the shapes .*\(1, 2, 3\)",
+        ),
+        (Careless(updates=lambda grads: None), "Careless must return updates of the shapes .*, got NoneType"),
+        (
+            Careless(after=lambda state: {name: {} for name in state}),
+            "Careless must return a state of '0' of the shapes .*, got {}",
+        ),
+        (Careless(after=lambda state: None), "Careless must return a state of '0' of the shapes"),
+    ],
+)
 def test_networks_that_break_the_agreement(net, message):
     param, first = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(2))
     optimizer = LearnedOptimizer([{"params": [first], "net": mlp()}, {"params": [param]}], net)

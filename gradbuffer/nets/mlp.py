@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gradbuffer.checks import check_count, check_positive_number
+from gradbuffer.contracts import Rule
 
 __all__ = ["MLPOptimizer", "matrix_axes", "start_as_normalized_adam"]
 
@@ -27,7 +28,7 @@ ADAMW_BETAS, ADAMW_EPS, ADAMW_RATE = (0.9, 0.95), 1e-8, 20.0
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 
 
-class MLPOptimizer(nn.Module):
+class MLPOptimizer(Rule, nn.Module):
     """A learned optimizer that reads statistics of whole tensors and writes directions.
 
     The update of a tensor θ is -lr · (d + weight_decay · θ). In the variant "celo" d is the network's output divided by its root

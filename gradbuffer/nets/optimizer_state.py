@@ -5,18 +5,20 @@ A state is stored flat, as a dict from the leaf's name to a tensor or a number, 
 """
 
 import copy
+import inspect
 import math
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 
+from gradbuffer.contracts import as_rule, repack
 from gradbuffer.nests import named_leaves
 from gradbuffer.nets.sharded import is_sharded, local, local_size, placements_of_state
 from gradbuffer.nests import Snapshot
 
-__all__ = ["NetworkInPlace", "Part", "Work", "check_state", "copy_of_state", "dense_gradient", "label", "parts_of", "tensors_of",
-           "without_autocast"]
+__all__ = ["STEP", "NetworkInPlace", "Part", "Work", "check_state", "copy_of_state", "dense_gradient", "label", "parts_of", "takes",
+           "tensors_of", "without_autocast"]
 
 
 class Part(NamedTuple):
@@ -33,6 +35,9 @@ class Part(NamedTuple):
     def stored_dtype(self, size, state_dtype):
         vectors = self.dtype.is_floating_point and math.prod(self.shape(size)) > size
         return state_dtype if state_dtype and vectors else self.dtype
+
+
+STEP = Part((), None, False, True)  # the part "step" of a state: how many steps were done, for a network that reads it
 
 
 class Work:
@@ -70,6 +75,9 @@ class NetworkInPlace:
                            for tensor in tensors_of(net))
         self.is_watched = is_watched or self.is_copy or device.type != "cpu"
         self.renew()
+        self.reads = frozenset(self.rule.reads)
+        if not self.reads <= {"params", "step"}:
+            raise ValueError(f"{self.name} must read params and step at most, beside gradients, got {sorted(self.reads)}")
 
     def is_current(self):
         """Whether the network still is where it was, as a whole."""
@@ -85,15 +93,19 @@ class NetworkInPlace:
         if self.is_copy:
             with torch.inference_mode(False):
                 self.net = copy.deepcopy(self.source).to(self.device, self.cast_to)
-            return
-        self.net = self.source
-        for module in self.net.modules():
-            if hasattr(module, "repack"):  # a network does not look itself where it would have to wait
-                module.repack()
+        else:
+            self.net = self.source
+            repack(self.net)  # it does not look itself where it would have to wait
+        self.rule = as_rule(self.net)
 
 
 def tensors_of(net):
     return [*net.parameters(), *net.buffers()]
+
+
+def takes(net, argument):
+    """Whether `forward` has an argument of that name."""
+    return argument in inspect.signature(net.forward).parameters
 
 
 def place_of(net):

@@ -4,7 +4,6 @@
 `kernels.numba_mlp.TensorSteps` where they do what it does; all others run as they are.
 """
 
-import inspect
 import math
 
 import torch
@@ -12,24 +11,15 @@ import torch
 from gradbuffer.kernels.choice import takes_numba
 from gradbuffer.nests import fill_leaves, map_tensors, named_leaves
 from gradbuffer.nets.mlp import MLPOptimizer
-from gradbuffer.nets.optimizer_state import (NetworkInPlace, Part, Work, check_state, copy_of_state, dense_gradient, parts_of,
-                                             without_autocast)
+from gradbuffer.nets.optimizer_state import (STEP, NetworkInPlace, Work, check_state, copy_of_state, dense_gradient, parts_of,
+                                             takes, without_autocast)
 
-__all__ = ["TensorNetwork", "Tensors", "is_tensorwise", "own_rate"]
-
-
-def is_tensorwise(net):
-    return bool(getattr(net, "tensorwise", False))
-
-
-def takes_rate(net):
-    """Whether `forward` is given the rate; if not, it is a factor on the update."""
-    return "lr" in inspect.signature(net.forward).parameters
+__all__ = ["TensorNetwork", "Tensors", "own_rate"]
 
 
 def own_rate(net):
-    """The rate of a network's group where none is given."""
-    if not (is_tensorwise(net) and takes_rate(net)):
+    """The rate of a tensorwise network's group where none is given: 1 if it takes none, which is a factor on the update then."""
+    if not takes(net, "lr"):
         return 1.0
     if getattr(net, "lr", None) is None:
         raise ValueError(f"lr must be given: {type(net).__name__} takes a rate and has none of its own, as `lr`")
@@ -81,9 +71,7 @@ class TensorNetwork(NetworkInPlace):
         self.is_compiled = (type(net) is MLPOptimizer and net.variant == "celo" and not net.orthogonalize
                             and takes_numba(torch.empty(0, device=device, dtype=self.dtype)))
         super().__init__(net, device, None if self.is_compiled else self.dtype, is_watched=self.is_compiled)
-        self.takes_rate, self.reads = takes_rate(net), set(getattr(net, "reads", ()))
-        if not self.reads <= {"params", "step"}:
-            raise ValueError(f"{self.name} must read params and step at most, beside gradients, got {sorted(self.reads)}")
+        self.takes_rate, self.takes_params = takes(net, "lr"), "params" in self.reads or takes(net, "params")
         self.forms = {}  # shape of a parameter -> the nest of its state, and the parts of that
 
     def is_current(self):
@@ -116,7 +104,7 @@ class TensorNetwork(NetworkInPlace):
         nest = map_tensors(lambda leaf: leaf[0], nests["0"])
         state, parts = named_leaves(nest), parts_of([nest], self.name)
         if "step" in self.reads:
-            state["step"], parts["step"] = 0, Part((), None, False, True)
+            state["step"], parts["step"] = 0, STEP
         self.forms[parameter.shape] = fill_leaves(nest, {}), parts
         return state
 
@@ -157,9 +145,10 @@ class TensorNetwork(NetworkInPlace):
                  for name, place in named.items()}
         nests = {name: fill_leaves(self.forms[work.params[place].shape][0], given[name]) for name, place in named.items()}
         options = {"lr": work.lr} if self.takes_rate else {}
+        options |= {"params": params} if self.takes_params else {}
         options |= {"step": step} if "step" in self.reads else {}
         with without_autocast(self.device.type):
-            updates, after = self.net(grads, nests, params=params, **options)
+            updates, after = self.net(grads, nests, **options)
         after = {name: named_leaves(nest) for name, nest in after.items()} if isinstance(after, dict) else {}
         for what, found, wanted in (("updates", updates, params), *((f"a state of {name!r}", after.get(name), given[name])
                                                                      for name in named)):

@@ -7,17 +7,18 @@ memory, 2·layers·hidden numbers for each coordinate of an LSTM, so it is kept 
 """
 
 import math
+from collections.abc import Callable, Iterable
 from numbers import Real
 
 import torch
 from torch import nn
 
 from gradbuffer.checks import NonFiniteError, check_finite, sum_is_finite, values_unchecked
-from gradbuffer.contracts import as_rule
+from gradbuffer.contracts import as_rule, is_learned
 from gradbuffer.nets.optimizer_state import label
 from gradbuffer.nets.sharded import check_sharded, local_size, true_everywhere
-from gradbuffer.nets.tensorwise import TensorNetwork, is_tensorwise, own_rate
-from gradbuffer.nets.vectors import VectorNetwork, is_coordinatewise
+from gradbuffer.nets.tensorwise import TensorNetwork, own_rate
+from gradbuffer.nets.vectors import VectorNetwork
 
 __all__ = ["LearnedOptimizer"]
 
@@ -38,10 +39,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
     dtype. A network on another device is copied to where the parameters are, and again when its weights change; it is not
     trained, and no graph is recorded.
 
-    A network with `network_for(name)`, such as `PerKind`, says which network runs a parameter; it needs named ones.
-    A `forward` with an argument `inplace` is called with `inplace=True` and is to write the next state over the given
-    one, which may be a strided part of a larger tensor: that saves a copy of the state. An `MLPOptimizer` of variant "celo"
-    without Newton-Schulz takes compiled steps on a CPU where numba is installed.
+    What a network can say of itself stands in `contracts.Rule`. One that `reads` "params" or "step" is given them; "loss" is
+    refused, since a step need not know it. One that is `by_name`, such as `PerKind`, says by `network_for(name)` which network
+    runs a parameter; it needs named ones. A `forward` with an argument `inplace` is called with `inplace=True` and is to write
+    the next state over the given one, which may be a strided part of a larger tensor: that saves a copy of the state. An
+    `MLPOptimizer` of variant "celo" without Newton-Schulz takes compiled steps on a CPU where numba is installed.
 
     A step looks at gradients, weights and states before it changes anything, and keeps new states only once all networks
     have run: after an exception parameters and states are as they were. Not so with networks that write `inplace`: if the
@@ -93,15 +95,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Reference: Andrychowicz et al. 2016, section 2.1 ("Coordinatewise LSTM optimizer").
     """
 
-    def __init__(self, params, net, lr=None, weight_decay=0.0, *, maximize=False, state_dtype=None):
-        self._networks = {}  # (net, device, number of coordinates if it matters) -> VectorNetwork
+    def __init__(self, params: Iterable, net: nn.Module | None, lr: float | torch.Tensor | None = None, weight_decay: float = 0.0, *,
+                 maximize: bool = False, state_dtype: torch.dtype | None = None):
+        self._networks, self._rules = {}, Rules()  # (net, device, dtype or number of coordinates if that matters) -> network
         super().__init__(params, dict(zip(OPTIONS, (net, lr, weight_decay, maximize, state_dtype))))
 
     def __setstate__(self, state):
         super().__setstate__(state)
         self.__dict__.setdefault("_networks", {})
+        self.__dict__.setdefault("_rules", Rules())
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group` does; the same arguments and checks as above."""
         if isinstance(param_group, dict):
             check_options({**self.defaults, **param_group})
@@ -113,8 +117,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     raise TypeError(f"params must be real floating-point tensors, but {label(group, number, index)} "
                                     f"is {parameter.dtype}")
             if group["lr"] is None:
-                group["lr"] = rate_of(group)
-            for net, members in readers_of(group):
+                group["lr"] = rate_of(group, self._rules)
+            for net, members in readers_of(group, self._rules):
                 params, where = [group["params"][index] for index in members], label(group, number, members[0])
                 network = self._network(net, params)
                 check_sharded(network, params, where)
@@ -124,7 +128,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable | None = None):
         """One update of every parameter that has a gradient.
 
         Args:
@@ -155,7 +159,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             part.apply(self.state)
         return loss
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """As `torch.optim.Optimizer.state_dict`, with numbers for the networks and dtypes. The tensors are no copies."""
 
         def describe(_, packed):
@@ -170,7 +174,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         finally:
             hook.remove()
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         """As `torch.optim.Optimizer.load_state_dict`; the networks and the state's dtype stay this optimizer's.
 
         Args:
@@ -206,10 +210,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if len(devices) > 1:
             raise ValueError(f"{type(net).__name__} is not coordinatewise, so the parameters of its group must be on "
                              f"one device, got {sorted(map(str, devices))}")
-        kind, form = VectorNetwork, None
-        if is_tensorwise(net):
+        kind, form, rule = VectorNetwork, None, self._rules[net]
+        if rule.tensorwise:
             kind, form = TensorNetwork, params[0].dtype
-        elif not is_coordinatewise(net):
+        elif not rule.coordinatewise:
             form = sum(map(local_size, params))
         key = net, *devices, form
         network = self._networks.get(key)
@@ -220,7 +224,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _work(self, group, number):
         """What this group has to do in a step: what its networks read, as far as there are gradients."""
         lr, networks = float(group["lr"]), {}  # one look at a network's weights for each device and dtype
-        for net, members in readers_of(group):
+        for net, members in readers_of(group, self._rules):
             params = [group["params"][index] for index in members]
             if any(parameter.grad is not None for parameter in params):
                 key = net, params[0].device, params[0].dtype
@@ -235,8 +239,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             return state
         for number, (group, keys) in enumerate(zip(self.param_groups, (group["params"] for group in groups))):
             owners = {}
-            for net, members in readers_of(group):
-                owners |= {index: (net, [index]) for index in members} if is_tensorwise(net) else {members[0]: (net, members)}
+            for net, members in readers_of(group, self._rules):
+                apart = [[index] for index in members] if self._rules[net].tensorwise else [members]
+                owners |= {own[0]: (net, own) for own in apart}
             for index, key in enumerate(keys):
                 leaves = saved["state"].get(key)
                 if not leaves:
@@ -260,7 +265,7 @@ def check_options(options):
         raise TypeError(f"net must be a network, not its name: give load_optimizer({net!r}), of `optimizers`; got {net!r}")
     if isinstance(net, type):
         raise TypeError(f"net must be a network, not its class: give {net.__name__}(...); got {net!r}")
-    if not isinstance(net, nn.Module) or not callable(getattr(net, "init_state", None)):
+    if not is_learned(net):
         raise TypeError(f"net must be a learned optimizer, an nn.Module with init_state, got {type(net).__name__}")
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
@@ -281,7 +286,15 @@ def check_options(options):
             raise ValueError(f"{name}={options[name]!r} is an option that LearnedOptimizer does not have")
 
 
-def readers_of(group):
+class Rules(dict):
+    """The contracts of networks, each made at the first look: for a user's own module that takes some time."""
+
+    def __missing__(self, net):
+        self[net] = rule = as_rule(net)
+        return rule
+
+
+def readers_of(group, rules):
     """Which network reads which parameters: pairs of a network and a list of places in the group.
 
     A pair stands for one vector or, if the network is tensorwise, for tensors alike in device and dtype. Parameters without
@@ -290,11 +303,11 @@ def readers_of(group):
     readers, places_of, params = [], {}, group["params"]
     sizes = list(map(torch.numel, params))
     for index in range(len(sizes)):
-        places_of.setdefault(network_of(group, index), []).append(index)
+        places_of.setdefault(network_of(group, index, rules), []).append(index)
     for net, places in places_of.items():
-        if is_coordinatewise(net):
+        if rules[net].coordinatewise:
             readers += [(net, [index]) for index in places if sizes[index]]
-        elif is_tensorwise(net):
+        elif rules[net].tensorwise:
             alike = {}
             for index in places:
                 if sizes[index]:
@@ -305,10 +318,10 @@ def readers_of(group):
     return readers
 
 
-def network_of(group, index):
+def network_of(group, index, rules):
     """The network that runs a parameter of the group."""
     net = group["net"]
-    if not as_rule(net).by_name:
+    if not rules[net].by_name:
         return net
     if "param_names" not in group:
         raise ValueError(f"{type(net).__name__} tells parameters apart by their names: params must be named, such as "
@@ -316,9 +329,10 @@ def network_of(group, index):
     return net.network_for(group["param_names"][index])
 
 
-def rate_of(group):
+def rate_of(group, rules):
     """The rate of a group that is given none: its networks' own."""
-    rates = {own_rate(network_of(group, index)) for index in range(len(group["params"]))} or {own_rate(group["net"])}
+    nets = {network_of(group, index, rules) for index in range(len(group["params"]))} or {group["net"]}
+    rates = {own_rate(net) if rules[net].tensorwise else 1.0 for net in nets}
     if len(rates) > 1:
         raise ValueError(f"lr must be given: the networks of the group have rates of their own, {sorted(rates)}")
     return rates.pop()

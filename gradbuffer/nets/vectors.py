@@ -4,26 +4,21 @@ A coordinatewise network reads each parameter as a vector of its own, small ones
 parameters of its group as one vector.
 """
 
-import inspect
 import math
 from functools import partial, reduce
 
 import torch
 
 from gradbuffer.nests import fill_leaves, map_tensors, named_leaves
-from gradbuffer.nets.optimizer_state import (NetworkInPlace, Work, check_state, copy_of_state, dense_gradient, parts_of,
-                                             tensors_of, without_autocast)
+from gradbuffer.nets.optimizer_state import (STEP, NetworkInPlace, Work, check_state, copy_of_state, dense_gradient, parts_of,
+                                             takes, tensors_of, without_autocast)
 from gradbuffer.nets.sharded import as_sharded, check_not_divided, from_sharded, is_sharded, local, local_size
 
-__all__ = ["Vector", "VectorNetwork", "is_coordinatewise"]
+__all__ = ["Vector", "VectorNetwork"]
 
 # Coordinates that a coordinatewise network gets at once, at most: more where it writes over what is stored, without copies.
 CHUNK = {"cpu": 1 << 14, "cpu, in place": 1 << 18, "elsewhere": 1 << 18}
 SMALL = 2048  # coordinates of a parameter up to which it runs together with others: a call costs as much as some 1,000
-
-
-def is_coordinatewise(net):
-    return bool(getattr(net, "coordinatewise", False))
 
 
 class Vector(Work):
@@ -39,6 +34,8 @@ class Vector(Work):
         """Find the state, or begin one; nothing of the optimizer's is changed."""
         self.grad = joined(self.gradients)
         self.size, self.update = len(self.grad), torch.empty_like(self.grad)
+        if "params" in self.network.reads:
+            self.theta = joined([local(parameter).detach().to(self.grad.dtype).reshape(-1) for parameter in self.params])
         self.later = []  # functions that write what a network gave back over its state, once all networks have run
         stored = states.get(self.params[0])
         self.is_new = not stored
@@ -89,26 +86,28 @@ class VectorNetwork(NetworkInPlace):
 
     def __init__(self, net, device, size=None):
         super().__init__(net, device)
-        self.options = {"inplace": True} if "inplace" in inspect.signature(net.forward).parameters else {}
+        self.options = {"inplace": True} if takes(net, "inplace") else {}
         self.writes_in_place = bool(self.options)
         self.most = {in_place: self.at_once(in_place) for in_place in (False, True)}
         with device, torch.inference_mode(False):  # whatever the caller's default device and mode
-            nests = [self.net.init_state(n) for n in ((2, 3) if is_coordinatewise(net) else (size,))]
+            nests = [self.net.init_state(n) for n in ((2, 3) if self.rule.coordinatewise else (size,))]
         self.parts = parts_of(nests, self.name)
+        if "step" in self.reads:
+            self.parts["step"] = STEP
         self.nest = map_tensors(lambda leaf: leaf.new_empty(0), nests[0])
-        self.joins = is_coordinatewise(net) and all(part.along for part in self.parts.values())
+        self.joins = self.rule.coordinatewise and all(part.along for part in self.parts.values())
         kinds = [tensor.dtype for tensor in tensors_of(net)], [part.dtype for part in self.parts.values() if part.dtype]
         weights, state = ([kind for kind in some if kind.is_floating_point] for some in kinds)
         self.dtype = weights[0] if weights else reduce(torch.promote_types, state) if state else None
 
     def check_group(self, group, params, where):
         """Raise unless it can run in this place."""
-        if not is_coordinatewise(self.net):
+        if not self.rule.coordinatewise:
             check_not_divided(self.name, where)
 
     def at_once(self, in_place):
         """Coordinates that the network gets at most; in_place: it writes over what is stored."""
-        if not is_coordinatewise(self.net):
+        if not self.rule.coordinatewise:
             return math.inf
         kind = self.device.type + ", in place" * in_place
         return CHUNK[kind if kind in CHUNK else "elsewhere"]
@@ -120,8 +119,8 @@ class VectorNetwork(NetworkInPlace):
 
     def dtype_of(self, name, stored):
         """In which dtype the network is given a part that is stored so: in its own, or as it is."""
-        kind, renews = self.parts[name].dtype, getattr(self.net, "renews", None)
-        return stored.dtype if self.options and renews and stored.dtype != kind and renews(stored.dtype) else kind
+        kind = self.parts[name].dtype
+        return stored.dtype if self.options and stored.dtype != kind and self.rule.renews(stored.dtype) else kind
 
     def chunks(self, size, in_place=False):
         most = min(self.most[in_place], max(size, 1))
@@ -132,6 +131,8 @@ class VectorNetwork(NetworkInPlace):
         with self.device, torch.inference_mode(False):
             state = {name: torch.empty(part.shape(size), dtype=part.stored_dtype(size, state_dtype))
                      for name, part in self.parts.items() if part.dtype}
+            if "step" in self.reads:
+                state["step"] = 0
             for start, stop in self.chunks(size):
                 for name, leaf in named_leaves(self.net.init_state(stop - start)).items():
                     if self.parts[name].dtype is None:
@@ -167,9 +168,16 @@ class VectorNetwork(NetworkInPlace):
         places = {name: [vector.state[name][..., start:stop] if part.along else vector.state[name]
                          for vector, start, stop in spans] for name, part in self.parts.items()}
         given = {name: self.to_compute(name, places[name], spans) for name in self.parts}
+        read = {}
+        if "params" in self.reads:
+            read["params"] = joined([vector.theta[start:stop] for vector, start, stop in spans])
+        if "step" in self.reads:
+            read["step"] = given.pop("step")
         with without_autocast(self.device.type):
-            update, state = self.net(grad, fill_leaves(self.nest, given), **self.options)
+            update, state = self.net(grad, fill_leaves(self.nest, given), **self.options, **read)
         leaves = self.checked(update, named_leaves(state), grad, given)
+        if "step" in self.reads:
+            leaves["step"] = read["step"] + 1
         for (vector, start, stop), piece in zip(spans, cut(update, sizes)):
             vector.update[start:stop] = piece
         self.store(spans, places, given, leaves)
