@@ -1,7 +1,7 @@
-"""Networks that read whole tensors, in a `LearnedOptimizer`: what they are given in a step, and what becomes of it.
+"""Networks that read whole tensors, in a `LearnedOptimizer`: what a step gives them, and what becomes of it.
 
-θ ← (1 - lr · λ) θ, then θ ← θ + update(∇, θ, state; lr), tensor by tensor. An `MLPOptimizer` on a CPU takes the compiled steps
-of `kernels.numba_mlp.TensorSteps` where they do what it does; all others run as they are.
+θ ← (1 - lr · λ) θ, then θ ← θ + update(∇, θ, state; lr), tensor by tensor. An `MLPOptimizer` on a CPU takes the
+compiled steps of `kernels.numba_mlp.TensorSteps` where they do what it does; all others run as they are.
 """
 
 import math
@@ -11,14 +11,14 @@ import torch
 from gradbuffer.kernels.choice import takes_numba
 from gradbuffer.nests import fill_leaves, map_tensors, named_leaves
 from gradbuffer.nets.mlp import MLPOptimizer
-from gradbuffer.nets.optimizer_state import (STEP, NetworkInPlace, Work, check_state, copy_of_state, dense_gradient, parts_of,
-                                             takes, without_autocast)
+from gradbuffer.nets.optimizer_state import (STEP, NetworkInPlace, Work, check_state, copy_of_state, dense_gradient,
+                                             parts_of, takes, without_autocast)
 
 __all__ = ["TensorNetwork", "Tensors", "own_rate"]
 
 
 def own_rate(net):
-    """The rate of a tensorwise network's group where none is given; a factor on its update, and so 1, if it takes none."""
+    """The rate of a tensorwise network's group where none is given: 1, a factor on its update, if it takes none."""
     if not takes(net, "lr"):
         return 1.0
     if getattr(net, "lr", None) is None:
@@ -69,7 +69,7 @@ class TensorNetwork(NetworkInPlace):
         self.is_compiled = (type(net) is MLPOptimizer and net.variant == "celo" and not net.orthogonalize
                             and takes_numba(torch.empty(0, device=device, dtype=self.dtype)))
         super().__init__(net, device, None if self.is_compiled else self.dtype, is_watched=self.is_compiled)
-        self.takes = self.reads | {name for name in ("lr", "params") if takes(net, name)}  # what `forward` is given beside
+        self.takes = self.reads | {name for name in ("lr", "params") if takes(net, name)}
         self.forms = {}  # shape of a parameter -> the nest of its state, and the parts of that
 
     def is_current(self):
@@ -82,8 +82,8 @@ class TensorNetwork(NetworkInPlace):
     def check_group(self, group, params, where):
         """Raise unless it can run in this place."""
         if group["state_dtype"] is not None:
-            raise ValueError(f"state_dtype must be None for {where}, whose network {self.name} is tensorwise: its state has "
-                             f"the dtype that it computes in; got {group['state_dtype']}")
+            raise ValueError(f"state_dtype must be None for {where}, whose network {self.name} is tensorwise: its state "
+                             f"has the dtype that it computes in; got {group['state_dtype']}")
         names = group.get("param_names", ())
         if len(set(names)) < len(names):
             raise ValueError(f"the names of a group's parameters must differ for {self.name}, got {names}")
