@@ -5,7 +5,7 @@ import math
 import torch
 from matplotlib import pyplot as plt
 
-from gradbuffer.contracts import as_rule, learned_rule, torch_rule
+from gradbuffer.contracts import as_rule, is_learned, learned_rule, torch_rule
 
 __all__ = ["plot_curves", "plot_history", "plot_sizes", "plot_tuning", "plot_updates", "sizes_table", "stretches_table",
            "summary_table"]
@@ -259,7 +259,7 @@ def plot_updates(net, title, gradients=None, steps=(1, 10, 50), baselines=None, 
 
     Reference: Andrychowicz et al. 2016, appendix ("Visualizations of optimizer").
     """
-    if not as_rule(net).coordinatewise:
+    if not is_learned(net) or not as_rule(net).coordinatewise:
         raise ValueError(f"net must treat every coordinate by itself (coordinatewise = True), got {type(net).__name__}")
     if gradients is None:
         noise = torch.randn(60, generator=torch.Generator().manual_seed(0))

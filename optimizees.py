@@ -239,5 +239,5 @@ class PerceptronLoss(MinibatchLoss):
         if data is None or not takes_numba(theta) or data.images.dtype != theta.dtype:
             return None
         images, labels, index, *layers = data
-        compiled = import_module("gradbuffer.kernels.numba_perceptrons")
+        compiled = import_module("gradbuffer.kernels.numba_windows")
         return compiled.losses_and_gradient(images, labels, index(step), theta, *layers)

@@ -45,18 +45,19 @@ def rates(repetitions):
 
 def cases(net, N, unroll, precisions):
     """Functions that run a step and a replay over N coordinates, by kernels of each precision and by torch."""
-    from gradbuffer.kernels import torch_blocks
-    from gradbuffer.kernels import triton_lstm
+    from gradbuffer.kernels.interface import LSTMKernels
+    from gradbuffer.kernels.torch_blocks import TorchLSTM
+    from gradbuffer.kernels.triton_lstm import TritonLSTM
 
-    packed, state, grad = net._packed_kernels()[1], net.init_state(N), torch.randn(N, device="cuda")
-    steps = {name: partial(triton_lstm.step_blocks, packed, lambda a, b: grad[None, a:b], *state, inplace=True,
-                           log_sign=net.p, precision=name) for name in precisions}
+    weights = net.lstm, net.output.weight[0], net.output.bias[0]
+    state, grad = net.init_state(N), torch.randn(N, device="cuda")
+    triton = {name: TritonLSTM(*weights, precision=name) for name in precisions}
+    steps = {name: partial(kernels.step, lambda a, b: grad[None, a:b], *state, inplace=True, p=net.p) for name, kernels in triton.items()}
     readings = net.read(grad[None], ())[0][0]
-    steps["torch"] = lambda: torch_blocks.step_blocks(packed, lambda a, b: readings[:, a:b], *state, True)
+    steps["torch"] = partial(TorchLSTM(*weights).step, lambda a, b: readings[:, a:b], *state, inplace=True)
     grads, start = torch.randn(unroll, N, device="cuda"), net.init_state(N)
-    replays = {name: partial(triton_lstm.replay_blocks, packed, lambda a, b: net.read(grads[:, a:b], ())[0], *start,
-                             grads, precision=name) for name in precisions}
-    replays["torch"] = lambda: net._replay_with_graph(grads, start, grads)
+    replays = {name: partial(kernels.replay, lambda a, b: net.read(grads[:, a:b], ())[0], *start, grads)
+               for name, kernels in {**triton, "torch": LSTMKernels(*weights)}.items()}
     return steps, replays
 
 
@@ -93,19 +94,20 @@ def main():
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/lstm_cuda.py needs a CUDA device: torch finds none here")
-    from gradbuffer.kernels import triton_lstm
+    from gradbuffer.kernels.triton_lstm import TritonLSTM
     from optimizers import CoordinatewiseLSTM
 
     net = CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1).cuda()
-    if not triton_lstm.supports(net.output.weight):
-        sys.exit("benchmarks/lstm_cuda.py needs triton, a C compiler and a device of capability 8.0")
+    reasons = TritonLSTM.reasons_against(net.output.weight, "step")
+    if reasons:
+        sys.exit(f"benchmarks/lstm_cuda.py compares the kernels of triton with others: {'; '.join(reasons)}")
     torch.backends.cuda.matmul.allow_tf32 = False
     bandwidth, products = rates(arguments.repetitions)
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}; copy {bandwidth / 1e9:.0f} GB/s, float32 "
           f"products {products / 1e12:.1f} TFLOP/s; unroll {arguments.unroll}\n")
     names = [*arguments.precisions, "torch", "floor"]
     print("| what | N | " + " | ".join(f"{name}, ms" for name in names) + " |\n|" + " --- |" * (len(names) + 2))
-    operations = 2 * sum(weight.numel() for weight in net._packed_kernels()[1].weights)  # of a coordinate's forward step
+    operations = 2 * sum(w.numel() + u.numel() for w, u, *_ in net.lstm.all_weights)  # of a coordinate's forward step
     bytes_moved = 4 * (2 * 2 * net.num_layers * net.hidden_size + 2)  # state read and written, gradient, update
     for N in (10**4, 10**5, 10**6, 10**7):
         if N > arguments.largest:

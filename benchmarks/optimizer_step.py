@@ -1,8 +1,8 @@
-"""Time and memory of `LearnedOptimizer.step` on ResNet-18's parameters, beside the bare products of its LSTM and Adam.
+"""Time and memory of `LearnedOptimizer.step` on ResNet-18's parameters, of an LSTM and of the small `MLPOptimizer`, beside Adam.
 
     python benchmarks/optimizer_step.py            # one core; --threads 2 for two, --architecture for another model
 
-"Products" are the matrix products of one forward step of the LSTM for all coordinates, by torch, in blocks that stay in
+"Products" are the bare matrix products of one forward step of the LSTM for all coordinates, by torch, in blocks that stay in
 the cache and on the same buffers again and again (`floors`). The state in float32 is read and written once, in place, by
 torch, as every step has to. Medians (minima) over alternating repetitions, in one process; the ratio is the median of each
 repetition's own. Peak memory is measured in a process of its own for each optimizer: what three steps add to the resident
@@ -20,7 +20,7 @@ from timing import alternate, milliseconds, ratio, table_head, table_row
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-OPTIMIZERS = ("LearnedOptimizer", "LearnedOptimizer, bfloat16 state", "Adam")
+OPTIMIZERS = ("LearnedOptimizer", "LearnedOptimizer, bfloat16 state", "LearnedOptimizer, MLPOptimizer", "Adam")
 
 
 def parameters(architecture):
@@ -37,8 +37,11 @@ def parameters(architecture):
 def optimizer_of(name, params):
     import torch
 
+    from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
     from optimizers import LearnedOptimizer, load_optimizer
 
+    if name == "LearnedOptimizer, MLPOptimizer":
+        return LearnedOptimizer(params, start_as_normalized_adam(MLPOptimizer()), lr=0.0)
     if name == "Adam":
         return torch.optim.Adam(params, lr=1e-5)
     state_dtype = torch.bfloat16 if "bfloat16" in name else None

@@ -63,10 +63,10 @@ def muon(params, lr):
 def learned(net):
     """dict from name to `Contestant`: the learned optimizer and, where there is one, its start."""
     from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
-    from gradbuffer.nets.tensorwise import TensorwiseSteps
+    from optimizers import LearnedOptimizer, load_optimizer
 
-    def contestant(network):
-        return Contestant(lambda params, lr: TensorwiseSteps(params, network, lr), 0.003)
+    def contestant(network, lr=0.003):
+        return Contestant(lambda params, lr: LearnedOptimizer(params, network, lr=lr), lr)
 
     start = start_as_normalized_adam(MLPOptimizer())
     if net == "start":
@@ -80,12 +80,10 @@ def learned(net):
                              f"in {net}")
         torch.nn.utils.vector_to_parameters(weights.detach(), trained.parameters())
         return {"learned": contestant(trained), "start": contestant(start)}
-    from optimizers import LearnedOptimizer, load_optimizer
-
     network = load_optimizer(net)
     if isinstance(network, MLPOptimizer):
         return {"learned": contestant(network), "start": contestant(start)}
-    return {"learned": Contestant(lambda params, lr: LearnedOptimizer(params, network, lr=lr), 1.0)}
+    return {"learned": contestant(network, lr=1.0)}
 
 
 def weights_in(net):

@@ -3,16 +3,18 @@
 import contextlib
 import contextvars
 import math
+import sys
+from importlib import import_module
 
 import torch
 
-__all__ = ["NonFiniteError", "ON", "check_count", "check_finite", "check_positive_number", "refuse_without_effect", "sum_is_finite",
+__all__ = ["CLASS", "NonFiniteError", "ON", "check_count", "check_finite", "check_positive_number", "named_class", "refuse_without_effect", "sum_is_finite",
            "values_are_checked", "values_unchecked"]
 
 ALONE = 1 << 15  # elements that torch sums without its threads
 looking = contextvars.ContextVar("looking", default=True)  # whether `check_finite` does
 
-ON = "on"
+ON, CLASS = "on", "module:Class"
 OFF = (None, False, 0, [0])
 
 
@@ -77,7 +79,7 @@ def refuse_without_effect(needs, options, given, spell=str):
     """Raise where an option was given that has no effect beside the others.
 
     A table of needs has rows (options, needed, values): the options, names with spaces between, have an effect only where the option
-    `needed` has one of these values. `ON` stands for all values but those that switch an option off; a range (0, end) for the numbers
+    `needed` has one of these values. `CLASS` stands for a class of a user's own; `ON` stands for all values but those that switch an option off; a range (0, end) for the numbers
     below its end, and for an option that is off.
 
     Args:
@@ -93,6 +95,8 @@ def refuse_without_effect(needs, options, given, spell=str):
         value = options.get(needed)
         if values == ON:
             effect, reason = value not in OFF, f"needs {spell(needed)}"
+        elif values == CLASS:
+            effect, reason = ":" in str(value), f"is for {spell(needed)} {CLASS}, got {spell(needed)} {value}"
         elif values == (None,):
             effect, reason = value is None, f"has no effect with {spell(needed)} {value}"
         elif isinstance(values, range):
@@ -103,3 +107,18 @@ def refuse_without_effect(needs, options, given, spell=str):
         for name in names.split():
             if name in given and not effect:
                 raise ValueError(f"{spell(name)} {reason}")
+
+
+def named_class(text):
+    """The class that "module:Class" names, of a module that can be imported from here or from the working folder.
+
+    Raises:
+        ValueError: there is no such module or class.
+    """
+    module, _, name = text.partition(":")
+    if "" not in sys.path:
+        sys.path.append("")  # a program that was installed does not look into the working folder
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{text!r} must be module:Class, of a module that can be imported: {error}") from error

@@ -13,7 +13,7 @@ from gradbuffer.checks import check_count, values_unchecked
 from gradbuffer.meta_gradients import Replay, finish_window, replay_window
 from gradbuffer.nests import clone, map_tensors, tensors_in
 from gradbuffer.contracts import Loss, as_loss, as_rule, repack
-from gradbuffer.unrolling import Coordinates
+from gradbuffer.unrolling import Coordinates, check_objective
 
 __all__ = ["CapturedWindow", "cuda_graph"]
 
@@ -53,7 +53,7 @@ class CapturedWindow:
         net: the learned optimizer, on the device; its weights are read anew at every launch.
         batch, params, state: a window, as of `meta_gradient`: it says which shapes all of them have.
         unroll: T, updates in the window; positive.
-        objective: "sum" or "log", see `meta_gradient`.
+        objective: see `Replay`.
         record: what captures, see `cuda_graph`.
 
     Raises:
@@ -72,8 +72,7 @@ class CapturedWindow:
 
     def __init__(self, net, batch, params, state, unroll=20, objective="sum", record=cuda_graph):
         check_count(unroll=unroll)
-        if objective not in ("sum", "log"):
-            raise ValueError(f'objective must be "sum" or "log", got {objective!r}')
+        check_objective(objective)
         self.net, self.unroll, self.objective = net, unroll, objective
         self.data = [tuple(map(clone, tensors)) for tensors in self.data_of(batch, 0)]
         self.shapes, self.coordinates = shapes_of(params, state, self.data[0]), Coordinates(params)

@@ -9,12 +9,12 @@ neither estimate is biased by truncation. Nothing is differentiated.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 
 from gradbuffer.checks import check_count, check_positive_number
-from gradbuffer.unrolling import trained, unroll
+from gradbuffer.unrolling import check_objective, scored, trained, unroll
 
 __all__ = ["Estimate", "PES", "PESState", "Pairs", "Perceptrons", "signal_to_noise"]
 
@@ -48,7 +48,7 @@ class PES:
 
     sigma: float = 0.01
     pairs: int = 1
-    objective: str = "sum"
+    objective: str | Callable = "sum"
     hold: bool = False
     per_function: bool = False
 
@@ -58,8 +58,7 @@ class PES:
         """Raise unless the options are as above."""
         check_count(pairs=self.pairs)
         check_positive_number(sigma=self.sigma)
-        if self.objective not in ("sum", "log"):
-            raise ValueError(f'objective must be "sum" or "log", got {self.objective!r}')
+        check_objective(self.objective)
 
     @torch.no_grad()
     def window(self, rule, loss, coordinates, theta, state, step, weights, generator):
@@ -98,9 +97,8 @@ class PES:
                     for values, _, theta, own in unroll(particle, loss, coordinates, theta, own, step, len(weights) - 1):
                         losses.append(values)
                     curves.append(torch.stack(losses))
-                    scored = curves[-1][1:].log() if self.objective == "log" else curves[-1][1:]
-                    scored = weights[1:, None] * scored
-                    scores.append(scored.sum(0) if self.per_function else scored.sum())
+                    weighted = weights[1:, None] * scored(curves[-1][1:], self.objective)
+                    scores.append(weighted.sum(0) if self.per_function else weighted.sum())
                     ends.append((theta, own))
                 particles.append(ends)
                 difference = scores[0] - scores[1]

@@ -9,7 +9,7 @@ of coordinates (N,) are as in `unrolling`. Each way to the meta-gradient is an o
 import json
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
 from gradbuffer.contracts import as_loss, as_rule
 from gradbuffer.evolution import PES
 from gradbuffer.nests import map_tensors, tensors_in
-from gradbuffer.unrolling import Coordinates, gradients_of, unroll
+from gradbuffer.unrolling import Coordinates, check_objective, gradients_of, multiply_by_slopes, scored, unroll
 
 __all__ = ["Autograd", "PES", "Replay", "WindowInfo", "check_replay_fraction", "finish_window", "flat_options", "meta_gradient", "method_of",
            "replay_recorded", "replay_window"]
@@ -47,8 +47,9 @@ class Replay:
             probability. The meta-gradient is a sum over coordinates, so this is an unbiased estimate of it, at that share of the
             replay's cost. Small tensors keep all their coordinates. Not with `second_order`, and only for a network with
             `coordinatewise = True`.
-        objective: "sum"; "log" takes Σ_t w_t log f_t(θ_t) instead, so that every function counts by its relative decrease, whatever
-            its scale: in λ, ∇_t becomes ∇_t / f_t. Needs positive losses.
+        objective: "sum" of the losses; or "log" of their logarithms, so that every function counts by its relative decrease,
+            whatever its scale (in λ, ∇_t becomes ∇_t / f_t), which needs positive losses; or a function of the losses (..., B),
+            elementwise and differentiable, such as one that clips them.
         adjoint_bound: positive, or None for no bound: keep each function's ‖λ_t‖ at most that many times what it would be if
             gradients were constants, by scaling its adjoints down at every step where it is larger. The true meta-gradient of a long
             window may explode (the optimization is chaotic); this one does not. Only with `second_order`, and for a network with
@@ -57,7 +58,7 @@ class Replay:
 
     second_order: bool = False
     replay_fraction: float = 1.0
-    objective: str = "sum"
+    objective: str | Callable = "sum"
     adjoint_bound: float | None = None
 
     name = "replay"
@@ -88,7 +89,7 @@ class Autograd:
     """
 
     second_order: bool = False
-    objective: str = "sum"
+    objective: str | Callable = "sum"
 
     name = "autograd"
 
@@ -111,7 +112,7 @@ class Autograd:
                 update, state = rule(gradient, state, **read)
                 theta = theta + update
         losses = torch.stack(losses)
-        grads = gradients_of((weights[:, None] * (losses.log() if self.objective == "log" else losses)).sum(), rule)
+        grads = gradients_of((weights[:, None] * scored(losses, self.objective)).sum(), rule)
         return grads, losses.detach(), theta.detach(), map_tensors(torch.Tensor.detach, state)
 
 
@@ -212,7 +213,7 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
 
 def finish_window(rule, coordinates, grads, losses, theta, state, step, objective):
     """What `meta_gradient` returns, unless a loss is not finite."""
-    values = losses if objective == "sum" else losses.log()
+    values = scored(losses, objective)
     if not math.isfinite(values.sum().item()) and not torch.isfinite(values).all():  # a sum may also overflow
         t, function = (~torch.isfinite(values)).nonzero()[0].tolist()
         raise NonFiniteError(f"the loss of function {function} at step {step + t} is {losses[t, function].item()}"
@@ -256,8 +257,7 @@ def replay_window(rule, loss, coordinates, theta, state, step, weights, method, 
     recorded = rule.record(loss, coordinates, theta, state, step, len(weights) - 1, fraction == 1)
     losses, gradients = recorded.losses, recorded.gradients
     adjoint, inputs = weights[1:, None] * gradients[1:], gradients[:-1]
-    if method.objective == "log":
-        adjoint /= coordinates.spread(losses[1:])
+    multiply_by_slopes(adjoint, losses[1:], method.objective, coordinates)
     rows = adjoint.unbind()
     for later, row in zip(rows[:0:-1], rows[-2::-1]):  # λ_{t+1} = Σ_{s>t} w_s ∇_s, in place from the end
         row += later
@@ -284,9 +284,7 @@ def second_order_replay_window(rule, loss, coordinates, theta, state, step, weig
     updates, limit = len(weights) - 1, method.adjoint_bound
     losses, gradients, thetas, states = zip(*unroll(rule, loss, coordinates, theta, state, step, updates, True))
     losses = torch.stack(losses)
-    pulls = weights[:, None] * torch.stack(gradients)
-    if method.objective == "log":
-        pulls /= coordinates.spread(losses)
+    pulls = multiply_by_slopes(weights[:, None] * torch.stack(gradients), losses, method.objective, coordinates)
     adjoint, state_adjoints, total = pulls[-1], [torch.zeros_like(tensor) for tensor in tensors_in(states[-1])], None
     sizes = coordinates.norms(pulls.flip(0).cumsum(0).flip(0)) if limit else None  # of first-order adjoints, (T + 1, B)
     for t in reversed(range(updates)):
@@ -302,11 +300,6 @@ def second_order_replay_window(rule, loss, coordinates, theta, state, step, weig
                 factor = coordinates.spread(1 / excess.clamp(min=1))[0]  # (N,)
                 adjoint, state_adjoints = adjoint * factor, [part * factor for part in state_adjoints]
     return total, losses, thetas[-1], map_tensors(torch.Tensor.detach, states[-1])
-
-
-def check_objective(objective):
-    if objective not in ("sum", "log"):
-        raise ValueError(f'objective must be "sum" or "log", got {objective!r}')
 
 
 def check_replay_fraction(fraction, second_order, rule):

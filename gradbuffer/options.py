@@ -18,7 +18,8 @@ from gradbuffer.contracts import Problem, as_rule
 from gradbuffer.imitation import Teacher
 from gradbuffer.meta_gradients import DEFAULTS, Replay, flat_options, method_of
 
-__all__ = ["Checkpoint", "Curriculum", "RandomHorizon", "Teacher", "Training", "Validation", "help_of", "training_of"]
+__all__ = ["Checkpoint", "Curriculum", "RandomHorizon", "Teacher", "Training", "Validation", "default_of", "help_of",
+           "training_of"]
 
 
 @dataclass(frozen=True)

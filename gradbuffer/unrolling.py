@@ -13,8 +13,8 @@ import torch
 
 from gradbuffer.nests import map_tensors, tensors_in
 
-__all__ = ["Coordinates", "Recorded", "gradients_of", "in_place", "joined_reads", "pull_back_by_autograd", "record_by_steps", "replay_by_autograd",
-           "trained", "unroll"]
+__all__ = ["Coordinates", "Recorded", "check_objective", "gradients_of", "in_place", "joined_reads", "pull_back_by_autograd", "record_by_steps", "replay_by_autograd",
+           "multiply_by_slopes", "scored", "trained", "unroll"]
 
 SMALLEST_SHARE = 1024  # coordinates of a tensor that a partial replay reads at least
 
@@ -200,6 +200,28 @@ def joined_reads(read):
 def read_at(read, t):
     """What was read at step t of those recorded, as keyword arguments."""
     return {} if read is None else {name: values[t] for name, values in read.items()}
+
+
+def scored(losses, objective):
+    """What the meta-loss adds up, elementwise: the losses, their logarithms, or an own function of them."""
+    return losses if objective == "sum" else losses.log() if objective == "log" else objective(losses)
+
+
+def multiply_by_slopes(pulls, losses, objective, coordinates):
+    """Times the derivative of `scored` by the losses (T, B), in place: of the pulls w_t ∇_t (T, N)."""
+    if objective == "log":
+        pulls /= coordinates.spread(losses)
+    elif objective != "sum":
+        with torch.enable_grad():
+            losses = losses.detach().requires_grad_()
+            (slopes,) = torch.autograd.grad(scored(losses, objective).sum(), losses)
+        pulls *= coordinates.spread(slopes)
+    return pulls
+
+
+def check_objective(objective):
+    if objective not in ("sum", "log") and not callable(objective):
+        raise ValueError(f'objective must be "sum" or "log", or a function of the losses, got {objective!r}')
 
 
 # Differentiating the optimizer by autograd -----------------------------------------------------------------------------

@@ -221,9 +221,11 @@ def test_wrong_arguments(arguments, message, capsys):
 
 NOT_SO = {  # for every option that others depend on, words with which they have no effect
     "problem": {"quadratics": ["--problem", "quadratics"], "mnist": ["--problem", "mnist"]},
-    "start": ["--start", "mnist"], "network": {"lstm": ["--network", "lstm"], "rnnprop": ["--network", "rnnprop"]},
+    "start": ["--start", "mnist"], "network": {"lstm": ["--network", "lstm"], "rnnprop": ["--network", "rnnprop"],
+                                           "own:Net": ["--network", "own:Net"]},
     "start_as_nag": [], "sign_lr": ["--start-as-nag", "1"], "classes": ["--problem", "cifar10", "--classes", "1", "2"],
     "curriculum": [], "teacher": [], "imitation": ["--teacher", "mnist"], "second_order": [],
+    "method": {"replay": []},
 }
 OFF = {(): [], "all imitation": ["--teacher", "mnist", "--imitation", "1"], "curriculum": ["--curriculum", "20"]}
 
@@ -233,7 +235,7 @@ def example(command, name):
     action = next(action for action in command._actions if action.dest == name)
     if action.nargs == 0:
         return [action.option_strings[0]]
-    value = str(action.choices[0]) if action.choices else {int: "7", float: "0.5", None: "mnist"}[action.type]
+    value = str(action.choices[0]) if action.choices else {int: "7", float: "0.5", command_line.json_dict: "{}"}.get(action.type, "lstm" if name == "network" else "mnist")
     return [action.option_strings[0], *[value] * (2 if action.nargs == 2 else 1)]
 
 
@@ -244,6 +246,8 @@ def without_effect():
             beside = NOT_SO[needed]
         elif isinstance(values, range):
             beside = OFF["all imitation"]
+        elif values == command_line.CLASS:
+            beside = []
         elif values == (None,):
             beside = OFF["curriculum"] if needed == "curriculum" else NOT_SO[needed]
         else:
@@ -268,7 +272,7 @@ def test_an_option_without_effect_is_refused(commands, capsys, name, beside):
 def test_every_option_is_in_the_table_or_always_has_an_effect(commands):
     always = {"output", "history", "figure", "tensorboard", "checkpoint", "checkpoint_every", "start", "keep_of_start", "steps",
               "unroll", "curriculum", "meta_batch", "iterations", "lr", "warmup", "clip", "replay_fraction", "averaging",
-              "random_scaling", "random_signs", "mirrored", "skip_non_finite", "validation_every", "validation_functions", "seed",
+              "random_scaling", "random_signs", "mirrored", "skip_non_finite", "balance", "on_mismatch", "validation_every", "validation_functions", "seed",
               "problem", "device", "force", "quiet", "help", "net", "nets", "table", "updates", "functions", "baselines",
               "tuning_functions"}
     dependent = {name for names, _, _ in command_line.NEEDS for name in names.split()}

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler
 
-from gradbuffer.nets import torch_optim as learned_optimizer
+from gradbuffer.nets import vectors
 from gradbuffer.evaluation import evaluate
+from gradbuffer.nets.torch_optim import check_step
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, LearnedOptimizer, NonFiniteError, load_optimizer
 
@@ -188,7 +189,7 @@ def test_follows_the_curves_of_evaluate(name):
 def test_adam_as_a_network_equals_adam(kind, options, chunk, monkeypatch):
     """A rule whose result is known, through every kind of state, in pieces and whole."""
     for where in ("cpu", "cpu, in place"):
-        monkeypatch.setitem(learned_optimizer.CHUNK, where, chunk)
+        monkeypatch.setitem(vectors.CHUNK, where, chunk)
     ours, theirs = model(torch.float64), model(torch.float64)
     train(ours, LearnedOptimizer(ours.parameters(), NETS[kind](), **options), 10)
     train(theirs, torch.optim.Adam(theirs.parameters(), lr=0.01, **options), 10)
@@ -206,11 +207,11 @@ def test_chunks_change_nothing(kind, small, chunk, state_dtype, monkeypatch):
         train(net, optimizer, 4)
         return values(net), optimizer.state_dict()["state"]
 
-    monkeypatch.setattr(learned_optimizer, "SMALL", 0)
+    monkeypatch.setattr(vectors, "SMALL", 0)
     whole = run()
-    monkeypatch.setattr(learned_optimizer, "SMALL", small)
+    monkeypatch.setattr(vectors, "SMALL", small)
     for where in ("cpu", "cpu, in place"):
-        monkeypatch.setitem(learned_optimizer.CHUNK, where, chunk)
+        monkeypatch.setitem(vectors.CHUNK, where, chunk)
     tolerance = 1e-12 if state_dtype is None else 1e-2
     torch.testing.assert_close(run(), whole, rtol=tolerance, atol=tolerance)
 
@@ -318,10 +319,10 @@ def test_a_copy_of_the_network_where_the_parameters_are():
     assert {tensor.device.type for tensor in first.parameters()} == {"meta"}
     assert {tensor.device.type for tensor in net.parameters()} == {"cpu"}
     parameter.grad = torch.zeros_like(parameter)
-    learned_optimizer.check_step([], [network])
+    check_step([], [network])
     assert network.net is first
     net.output.weight.data.mul_(2)
-    learned_optimizer.check_step([], [network])
+    check_step([], [network])
     assert network.net is not first
 
 

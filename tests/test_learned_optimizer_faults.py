@@ -230,7 +230,7 @@ class Failing(nn.Module):
 @pytest.mark.parametrize("rule", [AdamRule, TwoGradientsBack])
 def test_after_an_exception_nothing_has_changed(rule, steps, monkeypatch):
     """Of networks that do not write in place, and of ours beside them."""
-    monkeypatch.setattr("gradbuffer.nets.torch_optim.SMALL", 0)  # one call for each parameter
+    monkeypatch.setattr("gradbuffer.nets.vectors.SMALL", 0)  # one call for each parameter
     parameters = [nn.Parameter(torch.ones(size)) for size in (5, 4, 3)]
     failing = Failing(rule())
     optimizer = LearnedOptimizer([{"params": parameters[:1], "net": lstm()}, {"params": parameters[1:]}], failing)

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from gradbuffer.nets.mlp import MLPOptimizer
 from optimizers import CoordinatewiseLSTM, LearnedOptimizer, LSTMWithGAC
 
 torch.set_num_threads(1)
@@ -36,6 +37,11 @@ class Counting(nn.Module):
 def network():
     torch.manual_seed(3)
     return CoordinatewiseLSTM(4, preprocess="log_sign", output_scale=0.1)
+
+
+def tensorwise():
+    torch.manual_seed(3)
+    return MLPOptimizer()
 
 
 def model():
@@ -109,16 +115,19 @@ def fsdp(rank, folder):
     results["full"] = whole(alone) if full else None, whole(net)
     results["gac"] = error_of(lambda: LearnedOptimizer(net.parameters(), LSTMWithGAC(4, shared=1)))
     results["counting"] = error_of(lambda: LearnedOptimizer(net.parameters(), Counting()))
+    results["mlp"] = error_of(lambda: LearnedOptimizer(net.parameters(), MLPOptimizer()))
     return results
 
 
 def zero(rank, folder):
-    results, nets = {}, [model(), model()]
-    optimizers = [ZeroRedundancyOptimizer(nets[0].parameters(), LearnedOptimizer, net=network()),
-                  LearnedOptimizer(nets[1].parameters(), network())]
-    for net, optimizer in zip(nets, optimizers):
-        train(net, optimizer, 3)
-    results["zero"] = whole(nets[0]), whole(nets[1])
+    results = {}
+    for kind in (network, tensorwise):
+        nets = [model(), model()]
+        optimizers = [ZeroRedundancyOptimizer(nets[0].parameters(), LearnedOptimizer, net=kind(), lr=0.5),
+                      LearnedOptimizer(nets[1].parameters(), kind(), lr=0.5)]
+        for net, optimizer in zip(nets, optimizers):
+            train(net, optimizer, 3)
+        results[kind.__name__] = whole(nets[0]), whole(nets[1])
     results["gac"] = error_of(lambda: ZeroRedundancyOptimizer(model().parameters(), LearnedOptimizer, net=LSTMWithGAC(4, shared=1)))
     LearnedOptimizer(model().parameters(), LSTMWithGAC(4, shared=1))  # outside of it
     return results
@@ -177,12 +186,13 @@ def test_a_full_state_dict_goes_on_in_one_process(results):
 
 def test_networks_that_need_all_coordinates_are_refused(results):
     for result in results:
-        for name, net in (("gac", "LSTMWithGAC"), ("counting", "Counting")):
+        for name, net in (("gac", "LSTMWithGAC"), ("counting", "Counting"), ("mlp", "MLPOptimizer")):
             message = result["fsdp"][name]
             assert message.startswith("ValueError: parameter 0 of group 0 is a DTensor") and message.endswith(f"got {net}")
         assert "ZeroRedundancyOptimizer would show it in each process a part of the parameters only" in result["zero"]["gac"]
 
 
-def test_zero_redundancy_with_a_coordinatewise_network(results):
+@pytest.mark.parametrize("kind", ["network", "tensorwise"])
+def test_zero_redundancy_with_a_coordinatewise_or_tensorwise_network(results, kind):
     for result in results:
-        torch.testing.assert_close(*result["zero"]["zero"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(*result["zero"][kind], rtol=1e-5, atol=1e-6)

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradbuffer.nets.preprocessing import log_sign
+from gradbuffer.nets.readings import log_sign
 
 numba = pytest.importorskip("numba", reason="the kernels are compiled by numba")
-from gradbuffer.kernels import numba_lstm  # noqa: E402
+from gradbuffer.kernels import numba_loops, numba_lstm  # noqa: E402
+from gradbuffer.kernels.llvm_blocks import LANES, ROWS, STREAM  # noqa: E402
+from gradbuffer.kernels.numba_threads import parallel_for, pieces_of  # noqa: E402
 from gradbuffer.unrolling import replay_by_autograd  # noqa: E402
 from optimizers import CoordinatewiseLSTM, NormalizedLSTM, RNNProp  # noqa: E402
 
@@ -24,9 +26,9 @@ def test_log_sign_of_every_scale(dtype, tolerance, p):
     grads = torch.cat([sizes, torch.tensor(special, dtype=torch.float64)]).to(dtype)
     grads = torch.cat([grads, -grads])
     width = len(grads)
-    out = torch.full((-(-width // numba_lstm.LANES) * 2 * numba_lstm.LANES,), torch.nan, dtype=dtype)
-    numba_lstm.load_log_sign(grads.numpy(), 0, width, p, out.numpy(), 2 * numba_lstm.LANES)
-    rows = out.view(-1, 2, numba_lstm.LANES).transpose(0, 1).flatten(1)
+    out = torch.full((-(-width // LANES) * 2 * LANES,), torch.nan, dtype=dtype)
+    numba_loops.load_log_sign(grads.numpy(), 0, width, p, out.numpy(), 2 * LANES)
+    rows = out.view(-1, 2, LANES).transpose(0, 1).flatten(1)
     expected = log_sign(grads.double(), p)
     assert (rows[:, :width] - expected).abs().max() <= tolerance * max(1, expected.abs().max())
     assert (rows[:, width:] == torch.tensor([[-1.0], [0.0]])).all()  # the last tile is filled up as with zeros
@@ -67,19 +69,19 @@ def test_kernels_do_not_pass_over_what_a_subclass_reads(preprocess, monkeypatch)
 
 
 def steps_and_replays(net, N, steps, threads=1):
-    """Replays with and without what the steps have kept, as pairs of dicts; the room; and what has to be unchanged."""
+    """Replays with and without what the steps have kept, as pairs of dicts; the tape; and what has to be unchanged."""
     grads, adjoint = torch.randn(2, steps, N, dtype=torch.float64)
     state = tuple(0.3 * torch.randn(part.shape, dtype=torch.float64) for part in net.init_state(N)[:2]) + net.init_state(N)[2:]
     before, here = tuple(part.clone() for part in state), tuple(part.clone() for part in state)
     torch.set_num_threads(threads)
     with torch.no_grad():
-        step, own, room = net.recorder(state, steps)
+        step, own, tape = net.recorder(state, steps)
         updates = [step(grad).clone() for grad in grads]
-        kept = net.replay(grads, state, adjoint, tape=room)
+        kept = net.replay(grads, state, adjoint, tape=tape)
         plain = net.stepper(here)
         assert all(torch.equal(plain(grad), update) for grad, update in zip(grads, updates))
         assert all(map(torch.equal, own, here)) and all(map(torch.equal, state, before))
-    return kept, net.replay(grads, state, adjoint), room
+    return kept, net.replay(grads, state, adjoint), tape
 
 
 @pytest.mark.parametrize("net", [
@@ -92,11 +94,11 @@ def test_replay_with_what_the_steps_have_kept(net, N, tiles, threads, monkeypatc
     monkeypatch.setattr(numba_lstm, "REPLAY_CHUNK", 7 * 16 * 9)
     monkeypatch.setattr(numba_lstm, "STEP_CHUNK", 16 * 9)
     net, steps = copy.deepcopy(net).double(), 7
-    whole, layers, row = -(-N // numba_lstm.LANES), net.num_layers, net.hidden_size * numba_lstm.LANES * 8
-    monkeypatch.setattr(numba_lstm, "ROOM", (tiles * steps * 4 + 2 * whole * layers) * row)  # gates; the state
-    kept, plain, room = steps_and_replays(net, N, steps, threads)
+    whole, layers, row = -(-N // LANES), net.num_layers, net.hidden_size * LANES * 8
+    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", (tiles * steps * 4 + 2 * whole * layers) * row)  # gates; the state
+    kept, plain, tape = steps_and_replays(net, N, steps, threads)
     expected = [max(0, min(whole, tiles - whole * above)) for above in reversed(range(layers))]
-    assert room.shares.tolist() == (expected if tiles >= whole / 2 else [0] * layers)
+    assert tape.shares.tolist() == (expected if tiles >= whole / 2 else [0] * layers)
     for name in plain:
         assert (kept[name] - plain[name]).norm() <= 1e-12 * plain[name].norm()
 
@@ -106,7 +108,7 @@ def test_replay_with_what_the_steps_have_kept(net, N, tiles, threads, monkeypatc
 def test_where_a_state_lies_and_what_is_fetched_change_nothing(states, cache, monkeypatch, threads_as_before):
     """A state that is too large stays in rows; the next tile's gates are fetched ahead where the cache is large enough."""
     monkeypatch.setenv("L2O_KERNELS", "numba")
-    monkeypatch.setattr(numba_lstm, "STATES", states)
+    monkeypatch.setattr(numba_lstm, "STATE_BYTES", states)
     monkeypatch.setattr(numba_lstm, "CACHE", cache)
     net = CoordinatewiseLSTM(preprocess="log_sign").double()
     assert bool(net.recorder(net.init_state(150), 5)[2].state.size) == bool(states)
@@ -143,14 +145,14 @@ def test_bfloat16_is_rounded_as_torch_does(dtype):
     every_bit = torch.tensor([2**31 - 1], dtype=torch.int32).view(torch.float32)  # a NaN that rounding up would make -0
     values = torch.cat([sizes, special, every_bit, steps, -sizes, -special, -steps]).to(dtype)
     values = values[torch.randperm(len(values), generator=generator)]
-    N, tiles = len(values), -(-len(values) // numba_lstm.LANES)
-    tiled, stored = torch.zeros(tiles * numba_lstm.LANES, dtype=dtype), torch.zeros(N + 2, dtype=torch.bfloat16)
+    N, tiles = len(values), -(-len(values) // LANES)
+    tiled, stored = torch.zeros(tiles * LANES, dtype=dtype), torch.zeros(N + 2, dtype=torch.bfloat16)
     tiled[:N], expected = values, values.to(torch.bfloat16)
-    numba_lstm.store(tiled.numpy(), numba_lstm.LANES, 1, N, numba_lstm.array(stored), 1, 0, numba_lstm.LANES)
+    numba_loops.store(tiled.numpy(), LANES, 1, N, numba_lstm.array(stored), 1, 0, LANES)
     torch.testing.assert_close(stored[1:-1], expected, rtol=0, atol=0, equal_nan=True)
     assert stored[0] == stored[-1] == 0
     back = torch.full_like(tiled, math.nan)
-    numba_lstm.load(numba_lstm.array(stored), 1, 0, numba_lstm.LANES, 1, N, back.numpy(), 0, numba_lstm.LANES)
+    numba_loops.load(numba_lstm.array(stored), 1, 0, LANES, 1, N, back.numpy(), 0, LANES)
     torch.testing.assert_close(back[:N], expected.to(dtype), rtol=0, atol=0, equal_nan=True)
     assert not back[N:].any()
 
@@ -186,18 +188,18 @@ def test_what_was_kept_under_other_weights_is_not_used(monkeypatch):
     monkeypatch.setenv("L2O_KERNELS", "numba")
     net, grads = CoordinatewiseLSTM(), torch.randn(3, 40)
     with torch.no_grad():
-        step, _, room = net.recorder(net.init_state(40), 3)
+        step, _, tape = net.recorder(net.init_state(40), 3)
         for grad in grads:
             step(grad)
         with pytest.raises(RuntimeError, match="room for 3 steps only"):
             step(grads[0])
         for parameter in net.parameters():
             parameter *= 2
-    found, expected = net.replay(grads, net.init_state(40), grads, tape=room), net.replay(grads, net.init_state(40), grads)
+    found, expected = net.replay(grads, net.init_state(40), grads, tape=tape), net.replay(grads, net.init_state(40), grads)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_windows_at_the_same_time_have_rooms_of_their_own(monkeypatch):
+def test_windows_at_the_same_time_have_tapes_of_their_own(monkeypatch):
     monkeypatch.setenv("L2O_KERNELS", "numba")
     net, grads, adjoint = CoordinatewiseLSTM(), torch.randn(3, 40), torch.randn(3, 40)
     state = net.init_state(40)
@@ -206,11 +208,11 @@ def test_windows_at_the_same_time_have_rooms_of_their_own(monkeypatch):
         (one, _, first), (two, _, second) = net.recorder(state, 3), net.recorder(state, 3)
         for grad in grads:
             one(grad), two(-grad)
-    found, memory = net.replay(grads, state, adjoint, tape=first), second.array.ctypes.data
+    found, memory = net.replay(grads, state, adjoint, tape=first), second.gates.ctypes.data
     net.replay(-grads, state, adjoint, tape=second)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
-    assert net.recorder(state, 3)[2].array.ctypes.data == memory  # the next window uses what the last one left
+    assert net.recorder(state, 3)[2].gates.ctypes.data == memory  # the next window uses what the last one left
 
 
 @pytest.mark.parametrize("length, most, threads, expected", [
@@ -219,7 +221,7 @@ def test_windows_at_the_same_time_have_rooms_of_their_own(monkeypatch):
     (1000, 336, 1, [(0, 336), (336, 672), (672, 1000)])])
 def test_pieces_in_which_threads_work(length, most, threads, expected, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert numba_lstm.side_by_side(lambda start, stop: (start, stop), length, most) == expected
+    assert pieces_of(length, most) == parallel_for(lambda start, stop: (start, stop), pieces_of(length, most)) == expected
 
 
 def test_compiled_code_is_kept_by_what_is_in_its_sources(tmp_path):
@@ -227,32 +229,32 @@ def test_compiled_code_is_kept_by_what_is_in_its_sources(tmp_path):
     files = [tmp_path / name for name in ("one.py", "two.py")]
     for file in files:
         file.write_text("x = 1\n")
-    before = numba_lstm.digest(files)
-    assert before == numba_lstm.digest(files)
+    before = numba_loops.digest(files)
+    assert before == numba_loops.digest(files)
     files[1].write_text("x = 2\n")
-    assert before != numba_lstm.digest(files)
-    assert {file.name for file in numba_lstm.SOURCES} == {"llvm_vectors.py", "llvm_blocks.py", "numba_lstm.py"}
+    assert before != numba_loops.digest(files)
+    assert {"llvm_vectors.py", "llvm_blocks.py", "numba_loops.py", "numba_windows.py"} <= {file.name for file in numba_loops.sources()}
 
-    @numba_lstm.compiled
+    @numba_loops.compiled
     def double(x):
         return 2 * x
 
     assert double(3.0) == 6
-    assert list(Path(double.stats.cache_path).glob(f"*double-{numba_lstm.digest(numba_lstm.SOURCES)}*.nbi"))
+    assert list(Path(double.stats.cache_path).glob(f"*double-{numba_loops.digest(numba_loops.sources())}*.nbi"))
 
 
 @pytest.mark.parametrize("rows", [*range(1, 30), 40, 80])
 def test_products_of_any_number_of_rows(rows):
-    width, count, lanes = 9, 7, numba_lstm.LANES
+    width, count, lanes = 9, 7, LANES
     weight, x, out, bias = (torch.randn(*shape).numpy() for shape in ((rows, width), (count, lanes), (rows, lanes), (rows, 1)))
     product, sums = weight[:, :count].astype("f8") @ x, out.copy()
-    blocks, fours, singles = numba_lstm.shared_rows(rows)
-    assert numba_lstm.ROWS * blocks + 4 * fours + singles == rows and singles < 4
-    numba_lstm.add_product(weight.reshape(-1), width, rows, count, x.reshape(-1), sums.reshape(-1))
+    blocks, fours, singles = numba_loops.shared_rows(rows)
+    assert ROWS * blocks + 4 * fours + singles == rows and singles < 4
+    numba_loops.add_product(weight.reshape(-1), width, rows, count, x.reshape(-1), sums.reshape(-1))
     assert abs(sums - (out + product)).max() <= 1e-5
     if rows % 4 == 0:
         blocks = weight.reshape(-1)[numba_lstm.in_blocks(rows, width)]
-        numba_lstm.affine(blocks, width, bias.reshape(-1), rows, count, x.reshape(-1), sums.reshape(-1))
+        numba_loops.affine(blocks, width, bias.reshape(-1), rows, count, x.reshape(-1), sums.reshape(-1))
         assert abs(sums - (bias + product)).max() <= 1e-5
 
 
@@ -264,17 +266,17 @@ def test_a_cell_with_gates_of_any_size(units, dtype, tolerance):
     sizes, seed = torch.cat([sizes, -sizes]), torch.Generator().manual_seed(units)
     z = sizes[torch.randint(len(sizes), (units, 4), generator=seed)].to(dtype)
     z[::11] = math.nan  # what a layer reads is read by all gates
-    cell = (10 ** torch.empty(units, numba_lstm.LANES).uniform_(-3, 3, generator=seed)).to(dtype)
+    cell = (10 ** torch.empty(units, LANES).uniform_(-3, 3, generator=seed)).to(dtype)
     i, f, g, o = (gate[:, None] for gate in z.double().unbind(1))
     c = i.sigmoid() * g.tanh() + f.sigmoid() * cell.double()
     expected = c, o.sigmoid() * c.tanh(), c.tanh(), torch.stack([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], 1)[..., 0]
     bias = (z.double() * torch.tensor([-1, -1, -2, -1]) / math.log(2)).to(dtype).reshape(-1).numpy()
-    weight, x, results = torch.zeros(4 * units, dtype=dtype).numpy(), torch.zeros(numba_lstm.LANES, dtype=dtype).numpy(), []
-    for keep in (0, 1, numba_lstm.BEYOND):
-        sums, kept = (torch.empty(4 * units, numba_lstm.LANES, dtype=dtype) for _ in range(2))
+    weight, x, results = torch.zeros(4 * units, dtype=dtype).numpy(), torch.zeros(LANES, dtype=dtype).numpy(), []
+    for keep in (0, 1, STREAM):
+        sums, kept = (torch.empty(4 * units, LANES, dtype=dtype) for _ in range(2))
         new, hidden, tanhs = (torch.empty_like(cell) for _ in range(3))
         arrays = [part.view(-1).numpy() for part in (sums, cell, new, hidden, sums if keep == 1 else kept, tanhs)]
-        numba_lstm.run_cell(units, weight, 1, bias, 1, x, *arrays[:4], keep, *arrays[4:])
+        numba_loops.run_cell(units, weight, 1, bias, 1, x, *arrays[:4], keep, *arrays[4:])
         results.append((new, hidden))
         parts = (new, hidden, tanhs, (sums if keep == 1 else kept).view(units, 4, -1)[..., 3]) if keep else (new, hidden)
         for part, there in zip(parts, expected):

@@ -1,10 +1,9 @@
-"""The Triton kernels of the coordinatewise LSTM against the blocks of torch operations.
+"""The Triton kernels of the coordinatewise LSTM against those in plain torch.
 
 Without a GPU the cases run in Triton's interpreter on the CPU, in a process of their own, since TRITON_INTERPRET must
 be set before triton is imported. Where a CUDA device is, they run there too. Both need triton (`pip install triton`).
 """
 
-import copy
 import importlib.util
 import os
 import re
@@ -15,11 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradbuffer.kernels import choice as kernel_choice
-from gradbuffer.kernels import torch_blocks
 from gradbuffer.kernels import triton_lstm
-from gradbuffer.kernels.torch_blocks import PackedLSTM
-from optimizers import CoordinatewiseLSTM, RNNProp, log_sign
+from gradbuffer.kernels.choice import kernels_for
+from gradbuffer.kernels.torch_blocks import PackedWeights, TorchLSTM
+from gradbuffer.kernels.triton_lstm import TritonLSTM
+from gradbuffer.unrolling import replay_by_autograd
+from meta_training import meta_gradient
+from optimizees import Quadratics
+from optimizers import CoordinatewiseLSTM, NormalizedLSTM, RNNProp, explain, log_sign
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,11 +50,11 @@ def test_cases_pass_in_the_interpreter():
 
 
 def lstm(inputs, hidden, layers, dtype=torch.float32, device=DEVICE):
-    """Random weights."""
-    sizes = [inputs] + [hidden] * (layers - 1)
-    weights = [[0.4 * torch.randn(shape, dtype=dtype, device=device) for shape in
-                ((4 * hidden, size), (4 * hidden, hidden), (4 * hidden,))] for size in sizes]
-    return PackedLSTM(weights, *(torch.randn(shape, dtype=dtype, device=device) for shape in ((hidden,), ())))
+    """Random weights, as kernels are made of them."""
+    net = torch.nn.LSTM(inputs, hidden, layers, dtype=dtype, device=device)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return net, *(torch.randn(shape, dtype=dtype, device=device) for shape in ((hidden,), ()))
 
 
 def close(found, expected, tolerance):
@@ -74,15 +76,15 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("N, dtype", [(1, torch.float32), (15, torch.float64), (17, torch.float32),
                                       (37, torch.float64)])
 def test_step(small_blocks, layers, hidden, inputs, N, dtype):
-    packed = lstm(inputs, hidden, layers, dtype)
+    weights = lstm(inputs, hidden, layers, dtype)
     shapes = (N,), (layers, hidden, N), (layers, hidden, N)
     grad, *state = (torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes)
     kept = [part.clone() for part in state]
     readings = log_sign(grad, 7.3) if inputs == 2 else grad[None]
-    expected = torch_blocks.step_blocks(packed, lambda a, b: readings[:, a:b], *state)
-    close(triton_lstm.step_blocks(packed, lambda a, b: readings[:, a:b], *state), expected, TOLERANCE[dtype])
+    expected = TorchLSTM(*weights).step(lambda a, b: readings[:, a:b], *state)
+    close(TritonLSTM(*weights).step(lambda a, b: readings[:, a:b], *state), expected, TOLERANCE[dtype])
     if inputs == 2:
-        found = triton_lstm.step_blocks(packed, lambda a, b: grad[None, a:b], *state, log_sign=7.3)
+        found = TritonLSTM(*weights).step(lambda a, b: grad[None, a:b], *state, p=7.3)
         close(found, expected, TOLERANCE[dtype])
     assert all(map(torch.equal, state, kept))
 
@@ -90,11 +92,11 @@ def test_step(small_blocks, layers, hidden, inputs, N, dtype):
 @on_device
 def test_step_in_place_on_a_part_of_larger_tensors_and_in_chunks(small_blocks, monkeypatch):
     monkeypatch.setattr(triton_lstm, "CHUNK", 20)
-    packed, features = lstm(1, 5, 2), torch.randn(1, 47, device=DEVICE)
+    weights, features = lstm(1, 5, 2), torch.randn(1, 47, device=DEVICE)
     wide = torch.randn(2, 2, 5, 60, device=DEVICE)
     kept, state = wide.clone(), tuple(wide[..., 13:])
-    expected = torch_blocks.step_blocks(packed, lambda a, b: features[:, a:b], *state)
-    found = triton_lstm.step_blocks(packed, lambda a, b: features[:, a:b], *state, inplace=True)
+    expected = TorchLSTM(*weights).step(lambda a, b: features[:, a:b], *state)
+    found = TritonLSTM(*weights).step(lambda a, b: features[:, a:b], *state, inplace=True)
     close(found, expected, 1e-5)
     assert all(new is old for new, old in zip(found[1:], state)) and torch.equal(wide[..., :13], kept[..., :13])
 
@@ -104,9 +106,9 @@ def test_log_sign_at_all_scales():
     """From 0 to 1e20, where the readings alone decide: the state is 0."""
     sizes = torch.tensor([0, 1e-30, 4e-5, 4.54e-5, 5e-5, 0.1, 1, 1e20], device=DEVICE)
     grad = torch.cat([sizes, -sizes])
-    packed, readings, zero = lstm(2, 20, 1), log_sign(grad), torch.zeros(1, 20, 16, device=DEVICE)
-    found = triton_lstm.step_blocks(packed, lambda a, b: grad[None, a:b], zero, zero, log_sign=10.0)
-    close(found, torch_blocks.step_blocks(packed, lambda a, b: readings[:, a:b], zero, zero), 1e-5)
+    weights, readings, zero = lstm(2, 20, 1), log_sign(grad), torch.zeros(1, 20, 16, device=DEVICE)
+    found = TritonLSTM(*weights).step(lambda a, b: grad[None, a:b], zero, zero, p=10.0)
+    close(found, TorchLSTM(*weights).step(lambda a, b: readings[:, a:b], zero, zero), 1e-5)
 
 
 REPLAYS = [  # layers, hidden, inputs, N, T, dtype: blocks of 16, three programs
@@ -128,16 +130,15 @@ def flat(gradients):
 @on_device
 @pytest.mark.parametrize("case", REPLAYS)
 def test_replay(small_blocks, case):
-    arguments = replay_case(*case)
-    found = triton_lstm.replay_blocks(*arguments)
-    close(flat(found), flat(torch_blocks.replay_blocks(*arguments)), TOLERANCE[case[-1]])
+    weights, *recorded = replay_case(*case)
+    close(flat(TritonLSTM(*weights).replay(*recorded)), flat(TorchLSTM(*weights).replay(*recorded)), TOLERANCE[case[-1]])
 
 
 @on_device
 def test_replay_in_chunks(small_blocks, monkeypatch):
     monkeypatch.setattr(triton_lstm, "CHUNK", 20)
-    arguments = replay_case(1, 5, 2, 47, 2, torch.float32)
-    close(flat(triton_lstm.replay_blocks(*arguments)), flat(torch_blocks.replay_blocks(*arguments)), 1e-5)
+    weights, *recorded = replay_case(1, 5, 2, 47, 2, torch.float32)
+    close(flat(TritonLSTM(*weights).replay(*recorded)), flat(TorchLSTM(*weights).replay(*recorded)), 1e-5)
 
 
 @on_device
@@ -145,9 +146,8 @@ def test_replay_in_chunks(small_blocks, monkeypatch):
                                                     ("bf16", 1e-3, 5e-2)])
 def test_precisions(precision, least, most):
     """They are what their names say: those of tensor cores are off by as much as their rounding, and no more."""
-    arguments = replay_case(2, 20, 2, 30, 2, torch.float32)
-    expected = flat(torch_blocks.replay_blocks(*arguments))
-    found = flat(triton_lstm.replay_blocks(*arguments, precision=precision))
+    weights, *recorded = replay_case(2, 20, 2, 30, 2, torch.float32)
+    expected, found = (flat(kernels.replay(*recorded)) for kernels in (TorchLSTM(*weights), TritonLSTM(*weights, precision)))
     close(found, expected, most)
     assert (found[0] - expected[0]).norm() >= least * expected[0].norm()
 
@@ -157,10 +157,10 @@ def test_the_optimizers_run_on_them(monkeypatch):
     monkeypatch.setenv("L2O_KERNELS", "triton")
     net, slow = CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1).to(DEVICE), RNNProp(5).to(DEVICE)
     grads, adjoint = torch.randn(2, 2, 9, device=DEVICE)
-    found = net.replay(grads, net.init_state(9), adjoint)
-    expected = copy.deepcopy(net)._replay_with_graph(grads, net.init_state(9), adjoint)
-    close(found.values(), expected.values(), 1e-5)
     for each in (net, slow):
+        assert type(each.kernels("step")) is TritonLSTM
+        found = each.replay(grads, each.init_state(9), adjoint)
+        close(found.values(), replay_by_autograd(each, grads, each.init_state(9), adjoint).values(), 1e-5)
         wanted, state = each(grads[0], each.init_state(9))
         with torch.no_grad():
             update, new = each(grads[0], each.init_state(9))
@@ -169,20 +169,34 @@ def test_the_optimizers_run_on_them(monkeypatch):
 
 
 @on_device
+@pytest.mark.parametrize("make", [lambda: CoordinatewiseLSTM(5, preprocess="log_sign"), lambda: RNNProp(5), lambda: NormalizedLSTM(5)])
+@pytest.mark.parametrize("second_order", [False, True])
+def test_what_has_no_kernel_here_is_done_by_others(make, second_order, monkeypatch):
+    """A step back, the replay of a squashed output, derivatives by the features."""
+    monkeypatch.setenv("L2O_KERNELS", "triton")
+    net, batch = make().double().to(DEVICE), Quadratics(3, torch.float64, device=DEVICE).sample(2)
+    state = net.init_state(6)
+    found, expected = (meta_gradient(net, batch, batch.params, state, unroll=3, second_order=second_order, method=method)[0]
+                       for method in ("replay", "autograd"))
+    close(found.values(), expected.values(), 1e-10)
+    assert "step: triton\n" in explain(net) and "not triton: has no kernel for it" in explain(net)
+
+
+@on_device
 def test_replay_is_deterministic_and_leaves_the_state(small_blocks):
-    arguments = replay_case(1, 5, 2, 50, 1, torch.float32)
-    kept = [part.clone() for part in arguments[2:]]
-    first, second = (flat(triton_lstm.replay_blocks(*arguments)) for _ in range(2))
-    assert all(map(torch.equal, first, second)) and all(map(torch.equal, arguments[2:], kept))
+    weights, *recorded = replay_case(1, 5, 2, 50, 1, torch.float32)
+    kept = [part.clone() for part in recorded[1:]]
+    first, second = (flat(TritonLSTM(*weights).replay(*recorded)) for _ in range(2))
+    assert all(map(torch.equal, first, second)) and all(map(torch.equal, recorded[1:], kept))
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_uses_them_where_asked(monkeypatch):
     weight = CoordinatewiseLSTM().cuda().output.weight
-    assert kernel_choice.kernels_for(weight) is torch_blocks
+    assert kernels_for(weight) is TorchLSTM
     monkeypatch.setenv("L2O_KERNELS", "triton")
-    assert (kernel_choice.kernels_for(weight) is triton_lstm) == triton_lstm.supports(weight)
+    assert (kernels_for(weight) is TritonLSTM) != bool(TritonLSTM.reasons_against(weight, "step"))
 
 
 # What needs no triton -------------------------------------------------------------------------------------------------
@@ -192,8 +206,9 @@ def test_cuda_uses_them_where_asked(monkeypatch):
 def test_padded_weights(inputs, hidden, layers):
     """A gate from the padded weights is that from the packed ones, and the padding comes off again."""
     sizes = [inputs] + [hidden] * (layers - 1)
-    packed = lstm(inputs, hidden, layers, torch.float64, "cpu")
-    padded = triton_lstm.PaddedWeights(packed)
+    packed = PackedWeights([(w.detach(), u.detach(), (b + c).detach())
+                            for w, u, b, c in lstm(inputs, hidden, layers, torch.float64, "cpu")[0].all_weights])
+    padded = triton_lstm.PaddedWeights(packed, torch.zeros(hidden).double())
     for size, below, weight in zip(sizes, padded.below, packed.weights):
         assert below > size and below & (below - 1) == 0
         x, h, one = torch.randn(size).double(), torch.randn(hidden).double(), torch.ones(1).double()
@@ -206,22 +221,22 @@ def test_padded_weights(inputs, hidden, layers):
 
 
 def test_errors(monkeypatch):
-    monkeypatch.setenv("L2O_KERNELS", "torch")
-    packed, weight = CoordinatewiseLSTM(preprocess="log_sign")._packed_kernels()[1], torch.zeros(1, 20)
+    weights, weight = lstm(2, 20, 2, device="cpu"), torch.zeros(1, 20)
     state, features = torch.zeros(2, 2, 20, 3), torch.zeros(2, 3)
     if not INTERPRETED:
-        assert not triton_lstm.supports(weight) and kernel_choice.kernels_for(weight) is torch_blocks
-        with pytest.raises(RuntimeError, match="need triton" if triton_lstm.kernels is None else "on a CUDA device"):
-            triton_lstm.replay_blocks(packed, lambda a, b: features[None], *state, torch.zeros(1, 3))
+        expected = "needs triton" if triton_lstm.kernels is None else "runs on CUDA .*, the network is on cpu"
+        assert any(re.match(expected, reason) for reason in TritonLSTM.reasons_against(weight, "step"))
+        with pytest.raises(RuntimeError, match=expected):
+            TritonLSTM(*weights)
     monkeypatch.setattr(triton_lstm, "kernels", None)
     with pytest.raises(RuntimeError, match="pip install triton"):
-        triton_lstm.step_blocks(packed, lambda a, b: features, *state)
+        TritonLSTM(*weights)
     monkeypatch.setattr(triton_lstm, "kernels", type("Installed", (), {"INTERPRETED": True}))
     with pytest.raises(ValueError, match="precision must be None or one of .* got 'half'"):
-        triton_lstm.step_blocks(packed, lambda a, b: features, *state, precision="half")
+        TritonLSTM(*weights, precision="half")
     with pytest.raises(ValueError, match='must be "ieee" for torch.float64, got \'bf16\''):
-        triton_lstm.step_blocks(CoordinatewiseLSTM().double()._packed_kernels()[1], lambda a, b: features, *state, precision="bf16")
-    with pytest.raises(ValueError, match="log_sign=10.0 makes two features, the network reads 1"):
-        triton_lstm.step_blocks(CoordinatewiseLSTM()._packed_kernels()[1], lambda a, b: features, *state, log_sign=10.0)
-    with pytest.raises(RuntimeError, match="at most 32 units .* got torch.float32, 64 units"):
-        triton_lstm.step_blocks(CoordinatewiseLSTM(64)._packed_kernels()[1], lambda a, b: features, *state)
+        TritonLSTM(*lstm(2, 20, 2, torch.float64, "cpu"), precision="bf16")
+    with pytest.raises(ValueError, match="log_sign with p=10.0 makes two features, the network reads 1"):
+        TritonLSTM(*lstm(1, 20, 2, device="cpu")).step(lambda a, b: features, *state, p=10.0)
+    with pytest.raises(RuntimeError, match="at most 32 units, got 64"):
+        TritonLSTM(*lstm(1, 64, 1, device="cpu"))

@@ -16,6 +16,7 @@ from gradbuffer.contracts import as_loss
 from gradbuffer.unrolling import Coordinates
 
 numba_lstm = pytest.importorskip("gradbuffer.kernels.numba_lstm", reason="numba is not installed", exc_type=ImportError)
+from gradbuffer.kernels.numba_threads import threads_here  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -123,12 +124,12 @@ def test_windows_equal_single_steps(small_mnist, dtype, tolerance, updates, net,
     with torch.no_grad():
         given = coordinates, theta, state, 3, updates
         expected, plain = stepwise(net, batch.loss, *given, False), record(net, batch.loss, *given, False)
-        *found, room, _ = record(net, batch.loss, *given, True)
+        *found, tape, _ = record(net, batch.loss, *given, True)
     close(tensors_in(found), tensors_in(expected[:4]), tolerance)
     close(tensors_in(plain[:4]), tensors_in(expected[:4]), tolerance)
     assert all(map(torch.equal, kept, (theta, *state)))
-    with_room, without = (net.replay(found[1][:-1], state, adjoint, **more) for more in (dict(tape=room), {}))
-    close(list(with_room.values()), list(without.values()), tolerance)
+    with_tape, without = (net.replay(found[1][:-1], state, adjoint, **more) for more in (dict(tape=tape), {}))
+    close(list(with_tape.values()), list(without.values()), tolerance)
 
 
 def test_a_gradient_that_is_not_finite(small_mnist):
@@ -163,17 +164,17 @@ def test_parts_are_the_whole(small_mnist, problem, net, threads, functions, obje
 
     grads, info = window()
     size = sum(map(torch.numel, batch.params.values())) // functions
-    monkeypatch.setattr(numba_lstm, "ROOM", 2 * size * net.num_layers * 5 * (4 * 6 + 2) * 8)  # of two functions' gates and states
-    spans, take_parts = [], numba_lstm.take_parts
-    monkeypatch.setattr(numba_lstm, "take_parts", lambda work, *rest: take_parts(
-        lambda *span: spans.append((*span, numba_lstm.threads_here())) or work(*span), *rest))
+    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", 2 * size * net.num_layers * 5 * (4 * 6 + 2) * 8)  # of two functions' gates and states
+    spans, in_parts = [], numba_lstm.NumbaLSTM.in_parts
+    monkeypatch.setattr(numba_lstm.NumbaLSTM, "in_parts", lambda self, work, *rest: in_parts(
+        self, lambda *span: spans.append((*span, threads_here())) or work(*span), *rest))
     parted, parted_info = window()
     expected = {(1, 5): [(0, 1), (1, 3), (3, 5)], (2, 5): [(0, 1), (1, 2), (2, 3), (3, 5)], (2, 2): [(0, 2)]}
     assert sorted(spans) == [(*span, 2 if threads == functions else 1) for span in expected[threads, functions]]
     close([parted[name] for name in grads], list(grads.values()), 1e-12)
     close(tensors_in(list(parted_info)), tensors_in(list(info)), 1e-12)
     assert all(map(torch.equal, before, given))
-    assert numba_lstm.threads_here() == threads
+    assert threads_here() == threads
 
 
 @pytest.mark.parametrize("functions, size, steps, threads, expected", [
@@ -183,31 +184,31 @@ def test_parts_are_the_whole(small_mnist, problem, net, threads, functions, obje
     (8, 16000, 100, 1, 1), (2, 16000, 20, 8, 1), (5, 16000, 20, 4, 1), (8, 16000, 20, 4, 8),
     (16, 16000, 20, 16, 1)])  # too little room for each thread
 def test_how_many_parts(functions, size, steps, threads, expected, monkeypatch):
-    packed = CoordinatewiseLSTM()._packed_kernels()[1]
+    kernels = CoordinatewiseLSTM().kernels()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(numba_lstm, "ROOM", 210 << 20)
-    parts = numba_lstm.take_parts(lambda first, last: (first, last), packed, functions, size, steps)
+    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", 210 << 20)
+    parts = kernels.in_parts(lambda first, last: (first, last), functions, size, steps)
     assert len(parts) == expected
     assert [number for first, last in parts for number in range(first, last)] == list(range(functions))
 
 
-def test_windows_of_several_threads_keep_their_rooms(monkeypatch, threads_as_before):
-    packed, both = CoordinatewiseLSTM()._packed_kernels()[1], threading.Barrier(2)
+def test_windows_of_several_threads_keep_their_tapes(monkeypatch, threads_as_before):
+    kernels, both = CoordinatewiseLSTM().kernels(), threading.Barrier(2)
     torch.set_num_threads(2)
-    monkeypatch.setattr(numba_lstm.Room, "spare", [])
-    monkeypatch.setattr(numba_lstm, "ROOM", 30 * 2 * 20 * (4 * 20 + 2) * 4 * 2)
+    monkeypatch.setattr(numba_lstm.GateTape, "spare", [])
+    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", 30 * 2 * 20 * (4 * 20 + 2) * 4 * 2)
 
     def work(first, last):
-        room = numba_lstm.Room(packed, 30 * (last - first), 20)
-        assert room.shares.all()
-        memory = room.memory.ctypes.data
+        tape = kernels.tape(30 * (last - first), 20)
+        assert tape.shares.all()
+        memory = tape.memory.ctypes.data
         both.wait(timeout=60)
-        room.leave()
+        tape.release()
         return memory
 
-    first = numba_lstm.take_parts(work, packed, 4, 30, 20)
-    assert len(set(first)) == 2 == len(numba_lstm.Room.spare)
-    assert set(numba_lstm.take_parts(work, packed, 4, 30, 20)) == set(first)
+    first = kernels.in_parts(work, 4, 30, 20)
+    assert len(set(first)) == 2 == len(numba_lstm.GateTape.spare)
+    assert set(kernels.in_parts(work, 4, 30, 20)) == set(first)
 
 
 def test_a_failure_in_one_part(monkeypatch, threads_as_before):
@@ -216,7 +217,7 @@ def test_a_failure_in_one_part(monkeypatch, threads_as_before):
     broken["theta"][3, 0] = math.inf
     expected = meta_gradient(net, batch, batch.params, state)[0]
     torch.set_num_threads(2)
-    monkeypatch.setattr(numba_lstm, "ROOM", 30 * 2 * 20 * (4 * 20 + 2) * 4 * 2)
+    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", 30 * 2 * 20 * (4 * 20 + 2) * 4 * 2)
     with pytest.raises(NonFiniteError):
         meta_gradient(net, batch, broken, state)
     found = meta_gradient(net, batch, batch.params, state)[0]
@@ -225,7 +226,7 @@ def test_a_failure_in_one_part(monkeypatch, threads_as_before):
 
 def test_a_loss_that_was_replaced_is_not_taken_in_parts(small_mnist, monkeypatch):
     """The meta-batch's own `part` would not know of it."""
-    monkeypatch.setattr(numba_lstm, "ROOM", 1 << 16)
+    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", 1 << 16)
     net, batch = CoordinatewiseLSTM(5).double(), problems(small_mnist)["networks"].sample(3, seeded())
     state = net.init_state(sum(map(torch.numel, batch.params.values())))
 

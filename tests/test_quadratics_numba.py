@@ -63,7 +63,7 @@ def test_threads_share_the_functions(monkeypatch, threads_as_before):
     given, results = window(CoordinatewiseLSTM(preprocess="log_sign"), Quadratics(7), 300), []
     for threads, chunk in ((1, 10_000_000), (1, 16 * 7), (2, 10_000_000), (2, 16 * 7)):
         torch.set_num_threads(threads)
-        monkeypatch.setattr("gradbuffer.kernels.numba_quadratics.CHUNK", chunk)
+        monkeypatch.setattr("gradbuffer.kernels.numba_windows.CHUNK", chunk)
         with torch.no_grad():
             found = record(*given)
         results.append([*found[:3], *found[3]])

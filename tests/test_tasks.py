@@ -1,9 +1,7 @@
 """Tasks draw, train and repeat themselves; races and speeds on made-up optimizers whose answers are known."""
 
-import copy
 import importlib.util
 import math
-import pickle
 import sys
 from pathlib import Path
 
@@ -13,8 +11,7 @@ from conftest import write_cifar10, write_mnist
 from torch import nn
 
 from gradbuffer.problems import races, tasks
-from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
-from gradbuffer.nets.tensorwise import TensorwiseSteps
+from gradbuffer.nets.mlp import MLPOptimizer
 from gradbuffer.problems.races import Contestant, Race, final, race, smoothed, speed, speed_against, summary, train
 from gradbuffer.problems.tasks import GENERALIZATION, TASKS, Task
 
@@ -242,114 +239,6 @@ def test_summary_of_speeds():
     assert found["interquartile mean"] == pytest.approx(7 / 3) and found["share above 1"] == 0.6
     with pytest.raises(ValueError, match="speeds must hold at least one"):
         summary([])
-
-
-# The learned contestant -----------------------------------------------------------------------------------------------
-
-
-def nets():
-    return [MLPOptimizer(), start_as_normalized_adam(MLPOptimizer(vectors="adamw", weight_decay=0.1))]
-
-
-def model_and_data():
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 1)).double()
-    return model, torch.randn(7, 2, 4, 4).double()
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_steps_are_those_of_the_network(number):
-    net, (model, inputs) = nets()[number].double(), model_and_data()
-    optimizer, twin = TensorwiseSteps(model.parameters(), net, lr=0.01), copy.deepcopy(model)
-    state = net.init_state({name: param.detach()[None] for name, param in twin.named_parameters()})
-    for _ in range(4):
-        for one in (model, twin):
-            one.zero_grad()
-            one(inputs).square().mean().backward()
-        optimizer.step()
-        params = {name: param.detach()[None] for name, param in twin.named_parameters()}
-        grads = {name: param.grad[None] for name, param in twin.named_parameters()}
-        updates, state = net(grads, state, params=params, lr=0.01)
-        for name, param in twin.named_parameters():
-            param.data.add_(updates[name][0].detach())
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)
-
-
-def test_groups_closures_and_frozen_parameters():
-    net, (model, inputs) = nets()[0], model_and_data()
-    conv, first, last = model[0], model[2], model[4]
-    optimizer = TensorwiseSteps([{"params": conv.parameters(), "lr": 0.0}, {"params": first.parameters(), "lr": 0.02},
-                                 {"params": last.parameters()}], net, lr=0.01)
-    first.bias.requires_grad_(False)
-    before = {name: param.detach().clone() for name, param in model.named_parameters()}
-
-    def closure():
-        optimizer.zero_grad()
-        loss = model(inputs).square().mean()
-        loss.backward()
-        return loss
-
-    assert optimizer.step(closure).requires_grad
-    moved = {name: (param - before[name]).square().mean().sqrt().item() for name, param in model.named_parameters()}
-    assert moved["0.weight"] == moved["0.bias"] == moved["2.bias"] == 0
-    assert moved["2.weight"] == pytest.approx(0.02, rel=1e-3) and moved["4.weight"] == pytest.approx(0.01, rel=1e-3)
-    assert first.bias not in optimizer.state and optimizer.step() is None
-
-
-def test_weights_are_used_as_they_are():
-    net, param = nets()[0], nn.Parameter(torch.randn(4, 3).double())
-    optimizer, twin = TensorwiseSteps([param], net, lr=0.01), nn.Parameter(param.detach().clone())
-    for turn in range(2):
-        for weight in net.parameters():
-            weight.data.mul_(1 - 2 * turn)  # no version counter sees it
-        param.grad = torch.ones_like(param)
-        twin.grad = param.grad.clone()
-        fresh = TensorwiseSteps([twin], net, lr=0.01)
-        fresh.load_state_dict(optimizer.state_dict())
-        optimizer.step()
-        fresh.step()
-        assert torch.equal(param, twin)
-
-
-@pytest.mark.parametrize("again", ["state dict", "deepcopy", "pickle"])
-def test_training_goes_on_from_a_saved_state(again, tmp_path):
-    net, (model, inputs) = nets()[1], model_and_data()
-
-    def advance(model, optimizer):
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(inputs).square().mean().backward()
-            optimizer.step()
-
-    optimizer = TensorwiseSteps(model.parameters(), net, lr=0.01)
-    advance(model, optimizer)
-    if again == "state dict":
-        torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "saved")
-        weights, state = torch.load(tmp_path / "saved", weights_only=True)
-        other = model_and_data()[0]
-        other.load_state_dict(weights)
-        second = TensorwiseSteps(other.parameters(), net)
-        second.load_state_dict(state)
-    else:
-        both = model, optimizer
-        other, second = copy.deepcopy(both) if again == "deepcopy" else pickle.loads(pickle.dumps(both))
-    advance(model, optimizer)
-    advance(other, second)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-
-
-def test_what_is_refused():
-    param = nn.Parameter(torch.zeros(3))
-    with pytest.raises(TypeError, match="net must be an MLPOptimizer, got Linear"):
-        TensorwiseSteps([param], nn.Linear(1, 1))
-    for lr in (-1.0, math.nan, "fast"):
-        with pytest.raises(ValueError, match="lr must be a finite number, 0 or more, got"):
-            TensorwiseSteps([param], nets()[0], lr=lr)
-    table = nn.Embedding(4, 2, sparse=True)
-    table(torch.tensor([1])).sum().backward()
-    with pytest.raises(TypeError, match="gradients must be dense, got one of layout torch.sparse_coo"):
-        TensorwiseSteps(table.parameters(), nets()[0]).step()
 
 
 # The command ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from test_learned_optimizer import AdamRule, NormalizedDescent, lstm
+from test_learned_optimizer_tensorwise import Signs, mlp, small_fc
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -25,7 +26,8 @@ def inputs(device, dtype=None):
     more = [("default", {}), ("lr", {"lr": 0.1}), ("tensor lr", {"lr": torch.tensor(0.1)}), ("weight_decay", {"weight_decay": 0.1}),
             ("maximize", {"maximize": True, "weight_decay": 0.1}), ("bfloat16 state", {"state_dtype": torch.bfloat16})]
     return [database.OptimizerInput(params=None, kwargs={"net": net(), **options}, desc=f"{net.__name__}, {name}")
-            for net in (lstm, AdamRule, NormalizedDescent) for name, options in more]
+            for net in (lstm, AdamRule, NormalizedDescent, mlp, small_fc, Signs) for name, options in more
+            if "state_dtype" not in options or net in (lstm, AdamRule, NormalizedDescent)]  # tensorwise ones have none
 
 
 INFO = database.OptimizerInfo(LearnedOptimizer, optim_inputs_func=inputs, supported_impls=(), supports_sparse=True,

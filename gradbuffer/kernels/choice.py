@@ -1,55 +1,109 @@
-"""Which implementation of the fast paths runs where: compiled by numba, by Triton, or plain torch.
+"""Which kernels run where: for each piece of work the first of `KINDS` that has no reasons against it.
 
-L2O_KERNELS in the environment asks for one: "torch", "numba", or "triton" for `triton_lstm` on CUDA. Without it, "auto", it is
-numba on a CPU if that can be had, else torch.
+L2O_KERNELS in the environment asks for one: "triton" (on CUDA), "numba", "torch" or "plain". Where that one has reasons against a
+piece of work, the ones after it are asked. "auto", the default, is "numba".
 """
 
 import functools
+import importlib
 import os
-from importlib import import_module
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 
-from gradbuffer.kernels import torch_blocks
+from gradbuffer.kernels.interface import LSTMKernels
 
-__all__ = ["compiled_kernels", "has_numba", "is_triton", "kernels_for", "takes_numba"]
+__all__ = ["KINDS", "asked_for", "has_numba", "kernels_for", "load", "reasons_against", "takes_numba"]
 
 
-def kernels_for(weight):
-    """The module that runs the LSTM without a graph where that weight (1, H) is.
+class Kind(NamedTuple):
+    """Kernels that are imported only when they are asked: numba takes a second, and not everybody has it."""
 
-    On a CPU `numba_lstm` if numba can be had, else `torch_blocks`, which is slower, does the same and also runs on CUDA.
+    place: str  # module:class
+    needs: str | None = None  # a package
+    devices: tuple | None = None  # the types on which they run; None for any
+
+
+KINDS = {
+    "triton": Kind("gradbuffer.kernels.triton_lstm:TritonLSTM", "triton"),
+    "numba": Kind("gradbuffer.kernels.numba_lstm:NumbaLSTM", "numba", ("cpu",)),
+    "torch": Kind("gradbuffer.kernels.torch_blocks:TorchLSTM"),
+    "plain": Kind("gradbuffer.kernels.interface:LSTMKernels"),
+}
+
+
+def kernels_for(weight: torch.Tensor, work: str = "step", **needs) -> type[LSTMKernels]:
+    """The kernels that do a piece of work for the LSTM whose output weight (1, H) this is, where it lies.
+
+    Args:
+        weight, work, needs: as of `LSTMKernels.reasons_against`.
+
+    Raises:
+        ValueError: L2O_KERNELS is none of these kinds; or none of the kinds allowed does this.
+        ImportError: L2O_KERNELS asks for one whose package is not installed.
     """
-    if asked_for() == "triton" and import_module("gradbuffer.kernels.triton_lstm").supports(weight):
-        return import_module("gradbuffer.kernels.triton_lstm")
-    return compiled_kernels() if takes_numba(weight) else torch_blocks
+    for name in allowed():
+        if not refuse(name, weight, work, needs):
+            return load(KINDS[name].place)
+    raise ValueError(f"no kernels do a {work} with {needs} for a weight {tuple(weight.shape)} of {weight.dtype} on {weight.device}: "
+                     f"{ {name: reasons_against(name, weight, work, **needs) for name in allowed()} }")
 
 
-def takes_numba(tensor):
-    """Whether loops compiled by numba may run on tensors like this one, and can be had."""
+def reasons_against(name: str, weight: torch.Tensor, work: str, **needs) -> list[str]:
+    """Why the kernels of that name do not do this; empty where they do. Arguments as of `kernels_for`."""
+    if name not in allowed():
+        return ["L2O_KERNELS=triton must ask for it" if name == "triton" else f"L2O_KERNELS={asked_for()} asks for another"]
+    return refuse(name, weight, work, needs)
+
+
+def refuse(name, weight, work, needs):
+    """`reasons_against` one of the kinds allowed."""
+    kind = KINDS[name]
+    if kind.devices and weight.device.type not in kind.devices:
+        return [f"runs on {' and '.join(kind.devices)}, the network is on {weight.device}"]
+    if kind.needs and not installed(kind.needs):
+        if asked_for() == name:
+            raise ImportError(f"L2O_KERNELS={name} needs {kind.needs}, which is not installed: pip install {kind.needs}")
+        return [f"{kind.needs} is not installed: pip install {kind.needs}"]
+    return load(kind.place).reasons_against(weight, work, **needs)
+
+
+def takes_numba(tensor: torch.Tensor) -> bool:
+    """Whether other loops compiled by numba may run on tensors like this one, and can be had."""
+    fits = tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
+    return fits and "numba" in allowed() and (has_numba() or asked_for() == "numba")
+
+
+def has_numba() -> bool:
+    """Whether numba is installed."""
+    return installed("numba")
+
+
+def asked_for() -> str:
+    """What the environment asks for."""
+    return os.environ.get("L2O_KERNELS", "auto")
+
+
+def allowed():
+    """The names of `KINDS` from the one that is asked for on."""
     wanted = asked_for()
-    if wanted == "torch" or tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.float64):
-        return False
-    return wanted == "numba" or has_numba()
+    if wanted not in ORDERS:
+        raise ValueError(f'L2O_KERNELS must be one of {", ".join(ORDERS)}, got {wanted!r}')
+    return ORDERS[wanted]
 
 
-def asked_for():
-    wanted = os.environ.get("L2O_KERNELS", "auto")
-    if wanted not in ("auto", "numba", "torch", "triton"):
-        raise ValueError(f'L2O_KERNELS must be "auto", "numba", "torch" or "triton", got {wanted!r}')
-    return wanted
-
-
-def is_triton(kernels):
-    return kernels.__name__ == "gradbuffer.kernels.triton_lstm"
+ORDERS = {name: list(KINDS)[number:] for number, name in enumerate(KINDS)}
+ORDERS["auto"] = ORDERS["numba"]
 
 
 @functools.cache
-def has_numba():
-    return find_spec("numba") is not None
+def installed(package):
+    return find_spec(package) is not None
 
 
 @functools.cache
-def compiled_kernels():
-    return import_module("gradbuffer.kernels.numba_lstm")  # only now: importing numba takes a second
+def load(place: str) -> type[LSTMKernels]:
+    """The class of a "module:class", imported."""
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)

@@ -14,16 +14,16 @@ from numba.extending import intrinsic
 
 from gradbuffer.kernels.llvm_vectors import INDEX, LANES, REGISTER, REGISTERS, TO_POWERS, Vectors
 
-__all__ = ["ALONE", "BEYOND", "LANES", "OUTER", "REGISTER", "ROWS", "add_outer_blocks", "add_product_blocks", "affine_blocks",
-           "cell_again_units", "cell_back_units", "cell_units", "copy_numbers", "copy_rows", "fetch_rows", "gather_columns",
-           "log_sign_row"]
+__all__ = ["LANES", "OUTER", "OUTER_OF_ONE_ROW", "REGISTER", "ROWS", "STREAM", "add_outer_blocks", "add_product_blocks",
+           "affine_blocks", "cell_again_units", "cell_back_units", "cell_units", "copy_numbers", "copy_rows", "fetch_rows",
+           "gather_columns", "log_sign_row"]
 
 TOGETHER = 2  # vectors of a row, at most, that are in registers at once
 ROWS = 8 if REGISTERS == 32 else 5  # of a block of a product: with so many sums the multiplications hardly wait
-BEYOND = 2  # see `cell_units`
+STREAM = 2  # see `cell_units`
 BFLOAT16 = types.int16  # as what numba is given it
 OUTER = 4 if REGISTERS == 32 else 2  # columns of `add_outer_blocks`: with 4 rows, as many sums as there is room for
-ALONE = 4 * OUTER  # with one row
+OUTER_OF_ONE_ROW = 4 * OUTER  # the same with one row
 
 
 def block_product(vectors, weight, rows, row, column, count, x, places, totals):
@@ -134,7 +134,7 @@ def cell_units(typing, units, sums, cell, new_cell, hidden, keep, gates, tanhs):
 
     sums are y (4 · units, LANES), scaled: i, f and o are 1 / (1 + 2^y), g is 2 / (1 + 2^y) - 1. cell is c, new_cell and hidden
     become c' and h', each by one division. If `keep` is not 0, gates, which may be the sums, become i, f, g and o, and tanhs
-    tanh(c'); with `BEYOND` the former go to memory, past the cache.
+    tanh(c'); with `STREAM` the former go to memory, past the cache.
     """
     arrays = sums, cell, new_cell, hidden, gates, tanhs
 
@@ -142,7 +142,7 @@ def cell_units(typing, units, sums, cell, new_cell, hidden, keep, gates, tanhs):
         vectors = Vectors(context, builder, sums.dtype)
         ys, old, new, out, kept, kept_tanhs = vectors.pointers([*values[1:5], *values[6:]], arrays)
         keeping, near, beyond = (builder.icmp_signed(sign, values[5], ir.Constant(INDEX, bound))
-                                 for sign, bound in (("!=", 0), ("==", 1), ("==", BEYOND)))
+                                 for sign, bound in (("!=", 0), ("==", 1), ("==", STREAM)))
         of, times, one, two = Units(vectors), vectors.times, vectors.constant(1.0), vectors.constant(2.0)
 
         def cells(unit, _):
@@ -281,7 +281,7 @@ def add_outer_blocks(typing, rows, columns, row_blocks, column_blocks, y, y_step
 
 @intrinsic
 def log_sign_row(typing, p, least, steepest, rows):
-    """`preprocessing.log_sign` of the numbers in the second row of rows (2, LANES), not NaN: its two parts become the rows.
+    """`readings.log_sign` of the numbers in the second row of rows (2, LANES), not NaN: its two parts become the rows.
 
     least is e^-p, steepest e^p."""
     def generate(context, builder, signature, values):

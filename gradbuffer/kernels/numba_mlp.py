@@ -7,21 +7,17 @@ network's output; the update. Threads share the rows of large tensors.
 """
 
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from gradbuffer.kernels.llvm_mlp import FACTORED, OF_MATRIX, OF_VECTOR, READ, direct_rows, factor_rows, read_rows
 from gradbuffer.nets.mlp import MLPOptimizer, as_matrix, from_matrix, matrix_axes
-from gradbuffer.kernels.numba_lstm import buffer, compiler, digest, each_of, threads_here
+from gradbuffer.kernels.numba_loops import compiled
+from gradbuffer.kernels.numba_threads import buffer, parallel_for, threads_here
 
-__all__ = ["TensorSteps", "compiled", "in_order", "numbers_of_scratch", "step_adamw", "step_matrix", "step_vector"]
+__all__ = ["TOTALS", "TensorSteps", "check_net", "numbers_of_scratch", "step_adamw", "step_matrix", "step_vector"]
 
-# What is compiled is kept by what is in all of these, as in `numba_lstm`.
-SOURCES = digest(sorted(Path(__file__).parent.glob("*.py")))
-compiled = compiler("contract", "reassoc", "nsz", "arcp", sources=SOURCES)
-in_order = compiler("contract", "nsz", sources=SOURCES)  # sums not in another order: what rounds by adding counts on it
 FEATURES = 30
 BLOCK = 1 << 14  # coordinates
 WORTHWHILE = 1 << 15  # coordinates of a matrix from which on threads share it
@@ -122,11 +118,11 @@ class TensorSteps:
         def work(k):
             self.step(params[k], grads[k], states[k], lr)
 
-        alone = [(k,) for k in order if threads_here() > 1 and params[k].numel() <= large]
-        for k in order[:len(order) - len(alone)]:
+        small = [(k,) for k in order if threads_here() > 1 and params[k].numel() <= large]
+        for k in order[:len(order) - len(small)]:
             work(k)
-        if alone:
-            each_of(work, alone, alone=True)
+        if small:
+            parallel_for(work, small, single_threaded=True)
 
     def _step_matrix(self, rows, columns, grad, theta, m, v, r, c, lr):
         others, count, threads = theta.size // (rows * columns), theta.size, min(threads_here(), rows)
@@ -138,14 +134,14 @@ class TensorSteps:
             return
         spans = [(k, rows * k // threads, rows * (k + 1) // threads) for k in range(threads)]
         squares = np.zeros((threads, width), theta.dtype)
-        each_of(lambda k, a, b: read_part(H, a, b, rows, width, grad, theta, m, v, scratch, squares[k], totals[k]), spans)
+        parallel_for(lambda k, a, b: read_part(H, a, b, rows, width, grad, theta, m, v, scratch, squares[k], totals[k]), spans)
         if not after_reading(H, rows, columns, others, grad, r, c, scratch, squares.sum(0), totals.sum(0)):
             return
-        each_of(lambda k, a, b: factor_part(H, a, b, rows, width, grad, m, scratch, totals[k]), spans)
+        parallel_for(lambda k, a, b: factor_part(H, a, b, rows, width, grad, m, scratch, totals[k]), spans)
         after_factors(H, rows, columns, others, r, c, self.weights, scratch, totals.sum(0))
-        each_of(lambda k, a, b: direct_part(H, a, b, rows, width, grad, theta, m, v, scratch, out, totals[k]), spans)
+        parallel_for(lambda k, a, b: direct_part(H, a, b, rows, width, grad, theta, m, v, scratch, out, totals[k]), spans)
         total = totals.sum(0)[READ + FACTORED]
-        each_of(lambda _, a, b: move(theta, out, a * width, b * width, total, lr, self.decay), spans)
+        parallel_for(lambda _, a, b: move(theta, out, a * width, b * width, total, lr, self.decay), spans)
 
 
 def check_net(net):
@@ -293,7 +289,7 @@ def move(theta, out, first, last, total, lr, decay):
 
 
 @compiled
-def carve(scratch, units, rows, width):
+def split_scratch(scratch, units, rows, width):
     """What passes over a matrix share: sums of g² of rows and columns; factors and roots of both; what they add to the first
     layer; the packed weights."""
     row_squares, at = part(scratch, 0, rows)
@@ -317,7 +313,7 @@ def rows_at_once(width):
 @compiled
 def read_part(H, first, last, rows, width, grad, theta, m, v, scratch, column_squares, totals):
     """`read_rows` for rows first … last - 1 of a matrix; column_squares may be others than the scratch's."""
-    row_squares, some = carve(scratch, len(H[0]), rows, width)[0], rows_at_once(width)
+    row_squares, some = split_scratch(scratch, len(H[0]), rows, width)[0], rows_at_once(width)
     for i in range(first, last, some):
         at = i * width
         read_rows(1, min(some, last - i), width, grad[at:], theta[at:], m[at:], rows * width, v[at:], row_squares[i:], column_squares,
@@ -328,7 +324,7 @@ def read_part(H, first, last, rows, width, grad, theta, m, v, scratch, column_sq
 def after_reading(H, rows, columns, others, grad, r, c, scratch, column_squares, totals):
     """The rows' and columns' averages and factors; whether the tensor moves."""
     width = columns * others
-    row_squares, _, row_factors, row_roots, column_factors, column_roots, _, _, _ = carve(scratch, len(H[0]), rows, width)
+    row_squares, _, row_factors, row_roots, column_factors, column_roots, _, _, _ = split_scratch(scratch, len(H[0]), rows, width)
     advance_factored(r, rows, row_squares, 1, width)
     advance_factored(c, columns, column_squares, others, rows * others)
     if totals[0] == 0 and is_zero(grad):
@@ -341,7 +337,7 @@ def after_reading(H, rows, columns, others, grad, r, c, scratch, column_squares,
 @compiled
 def factor_part(H, first, last, rows, width, grad, m, scratch, totals):
     """`factor_rows` for rows first … last - 1."""
-    _, _, row_factors, _, column_factors, _, _, _, _ = carve(scratch, len(H[0]), rows, width)
+    _, _, row_factors, _, column_factors, _, _, _, _ = split_scratch(scratch, len(H[0]), rows, width)
     some = rows_at_once(width)
     for i in range(first, last, some):
         at = i * width
@@ -352,7 +348,7 @@ def factor_part(H, first, last, rows, width, grad, m, scratch, totals):
 def after_factors(H, rows, columns, others, r, c, w, scratch, totals):
     """What the perceptron reads of rows and columns, and its weights over the features' sizes."""
     width, units = columns * others, len(H[0])
-    _, _, _, row_roots, _, column_roots, row_terms, column_terms, packed = carve(scratch, units, rows, width)
+    _, _, _, row_roots, _, column_roots, row_terms, column_terms, packed = split_scratch(scratch, units, rows, width)
     terms(r, row_roots, rows, 1, w, units, 15, True, row_terms)
     terms(c, column_roots, columns, others, w, units, 18, False, column_terms)
     pack(w, units, totals, rows * width, True, packed)
@@ -361,7 +357,7 @@ def after_factors(H, rows, columns, others, r, c, w, scratch, totals):
 @compiled
 def direct_part(H, first, last, rows, width, grad, theta, m, v, scratch, out, totals):
     """`direct_rows` for rows first … last - 1."""
-    _, _, row_factors, _, column_factors, _, row_terms, column_terms, packed = carve(scratch, len(H[0]), rows, width)
+    _, _, row_factors, _, column_factors, _, row_terms, column_terms, packed = split_scratch(scratch, len(H[0]), rows, width)
     some = rows_at_once(width)
     for i in range(first, last, some):
         at = i * width
@@ -377,7 +373,7 @@ def step_matrix(H, rows, columns, others, grad, theta, m, v, r, c, w, lr, decay,
     totals (TOTALS,) is of float64.
     """
     width = columns * others
-    column_squares = carve(scratch, len(H[0]), rows, width)[1]
+    column_squares = split_scratch(scratch, len(H[0]), rows, width)[1]
     totals[:], column_squares[:] = 0, 0
     read_part(H, 0, rows, rows, width, grad, theta, m, v, scratch, column_squares, totals)
     if not after_reading(H, rows, columns, others, grad, r, c, scratch, column_squares, totals):

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from gradbuffer.checks import check_count, check_positive_number
+from gradbuffer.kernels.llvm_blocks import LANES, OUTER, add_outer_blocks
 from gradbuffer.kernels.llvm_mlp import activate_rows, exp_rows
-from gradbuffer.kernels.numba_mlp import TOTALS, check_net, compiled, in_order, numbers_of_scratch, step_adamw, step_matrix, step_vector
-from gradbuffer.kernels.numba_lstm import LANES, add_product, buffer, each_of, threads_here
-from gradbuffer.kernels.numba_perceptrons import IMAGE_TILES, gather
-from gradbuffer.kernels.llvm_blocks import OUTER, add_outer_blocks
+from gradbuffer.kernels.numba_loops import add_product, compiled, in_order
+from gradbuffer.kernels.numba_mlp import TOTALS, check_net, numbers_of_scratch, step_adamw, step_matrix, step_vector
+from gradbuffer.kernels.numba_threads import buffer, parallel_for, threads_here
+from gradbuffer.kernels.numba_windows import IMAGE_TILES, gather
 
 __all__ = ["ACTIVATIONS", "LOSSES", "PerceptronWindows", "minibatches"]
 
@@ -198,7 +199,7 @@ class PerceptronWindows:
             run_particles(*given, bound, decay, first, last, *buffers, np.empty(batch, np.int64))
 
         shares = min(B, PIECES * threads_here()) if threads_here() > 1 else 1
-        each_of(work, [(B * k // shares, B * (k + 1) // shares) for k in range(shares)])
+        parallel_for(work, [(B * k // shares, B * (k + 1) // shares) for k in range(shares)])
         return losses
 
     def _kinds(self, batch):
@@ -222,7 +223,7 @@ class PerceptronWindows:
         return index
 
     def _scratch(self, batch):
-        """Numbers of the buffers that `run_particles` carves."""
+        """Numbers of the buffers that `run_particles` splits."""
         tiles, layers = min(IMAGE_TILES, -(-batch // LANES)), layers_of(self.sizes)
         rows = sum(self.sizes)
         images = 2 * (tiles * rows + 4 + OUTER) * LANES + max(rows, 4) * LANES

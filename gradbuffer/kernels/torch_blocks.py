@@ -4,16 +4,16 @@ The optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1) is one
 the optimizee runs by itself. Here features lie along rows and coordinates along columns, so each gate is one
 contiguous band of rows and the products are a few wide matrix products; a block of columns goes through all layers
 (and, in the replay, all steps) before the next one starts, and torch's own threads share each operation. No autograd
-graph is recorded: `replay_blocks` carries its own backward pass, tested against `nn.LSTM` under autograd.
-
-It holds arithmetic only: no parameters, no checks of what users pass. `optimizers.CoordinatewiseLSTM` calls it.
+graph is recorded: `TorchLSTM.replay` carries its own backward pass, tested against `nn.LSTM` under autograd.
 """
 
 import threading
 
 import torch
 
-__all__ = ["PackedLSTM", "step_back_blocks", "step_blocks", "replay_blocks"]
+from gradbuffer.kernels.interface import LSTMKernels
+
+__all__ = ["PackedWeights", "TorchLSTM", "gates_to_ifog"]
 
 STEP_BLOCK = 4096  # coordinates in a block of one forward step
 STEP_BACK_BLOCK = 4096  # and of one backward step
@@ -21,37 +21,120 @@ REPLAY_BLOCK = (256, 2048)  # bounds on the coordinates in a block of the replay
 REPLAY_BYTES = 48 << 20  # what the activations of one block of the replay should take, between those bounds
 
 
-class PackedLSTM:
-    """The weights of an LSTM and its linear output, laid out for the block kernels.
+class PackedWeights:
+    """One matrix W_l (4H, in_l + H + 1) for each layer of an `nn.LSTM`, that multiplies [input; hidden; 1].
 
-    Layer l has one matrix W_l (4H, in_l + H + 1) that multiplies [input; hidden; 1]. Its gates stand in the order
-    i, f, o, g (torch's own is i, f, g, o), which makes the three sigmoids one band. `forward_weights` holds W_l with
-    the rows of g doubled, since tanh(z) = 2 sigmoid(2z) - 1 lets one call of sigmoid serve all four gates and takes a
-    fifth of the time of torch's tanh.
-
-    Args:
-        layers: per layer (weight_ih (4H, in), weight_hh (4H, H), bias (4H,)), in `nn.LSTM`'s order of gates.
-        output_weight: (H,), output_bias: () – the update is output_weight · h + output_bias, already scaled.
+    Its gates stand in the order i, f, o, g (torch's own is i, f, g, o), which makes the three sigmoids one band.
     """
 
-    def __init__(self, layers, output_weight, output_bias):
-        self.hidden = layers[0][1].shape[1]
+    def __init__(self, layers):
+        """layers: of each (weight_ih (4H, in), weight_hh (4H, H), bias (4H,))."""
+        self.hidden, self.inputs = layers[0][1].shape[1], [weight.shape[1] for weight, _, _ in layers]
         self.weights = [gates_to_ifog(torch.cat([w, u, b[:, None]], 1)) for w, u, b in layers]
-        self.forward_weights = [w.clone() for w in self.weights]
-        for w in self.forward_weights:
-            w[3 * self.hidden:].mul_(2)
-        self.backward_weights = [w[:, :-1].t().contiguous() for w in self.weights]  # without the bias' column
-        self.inputs = [w.shape[1] - self.hidden - 1 for w in self.weights]
-        self.output_weight, self.output_bias = output_weight, output_bias
-        self.one, self.minus_one = output_weight.new_ones(()), output_weight.new_full((), -1.0)
 
     def gradients(self, weights, output_weight, output_bias):
-        """Gradients of the matrices W_l, of output_weight and of output_bias -> as the constructor takes them."""
+        """Gradients of the matrices W_l, of output_weight and of output_bias -> as `LSTMKernels.replay` returns them."""
         layers = []
         for weight, inputs in zip(weights, self.inputs):
             w, u, bias = gates_to_ifog(weight).split([inputs, self.hidden, 1], 1)
             layers.append((w, u, bias[:, 0]))
         return layers, output_weight.clone(), output_bias
+
+
+class TorchLSTM(LSTMKernels):
+    """The kernels in plain torch.
+
+    `forward_weights` holds W_l with the rows of g doubled, since tanh(z) = 2 sigmoid(2z) - 1 lets one call of sigmoid serve all
+    four gates and takes a fifth of the time of torch's tanh.
+    """
+
+    @classmethod
+    def reasons_against(cls, weight, work, **needs):
+        reasons = super().reasons_against(weight, work, **needs)
+        if weight.device.type != "cpu" and work != "step":
+            reasons.append("away from the CPU autograd launches fewer operations")
+        return reasons
+
+    def __init__(self, lstm, output_weight, output_bias):
+        super().__init__(lstm, output_weight, output_bias)
+        self.packed = PackedWeights(self.layer_weights())
+        self.weights, self.widths = self.packed.weights, self.packed.inputs
+        self.forward_weights = [w.clone() for w in self.weights]
+        for w in self.forward_weights:
+            w[3 * self.hidden:].mul_(2)
+        self.backward_weights = [w[:, :-1].t().contiguous() for w in self.weights]  # without the bias' column
+        self.one, self.minus_one = output_weight.new_ones(()), output_weight.new_full((), -1.0)
+
+    def step(self, features, hidden, cells, inplace=False, p=0.0):
+        H, N = hidden.shape[1:]
+        update = hidden.new_empty(N)
+        new_hidden, new_cells = (hidden, cells) if inplace else (torch.empty_like(hidden), torch.empty_like(cells))
+        states = [tensor.unbind() for tensor in (hidden, cells, new_hidden, new_cells)]
+        rows = (4 * H, H, *(weight.shape[1] for weight in self.weights))  # gates, tanh(c), each layer's [input; h; 1]
+        scratch = scratch_for(self, "step", rows, STEP_BLOCK)
+        for start, stop in blocks(N, STEP_BLOCK):
+            gates, tanh_cell, *columns = bands(scratch, rows, stop - start)
+            below = features(start, stop)
+            for weight, column, *layer in zip(self.forward_weights, columns, *states):
+                h, c, new_h, new_c = [state[:, start:stop] for state in layer]
+                torch.cat([below, h, self.one.expand(1, stop - start)], out=column)
+                Cell(column, gates, c, new_c, tanh_cell, new_h).run(weight, self.minus_one)
+                below = new_h
+            torch.mv(below.t(), self.output_weight, out=update[start:stop])
+        return update.add_(self.output_bias), new_hidden, new_cells
+
+    def step_back(self, features, hidden, cells, adjoint, dhidden, dcells, squash=False):
+        H, N, layers = self.hidden, hidden.shape[2], range(len(self.widths))
+        dfeatures, weight_grads = torch.empty_like(features), [torch.zeros_like(weight) for weight in self.weights]
+        output_grad, bias_grad = torch.zeros_like(self.output_weight), torch.zeros_like(self.output_bias)
+        # of each layer: [input; h; 1], gates, c', tanh(c'), h', and the derivative by [input; h]; then of the gates, twice
+        rows = [count for weight in self.weights for count in (weight.shape[1], 4 * H, H, H, H, weight.shape[1] - 1)]
+        rows += [4 * H, 4 * H]
+        scratch = scratch_for(self, "step back", rows, STEP_BACK_BLOCK)
+        for start, stop in blocks(N, STEP_BACK_BLOCK):
+            *own, dgates, slope = bands(scratch, rows, stop - start)
+            below, run, into = features[:, start:stop], [], GateGradients(self, dgates, slope)
+            for l in layers:
+                column, gates, new_cell, tanh_cell, new_hidden, dcolumn = own[6 * l:6 * l + 6]
+                torch.cat([below, hidden[l, :, start:stop], self.one.expand(1, stop - start)], out=column)
+                cell = Cell(column, gates, cells[l, :, start:stop], new_cell, tanh_cell, new_hidden)
+                cell.run(self.forward_weights[l], self.minus_one)
+                run.append((cell, dcolumn))
+                below = new_hidden
+            pull = adjoint[start:stop]
+            if squash:
+                pull = pull * self.slopes(torch.mv(below.t(), self.output_weight).add_(self.output_bias))
+            output_grad.addmv_(below, pull)
+            bias_grad += pull.sum()
+            dhidden[-1, :, start:stop].addr_(self.output_weight, pull)
+            for l in reversed(layers):
+                (cell, dcolumn), dh = run[l], dhidden[l, :, start:stop]
+                cell.pull_back(dh, dcells[l, :, start:stop], into)
+                weight_grads[l].addmm_(dgates, cell.column.t())
+                dbelow, dh_before = torch.mm(self.backward_weights[l], dgates, out=dcolumn).split([self.widths[l], H])
+                dh.copy_(dh_before)
+                if l:  # the input of this layer is the hidden state of the one below
+                    dhidden[l - 1, :, start:stop].add_(dbelow)
+                else:
+                    dfeatures[:, start:stop] = dbelow
+        return dfeatures, *self.packed.gradients(weight_grads, output_grad, bias_grad)
+
+    def replay(self, features, hidden, cells, adjoint, squash=False, pulled=None, p=0.0, tape=None):
+        T, N = adjoint.shape
+        spans = blocks(N, replay_width(self, T))
+        block = activations_for(self, T, spans[0][1])
+        for start, stop in spans:
+            inputs = features(start, stop)
+            block.load(inputs, hidden[:, :, start:stop], cells[:, :, start:stop], adjoint[:, start:stop])
+            block.record()
+            if squash:
+                outputs = torch.einsum("h,thn->tn", self.output_weight, block.top) + self.output_bias
+                block.adjoint *= self.slopes(outputs)
+            dfeatures = inputs.new_empty(*inputs.shape[:2], block.adjoint.shape[1]) if pulled else None
+            block.backward(dfeatures)
+            if pulled:
+                pulled(start, stop, dfeatures[..., :stop - start])
+        return self.packed.gradients(block.weight_grads, block.output_grad, block.bias_grad.clone())
 
     def slopes(self, outputs):
         """The derivative of tanh at the outputs."""
@@ -117,116 +200,6 @@ class GateGradients:
         self.slope_sigmoids, self.slope_g = self.slope[:3 * H], self.slope[3 * H:]
 
 
-def step_blocks(packed, features, hidden, cells, inplace=False):
-    """One step of the optimizer for all coordinates, without a graph.
-
-    Args:
-        features: function (start, stop) -> (inputs, width), the preprocessed gradients of those coordinates.
-        hidden, cells: (layers, H, N), the state; changed only if `inplace`.
-        inplace: write the next state over the given one, which saves its memory and a third of the time at many
-            coordinates.
-
-    Returns:
-        update (N,), hidden and cells of the next step (layers, H, N).
-    """
-    H, N = hidden.shape[1:]
-    update = hidden.new_empty(N)
-    new_hidden, new_cells = (hidden, cells) if inplace else (torch.empty_like(hidden), torch.empty_like(cells))
-    states = [tensor.unbind() for tensor in (hidden, cells, new_hidden, new_cells)]
-    rows = (4 * H, H, *(weight.shape[1] for weight in packed.weights))  # gates, tanh(c), each layer's [input; h; 1]
-    scratch = scratch_for(packed, "step", rows, STEP_BLOCK)
-    for start, stop in blocks(N, STEP_BLOCK):
-        gates, tanh_cell, *columns = bands(scratch, rows, stop - start)
-        below = features(start, stop)
-        for weight, column, *layer in zip(packed.forward_weights, columns, *states):
-            h, c, new_h, new_c = [state[:, start:stop] for state in layer]
-            torch.cat([below, h, packed.one.expand(1, stop - start)], out=column)
-            Cell(column, gates, c, new_c, tanh_cell, new_h).run(weight, packed.minus_one)
-            below = new_h
-        torch.mv(below.t(), packed.output_weight, out=update[start:stop])
-    return update.add_(packed.output_bias), new_hidden, new_cells
-
-
-def step_back_blocks(packed, features, hidden, cells, adjoint, dhidden, dcells, squash=False):
-    """Backpropagation through one step for all coordinates, which is run again for it.
-
-    Args:
-        features: (inputs, N), what the step was fed.
-        hidden, cells: (layers, H, N), the state before the step; not changed.
-        adjoint: (N,), the loss's derivative by the outputs; with `squash` by their tanh.
-        dhidden, dcells: (layers, H, N), its derivative by the state after the step; becomes that by the state before.
-
-    Returns:
-        its derivative by the features (inputs, N), and the gradients by the weights as of `replay_blocks`.
-    """
-    H, N, layers = packed.hidden, hidden.shape[2], range(len(packed.inputs))
-    dfeatures, weight_grads = torch.empty_like(features), [torch.zeros_like(weight) for weight in packed.weights]
-    output_grad, bias_grad = torch.zeros_like(packed.output_weight), torch.zeros_like(packed.output_bias)
-    # of each layer: [input; h; 1], gates, c', tanh(c'), h', and the derivative by [input; h]; then of the gates, twice
-    rows = [count for weight in packed.weights for count in (weight.shape[1], 4 * H, H, H, H, weight.shape[1] - 1)]
-    rows += [4 * H, 4 * H]
-    scratch = scratch_for(packed, "step back", rows, STEP_BACK_BLOCK)
-    for start, stop in blocks(N, STEP_BACK_BLOCK):
-        *own, dgates, slope = bands(scratch, rows, stop - start)
-        below, run, into = features[:, start:stop], [], GateGradients(packed, dgates, slope)
-        for l in layers:
-            column, gates, new_cell, tanh_cell, new_hidden, dcolumn = own[6 * l:6 * l + 6]
-            torch.cat([below, hidden[l, :, start:stop], packed.one.expand(1, stop - start)], out=column)
-            cell = Cell(column, gates, cells[l, :, start:stop], new_cell, tanh_cell, new_hidden)
-            cell.run(packed.forward_weights[l], packed.minus_one)
-            run.append((cell, dcolumn))
-            below = new_hidden
-        pull = adjoint[start:stop]
-        if squash:
-            pull = pull * packed.slopes(torch.mv(below.t(), packed.output_weight).add_(packed.output_bias))
-        output_grad.addmv_(below, pull)
-        bias_grad += pull.sum()
-        dhidden[-1, :, start:stop].addr_(packed.output_weight, pull)
-        for l in reversed(layers):
-            (cell, dcolumn), dh = run[l], dhidden[l, :, start:stop]
-            cell.pull_back(dh, dcells[l, :, start:stop], into)
-            weight_grads[l].addmm_(dgates, cell.column.t())
-            dbelow, dh_before = torch.mm(packed.backward_weights[l], dgates, out=dcolumn).split([packed.inputs[l], H])
-            dh.copy_(dh_before)
-            if l:  # the input of this layer is the hidden state of the one below
-                dhidden[l - 1, :, start:stop].add_(dbelow)
-            else:
-                dfeatures[:, start:stop] = dbelow
-    return dfeatures, *packed.gradients(weight_grads, output_grad, bias_grad)
-
-
-def replay_blocks(packed, features, hidden, cells, adjoint, squash=False, pulled=None):
-    """Gradient of Σ_t ⟨adjoint_t, output_t⟩ with respect to the packed weights, by a written backward pass.
-
-    Runs the LSTM again over the recorded inputs, block by block, keeping the activations of one block at a time.
-
-    Args:
-        features: function (start, stop) -> (T, inputs, width), the recorded inputs of those coordinates.
-        hidden, cells: (layers, H, N), the state at the first step; not changed.
-        adjoint: (T, N), the loss's derivative by each output; with `squash` by its tanh.
-        pulled: function (start, stop, dfeatures (T, inputs, width)), called with the derivatives by the features.
-
-    Returns:
-        gradients of the layers' weights, of output_weight and of output_bias, as the constructor of `PackedLSTM` takes
-        them.
-    """
-    T, N = adjoint.shape
-    spans = blocks(N, replay_width(packed, T))
-    tape = tape_for(packed, T, spans[0][1])
-    for start, stop in spans:
-        inputs = features(start, stop)
-        tape.load(inputs, hidden[:, :, start:stop], cells[:, :, start:stop], adjoint[:, start:stop])
-        tape.record()
-        if squash:
-            outputs = torch.einsum("h,thn->tn", packed.output_weight, tape.top) + packed.output_bias
-            tape.adjoint *= packed.slopes(outputs)
-        dfeatures = inputs.new_empty(*inputs.shape[:2], tape.adjoint.shape[1]) if pulled else None
-        tape.backward(dfeatures)
-        if pulled:
-            pulled(start, stop, dfeatures[..., :stop - start])
-    return packed.gradients(tape.weight_grads, tape.output_grad, tape.bias_grad.clone())
-
-
 _last = threading.local()  # what this thread used last: fresh memory costs as much as the arithmetic on it
 
 
@@ -247,18 +220,18 @@ def bands(buffers, rows, width):
     return [buffer[:count * width].view(count, width) for count, buffer in zip(rows, buffers)]
 
 
-def tape_for(packed, steps, width):
-    """A tape of that size with its sums at 0: the last one again if it fits, else a new one."""
-    key = packed.inputs, packed.hidden, packed.output_weight.dtype, steps, width
+def activations_for(packed, steps, width):
+    """`Activations` of that size with their sums at 0: the last one again if it fits, else a new one."""
+    key = packed.widths, packed.hidden, packed.output_weight.dtype, steps, width
     if getattr(_last, "key", None) != key:
-        _last.tape = None  # free the old one first
+        _last.activations = None  # free the old one first
         with torch.inference_mode(False):  # as in `scratch_for`
-            _last.key, _last.tape = key, Tape(packed, steps, width)
-    tape = _last.tape
-    tape.packed = packed
-    for total in (*tape.weight_grads, tape.output_grad, tape.bias_grad):
+            _last.key, _last.activations = key, Activations(packed, steps, width)
+    kept = _last.activations
+    kept.packed = packed
+    for total in (*kept.weight_grads, kept.output_grad, kept.bias_grad):
         total.zero_()
-    return tape
+    return kept
 
 
 def blocks(length, most):
@@ -269,28 +242,28 @@ def blocks(length, most):
 
 def replay_width(packed, steps):
     """Coordinates in a replay block, such that its activations take about REPLAY_BYTES."""
-    rows = sum(inputs + 8 * packed.hidden + 1 for inputs in packed.inputs)
+    rows = sum(inputs + 8 * packed.hidden + 1 for inputs in packed.widths)
     width = REPLAY_BYTES // (steps * rows * packed.output_weight.element_size())
     return int(min(max(width, REPLAY_BLOCK[0]), REPLAY_BLOCK[1]))
 
 
-class Tape:
+class Activations:
     """Activations of one block of coordinates over T steps, and the backward pass over them.
 
-    One tape serves many blocks, one after the other (the last may be narrower: its unused columns have adjoint 0);
-    its weight gradients are sums over all of them.
+    They serve many blocks, one after the other (the last may be narrower: the unused columns have adjoint 0);
+    the weight gradients are sums over all of them.
     """
 
     def __init__(self, packed, steps, width):
-        new, H, layers = packed.output_weight.new_zeros, packed.hidden, range(len(packed.inputs))
+        new, H, layers = packed.output_weight.new_zeros, packed.hidden, range(len(packed.widths))
         self.packed, self.steps = packed, steps
-        self.columns = [new(steps + 1, inputs + H + 1, width) for inputs in packed.inputs]  # [input; h; 1] of each step
+        self.columns = [new(steps + 1, inputs + H + 1, width) for inputs in packed.widths]  # [input; h; 1] of each step
         self.cell_states = [new(steps + 1, H, width) for _ in layers]
         self.top = new(steps, H, width)  # hidden state of the last layer, after each step
         self.adjoint = new(steps, width)
         self.dhidden, self.dcell = [new(H, width) for _ in layers], [new(H, width) for _ in layers]
         self.into = GateGradients(packed, new(4 * H, width), new(4 * H, width))
-        self.dcolumns = [new(inputs + H, width) for inputs in packed.inputs]
+        self.dcolumns = [new(inputs + H, width) for inputs in packed.widths]
         self.weight_grads = [torch.zeros_like(weight) for weight in packed.weights]
         self.output_grad, self.bias_grad = torch.zeros_like(packed.output_weight), new(())
         for columns in self.columns:
@@ -299,16 +272,16 @@ class Tape:
         self.cells = [  # [layer][step]: the cell, the rows that take a copy of h, its column transposed
             [(Cell(*views), copy, views[0].t()) for *views, copy in zip(
                 self.columns[l], new(steps, 4 * H, width), self.cell_states[l], self.cell_states[l][1:],
-                new(steps, H, width), self.columns[l][1:, packed.inputs[l]:-1], above[l])]
+                new(steps, H, width), self.columns[l][1:, packed.widths[l]:-1], above[l])]
             for l in layers]
 
     def load(self, features, hidden, cells, adjoint):
         """Take a block in: features (T, inputs, w), state (layers, H, w), adjoint (T, w)."""
         w = adjoint.shape[1]
-        for l, inputs in enumerate(self.packed.inputs):
+        for l, inputs in enumerate(self.packed.widths):
             self.columns[l][0, inputs:-1, :w] = hidden[l]
             self.cell_states[l][0, :, :w] = cells[l]
-        self.columns[0][:-1, :self.packed.inputs[0], :w] = features
+        self.columns[0][:-1, :self.packed.widths[0], :w] = features
         self.adjoint[:, :w], self.adjoint[:, w:] = adjoint, 0
 
     def record(self):
@@ -325,7 +298,7 @@ class Tape:
         dfeatures: (T, inputs, width), filled if given.
         """
         packed, H, into = self.packed, self.packed.hidden, self.into
-        dgates, to_hidden = into.gates, packed.backward_weights[0][packed.inputs[0]:]
+        dgates, to_hidden = into.gates, packed.backward_weights[0][packed.widths[0]:]
         halves = [column.split([column.shape[0] - H, H]) for column in self.dcolumns]
         for d in self.dhidden + self.dcell:
             d.zero_()

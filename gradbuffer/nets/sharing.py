@@ -15,22 +15,18 @@ meta-gradient, the optimizer alone is left to autograd, which is exact too.
 """
 
 import copy
-import math
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from gradbuffer.checks import check_count, check_finite
-from gradbuffer.nets.odd_weights import odd_part
-from gradbuffer.nets.preprocessing import log_sign
+from gradbuffer.nets.readings import READINGS, check_preprocess, odd_part
 from gradbuffer.nests import tensors_in
 from gradbuffer.contracts import Rule
 from gradbuffer.unrolling import Coordinates
 
 __all__ = ["LSTMWithGAC", "LowRankMemory", "NTMBFGS", "Unaveraged", "start_as_coordinatewise"]
-
-PREPROCESSING = {None: (-1,), "log_sign": (1, -1), "with_log_size": (-1, 1)}  # what ∇ → -∇ does to each reading
 
 
 class SharingLSTM(Rule, nn.Module):
@@ -48,16 +44,11 @@ class SharingLSTM(Rule, nn.Module):
         check_count(least=0, shared=shared)
         if shared > hidden_size:
             raise ValueError(f"shared must be at most hidden_size={hidden_size}, got {shared}")
-        if preprocess not in PREPROCESSING:
-            raise ValueError(f"preprocess must be one of {list(PREPROCESSING)}, got {preprocess!r}")
-        if isinstance(p, bool) or not (isinstance(p, (int, float)) and 0 < p <= 80):
-            raise ValueError(f"p must be a number in (0, 80], got {p!r}")
-        if not (isinstance(output_scale, (int, float)) and math.isfinite(output_scale) and output_scale != 0):
-            raise ValueError(f"output_scale must be a finite number other than 0, got {output_scale!r}")
+        check_preprocess(preprocess, p, output_scale)
         super().__init__()
         self.hidden_size, self.num_layers, self.shared = hidden_size, num_layers, shared
         self.preprocess, self.p, self.output_scale, self.odd = preprocess, p, output_scale, bool(odd)
-        self.input_signs = (*PREPROCESSING[preprocess], *[-1] * brought)  # `brought`: numbers read beside the gradient
+        self.input_signs = (*READINGS[preprocess].signs, *[-1] * brought)  # `brought`: numbers read beside the gradient
         self.lstm = nn.LSTM(len(self.input_signs), hidden_size, num_layers)  # its weights; `_controller` runs it
         self.output = nn.Linear(hidden_size, 1)
         self.coordinates = None
@@ -157,10 +148,7 @@ class SharingLSTM(Rule, nn.Module):
 
     def _read(self, grad):
         """(N,) -> (inputs, N)"""
-        if self.preprocess is None:
-            return grad[None]
-        readings = log_sign(grad, self.p)
-        return readings if self.preprocess == "log_sign" else torch.stack([grad, readings[0]])
+        return READINGS[self.preprocess].of(grad, self.p)
 
     def _average(self, hidden, functions):
         """(H, N) -> (H, N): the last `shared` rows become their averages over each function."""
@@ -419,8 +407,8 @@ def start_as_coordinatewise(net, plain):
 
     Args:
         net: a new `LSTMWithGAC` or `NTMBFGS` with as many layers, and `plain.hidden_size + net.shared` cells in each;
-            changed in place. It must read "with_log_size" where `plain` reads the gradient as it is, else "log_sign"
-            with the same `p`; have the same `output_scale`; and be odd only if `plain` is.
+            changed in place. It must read "with_log_size" where `plain` reads the gradient as it is, else what `plain` reads
+            with the same `p`, one reading of it even; have the same `output_scale`; and be odd only if `plain` is.
         plain: a `CoordinatewiseLSTM`; not changed.
 
     Returns:
@@ -445,9 +433,11 @@ def start_as_coordinatewise(net, plain):
     if (net.num_layers, H - shared) != (plain.num_layers, own):
         raise ValueError(f"net must have {plain.num_layers} layers of {own} cells, as plain, and shared ones beside "
                          f"them, got {net.num_layers} of {H - shared} and {shared} shared")
-    reads = "log_sign" if plain.preprocess else "with_log_size"
-    if net.preprocess != reads or plain.preprocess and net.p != plain.p:
-        raise ValueError(f"net must read {reads!r}{f' with p={plain.p}' if plain.preprocess else ''}, got "
+    reads = "with_log_size" if plain.preprocess is None else plain.preprocess
+    if 1 not in READINGS[reads].signs:
+        raise ValueError(f"net must read something that does not change sign with the gradient, {reads!r} has nothing such")
+    if net.preprocess != reads or plain.preprocess is not None and net.p != plain.p:
+        raise ValueError(f"net must read {reads!r}{f' with p={plain.p}' if plain.preprocess is not None else ''}, got "
                          f"{net.preprocess!r} with p={net.p}")
     if net.output_scale != plain.output_scale or net.odd and not plain.odd:
         raise ValueError(f"net must have plain's output_scale={plain.output_scale} and be odd only if it is, got "
@@ -461,7 +451,7 @@ def start_as_coordinatewise(net, plain):
     gauges = slice(2 * H + own, 3 * H)  # the candidates of averaged cells
     thresholds = (2 * torch.arange(shared) + 1) / max(shared, 1) - 1
     first, *above = net.lstm.all_weights
-    first[0][gauges, PREPROCESSING[reads].index(1)] = GAUGE_SLOPE
+    first[0][gauges, READINGS[reads].signs.index(1)] = GAUGE_SLOPE
     first[2][gauges] = (-GAUGE_SLOPE * thresholds).to(first[2])
     for weight, *_ in above:
         weight[gauges, own:] = PASSED_ON * torch.eye(shared).to(weight)

@@ -1,102 +1,202 @@
-"""A small learned optimizer as a drop-in `torch.optim.Optimizer`, on a CPU, by the compiled steps of `TensorSteps`.
+"""Networks that read whole tensors, in a `LearnedOptimizer`: what they are given in a step, and what becomes of it.
 
-It has parameter groups with a rate each, closures and a state dict, and no other options. CUDA, weight decay by groups
-and averages of other dtypes are not for it.
+θ ← (1 - lr · λ) θ, then θ ← θ + update(∇, θ, state; lr), tensor by tensor. An `MLPOptimizer` on a CPU takes the compiled steps of
+`kernels.numba_mlp.TensorSteps` where they do what it does; all others run as they are.
 """
 
-import copy
+import inspect
 import math
 
 import torch
 
-from gradbuffer.kernels.numba_mlp import TensorSteps, check_net
-from gradbuffer.snapshots import Snapshot
+from gradbuffer.kernels.choice import takes_numba
+from gradbuffer.nests import fill_leaves, map_tensors, named_leaves
+from gradbuffer.nets.mlp import MLPOptimizer
+from gradbuffer.nets.optimizer_state import (NetworkInPlace, Part, Work, check_state, copy_of_state, dense_gradient, parts_of,
+                                             without_autocast)
 
-__all__ = ["TensorwiseSteps"]
+__all__ = ["TensorNetwork", "Tensors", "is_tensorwise", "own_rate"]
 
 
-class TensorwiseSteps(torch.optim.Optimizer):
-    """Trains parameters on a CPU by an `MLPOptimizer`, variant "celo" without Newton-Schulz.
+def is_tensorwise(net):
+    return bool(getattr(net, "tensorwise", False))
 
-    A parameter without a gradient is skipped, and its averages stay. A new rate in `param_groups`, as schedulers set it,
-    holds from the next step on.
 
-    Args:
-        params: parameters of float32 or float64 on the CPU, or dicts of groups, each with its own "lr" if wanted.
-        net: the `MLPOptimizer`. Every step uses its weights as they then are. They are not in the state dict.
-        lr: the rate, 0 or more. Default: `net.lr`.
+def takes_rate(net):
+    """Whether `forward` is given the rate; if not, it is a factor on the update."""
+    return "lr" in inspect.signature(net.forward).parameters
 
-    Raises:
-        TypeError, ValueError: an argument is not as said; in `step`, a gradient is sparse, or a parameter is elsewhere
-            or of another dtype.
 
-    Example:
-        >>> optimizer = TensorwiseSteps(model.parameters(), start_as_normalized_adam(MLPOptimizer()), lr=0.003)
-        >>> loss = F.mse_loss(model(inputs), targets)
-        >>> optimizer.zero_grad()
-        >>> loss.backward()
-        >>> optimizer.step()
+def own_rate(net):
+    """The rate of a network's group where none is given."""
+    if not (is_tensorwise(net) and takes_rate(net)):
+        return 1.0
+    if getattr(net, "lr", None) is None:
+        raise ValueError(f"lr must be given: {type(net).__name__} takes a rate and has none of its own, as `lr`")
+    return net.lr
+
+
+def names_of(group, members):
+    return [group["param_names"][index] if "param_names" in group else str(index) for index in members]
+
+
+class Tensors(Work):
+    """Parameters of one dtype on one device that a tensorwise network reads in one step."""
+
+    meshes = ()  # none is sharded
+
+    def __init__(self, network, group, number, members, lr):
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"lr of group {number} must be a number of at least 0, got {lr}")
+        super().__init__(network, group, number, [index for index in members if group["params"][index].grad is not None], lr)
+        self.names, self.keep = names_of(group, self.members), 1 - lr * group["weight_decay"]
+        self.gradients = [dense_gradient(parameter, group["maximize"], network.dtype) for parameter in self.params]
+
+    def prepare(self, states):
+        """Find the states, or begin them; nothing of the optimizer's is changed."""
+        self.states = [self.network.state_for(parameter, states.get(parameter), self.label(place))
+                       for place, parameter in enumerate(self.params)]
+        self.values = [parameter.detach().to(self.network.dtype) for parameter in self.params]
+        self.results = [None] * len(self.params)  # pairs of an update and a new state, once the network has run
+
+    def apply(self, states):
+        """Keep the new parameters and states."""
+        self.network.finish(self)
+        for parameter, value, state in zip(self.params, self.values, self.states):
+            states[parameter] = state
+            if value.dtype != parameter.dtype:
+                parameter.copy_(value)
+
+
+class TensorNetwork(NetworkInPlace):
+    """A tensorwise network for parameters of one dtype on one device.
+
+    It computes in the parameters' dtype if that is float32 or float64, else in float32; its weights are cast to it.
     """
 
-    def __init__(self, params, net, lr=None):
-        check_net(net)
-        self.net, self.compiled = net, {}
-        super().__init__(params, {"lr": net.lr if lr is None else lr})
+    work, joins, writes_in_place = Tensors, False, False
 
-    def __getstate__(self):
-        return {**super().__getstate__(), "net": self.net}
+    def __init__(self, net, device, dtype):
+        self.dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        self.is_compiled = (type(net) is MLPOptimizer and net.variant == "celo" and not net.orthogonalize
+                            and takes_numba(torch.empty(0, device=device, dtype=self.dtype)))
+        super().__init__(net, device, None if self.is_compiled else self.dtype, is_watched=self.is_compiled)
+        self.takes_rate, self.reads = takes_rate(net), set(getattr(net, "reads", ()))
+        if not self.reads <= {"params", "step"}:
+            raise ValueError(f"{self.name} must read params and step at most, beside gradients, got {sorted(self.reads)}")
+        self.forms = {}  # shape of a parameter -> the nest of its state, and the parts of that
 
-    def __setstate__(self, state):
-        super().__setstate__({"compiled": {}, **state})
+    def is_current(self):
+        return super().is_current() and (not self.is_compiled or self.source.config == self.config)
 
-    def add_param_group(self, param_group):
-        """As of `torch.optim.Optimizer`; the group's rate is checked."""
-        lr = param_group.get("lr", self.defaults["lr"])
-        if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 <= lr < math.inf:
-            raise ValueError(f"lr must be a finite number, 0 or more, got {lr!r}")
-        super().add_param_group(param_group)
+    def renew(self):
+        super().renew()
+        self.compiled, self.config = None, self.source.config if self.is_compiled else None
 
-    def load_state_dict(self, state_dict):
-        """As of `torch.optim.Optimizer`, but the state is copied: steps overwrite it where it lies."""
-        super().load_state_dict(copy.deepcopy(state_dict))
+    def check_group(self, group, params, where):
+        """Raise unless it can run in this place."""
+        if group["state_dtype"] is not None:
+            raise ValueError(f"state_dtype must be None for {where}, whose network {self.name} is tensorwise: its state has the "
+                             f"dtype that it computes in; got {group['state_dtype']}")
+        names = group.get("param_names", ())
+        if len(set(names)) < len(names):
+            raise ValueError(f"the names of a group's parameters must differ for {self.name}, got {names}")
+        self.form_of(min(params, key=torch.numel))
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One step of all parameters that have a gradient.
-
-        Args:
-            closure: function that computes the gradients anew and returns the loss; called once, before the step.
-
-        Returns:
-            What the closure returned, or None.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            by_dtype = {}
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                if param.grad.layout is not torch.strided:
-                    raise TypeError(f"gradients must be dense, got one of layout {param.grad.layout}")
-                by_dtype.setdefault(param.dtype, []).append(param)
-            for dtype, params in by_dtype.items():
-                states = [self.state_of(param) for param in params]
-                self.steps_of(dtype).steps(params, [param.grad for param in params], states, group["lr"])
-        return loss
-
-    def steps_of(self, dtype):
-        """The compiled steps for that dtype; made anew when the network's weights have changed."""
-        weights = list(self.net.parameters())
-        if dtype not in self.compiled or not self.compiled[dtype][0].holds(weights):
-            self.compiled[dtype] = Snapshot(weights), TensorSteps(self.net, dtype)
-        return self.compiled[dtype][1]
-
-    def state_of(self, param):
-        """A parameter's state, begun where there is none."""
-        state = self.state[param]
-        if not state:
-            state.update({name: value[0] for name, value in self.net.init_state({"": param[None]})[""].items()})
+    def new_state(self, parameter):
+        """The state of a parameter before its first step, flat."""
+        with self.device, torch.inference_mode(False), torch.no_grad():
+            nests = self.net.init_state({"0": parameter.detach().to(self.dtype)[None]})
+        if not isinstance(nests, dict) or nests.keys() != {"0"}:
+            raise ValueError(f"init_state of {self.name} must return a dict with the names of the params, got {nests!r}")
+        for name, leaf in named_leaves(nests["0"]).items():
+            if not isinstance(leaf, torch.Tensor) or leaf.shape[:1] != (1,):
+                got = tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+                raise ValueError(f"{name} of {self.name} must be a tensor (B, ...) for B functions, got {got} for one")
+        nest = map_tensors(lambda leaf: leaf[0], nests["0"])
+        state, parts = named_leaves(nest), parts_of([nest], self.name)
+        if "step" in self.reads:
+            state["step"], parts["step"] = 0, Part((), None, False, True)
+        self.forms[parameter.shape] = fill_leaves(nest, {}), parts
         return state
+
+    def form_of(self, parameter):
+        if parameter.shape not in self.forms:
+            self.new_state(parameter)
+        return self.forms[parameter.shape]
+
+    def state_for(self, parameter, stored, label):
+        """The state to go on from: the stored one, if it fits."""
+        if not stored:
+            return self.new_state(parameter)
+        _, parts = self.form_of(parameter)
+        check_state(stored, parts, parameter.numel(), self.device, label, self.name)
+        if all(part.dtype is None or stored[name].dtype == part.dtype for name, part in parts.items()):
+            return stored
+        return {name: stored[name].to(part.dtype) if part.dtype else stored[name] for name, part in parts.items()}
+
+    def load_state(self, leaves, params, state_dtype, where):
+        """A copy of a parameter's saved state; ValueError if it is not this network's."""
+        return copy_of_state(leaves, self.form_of(params[0])[1], params, self.device, state_dtype, where)
+
+    def advance(self, works):
+        """Run the network, if it is not compiled; nothing is changed yet."""
+        for work in works * (not self.is_compiled):
+            places_at = {}
+            for place, state in enumerate(work.states):
+                places_at.setdefault(state.get("step"), []).append(place)
+            for step, places in places_at.items():
+                self.run(work, step, places)
+
+    def run(self, work, step, places):
+        """One call of the network for tensors of the same step number."""
+        named = {work.names[place]: place for place in places}
+        params = {name: work.values[place][None] * work.keep for name, place in named.items()}
+        grads = {name: work.gradients[place][None] for name, place in named.items()}
+        given = {name: {leaf: part[None] for leaf, part in work.states[place].items() if leaf != "step"}
+                 for name, place in named.items()}
+        nests = {name: fill_leaves(self.forms[work.params[place].shape][0], given[name]) for name, place in named.items()}
+        options = {"lr": work.lr} if self.takes_rate else {}
+        options |= {"step": step} if "step" in self.reads else {}
+        with without_autocast(self.device.type):
+            updates, after = self.net(grads, nests, params=params, **options)
+        after = {name: named_leaves(nest) for name, nest in after.items()} if isinstance(after, dict) else {}
+        for what, found, wanted in (("updates", updates, params), *((f"a state of {name!r}", after.get(name), given[name])
+                                                                     for name in named)):
+            shapes, expected = map(shapes_of, (found, wanted))
+            if shapes != expected:
+                raise ValueError(f"{self.name} must return {what} of the shapes {expected}, got {shapes}")
+        for name, place in named.items():
+            update = updates[name][0] if self.takes_rate else work.lr * updates[name][0]
+            with torch.inference_mode(False):  # clones: they may be parts of the old state, or of one another
+                state = {leaf: part.detach()[0].to(work.states[place][leaf].dtype).clone() for leaf, part in after[name].items()}
+            work.results[place] = update, state
+
+    def finish(self, work):
+        """Write what follows from the step over parameters and states."""
+        for value in work.values if work.keep != 1 else ():
+            value.mul_(work.keep)
+        if self.is_compiled:
+            nests = [fill_leaves(self.forms[parameter.shape][0], state) for parameter, state in zip(work.params, work.states)]
+            self.compiled_steps().steps(work.values, work.gradients, nests, work.lr)
+            return
+        for value, state, (update, after) in zip(work.values, work.states, work.results):
+            value.add_(update)
+            state.update(after)
+            if "step" in state:
+                state["step"] += 1
+
+    def compiled_steps(self):
+        if self.compiled is None:
+            from gradbuffer.kernels.numba_mlp import TensorSteps  # only now: importing numba takes a second
+
+            self.compiled = TensorSteps(self.net, self.dtype)
+        return self.compiled
+
+
+def shapes_of(tensors):
+    """dict from name to shape; what is no tensor has none."""
+    if not isinstance(tensors, dict):
+        return type(tensors).__name__
+    return {name: tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            for name, tensor in tensors.items()}

@@ -1,0 +1,75 @@
+"""The threads that compiled loops run in, as many as torch has, and the memory that each of them keeps for the next call."""
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from gradbuffer.kernels.llvm_vectors import LANES
+
+__all__ = ["buffer", "parallel_for", "pieces_of", "shares_of", "threads_here", "windows_at_once"]
+
+LEAST = 8 * LANES  # columns that are worth a thread
+_thread = threading.local()  # each thread's buffers
+_pool = (None, 0, None)  # process, threads, executor
+
+
+def pieces_of(length: int, most: int) -> list[tuple[int, int]]:
+    """Spans that cover [0, length) in whole tiles, at most about `most` in each, equally many for each thread."""
+    if length <= LEAST:
+        return [(0, length)]
+    threads = threads_here()
+    pieces = max(-(-length // most), min(threads, length // LEAST), 1)
+    pieces = -(-pieces // threads) * threads if pieces > 1 else 1
+    size = -(-length // (pieces * LANES)) * LANES
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def shares_of(count: int) -> list[tuple[int, int]]:
+    """Spans that cover [0, count), an equal share for each thread."""
+    threads = min(threads_here(), count)
+    return [(count * k // threads, count * (k + 1) // threads) for k in range(threads)]
+
+
+def parallel_for(work: Callable, spans: list[tuple], single_threaded: bool = False) -> list:
+    """[work(*span) for span in spans], by several threads. single_threaded: what they call is not to take more threads."""
+    if len(spans) == 1 or threads_here() == 1:
+        return [work(*span) for span in spans]
+
+    @torch.no_grad()
+    def one(span):
+        _thread.single_threaded = single_threaded
+        try:
+            return work(*span)
+        finally:
+            _thread.single_threaded = False
+
+    return list(pool(threads_here()).map(one, spans))
+
+
+def threads_here() -> int:
+    """How many threads the work of this one may take."""
+    return 1 if getattr(_thread, "single_threaded", False) else torch.get_num_threads()
+
+
+def windows_at_once() -> int:
+    """How many windows run side by side: where each thread has its own, as many as there are threads."""
+    return torch.get_num_threads() if getattr(_thread, "single_threaded", False) else 1
+
+
+def buffer(name: str, count: int, dtype: torch.dtype):
+    """This thread's memory of that name, as a numpy array: the last one again if it is large enough."""
+    kept = _thread.__dict__.get(name)
+    if kept is None or len(kept) < count or kept.dtype != dtype:
+        _thread.__dict__[name] = kept = torch.empty(count, dtype=dtype, device="cpu")  # aligned, as vectors like it
+    return kept[:count].numpy()
+
+
+def pool(threads):
+    """The threads, kept from call to call; new ones in a process that was forked, which has inherited none."""
+    global _pool
+    if _pool[:2] != (os.getpid(), threads):
+        _pool = os.getpid(), threads, ThreadPoolExecutor(threads, thread_name_prefix="gradbuffer")
+    return _pool[2]
