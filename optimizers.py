@@ -274,7 +274,7 @@ def save_optimizer(net: nn.Module, path: str | Path, **notes) -> None:
                         f"its constructor's arguments; got {type(net).__name__}")
     for part in net.networks.values() if isinstance(net, PerKind) else ():
         if LEARNED_OPTIMIZERS.get(type(part).__name__) is not type(part):
-            raise TypeError(f"the networks of a PerKind must be of classes that are registered, see register_optimizer, got {type(part).__name__}")
+            raise TypeError(f"net must be one of {sorted(LEARNED_OPTIMIZERS)}, the networks of a PerKind too (see register_optimizer), got {type(part).__name__}")
     if isinstance(net, PerKind) and not isinstance(net.rule, dict):
         raise TypeError(f"the rule of a PerKind must be a dict to be written to a file, got {net.rule!r}")
     metadata = {"format": str(FILE_FORMAT), "class": name_of(type(net)), "config": json.dumps(net.config)}
