@@ -155,7 +155,7 @@ def as_loss(loss) -> Loss:
 def adopt(adopted, contract, given):
     """What the user gave, behind a contract: it answers for all that it has of it, the contract's defaults for the rest."""
     for name in vars(contract):
-        if not name.startswith("_") and hasattr(given, name):
+        if not name.startswith("_") and name != "problems" and hasattr(given, name):  # no user's problem is a mixture by that name
             setattr(adopted, name, getattr(given, name))
     adopted.adopted = given
     return adopted
@@ -176,10 +176,8 @@ class FunctionLoss(Loss):
 def in_parts(params: dict, loss: Loss) -> MetaBatch:
     """A meta-batch of a divisible loss."""
 
-    def part(first, last):
-        return MetaBatch({name: tensor[first:last] for name, tensor in params.items()}, loss.part(first, last))
-
-    return MetaBatch(params, loss, part)
+    return MetaBatch(params, loss, lambda first, last: in_parts({name: tensor[first:last] for name, tensor in params.items()},
+                                                                loss.part(first, last)))
 
 
 def has_parts(batch) -> bool:

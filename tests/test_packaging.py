@@ -1,5 +1,6 @@
 """The wheel: what it holds, and that it works from anywhere, beside a user's own files."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -85,3 +86,15 @@ def test_packages_are_all_listed():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     there = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "gradbuffer").rglob("__init__.py")}
     assert set(listed) == there
+
+
+def test_the_package_imports_no_door():
+    """So a user's own optimizers.py beside his script does no harm. The command line alone does: it is a program, not a module to import."""
+    doors = {Path(door).stem for door in DOORS} - {"gradbuffer"}
+    for path in sorted((ROOT / "gradbuffer").rglob("*.py")):
+        if {"command_line", "runs"} & {*path.parts}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
+                [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not doors & {name.split(".")[0] for name in names}, path

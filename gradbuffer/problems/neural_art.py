@@ -21,6 +21,10 @@ __all__ = ["NeuralArt"]
 UNIT = 16 * 16  # pixels: losses are sums over the image in this unit
 
 
+DEFAULTS = dict(network="vgg16", weights="auto", seed=0, content_layer="relu2_2", style_layers=("relu1_1", "relu2_1", "relu3_1"),
+                alpha=1.0, beta=10.0, gamma=0.1)
+
+
 class NeuralArt(ImageNets):
     """Style transfer: f(θ) = α · content + β · style + γ · smoothness of an image θ, one function for each photograph.
 
@@ -67,9 +71,13 @@ class NeuralArt(ImageNets):
     Reference: Andrychowicz et al. 2016, section 3.4.
     """
 
-    def __init__(self, style="starry_night", split="train", size=64, root=None, *, start="content", network="vgg16",
-                 weights="auto", seed=0, content_layer="relu2_2", style_layers=("relu1_1", "relu2_1", "relu3_1"),
-                 alpha=1.0, beta=10.0, gamma=0.1, dtype=torch.float32, device="cpu"):
+    def __init__(self, style="starry_night", split="train", size=64, root=None, *, start="content", dtype=torch.float32,
+                 device="cpu", **features_and_factors):
+        chosen = DEFAULTS | features_and_factors
+        unknown = sorted(chosen.keys() - DEFAULTS.keys())
+        if unknown:
+            raise TypeError(f"NeuralArt got unexpected keyword arguments {unknown}; there are {sorted(DEFAULTS)}")
+        network, weights, seed, content_layer, style_layers, alpha, beta, gamma = chosen.values()
         check_split(split)
         check_count(least=16, size=size)
         check_floating(dtype)
