@@ -151,7 +151,7 @@ class LSTMOptimizer(Rule, nn.Module):
 
     def in_parts(self, work, functions: int, size: int, steps: int) -> list:
         """See `Rule.in_parts`: some functions after the others, or several at once, each by a thread of its own."""
-        return self.kernels().in_parts(work, functions, size, steps)
+        return self.kernels().in_parts(work, functions, size, steps) if functions > 1 else [work(0, functions)]
 
     def record(self, loss, coordinates, theta: torch.Tensor, state: tuple, step: int, updates: int,
                keep: bool = False) -> Recorded:
