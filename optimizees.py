@@ -49,7 +49,6 @@ class Quadratics(Problem):
         self.name = f"Quadratics, {dim} dimensions"
 
     def to(self, device):
-        """The same distribution on another device."""
         return Quadratics(self.dim, self.dtype, device)
 
     def sample(self, meta_batch, generator=None):

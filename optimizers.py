@@ -19,18 +19,21 @@ from safetensors.torch import save
 from torch import nn
 
 import gradbuffer
-from gradbuffer.checks import NonFiniteError, check_finite, check_positive_number
+from gradbuffer.checks import NonFiniteError, check_finite, check_positive_number, named_class
+from gradbuffer.contracts import as_rule, is_learned
 from gradbuffer.files import write_whole
 from gradbuffer.nets.lstm import LSTMOptimizer, explain
+from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
 from gradbuffer.nets.normalized import NormalizedLSTM, RNNProp, start_as_adam
 from gradbuffer.nets.per_kind import PerKind
 from gradbuffer.nets.readings import READINGS, check_preprocess, log_sign, odd_part
 from gradbuffer.nets.sharing import LSTMWithGAC, NTMBFGS, start_as_coordinatewise
 from gradbuffer.nets.torch_optim import LearnedOptimizer
 
-__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LSTMWithGAC", "LearnedOptimizer", "NTMBFGS", "NonFiniteError",
+__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LSTMWithGAC", "LearnedOptimizer", "MLPOptimizer", "NTMBFGS", "NonFiniteError",
            "NormalizedLSTM", "PerKind", "RNNProp", "explain", "load_optimizer", "log_sign", "pretrained_optimizers",
-           "save_optimizer", "start_as_adam", "start_as_coordinatewise", "start_as_momentum"]
+           "register_optimizer", "save_optimizer", "start_as_adam", "start_as_coordinatewise", "start_as_momentum",
+           "start_as_normalized_adam"]
 
 FILE_FORMAT = 2  # since 2 files hold a digest
 PRETRAINED = Path(gradbuffer.__file__).with_name("pretrained")
@@ -209,8 +212,38 @@ def logit(probability):
 
 # Files --------------------------------------------------------------------------------------------------------------
 
-LEARNED_OPTIMIZERS = {"CoordinatewiseLSTM": CoordinatewiseLSTM, "LSTMWithGAC": LSTMWithGAC, "NTMBFGS": NTMBFGS,
-                      "NormalizedLSTM": NormalizedLSTM, "PerKind": PerKind, "RNNProp": RNNProp}
+LEARNED_OPTIMIZERS = {"CoordinatewiseLSTM": CoordinatewiseLSTM, "LSTMWithGAC": LSTMWithGAC, "MLPOptimizer": MLPOptimizer,
+                      "NTMBFGS": NTMBFGS, "NormalizedLSTM": NormalizedLSTM, "PerKind": PerKind, "RNNProp": RNNProp}
+
+
+def register_optimizer(cls: type) -> type:
+    """Make a learned optimizer of your own known by the name of its class, so that its files are read like those of this library.
+
+    Args:
+        cls: an `nn.Module` with `init_state` and `forward`, and `config`, a dict of its constructor's arguments.
+
+    Returns:
+        cls: use it as a decorator.
+
+    Raises:
+        ValueError: another class has that name.
+
+    Example:
+        >>> @register_optimizer
+        ... class Mine(CoordinatewiseLSTM):
+        ...     pass
+    """
+    kept = LEARNED_OPTIMIZERS.setdefault(cls.__name__, cls)
+    if kept is not cls and name_of(kept, full=True) != name_of(cls, full=True):  # a cell that is run again defines its class anew
+        raise ValueError(f"another learned optimizer is registered as {cls.__name__}: {kept.__module__}.{kept.__qualname__}")
+    LEARNED_OPTIMIZERS[cls.__name__] = cls
+    return cls
+
+
+def name_of(cls, full=False):
+    """By what name a file calls a class."""
+    registered = LEARNED_OPTIMIZERS.get(cls.__name__) is cls and not full
+    return cls.__name__ if registered else f"{cls.__module__}:{cls.__qualname__}"
 
 
 def save_optimizer(net: nn.Module, path: str | Path, **notes) -> None:
@@ -220,13 +253,15 @@ def save_optimizer(net: nn.Module, path: str | Path, **notes) -> None:
     of its content, so that a damaged one is found out when it is loaded.
 
     Args:
-        net: one of this module's learned optimizers; or a `PerKind` of some, whose rule is a dict.
+        net: one of this module's learned optimizers, or a `PerKind` of some, whose rule is a dict; or one of your own that has
+            `config`, a dict of its constructor's arguments. If its class is registered (`register_optimizer`) its file is read like
+            those of this library, else `load_optimizer` must be given the class.
         path: where to; the folder is made if it is not there.
         notes: what else the metadata should say (problem, seed, result …), kept as text; not by the names "format", "class",
             "config" and "sha256", which are taken.
 
     Raises:
-        TypeError: `net` is not one of this module's classes, or its rule is a function.
+        TypeError: `net` is no learned optimizer, has no such `config`, or its rule is a function.
         ValueError: a weight is infinite or NaN, or a note has a name that is taken.
         OSError: the file cannot be written.
 
@@ -234,12 +269,15 @@ def save_optimizer(net: nn.Module, path: str | Path, **notes) -> None:
         >>> save_optimizer(CoordinatewiseLSTM(), "checkpoints/new.safetensors", problem="none yet")
         >>> net = load_optimizer("checkpoints/new.safetensors")
     """
-    for part in (net, *(net.networks.values() if isinstance(net, PerKind) else ())):
-        if type(part).__name__ not in LEARNED_OPTIMIZERS:
-            raise TypeError(f"net must be one of {sorted(LEARNED_OPTIMIZERS)}, got {type(part).__name__}")
+    if not is_learned(net) or not isinstance(as_rule(net).config, dict):
+        raise TypeError(f"net must be one of {sorted(LEARNED_OPTIMIZERS)}, or a learned optimizer of your own with config, a dict of "
+                        f"its constructor's arguments; got {type(net).__name__}")
+    for part in net.networks.values() if isinstance(net, PerKind) else ():
+        if LEARNED_OPTIMIZERS.get(type(part).__name__) is not type(part):
+            raise TypeError(f"net must be one of {sorted(LEARNED_OPTIMIZERS)}, the networks of a PerKind too (see register_optimizer), got {type(part).__name__}")
     if isinstance(net, PerKind) and not isinstance(net.rule, dict):
         raise TypeError(f"the rule of a PerKind must be a dict to be written to a file, got {net.rule!r}")
-    metadata = {"format": str(FILE_FORMAT), "class": type(net).__name__, "config": json.dumps(net.config)}
+    metadata = {"format": str(FILE_FORMAT), "class": name_of(type(net)), "config": json.dumps(net.config)}
     taken = sorted(notes.keys() & {*metadata, "sha256"})
     if taken:
         raise ValueError(f"notes must have other names than {sorted({*metadata, 'sha256'})}, which the file itself needs; "
@@ -251,18 +289,20 @@ def save_optimizer(net: nn.Module, path: str | Path, **notes) -> None:
     write_whole(path, save(tensors, {**metadata, "sha256": digest(metadata, tensors)}))
 
 
-def load_optimizer(path_or_name: str | Path) -> nn.Module:
-    """Read a learned optimizer that `save_optimizer` wrote. Loading never runs code from the file.
+def load_optimizer(path_or_name: str | Path, network: type | str | None = None) -> nn.Module:
+    """Read a learned optimizer that `save_optimizer` wrote. Loading never runs code from the file, nor code that the file names.
 
     Args:
         path_or_name: a file, or the name of one that comes with this library, see `pretrained_optimizers`, such as "mnist".
+        network: of an optimizer of your own, whose class is not registered: its class, or "module:Class".
 
     Returns:
         The network, on the CPU; also under `torch.inference_mode` or another default device one that can be trained.
 
     Raises:
         FileNotFoundError: there is no such file or name; the message lists the names there are.
-        ValueError: the file is corrupt, of a later format, or not one of ours; or a weight is infinite or NaN.
+        ValueError: the file is corrupt, of a later format, or of a class that is neither registered nor given; or a weight is
+            infinite or NaN.
     """
     path = Path(path_or_name)
     if not path.is_file():  # a folder may have the name of a pretrained optimizer
@@ -273,22 +313,27 @@ def load_optimizer(path_or_name: str | Path) -> nn.Module:
         path = PRETRAINED / f"{path_or_name}.safetensors"
     with torch.inference_mode(False), torch.device("cpu"):
         metadata, tensors = read_file(path)
-        return rebuild_from(path, metadata, tensors)
+        return rebuild_from(path, metadata, tensors, named_class(network) if isinstance(network, str) else network)
 
 
-def rebuild_from(path, metadata, tensors):
+def rebuild_from(path, metadata, tensors, own=None):
     """The network that a file describes, if it is whole."""
-    if metadata.get("class") not in LEARNED_OPTIMIZERS or metadata.get("format") not in map(str, range(1, FILE_FORMAT + 1)):
-        if metadata.get("class") in LEARNED_OPTIMIZERS and metadata.get("format", "").isdigit():
+    name = metadata.get("class", "")
+    classes = LEARNED_OPTIMIZERS if own is None else {**LEARNED_OPTIMIZERS, name_of(own): own, f"__main__:{own.__qualname__}": own}
+    if ":" in name and name not in classes:
+        raise ValueError(f"{path} holds a {name}, which is not of this library: give its class, load_optimizer(..., network=...), or "
+                         "register it, see register_optimizer")
+    if name not in classes or metadata.get("format") not in map(str, range(1, FILE_FORMAT + 1)):
+        if name in classes and metadata.get("format", "").isdigit():
             raise ValueError(f"{path} is of format {metadata['format']}; this version reads 1 to {FILE_FORMAT}: update it")
         raise ValueError(f"{path} holds no learned optimizer of this library (its metadata: {metadata})")
     kept = metadata.pop("sha256", None)
     if kept != digest(metadata, tensors) and (kept is not None or metadata["format"] != "1"):  # the first format had none
         raise ValueError(f"{path} is damaged: its digest is not that of its content")
     try:
-        for name, tensor in tensors.items():
-            check_finite(tensor, f"the weight {name}")
-        net = rebuild(metadata["class"], json.loads(metadata["config"]))
+        for weight, tensor in tensors.items():
+            check_finite(tensor, f"the weight {weight}")
+        net = rebuild(name, json.loads(metadata["config"]), classes)
         net.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
     except (KeyError, StopIteration, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not describe a {metadata['class']}: {error}") from error
@@ -330,8 +375,8 @@ def read_file(path):
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def rebuild(name, config):
+def rebuild(name, config, classes):
     """A learned optimizer from the name of its class and its `config`."""
     if name == "PerKind":
-        config = {**config, "networks": {kind: rebuild(*part) for kind, part in config["networks"].items()}}
-    return LEARNED_OPTIMIZERS[name](**config)
+        config = {**config, "networks": {kind: rebuild(*part, classes) for kind, part in config["networks"].items()}}
+    return classes[name](**config)

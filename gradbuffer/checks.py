@@ -3,12 +3,12 @@
 import contextlib
 import contextvars
 import math
+import pkgutil
 import sys
-from importlib import import_module
 
 import torch
 
-__all__ = ["CLASS", "NonFiniteError", "ON", "check_count", "check_finite", "check_positive_number", "named_class", "refuse_without_effect", "sum_is_finite",
+__all__ = ["CLASS", "NonFiniteError", "ON", "check_count", "check_finite", "check_positive_number", "name_of", "named_class", "refuse_without_effect", "sum_is_finite",
            "values_are_checked", "values_unchecked"]
 
 ALONE = 1 << 15  # elements that torch sums without its threads
@@ -109,16 +109,20 @@ def refuse_without_effect(needs, options, given, spell=str):
                 raise ValueError(f"{spell(name)} {reason}")
 
 
+def name_of(function):
+    """A function's name for people, or its class's."""
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
 def named_class(text):
     """The class that "module:Class" names, of a module that can be imported from here or from the working folder.
 
     Raises:
         ValueError: there is no such module or class.
     """
-    module, _, name = text.partition(":")
     if "" not in sys.path:
         sys.path.append("")  # a program that was installed does not look into the working folder
     try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        return pkgutil.resolve_name(text)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{text!r} must be module:Class, of a module that can be imported: {error}") from error

@@ -23,7 +23,7 @@ from torch import nn
 from gradbuffer.unrolling import (Coordinates, Recorded, in_place, pull_back_by_autograd, record_by_steps, replay_by_autograd)
 
 __all__ = ["Loss", "MetaBatch", "PerceptronData", "Problem", "QuadraticData", "Rule", "as_loss", "as_problem", "as_rule",
-           "check_baseline", "device_of", "in_parts", "is_learned", "kind_of", "learned_rule", "on_device", "part_of", "repack",
+           "check_baseline", "device_of", "has_parts", "in_parts", "is_learned", "kind_of", "learned_rule", "on_device", "part_of", "repack",
            "torch_rule"]
 
 
@@ -182,13 +182,18 @@ def in_parts(params: dict, loss: Loss) -> MetaBatch:
     return MetaBatch(params, loss, part)
 
 
+def has_parts(batch) -> bool:
+    """Whether a meta-batch can give some of its functions alone."""
+    return getattr(batch, "part", None) is not None
+
+
 def part_of(batch, first: int, last: int):
     """Functions first … last - 1 of a meta-batch.
 
     A batch without `part` computes the losses of all its functions and gives those asked for: right, but the
     optimizees' own time is not shared among the ranks.
     """
-    if getattr(batch, "part", None) is not None:
+    if has_parts(batch):
         return batch.part(first, last)
     params = {name: tensor[first:last] for name, tensor in batch.params.items()}
     return MetaBatch(params, PartOfLoss(as_loss(batch.loss), batch.params, first, last))
@@ -230,7 +235,12 @@ class Rule:
     odd = False
     overwrites = False  # whether `stepper` gives steps that write over the state they are given
     reads: Any = frozenset()
-    config: Any = ""  # the constructor's arguments, a dict
+    arguments: tuple = ()  # the constructor's arguments, which the network keeps under their names
+
+    @property
+    def config(self) -> Any:
+        """The constructor's arguments, a dict: what rebuilds this network, weights apart. Text where it does not say."""
+        return {name: vars(self)[name] for name in self.arguments} if self.arguments else ""
 
     def bind(self, coordinates: Coordinates) -> "Rule":
         """The same network, with the very same weights, for parameters that lie like this: for one that tells them apart."""
@@ -326,6 +336,8 @@ def as_rule(net, coordinates: Coordinates | None = None) -> Rule:
 class ModuleRule(Rule):
     """A user's own module."""
 
+    config = ""
+
     def __init__(self, net):
         self.net, self.init_state, self.named_parameters = net, net.init_state, net.named_parameters
 
@@ -338,6 +350,8 @@ class ModuleRule(Rule):
 
 class Tensorwise(Rule):
     """A network that reads whole tensors, between vectors of coordinates."""
+
+    config = ""
 
     def __init__(self, net, coordinates):
         self.net, self.coordinates, self.named_parameters = net, coordinates, net.named_parameters

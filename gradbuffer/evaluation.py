@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from gradbuffer.checks import check_count
-from gradbuffer.contracts import as_loss, check_baseline, device_of, learned_rule, on_device, torch_rule
+from gradbuffer.contracts import as_loss, has_parts, check_baseline, device_of, learned_rule, on_device, torch_rule
 from gradbuffer.unrolling import Coordinates
 
 __all__ = ["AccuracyCurves", "BASELINES", "TunedBaseline", "compare", "compare_final", "evaluate", "evaluate_baseline",
@@ -150,7 +150,7 @@ def minimize_lbfgs(batch, steps, **options):
         >>> losses, params = minimize_lbfgs(Quadratics().sample(2), steps=10)
     """
     check_count(steps=steps)
-    if not getattr(batch, "part", None):
+    if not has_parts(batch):
         raise TypeError("L-BFGS takes one function after the other: the meta-batch must have part(first, last)")
     functions, curves, ends = len(next(iter(batch.params.values()))), [], []
     for function in range(functions):

@@ -272,7 +272,7 @@ def test_an_option_without_effect_is_refused(commands, capsys, name, beside):
 def test_every_option_is_in_the_table_or_always_has_an_effect(commands):
     always = {"output", "history", "figure", "tensorboard", "checkpoint", "checkpoint_every", "start", "keep_of_start", "steps",
               "unroll", "curriculum", "meta_batch", "iterations", "lr", "warmup", "clip", "replay_fraction", "averaging",
-              "random_scaling", "random_signs", "mirrored", "skip_non_finite", "balance", "on_mismatch", "validation_every", "validation_functions", "seed",
+              "random_scaling", "random_signs", "mirrored", "network", "skip_non_finite", "balance", "on_mismatch", "validation_every", "validation_functions", "seed",
               "problem", "device", "force", "quiet", "help", "net", "nets", "table", "updates", "functions", "baselines",
               "tuning_functions"}
     dependent = {name for names, _, _ in command_line.NEEDS for name in names.split()}

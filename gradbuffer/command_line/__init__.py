@@ -41,7 +41,7 @@ NEEDS = (  # see `gradbuffer.checks.refuse_without_effect`
     ("hidden activation side", "problem", ("mnist",)),
     ("batch_size data", "problem", ("mnist", "cifar10")),
     ("classes held_out channels fc_size per_kind", "problem", ("cifar10",)),
-    ("per_kind network network_options units layers shared preprocess odd output_scale start_as_nag sign_lr sign_fade start_as_adam betas fade",
+    ("per_kind network_options units layers shared preprocess odd output_scale start_as_nag sign_lr sign_fade start_as_adam betas fade",
      "start", (None,)),
     ("start_as_nag sign_lr sign_fade", "network", ("lstm",)),
     ("start_as_adam betas fade", "network", ("normalized",)),
@@ -77,6 +77,8 @@ def main(arguments=None):
     try:
         refuse_without_effect(NEEDS, vars(options), given, flag)
         refuse_one_file_twice(options)
+        if options.run is run_train and options.start and "network" in given and ":" not in options.network:
+            raise ValueError(f"--network has no effect with --start {options.start}")
         check_device(options.device)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and options.run is not run_train:
             raise ValueError("only train runs in several processes")
@@ -176,7 +178,7 @@ def run_train(options):
 
 def run_evaluate(options):
     refuse_existing(options, "figure", "table", "updates")
-    problem, (name, net) = make_problem(options, "test", options.device), *load_nets([options.net]).items()
+    problem, (name, net) = make_problem(options, "test", options.device), *load_nets([options.net], options.network).items()
     net.to(options.device)
     losses = evaluate(net, problem, options.steps, options.functions, options.seed)
     if options.updates:
@@ -186,7 +188,7 @@ def run_evaluate(options):
 
 def run_compare(options):
     refuse_existing(options, "figure", "table")
-    nets, test = load_nets(options.nets), make_problem(options, "test", options.device)
+    nets, test = load_nets(options.nets, options.network), make_problem(options, "test", options.device)
     for net in nets.values():
         net.to(options.device)
     baselines = {name: BASELINES[name] for name in options.baselines}
@@ -267,7 +269,7 @@ def check_device(name):
 
 def make_net(options):
     if options.start:
-        return load_optimizer(options.start)
+        return load_optimizer(options.start, options.network if ":" in options.network else None)
     kinds = len(KINDS) if options.per_kind else 1
     for name in ("start_as_nag", "sign_lr"):
         given = vars(options)[name]
@@ -316,8 +318,8 @@ def make_teacher(options):
     return optimizer, {**more, "lr": options.teacher_lr}
 
 
-def load_nets(paths):
-    nets = {Path(path).stem: load_optimizer(path) for path in paths}
+def load_nets(paths, network=None):
+    nets = {Path(path).stem: load_optimizer(path, network) for path in paths}
     if len(nets) < len(paths) or nets.keys() & BASELINES.keys():
         raise ValueError(f"the optimizers' files must have different names, and none a baseline's, got {paths}")
     return nets

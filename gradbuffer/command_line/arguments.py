@@ -180,6 +180,7 @@ def add_racing(command, name):
     else:
         command.add_argument("nets", metavar="OPTIMIZER", nargs="+",
                              help="trained optimizers: files, or names in pretrained/")
+    command.add_argument("--network", metavar="module:Class", help="the class of optimizers of your own")
     add = command.add_argument_group("results (the table is printed as well)").add_argument
     add("--figure", metavar="FILE", help="loss curves: .png, .pdf or .svg")
     if name == "evaluate":

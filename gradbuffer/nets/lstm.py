@@ -44,11 +44,6 @@ class LSTMOptimizer(Rule, nn.Module):
         self.output = nn.Linear(hidden_size, 1)
         self._packed = None
 
-    @property
-    def config(self) -> dict:
-        """The constructor's arguments: what rebuilds this network, weights apart."""
-        return {name: getattr(self, name) for name in self.arguments}
-
     def extra_repr(self):
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 

@@ -91,11 +91,6 @@ class MLPOptimizer(Rule, nn.Module):
         """What `forward` reads beside gradients and state."""
         return {"params"} if self.variant == "celo" else {"params", "step"}
 
-    @property
-    def config(self):
-        """The constructor's arguments, as a dict: what rebuilds this network, weights apart."""
-        return {name: getattr(self, name) for name in self.arguments}
-
     def extra_repr(self):
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 

@@ -17,8 +17,8 @@ from gradbuffer.nests import named_leaves
 from gradbuffer.nets.sharded import is_sharded, local, local_size, placements_of_state
 from gradbuffer.nests import Snapshot
 
-__all__ = ["STEP", "NetworkInPlace", "Part", "Work", "check_state", "copy_of_state", "dense_gradient", "label", "parts_of", "takes",
-           "tensors_of", "without_autocast"]
+__all__ = ["STEP", "NetworkInPlace", "Part", "Work", "check_state", "copy_of_state", "dense_gradient", "label",
+           "parts_of", "takes", "tensors_of", "without_autocast"]
 
 
 class Part(NamedTuple):
@@ -64,8 +64,8 @@ class NetworkInPlace:
         net: the network.
         device: of the parameters.
         cast_to: dtype of a copy's weights. Default: the network's own.
-        is_watched: whether its weights are looked at before every step. Those of a copy and those on a device that has to be
-            waited for always are: all else looks itself after what it keeps of its weights.
+        is_watched: whether its weights are looked at before every step. Those of a copy and those on a device that has
+            to be waited for always are: all else looks itself after what it keeps of its weights.
     """
 
     def __init__(self, net, device, cast_to=None, is_watched=False):
@@ -161,21 +161,23 @@ def is_finite(leaf):
 def check_state(state, parts, size, device, label, net_name):
     """Raise ValueError unless a state on this device has these parts, for so many coordinates."""
     if state.keys() != parts.keys():
-        raise ValueError(f"the state of {label} has the parts {list(state)}, which are not those of {net_name}: {list(parts)}")
+        raise ValueError(f"the state of {label} has the parts {list(state)}, which are not those of {net_name}: "
+                         f"{list(parts)}")
     for name, part in parts.items():
         leaf = state[name]
         if part.dtype and (leaf.shape[-1] != size if part.along else leaf.shape != part.lead):
             raise ValueError(f"{label} must keep the size that it had when its state began: it has {size} coordinates "
-                             f"now, and {name} of its state has shape {tuple(leaf.shape)} instead of {part.shape(size)}; make "
-                             "a new optimizer for it")
+                             f"now, and {name} of its state has shape {tuple(leaf.shape)} instead of "
+                             f"{part.shape(size)}; make a new optimizer for it")
         if part.dtype and leaf.device != device:
             raise ValueError(f"{label} is on {device}, its state on {leaf.device}: load the optimizer's state_dict() after "
                              "moving a model")
 
 
 def copy_of_state(leaves, parts, params, device, state_dtype, where):
-    """A copy of the saved leaves of these parameters' state, on this device; ValueError if they are not of these parts."""
-    size, sharded, own = sum(map(local_size, params)), is_sharded(params[0]), params[0].shape if len(params) == 1 else None
+    """A copy of the saved leaves of these parameters' state, on this device; ValueError if they are not these parts."""
+    size, sharded = sum(map(local_size, params)), is_sharded(params[0])
+    own = params[0].shape if len(params) == 1 else None
     expected = {name: (*part.lead, *own) if part.dtype and sharded else part.shape(size) if part.dtype else "a number"
                 for name, part in parts.items()}
     found = {name: tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else "a number" for name, leaf in leaves.items()}

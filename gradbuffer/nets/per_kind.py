@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from gradbuffer.nests import tensors_in
+from gradbuffer.checks import name_of
 from gradbuffer.contracts import Rule, as_rule, is_learned
 from gradbuffer.unrolling import Coordinates
 
@@ -86,7 +87,7 @@ class PerKind(Rule, nn.Module):
     def config(self):
         """What rebuilds this network, weights apart: for each kind class and config, and the rule."""
         networks = {kind: [type(net).__name__, self.rules[kind].config] for kind, net in self.networks.items()}
-        rule = getattr(self.rule, "__qualname__", type(self.rule).__name__)  # of a function, its name
+        rule = name_of(self.rule)  # of a function, its name
         return {"networks": networks, "rule": self.rule if isinstance(self.rule, dict) else rule}
 
     def kind_of(self, name):

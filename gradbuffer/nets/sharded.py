@@ -1,4 +1,4 @@
-"""Parameters of which each process has a part: DTensors, such as those of FSDP2's `fully_shard`, in a `LearnedOptimizer`."""
+"""Parameters of which each process has a part, in a `LearnedOptimizer`: DTensors, such as those of FSDP2's `fully_shard`."""
 
 import sys
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from gradbuffer.checks import check_count, check_finite
+from gradbuffer.nets.lstm import LSTMOptimizer
 from gradbuffer.nets.readings import READINGS, check_preprocess, odd_part
 from gradbuffer.nests import tensors_in
 from gradbuffer.contracts import Rule
@@ -61,11 +62,6 @@ class SharingLSTM(Rule, nn.Module):
         above = [layer[0] for layer in self.lstm.all_weights[1:]]
         for weight in (*above, *(layer[1] for layer in self.lstm.all_weights), self.output.weight):
             weight[:, own:] = 0
-
-    @property
-    def config(self):
-        """The constructor's arguments, as a dict: what rebuilds this network, weights apart."""
-        return {name: getattr(self, name) for name in self.arguments}
 
     def extra_repr(self):
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
@@ -427,7 +423,7 @@ def start_as_coordinatewise(net, plain):
     """
     if not isinstance(net, SharingLSTM):
         raise TypeError(f"net must be a LSTMWithGAC or NTMBFGS, got {type(net).__name__}")
-    if not (hasattr(plain, "preprocess") and hasattr(plain, "odd")) or getattr(plain, "shared", 0):
+    if not isinstance(plain, LSTMOptimizer) or "preprocess" not in plain.arguments:
         raise TypeError(f"plain must be a CoordinatewiseLSTM, got {type(plain).__name__}")
     H, own, shared = net.hidden_size, plain.hidden_size, net.shared
     if (net.num_layers, H - shared) != (plain.num_layers, own):

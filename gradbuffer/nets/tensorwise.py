@@ -1,7 +1,7 @@
-"""Networks that read whole tensors, in a `LearnedOptimizer`: what they are given in a step, and what becomes of it.
+"""Networks that read whole tensors, in a `LearnedOptimizer`: what a step gives them, and what becomes of it.
 
-θ ← (1 - lr · λ) θ, then θ ← θ + update(∇, θ, state; lr), tensor by tensor. An `MLPOptimizer` on a CPU takes the compiled steps of
-`kernels.numba_mlp.TensorSteps` where they do what it does; all others run as they are.
+θ ← (1 - lr · λ) θ, then θ ← θ + update(∇, θ, state; lr), tensor by tensor. An `MLPOptimizer` on a CPU takes the
+compiled steps of `kernels.numba_mlp.TensorSteps` where they do what it does; all others run as they are.
 """
 
 import math
@@ -11,23 +11,19 @@ import torch
 from gradbuffer.kernels.choice import takes_numba
 from gradbuffer.nests import fill_leaves, map_tensors, named_leaves
 from gradbuffer.nets.mlp import MLPOptimizer
-from gradbuffer.nets.optimizer_state import (STEP, NetworkInPlace, Work, check_state, copy_of_state, dense_gradient, parts_of,
-                                             takes, without_autocast)
+from gradbuffer.nets.optimizer_state import (STEP, NetworkInPlace, Work, check_state, copy_of_state, dense_gradient,
+                                             parts_of, takes, without_autocast)
 
 __all__ = ["TensorNetwork", "Tensors", "own_rate"]
 
 
 def own_rate(net):
-    """The rate of a tensorwise network's group where none is given: 1 if it takes none, which is a factor on the update then."""
+    """The rate of a tensorwise network's group where none is given: 1, a factor on its update, if it takes none."""
     if not takes(net, "lr"):
         return 1.0
     if getattr(net, "lr", None) is None:
         raise ValueError(f"lr must be given: {type(net).__name__} takes a rate and has none of its own, as `lr`")
     return net.lr
-
-
-def names_of(group, members):
-    return [group["param_names"][index] if "param_names" in group else str(index) for index in members]
 
 
 class Tensors(Work):
@@ -38,8 +34,10 @@ class Tensors(Work):
     def __init__(self, network, group, number, members, lr):
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr of group {number} must be a number of at least 0, got {lr}")
-        super().__init__(network, group, number, [index for index in members if group["params"][index].grad is not None], lr)
-        self.names, self.keep = names_of(group, self.members), 1 - lr * group["weight_decay"]
+        members = [index for index in members if group["params"][index].grad is not None]
+        super().__init__(network, group, number, members, lr)
+        self.names = [group["param_names"][index] if "param_names" in group else str(index) for index in members]
+        self.keep = 1 - lr * group["weight_decay"]
         self.gradients = [dense_gradient(parameter, group["maximize"], network.dtype) for parameter in self.params]
 
     def prepare(self, states):
@@ -71,7 +69,7 @@ class TensorNetwork(NetworkInPlace):
         self.is_compiled = (type(net) is MLPOptimizer and net.variant == "celo" and not net.orthogonalize
                             and takes_numba(torch.empty(0, device=device, dtype=self.dtype)))
         super().__init__(net, device, None if self.is_compiled else self.dtype, is_watched=self.is_compiled)
-        self.takes_rate, self.takes_params = takes(net, "lr"), "params" in self.reads or takes(net, "params")
+        self.takes = self.reads | {name for name in ("lr", "params") if takes(net, name)}
         self.forms = {}  # shape of a parameter -> the nest of its state, and the parts of that
 
     def is_current(self):
@@ -84,8 +82,8 @@ class TensorNetwork(NetworkInPlace):
     def check_group(self, group, params, where):
         """Raise unless it can run in this place."""
         if group["state_dtype"] is not None:
-            raise ValueError(f"state_dtype must be None for {where}, whose network {self.name} is tensorwise: its state has the "
-                             f"dtype that it computes in; got {group['state_dtype']}")
+            raise ValueError(f"state_dtype must be None for {where}, whose network {self.name} is tensorwise: its state "
+                             f"has the dtype that it computes in; got {group['state_dtype']}")
         names = group.get("param_names", ())
         if len(set(names)) < len(names):
             raise ValueError(f"the names of a group's parameters must differ for {self.name}, got {names}")
@@ -128,8 +126,12 @@ class TensorNetwork(NetworkInPlace):
         return copy_of_state(leaves, self.form_of(params[0])[1], params, self.device, state_dtype, where)
 
     def advance(self, works):
-        """Run the network, if it is not compiled; nothing is changed yet."""
-        for work in works * (not self.is_compiled):
+        """Run the network, unless its steps are compiled, which write over what they read; nothing is changed yet."""
+        if self.is_compiled and self.compiled is None:
+            from gradbuffer.kernels.numba_mlp import TensorSteps  # only now: importing numba takes a second
+
+            self.compiled = TensorSteps(self.net, self.dtype)
+        for work in works if not self.is_compiled else ():
             places_at = {}
             for place, state in enumerate(work.states):
                 places_at.setdefault(state.get("step"), []).append(place)
@@ -139,48 +141,44 @@ class TensorNetwork(NetworkInPlace):
     def run(self, work, step, places):
         """One call of the network for tensors of the same step number."""
         named = {work.names[place]: place for place in places}
-        params = {name: work.values[place][None] * work.keep for name, place in named.items()}
         grads = {name: work.gradients[place][None] for name, place in named.items()}
-        given = {name: {leaf: part[None] for leaf, part in work.states[place].items() if leaf != "step"}
-                 for name, place in named.items()}
-        nests = {name: fill_leaves(self.forms[work.params[place].shape][0], given[name]) for name, place in named.items()}
-        options = {"lr": work.lr} if self.takes_rate else {}
-        options |= {"params": params} if self.takes_params else {}
-        options |= {"step": step} if "step" in self.reads else {}
+        params = {name: work.values[place][None] for name, place in named.items()}
+        if work.keep != 1:
+            params = {name: work.keep * value for name, value in params.items()}
+        before = {name: {leaf: part[None] for leaf, part in work.states[place].items() if leaf != "step"}
+                  for name, place in named.items()}
+        nests = {name: fill_leaves(self.forms[work.values[place].shape][0], before[name]) for name, place in named.items()}
+        given = {"lr": work.lr, "params": params, "step": step}
         with without_autocast(self.device.type):
-            updates, after = self.net(grads, nests, **options)
+            updates, after = self.net(grads, nests, **{name: given[name] for name in self.takes})
         after = {name: named_leaves(nest) for name, nest in after.items()} if isinstance(after, dict) else {}
-        for what, found, wanted in (("updates", updates, params), *((f"a state of {name!r}", after.get(name), given[name])
-                                                                     for name in named)):
-            shapes, expected = map(shapes_of, (found, wanted))
-            if shapes != expected:
-                raise ValueError(f"{self.name} must return {what} of the shapes {expected}, got {shapes}")
+        self.check_shapes("updates", updates, params)
         for name, place in named.items():
-            update = updates[name][0] if self.takes_rate else work.lr * updates[name][0]
+            self.check_shapes(f"a state of {name!r}", after.get(name), before[name])
+            update = updates[name][0] if "lr" in self.takes else work.lr * updates[name][0]
             with torch.inference_mode(False):  # clones: they may be parts of the old state, or of one another
-                state = {leaf: part.detach()[0].to(work.states[place][leaf].dtype).clone() for leaf, part in after[name].items()}
+                state = {leaf: part.detach()[0].to(before[name][leaf].dtype).clone() for leaf, part in after[name].items()}
             work.results[place] = update, state
+
+    def check_shapes(self, what, found, wanted):
+        """Raise ValueError unless the network has returned tensors like those in another dict."""
+        found, wanted = shapes_of(found), shapes_of(wanted)
+        if found != wanted:
+            raise ValueError(f"{self.name} must return {what} of the shapes {wanted}, got {found}")
 
     def finish(self, work):
         """Write what follows from the step over parameters and states."""
         for value in work.values if work.keep != 1 else ():
             value.mul_(work.keep)
         if self.is_compiled:
-            nests = [fill_leaves(self.forms[parameter.shape][0], state) for parameter, state in zip(work.params, work.states)]
-            self.compiled_steps().steps(work.values, work.gradients, nests, work.lr)
+            nests = [fill_leaves(self.forms[value.shape][0], state) for value, state in zip(work.values, work.states)]
+            self.compiled.steps(work.values, work.gradients, nests, work.lr)
             return
         for value, state, (update, after) in zip(work.values, work.states, work.results):
             value.add_(update)
             state.update(after)
             if "step" in state:
                 state["step"] += 1
-
-    def compiled_steps(self):
-        if self.compiled is None:
-            from gradbuffer.kernels.numba_mlp import TensorSteps  # only now: importing numba takes a second
-
-            self.compiled = TensorSteps(self.net, self.dtype)
-        return self.compiled
 
 
 def shapes_of(tensors):

@@ -1,9 +1,9 @@
 """`LearnedOptimizer`: a trained learned optimizer as a drop-in `torch.optim.Optimizer`.
 
 θ ← θ + lr · g with (g, h) ← m(∇, h; φ), the update rule of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1),
-for any network m with `init_state(num_coordinates)` and `forward(grad, state) -> (update, state)`, see `nets.vectors`; or for a
-tensorwise one, see `nets.tensorwise`. The network is used, never trained (that is `meta_training`). The state is most of the
-memory, 2·layers·hidden numbers for each coordinate of an LSTM, so it is kept per parameter.
+for any network m with `init_state(num_coordinates)` and `forward(grad, state) -> (update, state)`, see `nets.vectors`;
+or for a tensorwise one, see `nets.tensorwise`. The network is used, never trained (that is `meta_training`). The state
+is most of the memory, 2·layers·hidden numbers for each coordinate of an LSTM, so it is kept per parameter.
 """
 
 import math
@@ -32,46 +32,49 @@ class LearnedOptimizer(torch.optim.Optimizer):
     """A trained learned optimizer as a `torch.optim.Optimizer`, with all that goes with one.
 
     A network with `coordinatewise = True` runs parameter by parameter, each with a state of its own in
-    `self.state[parameter]`. One with `tensorwise = True`, such as `MLPOptimizer`, is given parameters and gradients as the
-    tensors that they are, and no tensor's update may depend on another tensor. Any other sees all parameters of its group as
-    one vector, whose state lies with the group's first parameter. Vectors are cast to the network's dtype; a tensorwise
-    network computes in the parameters' dtype, or in float32 where they have 16 bits. Updates are added in the parameters'
-    dtype. A network on another device is copied to where the parameters are, and again when its weights change; it is not
-    trained, and no graph is recorded.
+    `self.state[parameter]`. One with `tensorwise = True`, such as `MLPOptimizer`, is given parameters and gradients as
+    the tensors that they are, and no tensor's update may depend on another tensor. Any other sees all parameters of its
+    group as one vector, whose state lies with the group's first parameter. Vectors are cast to the network's dtype; a
+    tensorwise network computes in the parameters' dtype, or in float32 where they have 16 bits. Updates are added in
+    the parameters' dtype. A network on another device is copied to where the parameters are, and again when its weights
+    change; it is not trained, and no graph is recorded.
 
-    What a network can say of itself stands in `contracts.Rule`. One that `reads` "params" or "step" is given them; "loss" is
-    refused, since a step need not know it. One that is `by_name`, such as `PerKind`, says by `network_for(name)` which network
-    runs a parameter; it needs named ones. A `forward` with an argument `inplace` is called with `inplace=True` and is to write
-    the next state over the given one, which may be a strided part of a larger tensor: that saves a copy of the state. An
-    `MLPOptimizer` of variant "celo" without Newton-Schulz takes compiled steps on a CPU where numba is installed.
+    What a network can say of itself stands in `contracts.Rule`. One that `reads` "params" or "step" is given them;
+    "loss" is refused, since a step need not know it. One that is `by_name`, such as `PerKind`, says by
+    `network_for(name)` which network runs a parameter; it needs named ones. A `forward` with an argument `inplace` is
+    called with `inplace=True` and is to write the next state over the given one, which may be a strided part of a
+    larger tensor: that saves a copy of the state. An `MLPOptimizer` of variant "celo" without Newton-Schulz takes
+    compiled steps on a CPU where numba is installed.
 
-    A step looks at gradients, weights and states before it changes anything, and keeps new states only once all networks
-    have run: after an exception parameters and states are as they were. Not so with networks that write `inplace`: if the
-    `forward` of one raises (ours does not after these checks, but Ctrl-C may come), states that it has written are a step
-    ahead, while all parameters stay; go on from a checkpoint then. The same holds for Ctrl-C within a compiled step.
+    A step looks at gradients, weights and states before it changes anything, and keeps new states only once all
+    networks have run: after an exception parameters and states are as they were. Not so with networks that write
+    `inplace`: if the `forward` of one raises (ours does not after these checks, but Ctrl-C may come), states that it
+    has written are a step ahead, while all parameters stay; go on from a checkpoint then. The same holds for Ctrl-C
+    within a compiled step.
 
     A parameter without gradient is left alone, and so is its state (in a group's joint vector its gradient is 0). A
     sparse gradient is made dense: rows that are not in it have gradient 0, which a learned optimizer may answer with a
     movement as it does to any other gradient.
 
-    Of parameters that are DTensors, such as those of FSDP2's `fully_shard`, a coordinatewise network whose state has no part
-    for all coordinates together runs on each process's part; the state is then of DTensors too, for
-    `torch.distributed.checkpoint`. Other networks need all coordinates and are refused. `ZeroRedundancyOptimizer` can hold
-    coordinatewise and tensorwise networks.
+    Of parameters that are DTensors, such as those of FSDP2's `fully_shard`, a coordinatewise network whose state has no
+    part for all coordinates together runs on each process's part; the state is then of DTensors too, for
+    `torch.distributed.checkpoint`. Other networks need all coordinates and are refused. `ZeroRedundancyOptimizer` can
+    hold coordinatewise and tensorwise networks.
 
     `state_dict()` holds tensors and numbers only, so that `torch.load(weights_only=True)` reads it. It does not hold
-    the networks: give the same ones when resuming (`save_optimizer` and `load_optimizer` store them).
-    `load_state_dict` copies, and keeps this optimizer's networks and state dtype.
+    the networks: give the same ones when resuming (`save_optimizer` and `load_optimizer` store them). `load_state_dict`
+    copies, and keeps this optimizer's networks and state dtype.
 
     Args:
         params: parameters, named parameters or parameter groups, real and floating-point. A group is a dict with
             "params" and, where they differ from the arguments below, "net", "lr", "weight_decay", "maximize",
             "state_dtype".
         net: the network; None if every group has its own.
-        lr: at least 0; a number or a tensor of one element. Factor on the update, default 1, the network's own scale. Of a
-            tensorwise network whose `forward` takes `lr` it is the learning rate, default `net.lr`.
-        weight_decay: λ ≥ 0. Coupled as in `torch.optim.SGD`: the network reads ∇ + λθ. Of a tensorwise network decoupled as in
-            `torch.optim.AdamW`: θ ← (1 - lr · λ) θ, before it reads θ; a decay of its own comes on top. Default 0.
+        lr: at least 0; a number or a tensor of one element. Factor on the update, default 1, the network's own scale.
+            Of a tensorwise network whose `forward` takes `lr` it is the learning rate, default `net.lr`.
+        weight_decay: λ ≥ 0. Coupled as in `torch.optim.SGD`: the network reads ∇ + λθ. Of a tensorwise network
+            decoupled as in `torch.optim.AdamW`: θ ← (1 - lr · λ) θ, before it reads θ; a decay of its own comes on
+            top. Default 0.
         maximize: the network reads -∇. Default False.
         state_dtype: store the state in this floating dtype, `torch.bfloat16` for half the memory; the network still
             computes in its own. Parts with one number per coordinate (moments, step counters) keep their dtype. Not for
@@ -80,8 +83,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Raises:
         ValueError, TypeError: an argument is not as above.
         NonFiniteError: from `step`, a gradient holds an infinity or a NaN; no parameter and no state has changed.
-        ValueError: from `step`, a parameter has another size than when its state began, or a network returns other than agreed;
-            nothing has changed.
+        ValueError: from `step`, a parameter has another size than when its state began, or a network returns other
+            than agreed; nothing has changed.
 
     Example:
         >>> from optimizers import load_optimizer
@@ -95,9 +98,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Reference: Andrychowicz et al. 2016, section 2.1 ("Coordinatewise LSTM optimizer").
     """
 
-    def __init__(self, params: Iterable, net: nn.Module | None, lr: float | torch.Tensor | None = None, weight_decay: float = 0.0, *,
-                 maximize: bool = False, state_dtype: torch.dtype | None = None):
-        self._networks, self._rules = {}, Rules()  # (net, device, dtype or number of coordinates if that matters) -> network
+    def __init__(self, params: Iterable, net: nn.Module | None, lr: float | torch.Tensor | None = None,
+                 weight_decay: float = 0.0, *, maximize: bool = False, state_dtype: torch.dtype | None = None):
+        self._networks = {}  # (net, device, dtype or number of coordinates if that matters) -> network
+        self._rules = Rules()
         super().__init__(params, dict(zip(OPTIONS, (net, lr, weight_decay, maximize, state_dtype))))
 
     def __setstate__(self, state):
@@ -205,7 +209,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     # How it is done ---------------------------------------------------------------------------------------------------
 
     def _network(self, net, params):
-        """The network where these parameters are, for their dtype or for as many coordinates as they have if that matters."""
+        """The network where these parameters are, for their dtype or number of coordinates if that matters."""
         devices = {parameter.device for parameter in params}
         if len(devices) > 1:
             raise ValueError(f"{type(net).__name__} is not coordinatewise, so the parameters of its group must be on "

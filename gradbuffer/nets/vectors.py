@@ -1,7 +1,7 @@
-"""Networks that read vectors of coordinates, in a `LearnedOptimizer`: what they are given in a step, and what becomes of it.
+"""Networks that read vectors of coordinates, in a `LearnedOptimizer`: what a step gives them, and what becomes of it.
 
-A coordinatewise network reads each parameter as a vector of its own, small ones joined and large ones cut; any other reads all
-parameters of its group as one vector.
+A coordinatewise network reads each parameter as a vector of its own, small ones joined and large ones cut; any other
+reads all parameters of its group as one vector.
 """
 
 import math
@@ -10,8 +10,8 @@ from functools import partial, reduce
 import torch
 
 from gradbuffer.nests import fill_leaves, map_tensors, named_leaves
-from gradbuffer.nets.optimizer_state import (STEP, NetworkInPlace, Work, check_state, copy_of_state, dense_gradient, parts_of,
-                                             takes, tensors_of, without_autocast)
+from gradbuffer.nets.optimizer_state import (STEP, NetworkInPlace, Work, check_state, copy_of_state, dense_gradient,
+                                             parts_of, takes, tensors_of, without_autocast)
 from gradbuffer.nets.sharded import as_sharded, check_not_divided, from_sharded, is_sharded, local, local_size
 
 __all__ = ["Vector", "VectorNetwork"]
@@ -80,7 +80,7 @@ def cut(vector, sizes):
 
 
 class VectorNetwork(NetworkInPlace):
-    """A network on one device, for vectors of that size or, if it is coordinatewise, of any; and of what parts its state is."""
+    """A network on one device, for vectors of that size or, if it is coordinatewise, of any, and the parts of its state."""
 
     work = Vector
 

@@ -22,7 +22,6 @@ class ImageNets(Problem):
     """What the problems on images share: their `options` rebuild them, on another device or split."""
 
     def to(self, device):
-        """The same distribution on another device."""
         return type(self)(**self.options, device=device)
 
     def with_split(self, split):

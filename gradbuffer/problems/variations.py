@@ -63,6 +63,11 @@ def meta_batch_of(params, loss):
     return in_parts(params, loss) if loss.divisible else MetaBatch(params, loss)
 
 
+def functions_of(tensors):
+    """B of a dict of (B, ...)."""
+    return len(next(iter(tensors.values())))
+
+
 def gradient_of(loss, params, step):
     """Losses (B,) and the gradient of their sum, a dict like params, without a graph, in the fastest way that the loss knows."""
     coordinates = Coordinates(params)
@@ -104,34 +109,50 @@ class RandomScaling(Variation):
                 scale *= 2 * torch.randint(2, tensor.shape, generator=generator) - 1
             scales[name] = scale.to(tensor.device)
         scaled = {name: tensor / scales[name] for name, tensor in batch.params.items()}
-        return meta_batch_of(scaled, ScaledLoss(loss_of(batch), scales))
+        return meta_batch_of(scaled, ScaledLoss([(scales, loss_of(batch))]))
 
 
 class ScaledLoss(Loss):
-    """Another loss in coordinates θ / scales."""
+    """Losses one after the other, each in coordinates of its own: pieces are (scales, loss), for f(scales ⊙ θ), with scales like the
+    parameters of its functions."""
 
-    def __init__(self, loss, scales):
-        self.loss, self.scales, self.divisible = loss, scales, loss.divisible
+    def __init__(self, pieces):
+        self.pieces, self.divisible = pieces, all(loss.divisible for _, loss in pieces)
 
-    def scaled(self, params):
-        return {name: self.scales[name] * tensor for name, tensor in params.items()}
+    def split(self, params):
+        """(scales, loss, where it is computed) of each piece."""
+        start = 0
+        for scales, loss in self.pieces:
+            functions = functions_of(scales)
+            yield scales, loss, {name: scale * params[name][start:start + functions] for name, scale in scales.items()}
+            start += functions
 
     def __call__(self, params, step):
-        return self.loss(self.scaled(params), step)
+        return torch.cat([loss(own, step) for _, loss, own in self.split(params)])
 
     def with_gradient(self, params, step):
-        losses, gradients = gradient_of(self.loss, self.scaled(params), step)
-        return losses, self.scaled(gradients)
+        found = [(scales, *gradient_of(loss, own, step)) for scales, loss, own in self.split(params)]
+        gradients = {name: torch.cat([scales[name] * gradient[name] for scales, _, gradient in found]) for name in params}
+        return torch.cat([losses for _, losses, _ in found]), gradients
 
     def part(self, first, last):
-        return ScaledLoss(self.loss.part(first, last), {name: scale[first:last] for name, scale in self.scales.items()})
+        pieces = []
+        for scales, loss in self.pieces:
+            begin, end = max(first, 0), min(last, functions_of(scales))
+            if begin < end:
+                pieces.append(({name: scale[begin:end] for name, scale in scales.items()}, loss.part(begin, end)))
+            first, last = first - functions_of(scales), last - functions_of(scales)
+        return ScaledLoss(pieces)
 
     def tensors(self, step):
-        return *self.loss.tensors(step), *self.scales.values()
+        return tuple(tensor for scales, loss in self.pieces for tensor in (*scales.values(), *loss.tensors(step)))
 
     def of(self, tensors):
-        own = len(tensors) - len(self.scales)
-        return ScaledLoss(self.loss.of(tensors[:own]), dict(zip(self.scales, tensors[own:])))
+        left, pieces = iter(tensors), []
+        for scales, loss in self.pieces:
+            scales = {name: next(left) for name in scales}
+            pieces.append((scales, loss.of(tuple(next(left) for _ in loss.tensors(0)))))
+        return ScaledLoss(pieces)
 
 
 class Mirrored(Variation):
@@ -162,49 +183,9 @@ class Mirrored(Variation):
         return super().sample(meta_batch // 2, generator)
 
     def vary(self, batch, generator):
-        loss, pairs = loss_of(batch), len(next(iter(batch.params.values())))
         params = {name: torch.cat([tensor, -tensor]) for name, tensor in batch.params.items()}
-        return meta_batch_of(params, MirroredLoss([(1, pairs, loss), (-1, pairs, loss)]))
-
-
-class MirroredLoss(Loss):
-    """Losses one after the other, each (sign, functions, loss) in coordinates sign · θ."""
-
-    def __init__(self, pieces):
-        self.pieces, self.divisible = pieces, all(loss.divisible for *_, loss in pieces)
-
-    def split(self, params):
-        """(sign, loss, parameters) of each."""
-        start = 0
-        for sign, functions, loss in self.pieces:
-            yield sign, loss, {name: sign * tensor[start:start + functions] for name, tensor in params.items()}
-            start += functions
-
-    def __call__(self, params, step):
-        return torch.cat([loss(own, step) for _, loss, own in self.split(params)])
-
-    def with_gradient(self, params, step):
-        found = [(sign, *gradient_of(loss, own, step)) for sign, loss, own in self.split(params)]
-        gradients = {name: torch.cat([sign * gradient[name] for sign, _, gradient in found]) for name in params}
-        return torch.cat([losses for _, losses, _ in found]), gradients
-
-    def part(self, first, last):
-        pieces, start = [], 0
-        for sign, functions, loss in self.pieces:
-            begin, end = max(first - start, 0), min(last - start, functions)
-            if begin < end:
-                pieces.append((sign, end - begin, loss.part(begin, end)))
-            start += functions
-        return MirroredLoss(pieces)
-
-    def tensors(self, step):
-        return tuple(tensor for *_, loss in self.pieces for tensor in loss.tensors(step))
-
-    def of(self, tensors):
-        left, pieces = iter(tensors), []
-        for sign, functions, loss in self.pieces:
-            pieces.append((sign, functions, loss.of(tuple(next(left) for _ in loss.tensors(0)))))
-        return MirroredLoss(pieces)
+        signs = [{name: tensor.new_tensor(sign).expand_as(tensor) for name, tensor in batch.params.items()} for sign in (1, -1)]
+        return meta_batch_of(params, ScaledLoss([(scales, loss_of(batch)) for scales in signs]))
 
 
 class ConvexTerms(Variation):

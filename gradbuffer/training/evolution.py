@@ -16,7 +16,30 @@ import torch
 from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.unrolling import check_objective, scored, trained, unroll
 
-__all__ = ["Estimate", "PES", "PESState", "Pairs", "Perceptrons", "signal_to_noise"]
+__all__ = ["Estimate", "Method", "PES", "PESState", "Pairs", "Perceptrons", "signal_to_noise"]
+
+
+class Method:
+    """A way to the meta-gradient: a frozen dataclass of its options, with `name`, `objective`, and two methods."""
+
+    name = ""
+    objective: str | Callable = "sum"
+
+    def check(self, rule) -> None:
+        """Raise unless the options go together, and with this network."""
+        raise NotImplementedError
+
+    def window(self, rule, loss, coordinates, theta, state, step, weights, generator):
+        """A window of the unroll.
+
+        Args:
+            rule, loss: of `contracts`. coordinates: how parameters lie in theta (N,), where the window starts; state: the rule's there.
+            step: the first one's number. weights: (T + 1,), w_t / B. generator: for what is drawn.
+
+        Returns:
+            the gradients (dict), the losses (T + 1, B), theta and the state at the end; no graph.
+        """
+        raise NotImplementedError
 
 
 class PESState(NamedTuple):
@@ -27,7 +50,7 @@ class PESState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PES:
+class PES(Method):
     """The meta-gradient by evolution strategies: an unbiased estimate from truncated windows, without any derivative of them.
 
     The optimizer's weights are perturbed, in antithetic pairs; each of a pair goes its own way through all windows, and the loss of a

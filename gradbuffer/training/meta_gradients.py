@@ -15,7 +15,7 @@ import torch
 
 from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
 from gradbuffer.contracts import as_loss, as_rule
-from gradbuffer.training.evolution import PES
+from gradbuffer.training.evolution import PES, Method
 from gradbuffer.nests import map_tensors, tensors_in
 from gradbuffer.unrolling import Coordinates, check_objective, gradients_of, multiply_by_slopes, scored, unroll
 
@@ -32,7 +32,7 @@ class WindowInfo(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Replay:
+class Replay(Method):
     """The meta-gradient by replay, without a graph of the window.
 
     It unrolls and keeps the gradients ∇_t. Since they are constants, the adjoint of θ_{t+1} is λ_{t+1} = Σ_{s>t} w_s ∇_s, and
@@ -81,7 +81,7 @@ class Replay:
 
 
 @dataclass(frozen=True)
-class Autograd:
+class Autograd(Method):
     """The meta-gradient by autograd, of the whole window as one graph: exact, slower, and what the replay is tested against.
 
     Args:
@@ -128,7 +128,7 @@ def method_of(method="replay", **options):
         ValueError, TypeError: there is no such way, or an option is not one of it.
     """
     if not isinstance(method, str):
-        if not (callable(getattr(method, "window", None)) and callable(getattr(method, "check", None))):
+        if not isinstance(method, Method):
             raise TypeError(f"method must be one of {list(METHODS)}, or a Replay, Autograd or PES, got {method!r}")
         given = sorted(name for name, value in options.items() if value != DEFAULTS.get(name))
         if given:

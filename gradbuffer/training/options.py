@@ -13,7 +13,7 @@ from typing import Any, Callable
 import torch
 
 from gradbuffer.training.checkpoints import describe_net
-from gradbuffer.checks import check_count, check_positive_number
+from gradbuffer.checks import check_count, check_positive_number, name_of
 from gradbuffer.contracts import Problem, as_rule
 from gradbuffer.training.imitation import Teacher
 from gradbuffer.training.meta_gradients import DEFAULTS, Replay, flat_options, method_of
@@ -186,11 +186,11 @@ class Training:
         elif self.horizon is not None and not callable(self.horizon):
             raise TypeError(f"horizon must be None, a RandomHorizon, a Curriculum or a function of (iteration, generator), got {self.horizon!r}")
         for name, kind in (("validation", Validation), ("checkpoint", (Checkpoint, type(None))), ("teacher", (Teacher, type(None)))):
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name} must be a {name.capitalize()}, got {getattr(self, name)!r}")
+            if not isinstance(vars(self)[name], kind):
+                raise TypeError(f"{name} must be a {name.capitalize()}, got {vars(self)[name]!r}")
         for name in ("meta_optimizer", "schedule"):
-            if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise TypeError(f"{name} must be a function, got {getattr(self, name)!r}")
+            if vars(self)[name] is not None and not callable(vars(self)[name]):
+                raise TypeError(f"{name} must be a function, got {vars(self)[name]!r}")
         if self.meta_optimizer is not None and self.lr != default_of(Training, "lr"):
             raise ValueError(f"lr={self.lr} is for the default meta_optimizer; one that is given has its own rates")
         if self.schedule is not None and self.warmup != default_of(Training, "warmup"):
@@ -205,7 +205,7 @@ class Training:
         if self.teacher is not None and self.teacher.share == 1:  # all is imitation: there is no meta-loss
             without = [name for name, value in flat_options(self.method).items()
                        if name in ("method", "second_order", "objective", "adjoint_bound") and value != {"method": "replay", **DEFAULTS}[name]]
-            for name in [*without, *(name for name in ("cuda_graph", "weights") if getattr(self, name))]:
+            for name in [*without, *(name for name in ("cuda_graph", "weights") if vars(self)[name])]:
                 raise ValueError(f"{name} has no effect with imitation {self.teacher.share}")
 
     @property
@@ -227,7 +227,7 @@ class Training:
 
     def describe(self, net, problem: Problem) -> dict:
         """What a checkpoint must agree with: plain values by their names."""
-        plain = {name: getattr(self, name) for name in ("steps", "unroll", "meta_batch", "iterations", "lr", "seed", "warmup", "clip")}
+        plain = {name: vars(self)[name] for name in ("steps", "unroll", "meta_batch", "iterations", "lr", "seed", "warmup", "clip")}
         method = flat_options(self.method)
         settings = plain | {name: method.pop(name) for name in ("method", "second_order", "replay_fraction", "sigma", "pairs", "objective",
                                                                 "adjoint_bound")}
@@ -241,14 +241,14 @@ class Training:
             settings["horizons"] = (self.horizon.least, self.horizon.most)
         elif self.horizon is not None:
             settings["horizons"] = describe(self.horizon)
-        later = method | {name: getattr(self, name) for name in ("weights", "meta_optimizer", "schedule", "balance")}  # older files lack these
+        later = method | {name: vars(self)[name] for name in ("weights", "meta_optimizer", "schedule", "balance")}  # older files lack these
         return settings | {name: describe(value) for name, value in later.items() if value}
 
 
 def describe(value):
     """A function by its name, a list as a tuple, plain values as they are."""
     if callable(value):
-        return getattr(value, "__qualname__", type(value).__name__)
+        return name_of(value)
     return tuple(value) if isinstance(value, list) else value
 
 
