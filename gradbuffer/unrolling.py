@@ -249,8 +249,8 @@ def pull_back_by_autograd(rule, grad, state, adjoint, next_adjoints, read=None):
         ends = [(end, d) for end, d in zip([update, *tensors_in(after)], [adjoint, *next_adjoints]) if end.requires_grad]
         leaves = [grad, *before, *wanted.values(), *beside.values()]
         asked = [leaf for leaf in leaves if leaf.requires_grad]
-        found = dict(zip(map(id, asked), torch.autograd.grad([end for end, _ in ends], asked, [d for _, d in ends],
-                                                             allow_unused=True)))
+        grads = torch.autograd.grad([end for end, _ in ends], asked, [d for _, d in ends], allow_unused=True) if ends else []
+        found = dict(zip(map(id, asked), grads))
     pulled = [torch.zeros_like(leaf) if found.get(id(leaf)) is None else found[id(leaf)] for leaf in leaves]
     first = 1 + len(before)
     parts = pulled[0], pulled[1:first], dict(zip(wanted, pulled[first:]))
@@ -265,6 +265,7 @@ def trained(rule) -> dict:
 def gradients_of(value, rule):
     """Gradients of a scalar as a dict like `named_parameters()`; zeros for parameters it does not depend on."""
     wanted = trained(rule)
-    grads = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
+    depends = value.requires_grad  # a network may leave such parameters to a rule without weights
+    grads = torch.autograd.grad(value, list(wanted.values()), allow_unused=True) if depends else [None] * len(wanted)
     return {name: torch.zeros_like(parameter) if grad is None else grad
             for (name, parameter), grad in zip(wanted.items(), grads)}

@@ -508,6 +508,25 @@ def test_made_and_stepped_under_any_context(context, kernels):
     own(torch.ones(1, 3)).sum().backward()
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", list(NETS))
+def test_cuda_parameters_with_a_network_on_the_cpu(kind):
+    here, there, network = parameters(), [nn.Parameter(param.detach().cuda()) for param in parameters()], NETS[kind]()
+    optimizers = [LearnedOptimizer(params, network, lr=0.02, weight_decay=0.1) for params in (here, there)]
+    for step in range(3):
+        give_gradients(here, step)
+        for param, twin in zip(here, there):
+            twin.grad = None if param.grad is None else param.grad.cuda()
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            for weight in network.parameters():
+                weight.mul_(1.1)  # the copy follows
+    for param, twin in zip(here, there):
+        torch.testing.assert_close(twin.cpu(), param, rtol=1e-8, atol=1e-8)
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 

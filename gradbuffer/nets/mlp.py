@@ -7,6 +7,7 @@ any device and with gradients through everything. How to train its weights is no
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -45,10 +46,12 @@ class MLPOptimizer(Rule, nn.Module):
         orthogonalize: five Newton-Schulz iterations of the output of tensors with two or more axes, as in Muon; "celo" only.
         vectors: who moves tensors with fewer than two axes: "mlp", this network, or "adamw", AdamW(0.9, 0.95) at 20 · lr.
         weight_decay: 0 or more, decoupled.
-        lr: the rate where `forward` is given none, above 0.
+        lr: the rate where `forward` is given none, above 0; the default rate of `LearnedOptimizer`.
 
     Raises:
         TypeError, ValueError: an argument is not as said.
+
+    `LearnedOptimizer(model.parameters(), net, lr=0.003)` trains a model by it. By itself it advances functions at once:
 
     Example:
         >>> net = MLPOptimizer()
@@ -62,7 +65,8 @@ class MLPOptimizer(Rule, nn.Module):
     tensorwise = True
     arguments = ("hidden_sizes", "variant", "orthogonalize", "vectors", "weight_decay", "lr")
 
-    def __init__(self, hidden_sizes=(8, 8), variant="celo", orthogonalize=False, vectors="mlp", weight_decay=0.0, lr=1e-3):
+    def __init__(self, hidden_sizes: Sequence[int] = (8, 8), variant: str = "celo", orthogonalize: bool = False,
+                 vectors: str = "mlp", weight_decay: float = 0.0, lr: float = 1e-3):
         super().__init__()
         if not isinstance(hidden_sizes, (tuple, list)) or not hidden_sizes:
             raise TypeError(f"hidden_sizes must be a tuple of at least one int, got {hidden_sizes!r}")
@@ -87,14 +91,14 @@ class MLPOptimizer(Rule, nn.Module):
             self.layers[f"bias_{l}"] = nn.Parameter(torch.zeros(outputs))
 
     @property
-    def reads(self):
+    def reads(self) -> set:
         """What `forward` reads beside gradients and state."""
         return {"params"} if self.variant == "celo" else {"params", "step"}
 
     def extra_repr(self):
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 
-    def init_state(self, params):
+    def init_state(self, params: dict) -> dict:
         """The state before the first step: zeros, in the parameters' dtype and on their device.
 
         Args:
@@ -117,7 +121,8 @@ class MLPOptimizer(Rule, nn.Module):
             shapes = {"m": param.shape, "v": param.shape, "steps": (functions,)}
         return {name: torch.zeros(size, dtype=param.dtype, device=param.device) for name, size in shapes.items()}
 
-    def forward(self, grads, state, *, params, lr=None, step=None, weights=None):
+    def forward(self, grads: dict, state: dict, *, params: dict, lr: float | torch.Tensor | None = None,
+                step: int | torch.Tensor | None = None, weights: torch.Tensor | None = None):
         """One step of B functions.
 
         Args:
@@ -126,8 +131,8 @@ class MLPOptimizer(Rule, nn.Module):
             params: dict from name to parameter (B, *shape).
             lr: a number, or (B,) with one for each function; default: `self.lr`.
             step: how many steps were done before, an int or (B,); needed where `reads` says "step".
-            weights: other weights than this network's own: flat (W,) in the order of `parameters()`, or (B, W) with a set for each
-                function.
+            weights: other weights than this network's own: flat (W,) in the order of `parameters()`, or (B, W) with a
+                set for each function.
 
         Returns:
             updates, a dict like params, to be added to them, and the next state. Both carry a graph to whatever requires grad.
@@ -241,7 +246,7 @@ class MLPOptimizer(Rule, nn.Module):
         return ADAMW_RATE * direction, {"m": m, "v": v, "steps": steps}
 
 
-def start_as_normalized_adam(net, seed=0):
+def start_as_normalized_adam(net: MLPOptimizer, seed: int = 0) -> MLPOptimizer:
     """Write weights with which the direction is m_.9 / √(v + 1e-8) over its root mean square, before any training.
 
     In each layer a pair of units passes x and -x on. All other units have small random weights, and the output does not read

@@ -206,7 +206,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    # How it is done ---------------------------------------------------------------------------------------------------
+    # Internals --------------------------------------------------------------------------------------------------------
 
     def _network(self, net, params):
         """The network where these parameters are, for their dtype or number of coordinates if that matters."""
