@@ -255,9 +255,9 @@ def add_outer_blocks(typing, rows, columns, row_blocks, column_blocks, y, y_step
                     for place in vectors.places:
                         b = [vectors.load(vectors.at(b_t, k * LANES + place)) for k in range(K)]
                         a = [vectors.load(vectors.at(a_t, r * LANES + place)) for r in range(R)]
-                        alone = [vectors.plus(total, part) for total, part in zip(totals[R * K:], a)]
+                        row_sums = [vectors.plus(total, part) for total, part in zip(totals[R * K:], a)]
                         totals = [vectors.add_product(totals[r * K + k], a[r], b[k])
-                                  for r in range(R) for k in range(K)] + alone
+                                  for r in range(R) for k in range(K)] + row_sums
                     return totals
 
                 totals = vectors.loop(many, [zero] * (R * K + with_rows), add)
@@ -265,8 +265,8 @@ def add_outer_blocks(typing, rows, columns, row_blocks, column_blocks, y, y_step
                 vectors.add_sums(totals[:R * K], vectors.at(target, builder.mul(number, ir.Constant(INDEX, R * K))))
                 return totals[R * K:]
 
-            alone = block(ir.Constant(INDEX, 0), R)
-            vectors.add_sums(alone, vectors.at(row_target, builder.mul(row, ir.Constant(INDEX, R))))
+            row_sums = block(ir.Constant(INDEX, 0), R)
+            vectors.add_sums(row_sums, vectors.at(row_target, builder.mul(row, ir.Constant(INDEX, R))))
             others = builder.sub(across, ir.Constant(INDEX, 1))
             with builder.if_then(builder.icmp_signed(">", others, ir.Constant(INDEX, 0))):
                 vectors.loop(others, [], lambda number, _: block(builder.add(number, ir.Constant(INDEX, 1)), 0))

@@ -78,9 +78,9 @@ class Rows(Vectors):
             self.store_bfloat16(value, pointer)
         else:
             halves, _, _ = self.halves_and_floats()
-            room = cgutils.alloca_once(self.builder, halves)
-            self.store_bfloat16(value, room)
-            self.masked_store(2, self.builder.load(room, align=2), pointer)
+            place = cgutils.alloca_once(self.builder, halves)
+            self.store_bfloat16(value, place)
+            self.masked_store(2, self.builder.load(place, align=2), pointer)
 
     def counted(self, value):
         """The value where a place counts, else 0."""

@@ -8,7 +8,7 @@ import math
 from llvmlite import binding, ir
 from numba import types
 
-__all__ = ["INDEX", "LANES", "REGISTER", "REGISTERS", "TO_POWERS", "Vectors"]
+__all__ = ["INDEX", "LANES", "NUMBERS", "REGISTER", "REGISTERS", "TO_POWERS", "Vectors"]
 
 LANES = 16  # columns
 INDEX = ir.IntType(64)

@@ -14,7 +14,7 @@ import torch
 
 from gradbuffer.kernels.interface import LSTMKernels
 from gradbuffer.kernels.llvm_blocks import LANES, OUTER, OUTER_OF_ONE_ROW, REGISTER, ROWS
-from gradbuffer.kernels.numba_loops import MORE_TILES, run_replay, run_step, shared_rows
+from gradbuffer.kernels.numba_loops import MORE_TILES, run_replay, shared_rows, step_all
 from gradbuffer.kernels.numba_threads import buffer, parallel_for, pieces_of, threads_here, windows_at_once
 
 __all__ = ["GateTape", "NumbaLSTM", "array", "as_rows", "in_blocks"]
@@ -102,7 +102,7 @@ class NumbaLSTM(LSTMKernels):
             after = end if done == steps - 1 else between
 
             def work(start, stop):
-                run_step(*self.packed, float(p), array(features(start, stop)), start, *before, start, stop, out, *after,
+                step_all(*self.packed, float(p), array(features(start, stop)), start, *before, start, stop, out, *after,
                          self.scratch(1, MORE_TILES), gates, shares, done, steps)
 
             parallel_for(work, pieces_of(N, N if p else STEP_CHUNK))
@@ -124,7 +124,7 @@ class NumbaLSTM(LSTMKernels):
             inputs, sums, scratch = features(start, stop), self.zero_sums(), self.scratch(len(adjoint))
             dfeatures = torch.empty(inputs.shape if pull_inputs else (1, 1, 0), dtype=self.dtype, device="cpu")
             ahead = 2 * (scratch.nbytes + next_tile) <= CACHE
-            run_replay(self.weights, self.transposed, self.biases, self.output, squash, float(p), array(inputs), start, *before,
+            run_replay(*self.packed, self.transposed, squash, float(p), array(inputs), start, *before,
                        start, stop, array(dfeatures), none, none, *sums, scratch, *kept, ahead)
             if pull_inputs:
                 pull_inputs(start, stop, dfeatures)
@@ -142,7 +142,7 @@ class NumbaLSTM(LSTMKernels):
 
         def work(start, stop):
             sums = self.zero_sums()
-            run_replay(self.weights, self.transposed, self.biases, self.output, squash, 0.0, *before, start, stop,
+            run_replay(*self.packed, self.transposed, squash, 0.0, *before, start, stop,
                        array(dfeatures[None]), *adjoints, *sums, self.scratch(1), *self.gates_on(None), False)
             return sums
 

@@ -14,7 +14,7 @@ import torch
 
 from gradbuffer.contracts import PerceptronData, QuadraticData
 from gradbuffer.kernels.llvm_blocks import LANES, OUTER, add_outer_blocks, gather_columns
-from gradbuffer.kernels.numba_loops import MORE_TILES, add_product, compiled, run_step
+from gradbuffer.kernels.numba_loops import MORE_TILES, State, Tape, Weights, add_product, compiled, run_step
 from gradbuffer.kernels.numba_lstm import GateTape, array, as_rows
 from gradbuffer.kernels.numba_threads import buffer, parallel_for, pieces_of, shares_of, threads_here
 from gradbuffer.nests import clone
@@ -135,18 +135,18 @@ def value_and_gradient(W, y, twice, theta, residual, gradient):
 
 
 @compiled
-def quadratic_window(W, y, twice, theta, p, weights, biases, output, hidden, cells, strides, losses, gradients, first, last, update,
-               residual, scratch, gates, shares):
+def quadratic_window(W, y, twice, theta, p, matrices, biases, output, hidden, cells, strides, losses, gradients, first, last,
+                     update, residual, scratch, gates, shares):
     """The window of functions first … last. The state and theta are overwritten."""
-    n = W.shape[1]
+    n, updates = W.shape[1], len(gradients) - 1
     start, stop = first * n, last * n
-    for t in range(len(gradients)):
+    weights, state, tape = Weights(matrices, biases, output), State(hidden, cells, strides), Tape(gates, shares, updates)
+    for t in range(updates + 1):
         for b in range(first, last):
             here = slice(b * n, (b + 1) * n)
             losses[t, b] = value_and_gradient(W[b], y[b], twice[b], theta[here], residual, gradients[t, here])
-        if t + 1 < len(gradients):
-            run_step(weights, biases, output, p, gradients[t:t + 1], 0, hidden, cells, strides, start, stop, update, hidden,
-                     cells, strides, scratch, gates, shares, t, len(gradients) - 1)
+        if t < updates:
+            run_step(weights, p, gradients[t:t + 1], 0, state, start, stop, update, state, scratch, tape, t)
             for i in range(start, stop):
                 theta[i] += update[i]
 
@@ -291,19 +291,20 @@ def run_perceptrons(images, labels, index, theta, layers, kind, first, last, los
 
 
 @compiled
-def perceptron_window(images, labels, index, theta, layers, kind, p, weights, biases, output, hidden, cells, strides, mid_hidden, mid_cells,
-               mid_strides, end_hidden, end_cells, end_strides, losses, gradients, update, scratch, sums, step_scratch, gates, shares):
+def perceptron_window(images, labels, index, theta, layers, kind, p, matrices, biases, output, hidden, cells, strides, mid_hidden,
+                      mid_cells, mid_strides, end_hidden, end_cells, end_strides, losses, gradients, update, scratch, sums,
+                      step_scratch, gates, shares):
     """A window of them all. index (updates + 1, B, batch); theta is overwritten; the state is read, written after the last
     step to end_…, and is between them in mid_…"""
     updates = len(gradients) - 1
+    weights, tape = Weights(matrices, biases, output), Tape(gates, shares, updates)
+    before, after = State(hidden, cells, strides), State(mid_hidden, mid_cells, mid_strides)
     for t in range(updates + 1):
         run_perceptrons(images, labels, index[t], theta, layers, kind, 0, index.shape[1], losses[t], gradients[t], scratch, sums)
         if t < updates:
-            if t > 0:
-                hidden, cells, strides = mid_hidden, mid_cells, mid_strides
             if t == updates - 1:
-                mid_hidden, mid_cells, mid_strides = end_hidden, end_cells, end_strides
-            run_step(weights, biases, output, p, gradients[t:t + 1], 0, hidden, cells, strides, 0, len(theta), update, mid_hidden,
-                     mid_cells, mid_strides, step_scratch, gates, shares, t, updates)
+                after = State(end_hidden, end_cells, end_strides)
+            run_step(weights, p, gradients[t:t + 1], 0, before, 0, len(theta), update, after, step_scratch, tape, t)
+            before = after
             for k in range(len(theta)):
                 theta[k] += update[k]

@@ -146,7 +146,7 @@ class LSTMOptimizer(Rule, nn.Module):
 
     def in_parts(self, work, functions: int, size: int, steps: int) -> list:
         """See `Rule.in_parts`: some functions after the others, or several at once, each by a thread of its own."""
-        return self.kernels().in_parts(work, functions, size, steps)
+        return self.kernels().in_parts(work, functions, size, steps) if functions > 1 else [work(0, functions)]
 
     def record(self, loss, coordinates, theta: torch.Tensor, state: tuple, step: int, updates: int,
                keep: bool = False) -> Recorded:
@@ -167,20 +167,7 @@ class LSTMOptimizer(Rule, nn.Module):
                                lambda gradient, state: (take(gradient), own), tape)
 
     def replay(self, grads: torch.Tensor, state: tuple, adjoint: torch.Tensor, tape=None, read: dict | None = None) -> dict:
-        """Gradient of Σ_t ⟨adjoint_t, update_t⟩ with respect to the weights, over recorded inputs.
-
-        This is the whole meta-gradient when the inputs count as constants (`meta_gradients.meta_gradient`). The coordinates are
-        independent, so they go in blocks and memory does not grow with N × T.
-
-        Args:
-            grads: (T, N), the gradients fed to the network at steps 0 … T-1.
-            state: the state before step 0; not changed.
-            adjoint: (T, N), the derivative of the loss with respect to each update; constant.
-            tape: what `record` gave with these gradients, from this state; used up.
-            read: nothing, see `Rule.replay`.
-
-        Returns:
-            dict from name to gradient, for the parameters that require grad; no graph.
+        """See `Rule.replay`. The coordinates are independent, so they go in blocks and memory does not grow with N × T.
 
         Raises:
             ValueError: shapes do not fit.
@@ -193,19 +180,7 @@ class LSTMOptimizer(Rule, nn.Module):
         return {name: gradients[name] for name in wanted}
 
     def pull_back(self, grad: torch.Tensor, state: tuple, adjoint: torch.Tensor, next_adjoints: list, read: dict | None = None):
-        """Backpropagate through one step: what the second-order replay does from the last step to the first.
-
-        Args:
-            grad: (N,), what the step was fed.
-            state: the state before the step; not changed.
-            adjoint: (N,), the derivative of the loss with respect to the update.
-            next_adjoints: list, the derivative with respect to each tensor of the state after the step; overwritten.
-            read: nothing, see `Rule.pull_back`.
-
-        Returns:
-            the derivatives with respect to grad (N,), to each tensor of `state` (list), and to the weights (dict). No
-            graph.
-        """
+        """See `Rule.pull_back`; next_adjoints are overwritten."""
         (hidden, cell, *memory), (dhidden, dcell, *dmemory) = state, next_adjoints
         with torch.enable_grad():
             grad, *memory = (tensor.detach().requires_grad_() for tensor in (grad, *memory))
@@ -364,6 +339,7 @@ def explain(net: nn.Module) -> str:
         text, some lines for each LSTM that has kernels.
 
     Example:
+        >>> from optimizers import CoordinatewiseLSTM
         >>> print(explain(CoordinatewiseLSTM()))
     """
     found = {name: module for name, module in net.named_modules() if isinstance(module, LSTMOptimizer)}

@@ -15,7 +15,7 @@ from torch import nn
 from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.contracts import Rule
 
-__all__ = ["MLPOptimizer", "matrix_axes", "start_as_normalized_adam"]
+__all__ = ["MLPOptimizer", "as_matrix", "from_matrix", "matrix_axes", "start_as_normalized_adam"]
 
 MOMENTS = (0.9, 0.99, 0.999)  # decays of the gradient's averages, and of the rows' and columns' second moments
 SECOND = 0.95  # decay of the squared gradient's average
