@@ -31,7 +31,7 @@ def compiled_run(windows, weights, particles, steps, batch, data, threads):
     def run():
         pin(threads)
         params, state = windows.draw_params(particles, seed=0), windows.init_state(particles)
-        return windows.run(weights, params, state, *data, lr=0.003, steps=steps, batch=batch, seeds=range(particles))
+        return windows.run(weights, (params, state), data, lr=0.003, steps=steps, batch=batch, seeds=range(particles))
 
     return run
 

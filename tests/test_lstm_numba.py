@@ -10,7 +10,7 @@ import torch
 from gradbuffer.nets.readings import log_sign
 
 numba = pytest.importorskip("numba", reason="the kernels are compiled by numba")
-from gradbuffer.kernels import numba_loops, numba_lstm  # noqa: E402
+from gradbuffer.kernels import numba_loops, numba_lstm, numba_tape  # noqa: E402
 from gradbuffer.kernels.llvm_blocks import LANES, ROWS, STREAM  # noqa: E402
 from gradbuffer.kernels.numba_threads import parallel_for, pieces_of  # noqa: E402
 from gradbuffer.unrolling import replay_by_autograd  # noqa: E402
@@ -95,7 +95,7 @@ def test_replay_with_what_the_steps_have_kept(net, N, tiles, threads, monkeypatc
     monkeypatch.setattr(numba_lstm, "STEP_CHUNK", 16 * 9)
     net, steps = copy.deepcopy(net).double(), 7
     whole, layers, row = -(-N // LANES), net.num_layers, net.hidden_size * LANES * 8
-    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", (tiles * steps * 4 + 2 * whole * layers) * row)  # gates; the state
+    monkeypatch.setattr(numba_tape, "TAPE_BYTES", (tiles * steps * 4 + 2 * whole * layers) * row)  # gates; the state
     kept, plain, tape = steps_and_replays(net, N, steps, threads)
     expected = [max(0, min(whole, tiles - whole * above)) for above in reversed(range(layers))]
     assert tape.shares.tolist() == (expected if tiles >= whole / 2 else [0] * layers)
@@ -108,7 +108,7 @@ def test_replay_with_what_the_steps_have_kept(net, N, tiles, threads, monkeypatc
 def test_where_a_state_lies_and_what_is_fetched_change_nothing(states, cache, monkeypatch, threads_as_before):
     """A state that is too large stays in rows; the next tile's gates are fetched ahead where the cache is large enough."""
     monkeypatch.setenv("L2O_KERNELS", "numba")
-    monkeypatch.setattr(numba_lstm, "STATE_BYTES", states)
+    monkeypatch.setattr(numba_tape, "STATE_BYTES", states)
     monkeypatch.setattr(numba_lstm, "CACHE", cache)
     net = CoordinatewiseLSTM(preprocess="log_sign").double()
     assert bool(net.recorder(net.init_state(150), 5)[2].state.size) == bool(states)
@@ -148,11 +148,11 @@ def test_bfloat16_is_rounded_as_torch_does(dtype):
     N, tiles = len(values), -(-len(values) // LANES)
     tiled, stored = torch.zeros(tiles * LANES, dtype=dtype), torch.zeros(N + 2, dtype=torch.bfloat16)
     tiled[:N], expected = values, values.to(torch.bfloat16)
-    numba_loops.store(tiled.numpy(), LANES, 1, N, numba_lstm.array(stored), 1, 0, LANES)
+    numba_loops.store(tiled.numpy(), LANES, 1, N, numba_tape.array(stored), 1, 0, LANES)
     torch.testing.assert_close(stored[1:-1], expected, rtol=0, atol=0, equal_nan=True)
     assert stored[0] == stored[-1] == 0
     back = torch.full_like(tiled, math.nan)
-    numba_loops.load(numba_lstm.array(stored), 1, 0, LANES, 1, N, back.numpy(), 0, LANES)
+    numba_loops.load(numba_tape.array(stored), 1, 0, LANES, 1, N, back.numpy(), 0, LANES)
     torch.testing.assert_close(back[:N], expected.to(dtype), rtol=0, atol=0, equal_nan=True)
     assert not back[N:].any()
 

@@ -74,7 +74,7 @@ def test_windows_are_those_of_the_reference(sizes, activation, loss, batch, opti
     lr = torch.linspace(0.001, 0.01, B)[:, None] * torch.linspace(1, 0.1, steps)
     index = minibatches(range(B), 5, steps, batch, EXAMPLES)
     losses, theta, end = reference(net, windows, weights, params, state, inputs, targets, index, lr)
-    found = windows.run(weights, params, state, inputs, targets, lr=lr, steps=steps, batch=batch, seeds=range(B), first_steps=5)
+    found = windows.run(weights, (params, state), (inputs, targets), lr=lr, steps=steps, batch=batch, seeds=range(B), first_steps=5)
     close = dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-3, atol=2e-4)
     torch.testing.assert_close(found, losses, **close)
     torch.testing.assert_close(params, theta, **close)
@@ -92,11 +92,11 @@ def test_shared_weights_and_given_minibatches():
     index = torch.randint(EXAMPLES, (6, 20))
     losses, theta, end = reference(net, windows, weights, params, state, inputs, targets, index.expand(4, 6, 20), 0.01)
     each = [(params.clone(), state.clone()) for _ in range(2)]
-    found = windows.run(weights, params, state, inputs, targets, lr=0.01, index=index)
+    found = windows.run(weights, (params, state), (inputs, targets), lr=0.01, index=index)
     for part, expected in ((found, losses), (params, theta), (state, end)):
         torch.testing.assert_close(part, expected, rtol=1e-10, atol=1e-10)
     rates = torch.full((4, 1), 0.01, dtype=torch.float64)
-    again = [windows.run(w, *start, inputs, targets, lr=rates, index=i) for start, w, i in
+    again = [windows.run(w, start, (inputs, targets), lr=rates, index=i) for start, w, i in
              zip(each, (weights, weights.expand(4, -1)), (index, index.expand(4, 6, 20)))]
     assert all(torch.equal(found, other) for other in again) and all(torch.equal(params, p) for p, _ in each)
 
@@ -106,7 +106,7 @@ def test_scaled_gradients_are_those_in_other_coordinates():
     net, windows, weights, params, state, inputs, targets = small()
     scales = torch.tensor([1e-3, 0.5, 1.0, 40.0], dtype=torch.float64)
     index, begun = minibatches(range(4), 0, 12, 20, EXAMPLES), params.clone()
-    losses = windows.run(weights, params, state, inputs, targets, lr=0.01, index=index, gradient_scales=scales)
+    losses = windows.run(weights, (params, state), (inputs, targets), lr=0.01, index=index, gradient_scales=scales)
 
     class Scaled(torch.nn.Module):
         def forward(self, grads, state, **given):
@@ -117,16 +117,16 @@ def test_scaled_gradients_are_those_in_other_coordinates():
         torch.testing.assert_close(part, other, rtol=1e-9, atol=1e-12)
     assert not torch.allclose(losses[0], losses[2])
     with pytest.raises(ValueError, match="gradient_scales must be above 0"):
-        windows.run(weights, params, state, inputs, targets, lr=0.01, index=index, gradient_scales=0.0)
+        windows.run(weights, (params, state), (inputs, targets), lr=0.01, index=index, gradient_scales=0.0)
 
 
 def test_a_window_in_two_parts_is_the_same():
     _, windows, weights, params, state, inputs, targets = small({"vectors": "adamw"})
     whole = params.clone(), state.clone()
     given = dict(lr=0.01, batch=20, seeds=[3, 3, 5, 6])
-    losses = windows.run(weights, *whole, inputs, targets, steps=10, **given)
-    parts = [windows.run(weights, params, state, inputs, targets, steps=4, **given),
-             windows.run(weights, params, state, inputs, targets, steps=6, first_steps=torch.full((4,), 4), **given)]
+    losses = windows.run(weights, whole, (inputs, targets), steps=10, **given)
+    parts = [windows.run(weights, (params, state), (inputs, targets), steps=4, **given),
+             windows.run(weights, (params, state), (inputs, targets), steps=6, first_steps=torch.full((4,), 4), **given)]
     assert torch.equal(torch.cat(parts, 1), losses) and torch.equal(params, whole[0]) and torch.equal(state, whole[1])
 
 
@@ -136,7 +136,7 @@ def test_threads_change_nothing(threads_as_before):
     for threads in (1, 2):
         torch.set_num_threads(threads)
         own = params.clone(), state.clone()
-        results.append((windows.run(weights, *own, inputs, targets, lr=0.01, steps=8, batch=20, seeds=range(5)), *own))
+        results.append((windows.run(weights, own, (inputs, targets), lr=0.01, steps=8, batch=20, seeds=range(5)), *own))
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
@@ -152,10 +152,10 @@ def test_a_particle_that_diverges_harms_nobody(clip):
     _, windows, weights, params, state, inputs, targets = small(dtype=torch.float32)
     healthy = params.clone(), state.clone()
     given = dict(steps=12, batch=20, seeds=range(4), clip=clip)
-    expected = windows.run(weights, *healthy, inputs, targets, lr=0.01, **given)
+    expected = windows.run(weights, healthy, (inputs, targets), lr=0.01, **given)
     rates = torch.tensor([0.01, 1e30, 0.01, 0.01], dtype=torch.float64)[:, None]
     params[3, 5] = math.nan
-    losses = windows.run(weights, params, state, inputs, targets, lr=rates, **given)
+    losses = windows.run(weights, (params, state), (inputs, targets), lr=rates, **given)
     for b in (0, 2):
         assert torch.equal(losses[b], expected[b]) and torch.equal(params[b], healthy[0][b])
         assert torch.equal(state[b], healthy[1][b]) and params[b].isfinite().all()
@@ -169,7 +169,7 @@ def test_zero_gradients_do_not_move():
         parts["bias_0"].fill_(-1e6)  # no unit of the hidden layer is alive
     before, index = params.clone(), minibatches(range(4), 0, 5, 20, EXAMPLES)
     losses, theta, end = reference(net, windows, weights, params, state, inputs, targets, index, 0.01)
-    windows.run(weights, params, state, inputs, targets, lr=0.01, index=index)
+    windows.run(weights, (params, state), (inputs, targets), lr=0.01, index=index)
     torch.testing.assert_close(params, theta, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(state, end, rtol=1e-10, atol=1e-10)
     after, before = windows.unflatten_params(params), windows.unflatten_params(before)
@@ -218,7 +218,8 @@ def test_what_is_given_is_checked(change, message):
     given = dict(weights=weights, params=params, state=state, inputs=inputs, targets=targets, lr=0.01, steps=5, batch=20,
                  seeds=range(4)) | change
     with pytest.raises((TypeError, ValueError), match=message):
-        windows.run(**given)
+        given["particles"] = given.pop("params"), given.pop("state")
+        windows.run(data=(given.pop("inputs"), given.pop("targets")), **given)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -16,6 +16,7 @@ from gradbuffer.contracts import as_loss
 from gradbuffer.unrolling import Coordinates
 
 numba_lstm = pytest.importorskip("gradbuffer.kernels.numba_lstm", reason="numba is not installed", exc_type=ImportError)
+numba_tape = pytest.importorskip("gradbuffer.kernels.numba_tape", exc_type=ImportError)
 from gradbuffer.kernels.numba_threads import threads_here  # noqa: E402
 
 
@@ -164,7 +165,7 @@ def test_parts_are_the_whole(small_mnist, problem, net, threads, functions, obje
 
     grads, info = window()
     size = sum(map(torch.numel, batch.params.values())) // functions
-    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", 2 * size * net.num_layers * 5 * (4 * 6 + 2) * 8)  # of two functions' gates and states
+    monkeypatch.setattr(numba_tape, "TAPE_BYTES", 2 * size * net.num_layers * 5 * (4 * 6 + 2) * 8)  # of two functions' gates and states
     spans, in_parts = [], numba_lstm.NumbaLSTM.in_parts
     monkeypatch.setattr(numba_lstm.NumbaLSTM, "in_parts", lambda self, work, *rest: in_parts(
         self, lambda *span: spans.append((*span, threads_here())) or work(*span), *rest))
@@ -186,7 +187,7 @@ def test_parts_are_the_whole(small_mnist, problem, net, threads, functions, obje
 def test_how_many_parts(functions, size, steps, threads, expected, monkeypatch):
     kernels = CoordinatewiseLSTM().kernels()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", 210 << 20)
+    monkeypatch.setattr(numba_tape, "TAPE_BYTES", 210 << 20)
     parts = kernels.in_parts(lambda first, last: (first, last), functions, size, steps)
     assert len(parts) == expected
     assert [number for first, last in parts for number in range(first, last)] == list(range(functions))
@@ -195,8 +196,8 @@ def test_how_many_parts(functions, size, steps, threads, expected, monkeypatch):
 def test_windows_of_several_threads_keep_their_tapes(monkeypatch, threads_as_before):
     kernels, both = CoordinatewiseLSTM().kernels(), threading.Barrier(2)
     torch.set_num_threads(2)
-    monkeypatch.setattr(numba_lstm.GateTape, "spare", [])
-    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", 30 * 2 * 20 * (4 * 20 + 2) * 4 * 2)
+    monkeypatch.setattr(numba_tape.GateTape, "spare", [])
+    monkeypatch.setattr(numba_tape, "TAPE_BYTES", 30 * 2 * 20 * (4 * 20 + 2) * 4 * 2)
 
     def work(first, last):
         tape = kernels.tape(30 * (last - first), 20)
@@ -207,7 +208,7 @@ def test_windows_of_several_threads_keep_their_tapes(monkeypatch, threads_as_bef
         return memory
 
     first = kernels.in_parts(work, 4, 30, 20)
-    assert len(set(first)) == 2 == len(numba_lstm.GateTape.spare)
+    assert len(set(first)) == 2 == len(numba_tape.GateTape.spare)
     assert set(kernels.in_parts(work, 4, 30, 20)) == set(first)
 
 
@@ -217,7 +218,7 @@ def test_a_failure_in_one_part(monkeypatch, threads_as_before):
     broken["theta"][3, 0] = math.inf
     expected = meta_gradient(net, batch, batch.params, state)[0]
     torch.set_num_threads(2)
-    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", 30 * 2 * 20 * (4 * 20 + 2) * 4 * 2)
+    monkeypatch.setattr(numba_tape, "TAPE_BYTES", 30 * 2 * 20 * (4 * 20 + 2) * 4 * 2)
     with pytest.raises(NonFiniteError):
         meta_gradient(net, batch, broken, state)
     found = meta_gradient(net, batch, batch.params, state)[0]
@@ -226,7 +227,7 @@ def test_a_failure_in_one_part(monkeypatch, threads_as_before):
 
 def test_a_loss_that_was_replaced_is_not_taken_in_parts(small_mnist, monkeypatch):
     """The meta-batch's own `part` would not know of it."""
-    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", 1 << 16)
+    monkeypatch.setattr(numba_tape, "TAPE_BYTES", 1 << 16)
     net, batch = CoordinatewiseLSTM(5).double(), problems(small_mnist)["networks"].sample(3, seeded())
     state = net.init_state(sum(map(torch.numel, batch.params.values())))
 

@@ -5,7 +5,7 @@ against a piece of work, the ones after it are asked. "auto", the default, is "n
 """
 
 import functools
-import importlib
+import pkgutil
 import os
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -106,5 +106,4 @@ def is_installed(package):
 @functools.cache
 def load(place: str) -> type[LSTMKernels]:
     """The class of a "module:class", imported."""
-    module, name = place.split(":")
-    return getattr(importlib.import_module(module), name)
+    return pkgutil.resolve_name(place)

@@ -124,19 +124,18 @@ class PerceptronWindows:
                 at += count
         return result
 
-    def run(self, weights, params, state, inputs, targets, *, lr, index=None, steps=None, batch=None, seeds=None, first_steps=0,
-            clip=None, gradient_scales=1.0):
-        """A window: so many steps of all particles. `params` and `state` are overwritten with its end.
+    def run(self, weights, particles, data, *, lr, index=None, steps=None, batch=None, seeds=None, first_steps=0, clip=None,
+            gradient_scales=1.0):
+        """A window: so many steps of all particles, which are overwritten with its end.
 
         Which examples a step reads is said by `index`, or drawn, with repetition, from a particle's seed and the number of the
         step: so particles with the same seed read the same, and however a run is cut into windows it reads the same.
 
         Args:
             weights: (W,) or (B, W), one set for each particle, in the order of `net.parameters()`.
-            params: (B, num_params), state: (B, num_state), in one piece and of this dtype; changed.
-            inputs: (examples, sizes[0]), of this dtype.
-            targets: of "cross_entropy" (examples,) of int64, from 0 to sizes[-1] - 1; of "mse" (examples, sizes[-1]), of this dtype,
-                which may be `inputs` themselves.
+            particles: params (B, num_params) and state (B, num_state), in one piece and of this dtype; changed.
+            data: inputs (examples, sizes[0]), of this dtype; and targets: of "cross_entropy" (examples,) of int64, from 0 to
+                sizes[-1] - 1; of "mse" (examples, sizes[-1]), of this dtype, which may be the inputs themselves.
             lr: 0 or more: a number, (B, 1) with one for each particle, (1, steps) with one for each step, or (B, steps).
             index: (steps, batch) or (B, steps, batch) of int64, numbers of examples. Else all of:
             steps, batch: how many.
@@ -153,6 +152,7 @@ class PerceptronWindows:
         Raises:
             TypeError, ValueError: shapes, dtypes or values are not as said.
         """
+        (params, state), (inputs, targets) = particles, data
         B = len(params)
         for name, value, count in (("params", params, self.num_params), ("state", state, self.num_state)):
             if value.shape != (B, count) or not value.is_contiguous():

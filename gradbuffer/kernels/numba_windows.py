@@ -15,7 +15,7 @@ import torch
 from gradbuffer.contracts import PerceptronData, QuadraticData
 from gradbuffer.kernels.llvm_blocks import LANES, OUTER, add_outer_blocks, gather_columns
 from gradbuffer.kernels.numba_loops import MORE_TILES, State, Tape, Weights, add_product, compiled, run_step
-from gradbuffer.kernels.numba_lstm import GateTape, array, as_rows
+from gradbuffer.kernels.numba_tape import GateTape, array, as_rows
 from gradbuffer.kernels.numba_threads import buffer, parallel_for, pieces_of, shares_of, threads_here
 from gradbuffer.nests import clone
 

@@ -200,12 +200,23 @@ class GateGradients:
         self.slope_sigmoids, self.slope_g = self.slope[:3 * H], self.slope[3 * H:]
 
 
-_last = threading.local()  # what this thread used last: fresh memory costs as much as the arithmetic on it
+
+
+class Last(threading.local):
+    """What this thread used last: fresh memory costs as much as the arithmetic on it."""
+
+    key = activations = None
+
+    def __init__(self):
+        self.scratch = {}
+
+
+_last = Last()
 
 
 def scratch_for(packed, purpose, rows, width):
     """Buffers of rows × width, one for each number of rows, the same ones again if nothing has changed since."""
-    key, scratch = (tuple(rows), packed.one.dtype, width), getattr(_last, "scratch", {})
+    key, scratch = (tuple(rows), packed.one.dtype, width), _last.scratch
     if packed.one.device.type == "cpu" and scratch.get(purpose, (None,))[0] == key:
         return scratch[purpose][1]
     with torch.inference_mode(False):  # what is made in that mode cannot be written to outside it
@@ -223,7 +234,7 @@ def bands(buffers, rows, width):
 def activations_for(packed, steps, width):
     """`Activations` of that size with their sums at 0: the last one again if it fits, else a new one."""
     key = packed.widths, packed.hidden, packed.output_weight.dtype, steps, width
-    if getattr(_last, "key", None) != key:
+    if _last.key != key:
         _last.activations = None  # free the old one first
         with torch.inference_mode(False):  # as in `scratch_for`
             _last.key, _last.activations = key, Activations(packed, steps, width)

@@ -169,7 +169,7 @@ class Perceptrons:
 
     def run(self, weights, params, state, steps, **options):
         """As `PerceptronWindows.run`."""
-        return self.windows.run(weights, params, state, self.inputs, self.targets, steps=steps, batch=self.batch,
+        return self.windows.run(weights, (params, state), (self.inputs, self.targets), steps=steps, batch=self.batch,
                                 clip=self.ceiling, **options)
 
 
