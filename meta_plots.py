@@ -5,7 +5,8 @@ import math
 import torch
 from matplotlib import pyplot as plt
 
-from gradbuffer.contracts import as_rule, is_learned, learned_rule, torch_rule
+from gradbuffer.contracts import as_rule, is_learned
+from gradbuffer.evaluation import learned_rule, torch_rule
 
 __all__ = ["plot_curves", "plot_history", "plot_sizes", "plot_tuning", "plot_updates", "sizes_table", "stretches_table",
            "summary_table"]

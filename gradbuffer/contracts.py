@@ -20,11 +20,10 @@ from typing import Any, Callable, NamedTuple
 import torch
 from torch import nn
 
-from gradbuffer.unrolling import (Coordinates, Recorded, in_place, pull_back_by_autograd, record_by_steps, replay_by_autograd)
+from gradbuffer.unrolling import (Coordinates, Recorded, pull_back_by_autograd, record_by_steps, replay_by_autograd)
 
 __all__ = ["Loss", "MetaBatch", "PerceptronData", "Problem", "QuadraticData", "Rule", "as_loss", "as_problem", "as_rule",
-           "check_baseline", "device_of", "has_parts", "in_parts", "is_learned", "kind_of", "learned_rule", "on_device", "part_of", "repack",
-           "torch_rule"]
+           "device_of", "has_parts", "in_parts", "is_learned", "kind_of", "on_device", "part_of", "repack"]
 
 
 # Problems -------------------------------------------------------------------------------------------------------------
@@ -429,47 +428,3 @@ def on_device(problem, device) -> Problem:
     """The problem as a `Problem`, on a device, if it knows how to move there."""
     problem = as_problem(problem)
     return problem if problem.device == device else as_problem(problem.to(device))
-
-
-def check_baseline(optimizer, options, names=("optimizer", "options")):
-    """Raise unless it is a class of `torch.optim` that treats coordinates by themselves, and a dict of its options."""
-    if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
-        raise TypeError(f"{names[0]} must be a class of torch.optim.Optimizer, got {optimizer!r}")
-    if inspect.signature(optimizer.step).parameters.get("closure", inspect.Parameter("closure", 1)).default is not None:
-        raise ValueError(f"{optimizer.__name__} needs a closure and does not treat coordinates by themselves")
-    if not isinstance(options, dict):
-        raise TypeError(f'{names[1]} must be a dict such as {{"lr": 0.1}}, got {options!r}')
-
-
-def learned_rule(net):
-    """begin(theta, coordinates) -> advance(gradient, losses, step), which changes theta (N,), in which parameters lie as `Coordinates`
-    say. No graph."""
-    def begin(theta, coordinates=None):
-        coordinates = coordinates or Coordinates({"theta": theta[None]})
-        rule = as_rule(net, coordinates)
-        state = rule.init_state(theta.numel())
-        take = in_place(rule, state) if rule.overwrites else rule
-
-        @torch.no_grad()
-        def advance(gradient, losses=None, step=0):
-            nonlocal state
-            update, state = take(gradient, state, **coordinates.what(rule.reads, theta, losses, step))
-            theta.add_(update)
-
-        return advance
-
-    return begin
-
-
-def torch_rule(optimizer, options):
-    """The same of a class of `torch.optim`."""
-    def begin(theta, coordinates=None):
-        steps = optimizer([theta], **options)
-
-        def advance(gradient, losses=None, step=0):
-            theta.grad = gradient
-            steps.step()
-
-        return advance
-
-    return begin

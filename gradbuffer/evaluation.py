@@ -5,6 +5,7 @@ with the lowest final loss, and one seed gives every optimizer the same function
 """
 
 import functools
+import inspect
 import math
 from dataclasses import dataclass
 
@@ -12,11 +13,11 @@ import torch
 from tqdm.auto import tqdm
 
 from gradbuffer.checks import check_count
-from gradbuffer.contracts import as_loss, has_parts, check_baseline, device_of, learned_rule, on_device, torch_rule
-from gradbuffer.unrolling import Coordinates
+from gradbuffer.contracts import as_loss, as_rule, device_of, has_parts, on_device
+from gradbuffer.unrolling import Coordinates, in_place
 
-__all__ = ["AccuracyCurves", "BASELINES", "TunedBaseline", "compare", "compare_final", "evaluate", "evaluate_baseline",
-           "evaluate_lbfgs", "minimize_lbfgs", "tune_baseline", "tune_baselines"]
+__all__ = ["AccuracyCurves", "BASELINES", "TunedBaseline", "check_baseline", "compare", "compare_final", "evaluate", "evaluate_baseline",
+           "evaluate_lbfgs", "learned_rule", "minimize_lbfgs", "torch_rule", "tune_baseline", "tune_baselines"]
 
 FUNCTIONS_AT_ONCE = 32  # functions that evaluation runs as one computation; a seed's functions depend on both bounds
 COORDINATES_AT_ONCE = 1 << 17  # larger states leave the cache and cost a fresh page of memory at every step
@@ -78,6 +79,50 @@ def evaluate_baseline(optimizer, options, problem, steps=100, num_functions=100,
     """
     check_baseline(optimizer, options)
     return loss_curves(torch_rule(optimizer, options), problem, steps, num_functions, seed, torch.device(device), watch)
+
+
+def check_baseline(optimizer, options, names=("optimizer", "options")):
+    """Raise unless it is a class of `torch.optim` that treats coordinates by themselves, and a dict of its options."""
+    if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
+        raise TypeError(f"{names[0]} must be a class of torch.optim.Optimizer, got {optimizer!r}")
+    if inspect.signature(optimizer.step).parameters.get("closure", inspect.Parameter("closure", 1)).default is not None:
+        raise ValueError(f"{optimizer.__name__} needs a closure and does not treat coordinates by themselves")
+    if not isinstance(options, dict):
+        raise TypeError(f'{names[1]} must be a dict such as {{"lr": 0.1}}, got {options!r}')
+
+
+def learned_rule(net):
+    """begin(theta, coordinates) -> advance(gradient, losses, step), which changes theta (N,), in which parameters lie as `Coordinates`
+    say. No graph."""
+    def begin(theta, coordinates=None):
+        coordinates = coordinates or Coordinates({"theta": theta[None]})
+        rule = as_rule(net, coordinates)
+        state = rule.init_state(theta.numel())
+        take = in_place(rule, state) if rule.overwrites else rule
+
+        @torch.no_grad()
+        def advance(gradient, losses=None, step=0):
+            nonlocal state
+            update, state = take(gradient, state, **coordinates.what(rule.reads, theta, losses, step))
+            theta.add_(update)
+
+        return advance
+
+    return begin
+
+
+def torch_rule(optimizer, options):
+    """The same of a class of `torch.optim`."""
+    def begin(theta, coordinates=None):
+        steps = optimizer([theta], **options)
+
+        def advance(gradient, losses=None, step=0):
+            theta.grad = gradient
+            steps.step()
+
+        return advance
+
+    return begin
 
 
 def loss_curves(rule, problem, steps, num_functions, seed, device, watch=None):

@@ -124,9 +124,10 @@ def test_networks_that_read_are_evaluated_and_imitate(net, batches):
     batch = batches[0]
     state = as_rule(net, Coordinates(batch.params)).init_state(12)
     before = {name: parameter.clone() for name, parameter in net.named_parameters()}
+    first = None
     for _ in range(60):
         grads, info = imitation_gradient(net, batch, Demonstration(torch.optim.SGD, {"lr": 0.01}, batch.params), state, unroll=5)
-        first = info.imitation if _ == 0 else first
+        first = info.imitation if first is None else first
         with torch.no_grad():
             for name, parameter in net.named_parameters():
                 parameter -= 0.02 * grads[name] / (grads[name].norm() + 1e-9) * info.imitation.clamp(max=0.1)

@@ -194,7 +194,7 @@ def test_meta_training(plain, tiny_mnist, monkeypatch):
         captures.append(arguments)
         return CapturedWindow(*arguments, record=recorded)
 
-    monkeypatch.setattr(meta_training, "CapturedWindow", capture)
+    monkeypatch.setattr("gradbuffer.training.run.CapturedWindow", capture)
     problem, weights, histories = MNISTNet((), batch_size=(2, 9), root=tiny_mnist, dtype=torch.float64), [], []
     for graph in (False, True):
         torch.manual_seed(3)

@@ -20,7 +20,8 @@ import torch
 from torch import distributed
 from gradbuffer.contracts import as_problem
 from gradbuffer.training.options import training_of
-from meta_training import Run, meta_train
+from gradbuffer.training.run import Run
+from meta_training import meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM
 

@@ -41,6 +41,7 @@ def test_replay_equals_autograd_across_windows(name, unroll, tiny_mnist):
     problem, net = problems(tiny_mnist)[name]
     batch = problem.sample(3, generator())
     params, state = batch.params, net.init_state(coordinates_of(batch))
+    last = None
     for window in range(3):
         replayed, info = meta_gradient(net, batch, params, state, window * unroll, unroll)
         traced, reference = meta_gradient(net, batch, params, state, window * unroll, unroll, "autograd")

@@ -238,7 +238,7 @@ def test_a_curriculum_goes_on_from_the_best_weights_of_each_stage(averaging, mon
 
             return batch._replace(loss=loss)
 
-    monkeypatch.setattr(meta_training, "evaluate", score)
+    monkeypatch.setattr("gradbuffer.training.run.evaluate", score)
     net, history = small_run(Longest(dim=2), steps=40, curriculum=(10, 20), patience=2, averaging=averaging,
                              iterations=22, validation_every=2)
     assert history.stages == [(0, 10), (8, 20), (16, 40)]

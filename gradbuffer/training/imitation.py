@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
-from gradbuffer.contracts import as_loss, as_rule, check_baseline, is_learned
+from gradbuffer.contracts import as_loss, as_rule, is_learned
+from gradbuffer.evaluation import check_baseline
 from gradbuffer.nets.torch_optim import LearnedOptimizer
 from gradbuffer.training.meta_gradients import check_replay_fraction, replay_recorded
 from gradbuffer.unrolling import Coordinates, joined_reads
