@@ -13,20 +13,70 @@ import warnings
 from tqdm.auto import tqdm
 
 from gradbuffer.contracts import device_of, on_device
-from gradbuffer.evaluation import (BASELINES, AccuracyCurves, TunedBaseline, compare, compare_final, evaluate, evaluate_baseline,
-                                   tune_baseline, tune_baselines)
+from gradbuffer.evaluation import (
+    BASELINES,
+    AccuracyCurves,
+    TunedBaseline,
+    compare,
+    compare_final,
+    evaluate,
+    evaluate_baseline,
+    tune_baseline,
+    tune_baselines,
+)
 from gradbuffer.training.evolution import PES
 from gradbuffer.training.meta_gradients import Autograd, Replay, meta_gradient
-from gradbuffer.training.options import Checkpoint, Curriculum, RandomHorizon, Teacher, Training, Validation, training_of
+from gradbuffer.training.options import (
+    Checkpoint,
+    Curriculum,
+    RandomHorizon,
+    Teacher,
+    Training,
+    Validation,
+    training_of,
+)
 from gradbuffer.training.run import History, Run
 
-__all__ = ["AccuracyCurves", "Autograd", "BASELINES", "Checkpoint", "Curriculum", "History", "PES", "RandomHorizon", "Replay", "Teacher",
-           "Training", "TunedBaseline", "Validation", "compare", "compare_final", "evaluate", "evaluate_baseline", "meta_gradient",
-           "meta_train", "tune_baseline", "tune_baselines"]
+__all__ = [
+    "AccuracyCurves",
+    "Autograd",
+    "BASELINES",
+    "Checkpoint",
+    "Curriculum",
+    "History",
+    "PES",
+    "RandomHorizon",
+    "Replay",
+    "Teacher",
+    "Training",
+    "TunedBaseline",
+    "Validation",
+    "compare",
+    "compare_final",
+    "evaluate",
+    "evaluate_baseline",
+    "meta_gradient",
+    "meta_train",
+    "tune_baseline",
+    "tune_baselines",
+]
 
 
-def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=1000, lr=0.005, seed=0, device=None, *,
-               callback=None, progress=True, **options):
+def meta_train(
+    net,
+    problem,
+    steps=100,
+    unroll=20,
+    meta_batch=16,
+    iterations=1000,
+    lr=0.005,
+    seed=0,
+    device=None,
+    *,
+    callback=None,
+    progress=True,
+    **options,
+):
     """Meta-train a learned optimizer by truncated backpropagation through the unrolled optimization.
 
     Functions are drawn anew after every `steps` steps; each window of `unroll` updates gives one meta-update by Adam,
@@ -79,33 +129,50 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
 
     Reference: Andrychowicz et al. 2016, section 3; curriculum and imitation: Chen et al. 2020 (arXiv 2010.09089).
     """
-    options = training_of(net, steps=steps, unroll=unroll, meta_batch=meta_batch, iterations=iterations, lr=lr, seed=seed, **options)
+    options = training_of(
+        net, steps=steps, unroll=unroll, meta_batch=meta_batch, iterations=iterations, lr=lr, seed=seed, **options
+    )
     device = device_of(net, device)
     net.to(device)
     run = Run(net, on_device(problem, device), options)
     try:
         run.begin()
-        with tqdm(total=iterations, initial=run.iteration, desc="meta-training", unit="it",
-                  disable=not progress or run.ranks.rank > 0) as bar:
+        with tqdm(
+            total=iterations,
+            initial=run.iteration,
+            desc="meta-training",
+            unit="it",
+            disable=not progress or run.ranks.rank > 0,
+        ) as bar:
             while run.iteration < iterations:
                 run.advance()
                 if run.iteration % options.validation_every == 0 or run.iteration == iterations:
                     run.validate()
-                if options.checkpoint and (run.iteration % options.checkpoint_every == 0 or run.iteration in (1, iterations)):
+                if options.checkpoint and (
+                    run.iteration % options.checkpoint_every == 0 or run.iteration in (1, iterations)
+                ):
                     run.save()  # after the first too: a place that cannot be written is found out early
                 if callback is not None and run.ranks.rank == 0:
                     callback(run.iteration, run.history)
                 bar.update()
-                bar.set_postfix(meta_loss=f"{run.history.meta_loss[-1]:.3g}",
-                                best=f"{run.history.best_validation:.4g}", refresh=False)
+                bar.set_postfix(
+                    meta_loss=f"{run.history.meta_loss[-1]:.3g}",
+                    best=f"{run.history.best_validation:.4g}",
+                    refresh=False,
+                )
     except KeyboardInterrupt:
         run.history.interrupted = True
-        warnings.warn(f"meta-training was interrupted at iteration {run.iteration} of {iterations}; the optimizer is "
-                      f"the best so far, of iteration {run.history.best_iteration}", stacklevel=2)
+        warnings.warn(
+            f"meta-training was interrupted at iteration {run.iteration} of {iterations}; the optimizer is "
+            f"the best so far, of iteration {run.history.best_iteration}",
+            stacklevel=2,
+        )
     finally:
         net.load_state_dict(run.best)
     return run.history
 
 
 if __name__ == "__main__":
-    runpy.run_module("gradbuffer.command_line", run_name="__main__")  # the program, which imports this module under its own name
+    runpy.run_module(
+        "gradbuffer.command_line", run_name="__main__"
+    )  # the program, which imports this module under its own name

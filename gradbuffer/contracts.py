@@ -15,15 +15,33 @@ updates and states follow that order.
 
 import copy
 import inspect
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from gradbuffer.unrolling import (Coordinates, Recorded, pull_back_by_autograd, record_by_steps, replay_by_autograd)
+from gradbuffer.unrolling import Coordinates, Recorded, pull_back_by_autograd, record_by_steps, replay_by_autograd
 
-__all__ = ["Loss", "MetaBatch", "PerceptronData", "Problem", "QuadraticData", "Rule", "as_loss", "as_problem", "as_rule",
-           "device_of", "has_parts", "in_parts", "is_learned", "kind_of", "on_device", "part_of", "repack"]
+__all__ = [
+    "Loss",
+    "MetaBatch",
+    "PerceptronData",
+    "Problem",
+    "QuadraticData",
+    "Rule",
+    "as_loss",
+    "as_problem",
+    "as_rule",
+    "device_of",
+    "has_parts",
+    "in_parts",
+    "is_learned",
+    "kind_of",
+    "on_device",
+    "part_of",
+    "repack",
+]
 
 
 # Problems -------------------------------------------------------------------------------------------------------------
@@ -60,7 +78,11 @@ class Problem:
 
     def describe(self) -> str:
         """What a checkpoint must agree with, as text."""
-        options = {name: value for name, value in self.options.items() if name != "root"} if isinstance(self.options, dict) else {}
+        options = (
+            {name: value for name, value in self.options.items() if name != "root"}
+            if isinstance(self.options, dict)
+            else {}
+        )
         return f"{kind_of(self)} {self.name} {options}"
 
 
@@ -100,8 +122,10 @@ class Loss:
 
     def tensors(self, step: int) -> tuple:
         """What is read at that step, tensors of the same shapes in all batches: for a window that is captured as a CUDA graph."""
-        raise ValueError("a window can be captured if the batch's loss is an object with tensors(step) and of(tensors), as QuadraticLoss "
-                         f"and PerceptronLoss are; got {kind_of(self)}")
+        raise ValueError(
+            "a window can be captured if the batch's loss is an object with tensors(step) and of(tensors), as QuadraticLoss "
+            f"and PerceptronLoss are; got {kind_of(self)}"
+        )
 
     def of(self, tensors: tuple) -> "Loss":
         """A loss that reads these tensors, at any step."""
@@ -154,7 +178,9 @@ def as_loss(loss) -> Loss:
 def adopt(adopted, contract, given):
     """What the user gave, behind a contract: it answers for all that it has of it, the contract's defaults for the rest."""
     for name in vars(contract):
-        if not name.startswith("_") and name != "problems" and hasattr(given, name):  # no user's problem is a mixture by that name
+        if (
+            not name.startswith("_") and name != "problems" and hasattr(given, name)
+        ):  # no user's problem is a mixture by that name
             setattr(adopted, name, getattr(given, name))
     adopted.adopted = given
     return adopted
@@ -175,8 +201,13 @@ class FunctionLoss(Loss):
 def in_parts(params: dict, loss: Loss) -> MetaBatch:
     """A meta-batch of a divisible loss."""
 
-    return MetaBatch(params, loss, lambda first, last: in_parts({name: tensor[first:last] for name, tensor in params.items()},
-                                                                loss.part(first, last)))
+    return MetaBatch(
+        params,
+        loss,
+        lambda first, last: in_parts(
+            {name: tensor[first:last] for name, tensor in params.items()}, loss.part(first, last)
+        ),
+    )
 
 
 def has_parts(batch) -> bool:
@@ -203,9 +234,11 @@ class PartOfLoss(Loss):
         self.loss, self.params, self.first, self.last = loss, params, first, last
 
     def __call__(self, params, step):
-        whole = {name: torch.cat([tensor[:self.first], params[name], tensor[self.last:]])
-                 for name, tensor in self.params.items()}
-        return self.loss(whole, step)[self.first:self.last]
+        whole = {
+            name: torch.cat([tensor[: self.first], params[name], tensor[self.last :]])
+            for name, tensor in self.params.items()
+        }
+        return self.loss(whole, step)[self.first : self.last]
 
 
 # Learned optimizers ---------------------------------------------------------------------------------------------------
@@ -258,7 +291,9 @@ class Rule:
     def repack(self) -> None:
         """Have what is kept of the weights made anew at the next step, though they may not have changed."""
 
-    def record(self, loss: Loss, coordinates: Coordinates, theta, state, step: int, updates: int, keep: bool = False) -> Recorded:
+    def record(
+        self, loss: Loss, coordinates: Coordinates, theta, state, step: int, updates: int, keep: bool = False
+    ) -> Recorded:
         """Unroll from step to step + updates, without a graph; neither theta nor state is changed.
 
         keep: `replay` will be asked about just these steps, and may be given their `tape`.
@@ -392,7 +427,11 @@ class PerFunction(Rule):
     def __init__(self, rule, weights, coordinates):
         net = rule.net if isinstance(rule, (ModuleRule, Tensorwise)) else rule
         parts = [coordinates.part(function, function + 1) for function in range(coordinates.functions)]
-        self.rules, self.spans, self.reads = [as_rule(net, own) for own, _ in parts], [spans for _, spans in parts], rule.reads
+        self.rules, self.spans, self.reads = (
+            [as_rule(net, own) for own, _ in parts],
+            [spans for _, spans in parts],
+            rule.reads,
+        )
         self.weights = [{name: tensor[function] for name, tensor in weights.items()} for function in range(len(parts))]
         self.sizes = [end - start for start, end in self.spans[0]]
 

@@ -16,8 +16,22 @@ from gradbuffer.checks import check_count
 from gradbuffer.contracts import as_loss, as_rule, device_of, has_parts, on_device
 from gradbuffer.unrolling import Coordinates, in_place
 
-__all__ = ["AccuracyCurves", "BASELINES", "TunedBaseline", "check_baseline", "compare", "compare_final", "evaluate", "evaluate_baseline",
-           "evaluate_lbfgs", "learned_rule", "minimize_lbfgs", "torch_rule", "tune_baseline", "tune_baselines"]
+__all__ = [
+    "AccuracyCurves",
+    "BASELINES",
+    "TunedBaseline",
+    "check_baseline",
+    "compare",
+    "compare_final",
+    "evaluate",
+    "evaluate_baseline",
+    "evaluate_lbfgs",
+    "learned_rule",
+    "minimize_lbfgs",
+    "torch_rule",
+    "tune_baseline",
+    "tune_baselines",
+]
 
 FUNCTIONS_AT_ONCE = 32  # functions that evaluation runs as one computation; a seed's functions depend on both bounds
 COORDINATES_AT_ONCE = 1 << 17  # larger states leave the cache and cost a fresh page of memory at every step
@@ -94,6 +108,7 @@ def check_baseline(optimizer, options, names=("optimizer", "options")):
 def learned_rule(net):
     """begin(theta, coordinates) -> advance(gradient, losses, step), which changes theta (N,), in which parameters lie as `Coordinates`
     say. No graph."""
+
     def begin(theta, coordinates=None):
         coordinates = coordinates or Coordinates({"theta": theta[None]})
         rule = as_rule(net, coordinates)
@@ -113,6 +128,7 @@ def learned_rule(net):
 
 def torch_rule(optimizer, options):
     """The same of a class of `torch.optim`."""
+
     def begin(theta, coordinates=None):
         steps = optimizer([theta], **options)
 
@@ -219,8 +235,9 @@ def minimize_one(batch, steps, options):
         losses.append(loss[0])
         return loss[0]
 
-    optimizer = torch.optim.LBFGS([theta], **{"line_search_fn": "strong_wolfe", "max_iter": steps, "max_eval": steps,
-                                              **options})
+    optimizer = torch.optim.LBFGS(
+        [theta], **{"line_search_fn": "strong_wolfe", "max_iter": steps, "max_eval": steps, **options}
+    )
     while len(losses) < steps:  # it may stop early, at its tolerances; then it begins anew where it is
         optimizer.step(closure)
     return torch.stack(losses[:steps]).cummin(0).values, coordinates.split(best)
@@ -239,8 +256,9 @@ class TunedBaseline:
         return evaluate_baseline(self.optimizer, self.options, problem, steps, num_functions, seed, device, watch)
 
 
-def tune_baseline(optimizer, problem, lrs=None, steps=100, num_functions=32, seed=0, *, options=None, device="cpu",
-                  last=1):
+def tune_baseline(
+    optimizer, problem, lrs=None, steps=100, num_functions=32, seed=0, *, options=None, device="cpu", last=1
+):
     """Search the learning rate of a hand-designed optimizer: the lowest mean loss at the last step (or steps).
 
     The grid grows by itself until the best learning rate does not lie at its edge; the gaps on both sides of the best
@@ -287,20 +305,22 @@ def tune_baseline(optimizer, problem, lrs=None, steps=100, num_functions=32, see
         best = search([best / factor if best == min(final) else best * factor])
     rates = sorted(final)
     place = rates.index(best)
-    gaps = list(zip(rates, rates[1:]))[max(place - 1, 0):place + 1]
+    gaps = list(zip(rates, rates[1:]))[max(place - 1, 0) : place + 1]
     best = search([low * (high / low) ** third for low, high in gaps for third in (1 / 3, 2 / 3)])
     return TunedBaseline(optimizer, {**options, "lr": best}, dict(sorted(final.items())))
 
 
-def tune_baselines(problem, steps=100, num_functions=32, seed=0, *, baselines=BASELINES, lrs=None, device="cpu",
-                   progress=True, last=1):
+def tune_baselines(
+    problem, steps=100, num_functions=32, seed=0, *, baselines=BASELINES, lrs=None, device="cpu", progress=True, last=1
+):
     """`tune_baseline` for each of `BASELINES` (or a user's own dict like it). Returns a dict from name to result."""
     tuned = {}
     for name in (bar := tqdm(baselines, desc="tuning", disable=not progress)):
         bar.set_postfix_str(name)
         optimizer, options = baselines[name]
-        tuned[name] = tune_baseline(optimizer, problem, lrs, steps, num_functions, seed, options=options, device=device,
-                                    last=last)
+        tuned[name] = tune_baseline(
+            optimizer, problem, lrs, steps, num_functions, seed, options=options, device=device, last=last
+        )
     return tuned
 
 
@@ -336,8 +356,21 @@ def compare(nets, tuned, problem, steps=100, num_functions=100, seed=1, device=N
     return curves
 
 
-def compare_final(nets, problems, steps=100, num_functions=100, seed=1, *, last=10, baselines=BASELINES,
-                  tuning_functions=32, tuning_seed=0, lrs=None, device=None, progress=True):
+def compare_final(
+    nets,
+    problems,
+    steps=100,
+    num_functions=100,
+    seed=1,
+    *,
+    last=10,
+    baselines=BASELINES,
+    tuning_functions=32,
+    tuning_seed=0,
+    lrs=None,
+    device=None,
+    progress=True,
+):
     """Final losses of learned optimizers and of baselines on several problems, the baselines tuned anew for each.
 
     Every optimizer gets the same functions and minibatches of a problem. Baselines are tuned for what is reported, the
@@ -379,8 +412,17 @@ def compare_final(nets, problems, steps=100, num_functions=100, seed=1, *, last=
     for key in (bar := tqdm(problems, desc="problems", disable=not progress)):
         bar.set_postfix_str(str(key))
         tuning, test = problems[key]
-        tuned = tune_baselines(tuning, steps, tuning_functions, tuning_seed, baselines=baselines, lrs=lrs, device=where,
-                               progress=False, last=last)
+        tuned = tune_baselines(
+            tuning,
+            steps,
+            tuning_functions,
+            tuning_seed,
+            baselines=baselines,
+            lrs=lrs,
+            device=where,
+            progress=False,
+            last=last,
+        )
         curves = compare(nets, tuned, test, steps, num_functions, seed, device, progress=False)
         finals[key] = {name: losses[:, -last:].mean(1) for name, losses in curves.items()}
     return finals
@@ -430,5 +472,7 @@ class AccuracyCurves:
 
     @property
     def curves(self):
-        return {name: torch.stack([torch.cat(groups) for groups in by_step.values()], 1)
-                for name, by_step in self.measured.items()}
+        return {
+            name: torch.stack([torch.cat(groups) for groups in by_step.values()], 1)
+            for name, by_step in self.measured.items()
+        }

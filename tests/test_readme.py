@@ -27,15 +27,28 @@ def test_snippets_run(number, tmp_path, monkeypatch):
 def test_snippets_show_the_public_face():
     text = "".join(SNIPPETS)
     assert len(SNIPPETS) == 9
-    words = ("to_meta", "update_params", "resnet18", "functional_call", "meta_train", "LearnedOptimizer",
-             "PerKind", "CIFAR10Net", "NeuralArt", "evaluate_lbfgs")
+    words = (
+        "to_meta",
+        "update_params",
+        "resnet18",
+        "functional_call",
+        "meta_train",
+        "LearnedOptimizer",
+        "PerKind",
+        "CIFAR10Net",
+        "NeuralArt",
+        "evaluate_lbfgs",
+    )
     assert all(word in text for word in words)
 
 
 def test_two_commands_stand_on_a_line_each():
     setup = r"^python3 -m venv \.venv && \.venv/bin/pip install -q -r requirements\.txt"
     assert len(re.findall(setup + r" && .*--execute .*Grad_buffer\.ipynb$", README, re.M)) == 1
-    assert len(re.findall(setup + r" pytest pytest-xdist expecttest && \.venv/bin/python -m pytest -n 2$", README, re.M)) == 1
+    assert (
+        len(re.findall(setup + r" pytest pytest-xdist expecttest && \.venv/bin/python -m pytest -n 2$", README, re.M))
+        == 1
+    )
 
 
 def test_every_module_is_packaged_and_in_the_table():
@@ -61,8 +74,19 @@ def test_quadratics_work_without_torchvision():
     subprocess.run([sys.executable, "-c", ALONE], cwd=ROOT, check=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", ["optimizers", "gradbuffer.nets.torch_optim", "gradbuffer.nests", "optimizees", "meta_training",
-                                  "gradbuffer.data.mnist", "meta_plots", "gradbuffer.training.imitation"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "optimizers",
+        "gradbuffer.nets.torch_optim",
+        "gradbuffer.nests",
+        "optimizees",
+        "meta_training",
+        "gradbuffer.data.mnist",
+        "meta_plots",
+        "gradbuffer.training.imitation",
+    ],
+)
 def test_docstring_examples(name, tmp_path, monkeypatch, small_mnist):
     import doctest
     import importlib
@@ -70,6 +94,8 @@ def test_docstring_examples(name, tmp_path, monkeypatch, small_mnist):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("L2O_DATA", str(small_mnist))
     module = importlib.import_module(name)
-    result = doctest.testmod(module, extraglobs={**vars(importlib.import_module("optimizees")), "torch": __import__("torch")})
+    result = doctest.testmod(
+        module, extraglobs={**vars(importlib.import_module("optimizees")), "torch": __import__("torch")}
+    )
     assert result.failed == 0
     assert result.attempted or name in ("meta_plots",)

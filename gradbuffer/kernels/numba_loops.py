@@ -11,52 +11,49 @@ own last one, are consecutive rows: of step t + l.
 numba compiles at the first call (some seconds) and keeps the result in `__pycache__`. `numba_lstm` calls these.
 """
 
-import hashlib
 import math
-from pathlib import Path
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
-from gradbuffer.kernels.llvm_blocks import (LANES, OUTER, OUTER_OF_ONE_ROW, ROWS, STREAM, add_outer_blocks,
-                                            add_product_blocks, affine_blocks, cell_again_units, cell_back_units, cell_units,
-                                            copy_numbers, copy_rows, fetch_rows, log_sign_row)
+from gradbuffer.kernels.llvm_blocks import (
+    LANES,
+    OUTER,
+    OUTER_OF_ONE_ROW,
+    ROWS,
+    STREAM,
+    add_outer_blocks,
+    add_product_blocks,
+    affine_blocks,
+    cell_again_units,
+    cell_back_units,
+    cell_units,
+    copy_numbers,
+    copy_rows,
+    fetch_rows,
+    log_sign_row,
+)
+from gradbuffer.kernels.numba_compiler import compiled, in_order
 
-__all__ = ["MORE_TILES", "State", "Tape", "Weights", "add_product", "affine", "compiled", "digest", "in_order", "load",
-           "load_log_sign", "run_cell", "run_replay", "run_step", "shared_rows", "sources", "step_all", "store"]
+__all__ = [
+    "MORE_TILES",
+    "State",
+    "Tape",
+    "Weights",
+    "add_product",
+    "affine",
+    "load",
+    "load_log_sign",
+    "run_cell",
+    "run_replay",
+    "run_step",
+    "shared_rows",
+    "step_all",
+    "store",
+]
 
 TILES, MORE_TILES = 4, 16  # that `run_step` loads together; the latter where rows are so long that `FAR` says so
 FAR = 4096  # from so many columns on the state is no longer in the cache when the next step comes
-
-
-def sources():
-    """The files that compiled code may come from."""
-    return sorted(file for kind in ("llvm_*.py", "numba_*.py") for file in Path(__file__).parent.glob(kind))
-
-
-def digest(files):
-    """What tells the contents of files apart."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
-def compiler(*allowed, version=digest(sources())):
-    """`numba.njit` that lets LLVM change sums so, and compiles anew when a source has changed.
-
-    numba takes what it has compiled before from `__pycache__` while the function's own file has its date: so the name it
-    is kept by says what was in all of them. Nothing is allocated and no references are counted (`_nrt`), which for every
-    slice would cost an atomic operation or two.
-    """
-    def compile(function):
-        function.__qualname__ += f"-{version}"
-        return numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=set(allowed), _nrt=False)(function)
-
-    return compile
-
-
-# Sums may be taken in another order, which lets them be vectorized; infinities and NaNs go through as usual.
-compiled = compiler("contract", "reassoc", "nsz", "arcp")
-in_order = compiler("contract", "nsz")  # not in another order: `cell_units` counts on it
 
 
 class Weights(NamedTuple):
@@ -102,10 +99,10 @@ def add_product(weight, width, rows, count, x, out):
     if blocks:
         add_product_blocks(ROWS, blocks, weight, width, count, x, out)
     if fours:
-        add_product_blocks(4, fours, weight[done * width:], width, count, x, out[done * LANES:])
+        add_product_blocks(4, fours, weight[done * width :], width, count, x, out[done * LANES :])
         done += 4 * fours
     if singles:
-        add_product_blocks(1, singles, weight[done * width:], width, count, x, out[done * LANES:])
+        add_product_blocks(1, singles, weight[done * width :], width, count, x, out[done * LANES :])
 
 
 @compiled
@@ -116,7 +113,7 @@ def affine(weight, width, bias, rows, count, x, out):
     if blocks:
         affine_blocks(ROWS, blocks, weight, width, bias, count, x, out)
     if fours:
-        affine_blocks(4, fours, weight[done * width:], width, bias[done:], count, x, out[done * LANES:])
+        affine_blocks(4, fours, weight[done * width :], width, bias[done:], count, x, out[done * LANES :])
 
 
 @in_order
@@ -149,7 +146,7 @@ def split_scratch(scratch, tiles, steps, inputs, layers, rows):
     dhidden, start = part_of(scratch, start, 1, layers, H)
     dcells, start = part_of(scratch, start, 1, layers, H)
     rest, _ = part_of(scratch, start, 1, 1, (inputs + 1) * LANES)
-    dinput, row = rest[0, 0, :inputs * LANES], rest[0, 0, inputs * LANES:]
+    dinput, row = rest[0, 0, : inputs * LANES], rest[0, 0, inputs * LANES :]
     return columns, cells, gates, tanhs, adjoint[0], dhidden[0], dcells[0], dinput, row
 
 
@@ -189,7 +186,7 @@ def store(source, source_tile, rows, width, out, first, row, tile):
 @compiled
 def place_on_tape(tape, l, tile, size):
     """Where a tile's gates of layer l begin, which take `size` numbers in each step; -1 where there is no room for them."""
-    return (tape.shares[l + 1:].sum() + tile) * (tape.steps * size) if tile < tape.shares[l] else -1
+    return (tape.shares[l + 1 :].sum() + tile) * (tape.steps * size) if tile < tape.shares[l] else -1
 
 
 @compiled
@@ -205,12 +202,25 @@ def record(weights, inputs, columns, cells, gates, tanhs, tile, tape, begin, end
         for l in range(layers):
             below, above = (inputs + (l - 1) * H, H) if l else (0, inputs)
             own, start = (below + above) * LANES, place_on_tape(tape, l, tile, size)
-            gate, keep = (tape.gates[start + (begin + t) * size:], STREAM) if start >= 0 else (gates[l, t], again)
+            gate, keep = (tape.gates[start + (begin + t) * size :], STREAM) if start >= 0 else (gates[l, t], again)
             if start >= 0 and again:
                 run_again(H, gate, cells[l, t], cells[l, t + 1], columns[t + l + 1, own:], tanhs[l, t])
             else:
-                run_cell(H, weights.matrices[l], width, weights.biases[l], above + H, columns[t + l, below * LANES:], gates[l, t],
-                         cells[l, t], cells[l, t + 1], columns[t + l + 1, own:], keep, gate, tanhs[l, t])
+                run_cell(
+                    H,
+                    weights.matrices[l],
+                    width,
+                    weights.biases[l],
+                    above + H,
+                    columns[t + l, below * LANES :],
+                    gates[l, t],
+                    cells[l, t],
+                    cells[l, t + 1],
+                    columns[t + l + 1, own:],
+                    keep,
+                    gate,
+                    tanhs[l, t],
+                )
 
 
 @compiled
@@ -220,7 +230,9 @@ def load_state(state, inputs, start, width, columns, c):
     layer, row, tile = state.strides[0], state.strides[1], state.strides[2]
     for l in range(layers):
         first = l * layer + start // LANES * tile
-        load(state.hidden, first, row, tile, H, width, columns[0, l, (inputs + l * H) * LANES:], LANES, columns[0].size)
+        load(
+            state.hidden, first, row, tile, H, width, columns[0, l, (inputs + l * H) * LANES :], LANES, columns[0].size
+        )
         load(state.cells, first, row, tile, H, width, c[l, 0], LANES, layers * c[0].size)
 
 
@@ -231,15 +243,47 @@ def load_log_sign(source, first, width, p, out, out_tile):
     least, steepest = math.exp(-p), math.exp(p)
     load(source, first, 0, LANES, 1, width, out[LANES:], 0, out_tile)
     for tile in range(-(-width // LANES)):
-        log_sign_row(p, least, steepest, out[tile * out_tile:])
+        log_sign_row(p, least, steepest, out[tile * out_tile :])
 
 
 @compiled
-def step_all(matrices, biases, output, p, features, offset, hidden, cells, strides, start, stop, update, new_hidden, new_cells,
-             new_strides, scratch, gates, shares, step, steps):
+def step_all(
+    matrices,
+    biases,
+    output,
+    p,
+    features,
+    offset,
+    hidden,
+    cells,
+    strides,
+    start,
+    stop,
+    update,
+    new_hidden,
+    new_cells,
+    new_strides,
+    scratch,
+    gates,
+    shares,
+    step,
+    steps,
+):
     """`run_step` for Python, which would pay for tuples."""
-    run_step(Weights(matrices, biases, output), p, features, offset, State(hidden, cells, strides), start, stop, update,
-             State(new_hidden, new_cells, new_strides), scratch, Tape(gates, shares, steps), step)
+    run_step(
+        Weights(matrices, biases, output),
+        p,
+        features,
+        offset,
+        State(hidden, cells, strides),
+        start,
+        stop,
+        update,
+        State(new_hidden, new_cells, new_strides),
+        scratch,
+        Tape(gates, shares, steps),
+        step,
+    )
 
 
 @compiled
@@ -258,29 +302,82 @@ def run_step(weights, p, features, offset, before, start, stop, update, after, s
         if p > 0:
             load_log_sign(features[0], first - offset, width, p, columns.reshape(-1), columns[0].size)
         else:
-            load(features.reshape(-1), first - offset, features.shape[1], LANES, inputs, width, columns[0, 0], LANES,
-                 columns[0].size)
+            load(
+                features.reshape(-1),
+                first - offset,
+                features.shape[1],
+                LANES,
+                inputs,
+                width,
+                columns[0, 0],
+                LANES,
+                columns[0].size,
+            )
         load_state(before, inputs, first, width, columns, c)
         for tile in range(-(-width // LANES)):
             row, last = tile * layers * H // tiles, (tile + 1) * layers * H // tiles
             if apart >= FAR and first + 2 * group <= stop and row < last:  # a share of what the next tiles will read
-                fetch_rows(last - row, tiles, before.hidden[row * apart + first + group:], apart)
-                fetch_rows(last - row, tiles, before.cells[row * apart + first + group:], apart)
-            record(weights, inputs, columns[tile], c[tile * layers:], gates, tanhs, first // LANES + tile, tape, step, step + 1, 0)
+                fetch_rows(last - row, tiles, before.hidden[row * apart + first + group :], apart)
+                fetch_rows(last - row, tiles, before.cells[row * apart + first + group :], apart)
+            record(
+                weights,
+                inputs,
+                columns[tile],
+                c[tile * layers :],
+                gates,
+                tanhs,
+                first // LANES + tile,
+                tape,
+                step,
+                step + 1,
+                0,
+            )
             outputs[0] = output[H]
-            add_product(output, H, 1, H, columns[tile, layers, (inputs + (layers - 1) * H) * LANES:], outputs[0])
+            add_product(output, H, 1, H, columns[tile, layers, (inputs + (layers - 1) * H) * LANES :], outputs[0])
             for j in range(min(LANES, width - tile * LANES)):
                 update[first + tile * LANES + j] = outputs[0, j]
         for l in range(layers):
             at = l * after.strides[0] + first // LANES * after.strides[2]
-            store(columns[0, l + 1, (inputs + l * H) * LANES:], columns[0].size, H, width, after.hidden, at, after.strides[1],
-                  after.strides[2])
+            store(
+                columns[0, l + 1, (inputs + l * H) * LANES :],
+                columns[0].size,
+                H,
+                width,
+                after.hidden,
+                at,
+                after.strides[1],
+                after.strides[2],
+            )
             store(c[l, 1], layers * c[0].size, H, width, after.cells, at, after.strides[1], after.strides[2])
 
 
 @compiled
-def run_replay(matrices, biases, output, transposed, squash, p, features, offset, hidden, cells, strides, adjoint, start, stop,
-               dfeatures, dhidden, dcells, weight_sums, bias_sums, output_sums, scratch, kept, shares, ahead):
+def run_replay(
+    matrices,
+    biases,
+    output,
+    transposed,
+    squash,
+    p,
+    features,
+    offset,
+    hidden,
+    cells,
+    strides,
+    adjoint,
+    start,
+    stop,
+    dfeatures,
+    dhidden,
+    dcells,
+    weight_sums,
+    bias_sums,
+    output_sums,
+    scratch,
+    kept,
+    shares,
+    ahead,
+):
     """The replay of the coordinates start … stop: adds to the sums.
 
     features (T, inputs, …), p and the state are as of `run_step`. dfeatures is laid out as features; without columns it is
@@ -301,8 +398,17 @@ def run_replay(matrices, biases, output, transposed, squash, p, features, offset
                 load_log_sign(features[t, 0], within, width, p, columns[t], 0)
         else:
             for u in range(inputs):
-                load(features.reshape(-1), u * across + within, inputs * across, LANES, steps, width, columns[0, u * LANES:],
-                     columns.shape[1], 0)
+                load(
+                    features.reshape(-1),
+                    u * across + within,
+                    inputs * across,
+                    LANES,
+                    steps,
+                    width,
+                    columns[0, u * LANES :],
+                    columns.shape[1],
+                    0,
+                )
         load(adjoint.reshape(-1), first, N, LANES, steps, width, pulls.reshape(-1), LANES, 0)
         load_state(state, inputs, first, width, tiles, c)
         if carried:
@@ -322,8 +428,10 @@ def run_replay(matrices, biases, output, transposed, squash, p, features, offset
                 slopes, size = gates[l, t], 4 * H * LANES
                 here, coming = place_on_tape(tape, l, tile, size), place_on_tape(tape, l, tile + 1, size)
                 if ahead and coming >= 0 and first + LANES < stop:  # it will read them all before there is much to do
-                    fetch_rows(4 * H, 1, kept[coming + t * size:], LANES)
-                pull_back(H, kept[here + t * size:] if here >= 0 else slopes, c[l, t], tanhs[l, t], dh[l], dc[l], slopes)
+                    fetch_rows(4 * H, 1, kept[coming + t * size :], LANES)
+                pull_back(
+                    H, kept[here + t * size :] if here >= 0 else slopes, c[l, t], tanhs[l, t], dh[l], dc[l], slopes
+                )
                 if l == 0 and wanted:
                     dinput[:] = 0
                     add_product(transposed[0], 4 * H, inputs, 4 * H, slopes, dinput)
@@ -331,9 +439,9 @@ def run_replay(matrices, biases, output, transposed, squash, p, features, offset
                 before = H if t > 0 or carried else 0  # rows of the hidden state that is asked for
                 dh[l] = 0
                 if l > 0:  # the input of this layer is the hidden state of the one below
-                    add_product(transposed[l], 4 * H, H + before, 4 * H, slopes, dh[l - 1:].reshape(-1))
+                    add_product(transposed[l], 4 * H, H + before, 4 * H, slopes, dh[l - 1 :].reshape(-1))
                 elif before:
-                    add_product(transposed[0, inputs * 4 * H:], 4 * H, H, 4 * H, slopes, dh[0])
+                    add_product(transposed[0, inputs * 4 * H :], 4 * H, H, 4 * H, slopes, dh[0])
         if carried:
             for l in range(layers):
                 store(dh[l], 0, H, width, dhidden[l].reshape(-1), first, N, LANES)
@@ -341,10 +449,32 @@ def run_replay(matrices, biases, output, transposed, squash, p, features, offset
         step = columns.shape[1]
         for l in range(layers):
             below, count = (inputs + (l - 1) * H, 2 * H) if l else (0, inputs + H)
-            add_outer_blocks(4, OUTER, H, (count + OUTER - 1) // OUTER, gates[l].reshape(-1), gates.shape[2],
-                             columns[l:].reshape(-1)[below * LANES:], step, steps, weight_sums[l], bias_sums[l])
-        add_outer_blocks(1, OUTER_OF_ONE_ROW, 1, (H + OUTER_OF_ONE_ROW - 1) // OUTER_OF_ONE_ROW, pulls.reshape(-1), LANES,
-                         columns[layers:].reshape(-1)[top:], step, steps, output_sums[1:], output_sums)
+            add_outer_blocks(
+                4,
+                OUTER,
+                H,
+                (count + OUTER - 1) // OUTER,
+                gates[l].reshape(-1),
+                gates.shape[2],
+                columns[l:].reshape(-1)[below * LANES :],
+                step,
+                steps,
+                weight_sums[l],
+                bias_sums[l],
+            )
+        add_outer_blocks(
+            1,
+            OUTER_OF_ONE_ROW,
+            1,
+            (H + OUTER_OF_ONE_ROW - 1) // OUTER_OF_ONE_ROW,
+            pulls.reshape(-1),
+            LANES,
+            columns[layers:].reshape(-1)[top:],
+            step,
+            steps,
+            output_sums[1:],
+            output_sums,
+        )
 
 
 @compiled

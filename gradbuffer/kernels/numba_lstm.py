@@ -30,7 +30,9 @@ def level_2_cache():
         return 1 << 20
 
 
-STEP_CHUNK = 1024 * LANES  # columns of which the inputs lie in memory at once; with gradients as they are, there are none
+STEP_CHUNK = (
+    1024 * LANES
+)  # columns of which the inputs lie in memory at once; with gradients as they are, there are none
 REPLAY_CHUNK = 5120 * LANES  # columns times steps, of which the inputs lie in memory at once
 CACHE = level_2_cache()
 
@@ -64,9 +66,11 @@ class NumbaLSTM(LSTMKernels):
         order, self.place = order_of_rows(H)
         weights = np.zeros((len(layers), 4 * H, most), kind)
         for l, (w, u, _) in enumerate(layers):
-            weights[l, :, :w.shape[1] + H] = np.concatenate([w.numpy(), u.numpy()], 1)[order]
+            weights[l, :, : w.shape[1] + H] = np.concatenate([w.numpy(), u.numpy()], 1)[order]
         scales = (np.repeat([-1, -1, -2, -1], H) / np.log(2))[order]
-        self.weights = (scales[:, None] * weights).astype(kind).reshape(len(layers), -1).take(in_blocks(4 * H, most), axis=1)
+        self.weights = (
+            (scales[:, None] * weights).astype(kind).reshape(len(layers), -1).take(in_blocks(4 * H, most), axis=1)
+        )
         self.biases = (scales * np.stack([bias.numpy()[order] for _, _, bias in layers])).astype(kind)
         self.transposed = weights.transpose(0, 2, 1).reshape(len(layers), -1)
         self.output = np.append(output_weight.numpy(), output_bias.numpy()).astype(kind)  # (H + 1,)
@@ -75,7 +79,11 @@ class NumbaLSTM(LSTMKernels):
     def step(self, features, hidden, cells, inplace=False, p=0.0):
         """As of `LSTMKernels`. The state may be of bfloat16, each of its numbers then rounded after the step."""
         there = inplace and in_rows(hidden, cells)
-        new = (hidden, cells) if there else tuple(torch.empty(hidden.shape, dtype=self.dtype, device="cpu") for _ in range(2))
+        new = (
+            (hidden, cells)
+            if there
+            else tuple(torch.empty(hidden.shape, dtype=self.dtype, device="cpu") for _ in range(2))
+        )
         outputs = self.steps_where_they_lie(hidden, cells, new, p, None)(features)
         if inplace and not there:
             new = hidden.copy_(new[0]), cells.copy_(new[1])
@@ -101,8 +109,22 @@ class NumbaLSTM(LSTMKernels):
             after = end if done == steps - 1 else between
 
             def work(start, stop):
-                step_all(*self.packed, float(p), array(features(start, stop)), start, *before, start, stop, out, *after,
-                         self.scratch(1, MORE_TILES), gates, shares, done, steps)
+                step_all(
+                    *self.packed,
+                    float(p),
+                    array(features(start, stop)),
+                    start,
+                    *before,
+                    start,
+                    stop,
+                    out,
+                    *after,
+                    self.scratch(1, MORE_TILES),
+                    gates,
+                    shares,
+                    done,
+                    steps,
+                )
 
             parallel_for(work, pieces_of(N, N if p else STEP_CHUNK))
             before, done = after, done + 1 if tape else 0
@@ -123,8 +145,24 @@ class NumbaLSTM(LSTMKernels):
             inputs, sums, scratch = features(start, stop), self.zero_sums(), self.scratch(len(adjoint))
             dfeatures = torch.empty(inputs.shape if pull_inputs else (1, 1, 0), dtype=self.dtype, device="cpu")
             ahead = 2 * (scratch.nbytes + next_tile) <= CACHE
-            run_replay(*self.packed, self.transposed, squash, float(p), array(inputs), start, *before,
-                       start, stop, array(dfeatures), none, none, *sums, scratch, *kept, ahead)
+            run_replay(
+                *self.packed,
+                self.transposed,
+                squash,
+                float(p),
+                array(inputs),
+                start,
+                *before,
+                start,
+                stop,
+                array(dfeatures),
+                none,
+                none,
+                *sums,
+                scratch,
+                *kept,
+                ahead,
+            )
             if pull_inputs:
                 pull_inputs(start, stop, dfeatures)
             return sums
@@ -141,8 +179,21 @@ class NumbaLSTM(LSTMKernels):
 
         def work(start, stop):
             sums = self.zero_sums()
-            run_replay(*self.packed, self.transposed, squash, 0.0, *before, start, stop,
-                       array(dfeatures[None]), *adjoints, *sums, self.scratch(1), *self.gates_on(None), False)
+            run_replay(
+                *self.packed,
+                self.transposed,
+                squash,
+                0.0,
+                *before,
+                start,
+                stop,
+                array(dfeatures[None]),
+                *adjoints,
+                *sums,
+                self.scratch(1),
+                *self.gates_on(None),
+                False,
+            )
             return sums
 
         gradients = self.gradients(parallel_for(work, pieces_of(N, REPLAY_CHUNK)))
@@ -154,18 +205,25 @@ class NumbaLSTM(LSTMKernels):
     def in_parts(self, work, functions, size, steps):
         """As many functions go together as a tape has room for, if it has for one. With several threads each part is one
         thread's alone; without enough functions for that, all go together."""
-        gates, state = 4 * steps * self.hidden * self.weights.itemsize, 2 * self.layers * self.hidden * self.weights.itemsize
+        gates, state = (
+            4 * steps * self.hidden * self.weights.itemsize,
+            2 * self.layers * self.hidden * self.weights.itemsize,
+        )
         many, room = threads_here(), most_bytes(threads_here())  # gates: of a coordinate and one layer
-        at_once = (room // (self.layers * gates + state) // size or int(room >= (state + WORTHWHILE * gates) * size)
-                   or functions)
+        at_once = (
+            room // (self.layers * gates + state) // size
+            or int(room >= (state + WORTHWHILE * gates) * size)
+            or functions
+        )
         parts = -(-functions // at_once)
         turns = -(-parts // many)
         if parts > 1:
             parts = min(turns * many, functions)
         if parts < 0.75 * turns * many:  # too many threads would have nothing to do
             parts = 1
-        return parallel_for(work, [(functions * k // parts, functions * (k + 1) // parts) for k in range(parts)],
-                            single_threaded=True)
+        return parallel_for(
+            work, [(functions * k // parts, functions * (k + 1) // parts) for k in range(parts)], single_threaded=True
+        )
 
     def window(self, data, theta, hidden, cells, step, updates, p, keep):
         return record_window(data, self, theta, (hidden, cells), step, updates, p, keep)
@@ -179,8 +237,19 @@ class NumbaLSTM(LSTMKernels):
     def scratch(self, steps, tiles=1):
         """This thread's buffer for tiles of that many steps: the last one again if it is large enough."""
         layers, H, inputs = self.layers, self.hidden, self.inputs
-        count = tiles * LANES * ((steps + layers) * (inputs + layers * H) + (6 * steps + 1) * layers * H + steps
-                                 + 2 * layers * H + inputs + 1 + OUTER_OF_ONE_ROW)  # see `split_scratch`; blocks read beyond
+        count = (
+            tiles
+            * LANES
+            * (
+                (steps + layers) * (inputs + layers * H)
+                + (6 * steps + 1) * layers * H
+                + steps
+                + 2 * layers * H
+                + inputs
+                + 1
+                + OUTER_OF_ONE_ROW
+            )
+        )  # see `split_scratch`; blocks read beyond
         return buffer("scratch", count, self.dtype)
 
     def zero_sums(self):
@@ -196,10 +265,12 @@ class NumbaLSTM(LSTMKernels):
         for l, (values, bias) in enumerate(zip(blocked, biases)):
             width = H if l else self.inputs
             across = -(-(width + H) // OUTER)
-            weight = values[:H * across * 4 * OUTER].reshape(H, across, 4, OUTER).transpose(0, 2, 1, 3).reshape(4 * H, -1)
-            parts = weight[:, :width], weight[:, width:width + H], bias
+            weight = (
+                values[: H * across * 4 * OUTER].reshape(H, across, 4, OUTER).transpose(0, 2, 1, 3).reshape(4 * H, -1)
+            )
+            parts = weight[:, :width], weight[:, width : width + H], bias
             layers.append([self.tensor(part[self.place]) for part in parts])
-        return layers, self.tensor(output[1:1 + H]), self.tensor(output[:1])[0]
+        return layers, self.tensor(output[1 : 1 + H]), self.tensor(output[:1])[0]
 
     def tensor(self, sums):
         return torch.from_numpy(sums.astype(self.weights.dtype))

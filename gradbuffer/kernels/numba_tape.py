@@ -48,7 +48,7 @@ class GateTape:
 
     def release(self):
         """The next window may have the memory."""
-        GateTape.spare[windows_at_once() - 1:] = [self.memory]
+        GateTape.spare[windows_at_once() - 1 :] = [self.memory]
         self.memory = self.gates = self.state = None
 
 
@@ -61,7 +61,7 @@ def allocate_aligned(size):
     """Bytes, the first at a multiple of what a vector takes."""
     memory = np.empty(size + REGISTER, np.uint8)
     start = -memory.ctypes.data % REGISTER
-    return memory[start:start + size]
+    return memory[start : start + size]
 
 
 def flat(hidden, cells):
@@ -72,7 +72,11 @@ def flat(hidden, cells):
 def in_rows(*parts):
     """Whether a state's tensors (layers, H, N) are those of whole ones, or of the same stretch of their coordinates."""
     strides = parts[0].stride()
-    return strides[2] == 1 and strides[0] == parts[0].shape[1] * strides[1] and all(part.stride() == strides for part in parts)
+    return (
+        strides[2] == 1
+        and strides[0] == parts[0].shape[1] * strides[1]
+        and all(part.stride() == strides for part in parts)
+    )
 
 
 def as_rows(hidden: torch.Tensor, cells: torch.Tensor):

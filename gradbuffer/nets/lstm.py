@@ -12,8 +12,7 @@ from gradbuffer.checks import check_count, check_finite, sum_is_finite, values_a
 from gradbuffer.contracts import Rule
 from gradbuffer.kernels.choice import KINDS, asked_for, kernels_for, reasons_against
 from gradbuffer.kernels.interface import WORK, LSTMKernels
-from gradbuffer.nests import clone
-from gradbuffer.nests import Snapshot
+from gradbuffer.nests import Snapshot, clone
 from gradbuffer.unrolling import Recorded, record_by_steps, trained
 
 __all__ = ["LSTMOptimizer", "explain"]
@@ -148,8 +147,9 @@ class LSTMOptimizer(Rule, nn.Module):
         """See `Rule.in_parts`: some functions after the others, or several at once, each by a thread of its own."""
         return self.kernels().in_parts(work, functions, size, steps) if functions > 1 else [work(0, functions)]
 
-    def record(self, loss, coordinates, theta: torch.Tensor, state: tuple, step: int, updates: int,
-               keep: bool = False) -> Recorded:
+    def record(
+        self, loss, coordinates, theta: torch.Tensor, state: tuple, step: int, updates: int, keep: bool = False
+    ) -> Recorded:
         """See `Rule.record`: in one compiled loop, where there is one for this network and such functions.
 
         Raises:
@@ -163,10 +163,13 @@ class LSTMOptimizer(Rule, nn.Module):
             if window is not None:
                 return with_finite_gradients(Recorded(*window))
         take, own, tape = self.recorder(state, updates if keep else None)
-        return record_by_steps(self, loss, coordinates, theta, state, step, updates,
-                               lambda gradient, state: (take(gradient), own), tape)
+        return record_by_steps(
+            self, loss, coordinates, theta, state, step, updates, lambda gradient, state: (take(gradient), own), tape
+        )
 
-    def replay(self, grads: torch.Tensor, state: tuple, adjoint: torch.Tensor, tape=None, read: dict | None = None) -> dict:
+    def replay(
+        self, grads: torch.Tensor, state: tuple, adjoint: torch.Tensor, tape=None, read: dict | None = None
+    ) -> dict:
         """See `Rule.replay`. The coordinates are independent, so they go in blocks and memory does not grow with N × T.
 
         Raises:
@@ -179,7 +182,9 @@ class LSTMOptimizer(Rule, nn.Module):
         gradients = self._replay(grads, state, adjoint, wanted, tape)
         return {name: gradients[name] for name in wanted}
 
-    def pull_back(self, grad: torch.Tensor, state: tuple, adjoint: torch.Tensor, next_adjoints: list, read: dict | None = None):
+    def pull_back(
+        self, grad: torch.Tensor, state: tuple, adjoint: torch.Tensor, next_adjoints: list, read: dict | None = None
+    ):
         """See `Rule.pull_back`; next_adjoints are overwritten."""
         (hidden, cell, *memory), (dhidden, dcell, *dmemory) = state, next_adjoints
         with torch.enable_grad():
@@ -188,22 +193,25 @@ class LSTMOptimizer(Rule, nn.Module):
             features = self.embed(readings)[0]
         with torch.no_grad():
             kernels = self.kernels("step_back", squash=self.squash)
-            dfeatures, *parts = kernels.step_back(features.detach(), hidden, cell, self._above(adjoint), dhidden, dcell,
-                                                  self.squash)
+            dfeatures, *parts = kernels.step_back(
+                features.detach(), hidden, cell, self._above(adjoint), dhidden, dcell, self.squash
+            )
             gradients = self._names_of(*parts)
         wanted = trained(self)
         rest = [name for name in wanted if name not in gradients]  # those of `embed`
-        pulled = torch.autograd.grad([features, *new_memory], [grad, *memory, *(wanted[name] for name in rest)],
-                                     [dfeatures, *dmemory])
-        gradients |= zip(rest, pulled[1 + len(memory):])
-        return pulled[0], [dhidden, dcell, *pulled[1:1 + len(memory)]], {name: gradients[name] for name in wanted}
+        pulled = torch.autograd.grad(
+            [features, *new_memory], [grad, *memory, *(wanted[name] for name in rest)], [dfeatures, *dmemory]
+        )
+        gradients |= zip(rest, pulled[1 + len(memory) :])
+        return pulled[0], [dhidden, dcell, *pulled[1 : 1 + len(memory)]], {name: gradients[name] for name in wanted}
 
     def finish(self, z: torch.Tensor) -> torch.Tensor:
         """What becomes of the output: the update."""
         return self.output_scale * (z.tanh() if self.squash else z)
 
-    def kernels(self, work: str = "step", state: torch.dtype | None = None, squash: bool = False,
-                inputs: bool = False) -> LSTMKernels:
+    def kernels(
+        self, work: str = "step", state: torch.dtype | None = None, squash: bool = False, inputs: bool = False
+    ) -> LSTMKernels:
         """What does a piece of work for these weights, made anew only after they have changed; arguments as of
         `LSTMKernels.reasons_against`.
 
@@ -244,13 +252,16 @@ class LSTMOptimizer(Rule, nn.Module):
             raise TypeError(f"state must be init_state's tuple of {len(names)} tensors, hidden and cell first")
         for name, tensor, rows in zip(names, state, self._state_shapes()):
             if tuple(tensor.shape) != (*rows, N):
-                raise ValueError(f"state's {name} must have shape {(*rows, N)} for {N} coordinates, got "
-                                 f"{tuple(tensor.shape)}")
+                raise ValueError(
+                    f"state's {name} must have shape {(*rows, N)} for {N} coordinates, got {tuple(tensor.shape)}"
+                )
         for name, tensor in (("grad", grad), *(("state", part) for part in state[:2])):
             fits = tensor.dtype == weight.dtype or name == "state" and inplace and self.renews(tensor.dtype)
             if not fits or tensor.device != weight.device:
-                raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, the network {weight.dtype} on "
-                                 f"{weight.device}: move one of them")
+                raise ValueError(
+                    f"{name} is {tensor.dtype} on {tensor.device}, the network {weight.dtype} on "
+                    f"{weight.device}: move one of them"
+                )
 
     def _stepper(self, state, own, tape=None):
         """Steps of which the first reads `state`; each overwrites `own`."""
@@ -293,14 +304,20 @@ class LSTMOptimizer(Rule, nn.Module):
         scale = self._packed_scale()
         gradients = {"output.weight": scale * output_weight[None], "output.bias": scale * output_bias[None]}
         for l, (ih, hh, bias) in enumerate(layers):
-            gradients |= {f"lstm.weight_ih_l{l}": ih, f"lstm.weight_hh_l{l}": hh,
-                          f"lstm.bias_ih_l{l}": bias, f"lstm.bias_hh_l{l}": bias.clone()}
+            gradients |= {
+                f"lstm.weight_ih_l{l}": ih,
+                f"lstm.weight_hh_l{l}": hh,
+                f"lstm.bias_ih_l{l}": bias,
+                f"lstm.bias_hh_l{l}": bias.clone(),
+            }
         return gradients
 
     @torch.no_grad()
     def _replay(self, grads, state, adjoint, wanted, tape):
         hidden, cell, *memory = state
-        own = {name: parameter for name, parameter in wanted.items() if not name.startswith(("lstm.", "output."))}  # `embed`'s
+        own = {
+            name: parameter for name, parameter in wanted.items() if not name.startswith(("lstm.", "output."))
+        }  # `embed`'s
         kernels, pieces = self.kernels("replay", squash=self.squash, inputs=bool(own)), []
         p = self._left_to(kernels, "replay")
 
@@ -313,8 +330,16 @@ class LSTMOptimizer(Rule, nn.Module):
             with torch.enable_grad():
                 pieces.append(torch.autograd.grad(self.embed(readings(start, stop)), list(own.values()), dfeatures))
 
-        parts = kernels.replay(lambda a, b: self.embed(readings(a, b)), hidden, cell, self._above(adjoint), self.squash,
-                               pull_inputs if own else None, p, tape)
+        parts = kernels.replay(
+            lambda a, b: self.embed(readings(a, b)),
+            hidden,
+            cell,
+            self._above(adjoint),
+            self.squash,
+            pull_inputs if own else None,
+            p,
+            tape,
+        )
         return self._names_of(*parts) | {name: sum(piece) for name, piece in zip(own, zip(*pieces))}
 
     def __getstate__(self):  # packed weights are a cache: not pickled, not copied

@@ -104,7 +104,10 @@ class Run:
         if stages:
             self.history.stages.append((0, stages[0]))
         self.averaged = copy.deepcopy(net) if options.averaging else net
-        self.captured, self.sizes = {}, {}  # CUDA graphs and mean squares of meta-gradients, by the place of a mixture's problem
+        self.captured, self.sizes = (
+            {},
+            {},
+        )  # CUDA graphs and mean squares of meta-gradients, by the place of a mixture's problem
         self.functions, self.draws = None, 0  # those in hand (None: to be drawn), how many draws there were
 
     @property
@@ -152,14 +155,22 @@ class Run:
             self.average()
             if self.imitates:
                 history.imitation.append((self.iteration, imitation))
-        for record, value in ((history.meta_loss, meta_loss), (history.grad_norm, norm), (history.lr, factor * self.rates[0]),
-                              (history.update_size, update_size)):
+        for record, value in (
+            (history.meta_loss, meta_loss),
+            (history.grad_norm, norm),
+            (history.lr, factor * self.rates[0]),
+            (history.update_size, update_size),
+        ):
             record.append(value)
         self.iteration += 1
 
     def schedule(self, iteration, iterations):
         """A linear warm-up, then half a cosine down to 0."""
-        return min(1.0, (iteration + 1) / (self.options.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+        return (
+            min(1.0, (iteration + 1) / (self.options.warmup + 1))
+            * 0.5
+            * (1 + math.cos(math.pi * iteration / iterations))
+        )
 
     @torch.no_grad()
     def average(self):
@@ -191,8 +202,17 @@ class Run:
         """The same of one meta-batch, which goes on."""
         start, unroll = functions.params, self.options.unroll
         if functions.demonstration is not None:
-            grads, info = imitation_gradient(self.net, functions.batch, functions.demonstration, functions.state, self.step, unroll,
-                                             self.options.teacher.weight, replay_fraction_of(self.options.method), self.window_generator(place))
+            grads, info = imitation_gradient(
+                self.net,
+                functions.batch,
+                functions.demonstration,
+                functions.state,
+                self.step,
+                unroll,
+                self.options.teacher.weight,
+                replay_fraction_of(self.options.method),
+                self.window_generator(place),
+            )
         else:
             grads, info = self.meta_gradient(functions, place)
         functions.params, functions.state = info.params, info.state
@@ -206,8 +226,15 @@ class Run:
     def meta_gradient(self, functions, place):
         window = functions.batch, functions.params, functions.state
         if not self.options.cuda_graph:
-            return meta_gradient(self.net, *window, self.step, self.options.unroll, self.options.method,
-                                 weights=self.options.weights_at(self.step), generator=self.window_generator(place))
+            return meta_gradient(
+                self.net,
+                *window,
+                self.step,
+                self.options.unroll,
+                self.options.method,
+                weights=self.options.weights_at(self.step),
+                generator=self.window_generator(place),
+            )
         if place not in self.captured or not self.captured[place].fits(*window, self.step):
             self.captured[place] = CapturedWindow(self.net, *window, self.options.unroll, self.options.method.objective)
         return self.captured[place](*window, self.step)
@@ -243,12 +270,18 @@ class Run:
 
     def score(self):
         """Score the optimizer at the present horizon (on the first rank, for all), and keep it if it is the best."""
+
         def score():
             logs = []
             for problem in self.validation.problems:
                 try:
-                    losses = evaluate(self.averaged, problem, self.steps, self.options.validation.validation_functions,
-                                      self.options.seed + VALIDATION_SEED)
+                    losses = evaluate(
+                        self.averaged,
+                        problem,
+                        self.steps,
+                        self.options.validation.validation_functions,
+                        self.options.seed + VALIDATION_SEED,
+                    )
                 except NonFiniteError as error:
                     if not self.options.skip_non_finite:
                         raise stopped(self.iteration - 1, f"in validation, {error}") from error
@@ -277,26 +310,41 @@ class Run:
                 self.restore(content)
             except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
                 self.best = best
-                raise ValueError(f"{path} is whole as a file, but does not describe this run: {type(error).__name__}: {error}. "
-                                 "Remove it to begin anew") from error
+                raise ValueError(
+                    f"{path} is whole as a file, but does not describe this run: {type(error).__name__}: {error}. "
+                    "Remove it to begin anew"
+                ) from error
         elif self.ranks.size > 1:
             self.net.load_state_dict(self.ranks.on_first(lambda: plain(dict(self.net.state_dict()))))
             self.best = self.start = copy.deepcopy(self.net.state_dict())
             self.averaged.load_state_dict(self.best)
 
     def save(self):
-        content = {"iteration": self.iteration, "history": asdict(self.history), "random": self.random_state(),
-                   "net": dict(self.net.state_dict()), "averaged": dict(self.averaged.state_dict()),
-                   "best": dict(self.best), "start": dict(self.start), "adam": self.adam.state_dict(), "draws": self.draws,
-                   "window": None}
+        content = {
+            "iteration": self.iteration,
+            "history": asdict(self.history),
+            "random": self.random_state(),
+            "net": dict(self.net.state_dict()),
+            "averaged": dict(self.averaged.state_dict()),
+            "best": dict(self.best),
+            "start": dict(self.start),
+            "adam": self.adam.state_dict(),
+            "draws": self.draws,
+            "window": None,
+        }
         if self.sizes:
             content["sizes"] = self.sizes
         if self.functions is not None:  # in the middle of an unroll
             carried = [functions.carried() for functions in self.functions]
             params, state = carried[0] if len(carried) == 1 else zip(*carried)
             parts = self.ranks.gather(plain((self.first, self.last, params, state)))
-            content["window"] = {"step": self.step, "drawn_at": self.drawn_at, "drawn_from": self.drawn_from,
-                                 "imitates": self.imitates, "parts": parts}
+            content["window"] = {
+                "step": self.step,
+                "drawn_at": self.drawn_at,
+                "drawn_from": self.drawn_from,
+                "imitates": self.imitates,
+                "parts": parts,
+            }
         self.ranks.on_first(lambda: write_checkpoint(self.options.checkpoint.checkpoint, plain(content), self.settings))
 
     def restore(self, content):
@@ -312,7 +360,11 @@ class Run:
         window = content["window"]
         if window is not None:
             parts, several = window["parts"], isinstance(window["parts"][0][2], tuple)
-            divisible = as_rule(self.net).coordinatewise and not isinstance(self.options.method, PES) and not window.get("imitates")
+            divisible = (
+                as_rule(self.net).coordinatewise
+                and not isinstance(self.options.method, PES)
+                and not window.get("imitates")
+            )
             divisible = divisible and not several
             if divisible or len(parts) == self.ranks.size:  # else these ranks begin with new functions
                 params, state = regroup(parts, self.first, self.last, divisible)
@@ -345,5 +397,7 @@ def squares_of_change(start, end):
 
 
 def stopped(iteration, cause):
-    return NonFiniteError(f"meta-training stopped at iteration {iteration}: {cause}. Lower lr or clip, look at the "
-                          "optimizee's loss, or let skip_non_finite windows pass")
+    return NonFiniteError(
+        f"meta-training stopped at iteration {iteration}: {cause}. Lower lr or clip, look at the "
+        "optimizee's loss, or let skip_non_finite windows pass"
+    )

@@ -38,38 +38,51 @@ def small_images():
     mnist, cifar, digits = load_mnist(), load_cifar10(), load_digits()
     side = math.isqrt(mnist.train_images.shape[1])
     border, pool = (2, 3) if side == 28 else (0, 1)
-    whole = mnist.train_images.view(-1, 1, side, side)[:, :, border:side - border, border:side - border]
+    whole = mnist.train_images.view(-1, 1, side, side)[:, :, border : side - border, border : side - border]
     grey = cifar.train_images.float().mean(1, keepdim=True)
-    return {"mnist": standardized(avg_pool2d(whole, pool).flatten(1), mnist.train_labels),
-            "cifar": standardized(avg_pool2d(grey, grey.shape[-1] // 8).flatten(1), cifar.train_labels),
-            "digits": standardized(torch.tensor(digits.images).float().flatten(1), torch.tensor(digits.target))}
+    return {
+        "mnist": standardized(avg_pool2d(whole, pool).flatten(1), mnist.train_labels),
+        "cifar": standardized(avg_pool2d(grey, grey.shape[-1] // 8).flatten(1), cifar.train_labels),
+        "digits": standardized(torch.tensor(digits.images).float().flatten(1), torch.tensor(digits.target)),
+    }
 
 
 def make_families(net, data):
     """Two dicts from name to `Perceptrons`: to train on, and to look at."""
-    from gradbuffer.training.evolution import Perceptrons
     from gradbuffer.kernels.numba_mlp_windows import PerceptronWindows
+    from gradbuffer.training.evolution import Perceptrons
 
     def family(name, hidden, activation, batch, loss="cross_entropy"):
         images, labels = data[name]
         targets, outputs, ceiling = (images, 64, 1.5) if loss == "mse" else (labels, 10, 1.5 * math.log(10))
-        return Perceptrons(PerceptronWindows(net, (64, *hidden, outputs), activation, loss), images, targets, batch, ceiling)
+        return Perceptrons(
+            PerceptronWindows(net, (64, *hidden, outputs), activation, loss), images, targets, batch, ceiling
+        )
 
     generator = torch.Generator().manual_seed(99)
-    first, second = torch.randn(32, 24, generator=generator) / 32**0.5, torch.randn(24, 8, generator=generator) * 1.5 / 24**0.5
+    first, second = (
+        torch.randn(32, 24, generator=generator) / 32**0.5,
+        torch.randn(24, 8, generator=generator) * 1.5 / 24**0.5,
+    )
     inputs = torch.randn(20000, 32, generator=generator)
     targets = torch.tanh(2 * inputs @ first) @ second
     targets = (targets - targets.mean()) / targets.std()
     return {
-        "mnist relu": family("mnist", (32,), "relu", 64), "cifar relu": family("cifar", (32,), "relu", 64),
-        "digits tanh": family("digits", (32,), "tanh", 64), "mnist autoencoder": family("mnist", (16,), "silu", 32, "mse"),
-        "cifar two layers": family("cifar", (32, 32), "silu", 32), "mnist deep tanh": family("mnist", (24, 24, 24), "tanh", 16),
+        "mnist relu": family("mnist", (32,), "relu", 64),
+        "cifar relu": family("cifar", (32,), "relu", 64),
+        "digits tanh": family("digits", (32,), "tanh", 64),
+        "mnist autoencoder": family("mnist", (16,), "silu", 32, "mse"),
+        "cifar two layers": family("cifar", (32, 32), "silu", 32),
+        "mnist deep tanh": family("mnist", (24, 24, 24), "tanh", 16),
         "regression": Perceptrons(PerceptronWindows(net, (32, 32, 8), "relu", "mse"), inputs, targets, 64, 1.5),
-        "cifar autoencoder": family("cifar", (24,), "tanh", 64, "mse"), "cifar linear": family("cifar", (), "relu", 64),
-        "digits deep relu": family("digits", (32, 32, 32), "relu", 128), "mnist sigmoid": family("mnist", (20,), "sigmoid", 128),
+        "cifar autoencoder": family("cifar", (24,), "tanh", 64, "mse"),
+        "cifar linear": family("cifar", (), "relu", 64),
+        "digits deep relu": family("digits", (32, 32, 32), "relu", 128),
+        "mnist sigmoid": family("mnist", (20,), "sigmoid", 128),
         "cifar deep relu": family("cifar", (24, 24, 24, 24), "relu", 16),
     }, {
-        "cifar wide": family("cifar", (64,), "relu", 64), "mnist autoencoder deep": family("mnist", (32, 8, 32), "relu", 64, "mse"),
+        "cifar wide": family("cifar", (64,), "relu", 64),
+        "mnist autoencoder deep": family("mnist", (32, 8, 32), "relu", 64, "mse"),
         "digits five": family("digits", (48, 48, 48, 48), "tanh", 64),
     }
 
@@ -78,11 +91,16 @@ def validate(weights, families, steps=500, seeds=4):
     ends = {}
     for name, family in families.items():
         particles = len(RATES) * seeds
-        params, state = family.windows.draw_params(seeds, 77).repeat(len(RATES), 1), family.windows.init_state(particles)
+        params, state = (
+            family.windows.draw_params(seeds, 77).repeat(len(RATES), 1),
+            family.windows.init_state(particles),
+        )
         falling = 0.5 * (1 + torch.cos(math.pi * torch.arange(steps) / steps))
         lr = torch.tensor(RATES).repeat_interleave(seeds)[:, None] * falling
-        losses = family.run(weights, params, state, steps, lr=lr, seeds=torch.arange(1000, 1000 + seeds).repeat(len(RATES)))
-        ends[name] = losses[:, -steps // 10:].mean(1).view(len(RATES), seeds).mean(1).min().item()
+        losses = family.run(
+            weights, params, state, steps, lr=lr, seeds=torch.arange(1000, 1000 + seeds).repeat(len(RATES))
+        )
+        ends[name] = losses[:, -steps // 10 :].mean(1).view(len(RATES), seeds).mean(1).min().item()
     return ends
 
 
@@ -93,8 +111,8 @@ def main():
     parser.add_argument("--state", type=Path, default=HERE / "general_mlp.pt")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    from gradbuffer.training.evolution import Pairs
     from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
+    from gradbuffer.training.evolution import Pairs
 
     net = start_as_normalized_adam(MLPOptimizer())
     trained, watched = make_families(net, small_images())
