@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from gradbuffer.kernels.numba_mlp import BLOCK, WORTHWHILE, TensorSteps
+from gradbuffer.kernels.numba_mlp import WORTHWHILE, TensorSteps
+from gradbuffer.kernels.numba_mlp_loops import BLOCK
 from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
 
 SHAPES = [
