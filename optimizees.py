@@ -30,7 +30,17 @@ from gradbuffer.problems.images import (
 )
 from gradbuffer.problems.variations import ConvexTerms, Mirrored, Mixture, RandomScaling
 
-__all__ = ["CIFAR10Net", "ConvexTerms", "MNISTNet", "MetaBatch", "Mirrored", "Mixture", "Quadratics", "RandomScaling"]
+__all__ = [
+    "ACTIVATIONS",
+    "CIFAR10Net",
+    "ConvexTerms",
+    "MNISTNet",
+    "MetaBatch",
+    "Mirrored",
+    "Mixture",
+    "Quadratics",
+    "RandomScaling",
+]
 
 
 class Quadratics(Problem):

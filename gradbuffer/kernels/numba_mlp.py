@@ -12,7 +12,9 @@ import math
 import numpy as np
 import torch
 
+from gradbuffer.contracts import Rule
 from gradbuffer.kernels.llvm_mlp import FACTORED, OF_MATRIX, READ
+from gradbuffer.kernels.matrices import as_matrix, from_matrix, matrix_axes
 from gradbuffer.kernels.numba_mlp_loops import (
     after_factors,
     after_reading,
@@ -25,7 +27,6 @@ from gradbuffer.kernels.numba_mlp_loops import (
     step_vector,
 )
 from gradbuffer.kernels.numba_threads import buffer, parallel_for, threads_here
-from gradbuffer.nets.mlp import MLPOptimizer, as_matrix, from_matrix, matrix_axes
 
 __all__ = ["TOTALS", "TensorSteps", "check_net", "numbers_of_scratch", "step_adamw", "step_matrix", "step_vector"]
 
@@ -184,7 +185,7 @@ class TensorSteps:
 
 def check_net(net):
     """Raise unless the compiled step is that of this network."""
-    if not isinstance(net, MLPOptimizer):
+    if not isinstance(net, Rule) or "orthogonalize" not in net.arguments:
         raise TypeError(f"net must be an MLPOptimizer, got {type(net).__name__}")
     if net.variant != "celo" or net.orthogonalize:
         raise ValueError(

@@ -13,6 +13,16 @@ from gradbuffer.contracts import Loss, Problem
 
 STEPS_PER_DRAW = 32  # minibatches whose indices are drawn at once
 
+__all__ = [
+    "Chosen",
+    "ImageNets",
+    "MinibatchLoss",
+    "check_batch_size",
+    "check_floating",
+    "mean_cross_entropy",
+    "on_device",
+]
+
 
 def check_floating(dtype):
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

@@ -22,6 +22,7 @@ from gradbuffer.unrolling import Coordinates, check_objective, gradients_of, mul
 
 __all__ = [
     "Autograd",
+    "DEFAULTS",
     "PES",
     "Replay",
     "WindowInfo",
