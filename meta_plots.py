@@ -1,12 +1,19 @@
 """Figures and tables: loss curves and their summary, final losses over sizes, training histories, learned updates."""
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from torch import nn
 
 from gradbuffer.contracts import as_rule, is_learned
-from gradbuffer.evaluation import learned_rule, torch_rule
+from gradbuffer.evaluation import TunedBaseline, learned_rule, torch_rule
+
+if TYPE_CHECKING:
+    from gradbuffer.training.run import History
 
 __all__ = [
     "plot_curves",
@@ -31,7 +38,16 @@ COLORS = {
 LEARNED_COLORS = ("black", "tab:red", "tab:brown", "tab:pink", "tab:olive", "navy")  # in the order in which they come
 
 
-def plot_curves(curves, title, ax=None, marks=(), steps=None, quantity="loss", log=True, average=1):
+def plot_curves(
+    curves: dict[str, torch.Tensor],
+    title: str,
+    ax: Axes | None = None,
+    marks: Sequence[tuple[float, str]] = (),
+    steps: Sequence[float] | torch.Tensor | None = None,
+    quantity: str = "loss",
+    log: bool = True,
+    average: int = 1,
+) -> Axes:
     """Mean loss against the step, log scale, with the 95 % confidence band of the mean.
 
     Args:
@@ -89,7 +105,7 @@ def plot_curves(curves, title, ax=None, marks=(), steps=None, quantity="loss", l
     return ax
 
 
-def summary_table(curves, steps=100):
+def summary_table(curves: dict[str, torch.Tensor], steps: int = 100) -> str:
     """Markdown table: sum of the loss over the first `steps` steps and the loss at the last step, ± standard error.
 
     Args:
@@ -111,7 +127,12 @@ def summary_table(curves, steps=100):
     return "\n".join(rows)
 
 
-def stretches_table(curves, stretches, tuned=None, more=None):
+def stretches_table(
+    curves: dict[str, torch.Tensor],
+    stretches: dict[str, slice],
+    tuned: dict[str, TunedBaseline] | None = None,
+    more: dict[str, dict[str, torch.Tensor]] | None = None,
+) -> str:
     """Markdown table: mean loss over stretches of steps, ± standard error over functions if there are several.
 
     Args:
@@ -144,7 +165,9 @@ def stretches_table(curves, stretches, tuned=None, more=None):
     return "\n".join(rows)
 
 
-def plot_sizes(finals, title, axes=None):
+def plot_sizes(
+    finals: dict[tuple, dict[str, torch.Tensor]], title: str, axes: Sequence[Axes] | None = None
+) -> list[Axes]:
     """Final losses over the number of hidden units: a panel for each number of layers, a line for each optimizer.
 
     Error bars are the 95 % confidence interval of the mean, on a log scale: an interval that goes below a tenth of the
@@ -204,7 +227,7 @@ def plot_sizes(finals, title, axes=None):
     return list(axes)
 
 
-def sizes_table(finals):
+def sizes_table(finals: dict[tuple, dict[str, torch.Tensor]]) -> str:
     """Markdown table of mean final losses ± standard error: a row for each network, a column for each optimizer.
 
     Args:
@@ -236,7 +259,7 @@ def check_sizes(finals):
             raise ValueError(f"keys of finals must be tuples of one or more equal sizes, as (20, 20), got {hidden!r}")
 
 
-def plot_history(history, title, ax=None):
+def plot_history(history: "History", title: str, ax: Axes | None = None) -> Axes:
     """What happened in meta-training: is the loss falling, are the meta-gradients sane, do the functions move at all?
 
     Above, the meta-loss of every iteration (dots) and the validation score that chose the optimizer (line, right axis);
@@ -286,7 +309,14 @@ def plot_history(history, title, ax=None):
     return ax
 
 
-def plot_updates(net, title, gradients=None, steps=(1, 10, 50), baselines=None, axes=None):
+def plot_updates(
+    net: nn.Module,
+    title: str,
+    gradients: torch.Tensor | None = None,
+    steps: Sequence[int] = (1, 10, 50),
+    baselines: dict[str, tuple[type, dict]] | None = None,
+    axes: Sequence[Axes] | None = None,
+) -> list[Axes]:
     """What the optimizer has learned to do with one coordinate's gradients, beside hand-designed optimizers.
 
     Left, its updates over time, along a history of gradients. Then for each of `steps`, the update at that step as a
@@ -359,7 +389,9 @@ def follow(rule, gradients):
     return torch.stack(updates)
 
 
-def plot_tuning(tuned, title, ax=None, quantity="loss at the last step"):
+def plot_tuning(
+    tuned: dict[str, TunedBaseline], title: str, ax: Axes | None = None, quantity: str = "loss at the last step"
+) -> Axes:
     """The loss by which each learning rate was judged, and in the legend the one that was chosen.
 
     Args:

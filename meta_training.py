@@ -9,7 +9,11 @@ optimizers `evaluation`; their public names are here too. As a program (`python 
 
 import runpy
 import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from gradbuffer.contracts import device_of, on_device
@@ -29,6 +33,7 @@ from gradbuffer.training.meta_gradients import Autograd, Replay, meta_gradient
 from gradbuffer.training.options import (
     Checkpoint,
     Curriculum,
+    MetaTrainOptions,
     RandomHorizon,
     Teacher,
     Training,
@@ -36,6 +41,9 @@ from gradbuffer.training.options import (
     training_of,
 )
 from gradbuffer.training.run import History, Run
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it since Python 3.11
 
 __all__ = [
     "AccuracyCurves",
@@ -63,20 +71,20 @@ __all__ = [
 
 
 def meta_train(
-    net,
-    problem,
-    steps=100,
-    unroll=20,
-    meta_batch=16,
-    iterations=1000,
-    lr=0.005,
-    seed=0,
-    device=None,
+    net: nn.Module,
+    problem: Any,
+    steps: int = 100,
+    unroll: int = 20,
+    meta_batch: int = 16,
+    iterations: int = 1000,
+    lr: float = 0.005,
+    seed: int = 0,
+    device: torch.device | str | None = None,
     *,
-    callback=None,
-    progress=True,
-    **options,
-):
+    callback: Callable[[int, History], Any] | None = None,
+    progress: bool = True,
+    **options: "Unpack[MetaTrainOptions]",
+) -> History:
     """Meta-train a learned optimizer by truncated backpropagation through the unrolled optimization.
 
     Functions are drawn anew after every `steps` steps; each window of `unroll` updates gives one meta-update by Adam,

@@ -9,7 +9,9 @@ Drawing is done on the CPU, so that a seed means the same functions on every dev
 
 import itertools
 import math
+from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 import torch
 
@@ -59,16 +61,16 @@ class Quadratics(Problem):
     Reference: Andrychowicz et al. 2016, section 3.1.
     """
 
-    def __init__(self, dim=10, dtype=torch.float32, device="cpu"):
+    def __init__(self, dim: int = 10, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         check_count(dim=dim)
         check_floating(dtype)
         self.dim, self.dtype, self.device = dim, dtype, torch.device(device)
         self.name = f"Quadratics, {dim} dimensions"
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "Quadratics":
         return Quadratics(self.dim, self.dtype, device)
 
-    def sample(self, meta_batch, generator=None):
+    def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> MetaBatch:
         """Draw `meta_batch` functions; their loss is the same at every step. Returns `MetaBatch`."""
         check_count(meta_batch=meta_batch)
         W = torch.randn(meta_batch, self.dim, self.dim, generator=generator, dtype=self.dtype).to(self.device)
@@ -161,15 +163,15 @@ class MNISTNet(ImageNets):
 
     def __init__(
         self,
-        hidden_sizes=(20,),
-        activation="sigmoid",
-        batch_size=128,
-        split="train",
-        root=None,
-        init_std=None,
-        side=None,
-        dtype=torch.float32,
-        device="cpu",
+        hidden_sizes: Sequence[int] = (20,),
+        activation: str = "sigmoid",
+        batch_size: int | tuple[int, int] = 128,
+        split: str = "train",
+        root: str | Path | None = None,
+        init_std: float | None = None,
+        side: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ):
         hidden_sizes = tuple(hidden_sizes)
         batch_size = check_batch_size(batch_size)
@@ -200,7 +202,7 @@ class MNISTNet(ImageNets):
         self.sizes = (self.images.shape[1], *hidden_sizes, 10)
         self.name = f"{data.name} {'-'.join(map(str, self.sizes))} {activation}"
 
-    def sample(self, meta_batch, generator=None):
+    def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> MetaBatch:
         """Draw `meta_batch` networks with their sequences of minibatches. Returns `MetaBatch`."""
         check_count(meta_batch=meta_batch)
         params = {}

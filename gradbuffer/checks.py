@@ -5,6 +5,8 @@ import contextvars
 import math
 import pkgutil
 import sys
+from collections.abc import Callable, Container, Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -34,7 +36,7 @@ class NonFiniteError(ValueError):
     """A gradient, a loss or a meta-gradient is infinite or not a number."""
 
 
-def check_count(least=1, **counts):
+def check_count(least: int = 1, **counts: int) -> None:
     """Raise unless every keyword argument is an int of at least `least`."""
     for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool):
@@ -43,14 +45,14 @@ def check_count(least=1, **counts):
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def check_positive_number(**numbers):
+def check_positive_number(**numbers: float) -> None:
     """Raise unless every keyword argument is a finite number above 0."""
     for name, value in numbers.items():
         if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 < value < math.inf):
             raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
-def sum_is_finite(tensor):
+def sum_is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor's sum is finite, in one pass over it. If not, the sum itself may have overflown.
 
     On a CPU in pieces too small for torch to wake its threads: they then wait for more work, busily and for some ms, on
@@ -60,7 +62,7 @@ def sum_is_finite(tensor):
     return all(math.isfinite(piece.sum().item()) for piece in pieces)
 
 
-def check_finite(tensor, name):
+def check_finite(tensor: torch.Tensor, name: str) -> None:
     """Raise NonFiniteError, naming the first coordinate, unless all of `tensor` is finite."""
     if not looking.get() or sum_is_finite(tensor):
         return
@@ -73,13 +75,13 @@ def check_finite(tensor, name):
         )
 
 
-def values_are_checked():
+def values_are_checked() -> bool:
     """Whether we are not within `values_unchecked`."""
     return looking.get()
 
 
 @contextlib.contextmanager
-def values_unchecked():
+def values_unchecked() -> Iterator[None]:
     """Within it `check_finite` lets everything pass: to look at a value, a program has to wait for the device."""
     token = looking.set(False)
     try:
@@ -88,7 +90,12 @@ def values_unchecked():
         looking.reset(token)
 
 
-def refuse_without_effect(needs, options, given, spell=str):
+def refuse_without_effect(
+    needs: Iterable[tuple[str, str, Any]],
+    options: dict[str, Any],
+    given: Container[str],
+    spell: Callable[[str], str] = str,
+) -> None:
     """Raise where an option was given that has no effect beside the others.
 
     A table of needs has rows (options, needed, values): the options, names with spaces between, have an effect only where the option
@@ -123,12 +130,12 @@ def refuse_without_effect(needs, options, given, spell=str):
                 raise ValueError(f"{spell(name)} {reason}")
 
 
-def name_of(function):
+def name_of(function: Any) -> str:
     """A function's name for people, or its class's."""
     return getattr(function, "__qualname__", type(function).__name__)
 
 
-def named_class(text):
+def named_class(text: str) -> type:
     """The class that "module:Class" names, of a module that can be imported from here or from the working folder.
 
     Raises:

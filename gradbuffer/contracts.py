@@ -63,7 +63,7 @@ class Problem:
         functions on every device. A mixture returns a list of meta-batches, of shapes of their own."""
         raise NotImplementedError
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "Problem":
         """The same distribution on another device."""
         return self
 
@@ -107,12 +107,14 @@ class Loss:
         """Losses (B,) at params, a dict of (B, ...), each on its minibatch of that step; with a graph."""
         raise NotImplementedError
 
-    def with_gradient(self, params: dict, step: int):
+    def with_gradient(self, params: dict, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | None:
         """Losses (B,) and the gradient of their sum, a dict like params, without a graph, in tensors that the next step leaves
         alone; or None: autograd does it. For functions so small that autograd costs more than they do."""
         return None
 
-    def with_vector_gradient(self, theta: torch.Tensor, shapes: dict, step: int):
+    def with_vector_gradient(
+        self, theta: torch.Tensor, shapes: dict, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The same for the vector θ (N,) in which parameters of these shapes lie one after the other: losses and ∇ (N,), or None."""
         return None
 
@@ -131,7 +133,7 @@ class Loss:
         """A loss that reads these tensors, at any step."""
         raise NotImplementedError
 
-    def compiled(self, shapes: dict):
+    def compiled(self, shapes: dict) -> "QuadraticData | PerceptronData | None":
         """What a compiled window must know of these functions, with parameters of these shapes: a `QuadraticData` or
         `PerceptronData`; None if they are of neither kind."""
         return None
@@ -155,7 +157,7 @@ class PerceptronData(NamedTuple):
     activation: str
 
 
-def as_problem(problem) -> Problem:
+def as_problem(problem: Any) -> Problem:
     """The problem as a `Problem`. Raises TypeError if it has no `sample`."""
     if isinstance(problem, Problem):
         return problem
@@ -164,7 +166,7 @@ def as_problem(problem) -> Problem:
     return adopt(Problem(), Problem, problem)
 
 
-def as_loss(loss) -> Loss:
+def as_loss(loss: Any) -> Loss:
     """The loss as a `Loss`. Raises TypeError if it is no function."""
     if isinstance(loss, Loss):
         return loss
@@ -186,7 +188,7 @@ def adopt(adopted, contract, given):
     return adopted
 
 
-def kind_of(contract):
+def kind_of(contract: Any) -> str:
     """The name of the class that a user knows."""
     return type(vars(contract).get("adopted", contract)).__name__
 
@@ -210,12 +212,12 @@ def in_parts(params: dict, loss: Loss) -> MetaBatch:
     )
 
 
-def has_parts(batch) -> bool:
+def has_parts(batch: Any) -> bool:
     """Whether a meta-batch can give some of its functions alone."""
     return getattr(batch, "part", None) is not None
 
 
-def part_of(batch, first: int, last: int):
+def part_of(batch: Any, first: int, last: int) -> MetaBatch:
     """Functions first … last - 1 of a meta-batch.
 
     A batch without `part` computes the losses of all its functions and gives those asked for: right, but the
@@ -276,11 +278,11 @@ class Rule:
         """The same network, with the very same weights, for parameters that lie like this: for one that tells them apart."""
         return self
 
-    def network_for(self, name: str):
+    def network_for(self, name: str) -> Any:
         """The network that runs a parameter of that name: for one that is several."""
         return self
 
-    def stepper(self, state):
+    def stepper(self, state: Any) -> Callable:
         """step(gradient) -> update, many times from this state on, which each step overwrites. Only where `overwrites`."""
         raise NotImplementedError
 
@@ -292,7 +294,14 @@ class Rule:
         """Have what is kept of the weights made anew at the next step, though they may not have changed."""
 
     def record(
-        self, loss: Loss, coordinates: Coordinates, theta, state, step: int, updates: int, keep: bool = False
+        self,
+        loss: Loss,
+        coordinates: Coordinates,
+        theta: torch.Tensor,
+        state: Any,
+        step: int,
+        updates: int,
+        keep: bool = False,
     ) -> Recorded:
         """Unroll from step to step + updates, without a graph; neither theta nor state is changed.
 
@@ -305,7 +314,9 @@ class Rule:
         functions first … last - 1, and its replay. All are one part unless another way is faster. Only where `coordinatewise`."""
         return [work(0, functions)]
 
-    def replay(self, grads, state, adjoint, tape=None, read: dict | None = None) -> dict:
+    def replay(
+        self, grads: torch.Tensor, state: Any, adjoint: torch.Tensor, tape: Any = None, read: dict | None = None
+    ) -> dict:
         """Gradient of Σ_t ⟨adjoint_t, update_t⟩ with respect to the weights, over recorded inputs.
 
         Args:
@@ -319,7 +330,14 @@ class Rule:
         """
         return replay_by_autograd(self, grads, state, adjoint, read)
 
-    def pull_back(self, grad, state, adjoint, next_adjoints, read: dict | None = None):
+    def pull_back(
+        self,
+        grad: torch.Tensor,
+        state: Any,
+        adjoint: torch.Tensor,
+        next_adjoints: list[torch.Tensor],
+        read: dict | None = None,
+    ) -> tuple:
         """Backpropagate through one step: what the second-order replay does from the last step to the first.
 
         Args:
@@ -342,17 +360,17 @@ class Rule:
         """This network with other weights for every function: a dict from name to (B, ...). Default: one function after the other."""
         return PerFunction(self, weights, coordinates)
 
-    def run_with(self, weights: dict, grad, state, **read):
+    def run_with(self, weights: dict, grad: Any, state: Any, **read: Any) -> tuple[Any, Any]:
         """`forward` with these weights, a dict like `named_parameters()`, instead of its own."""
         return torch.func.functional_call(self, weights, (grad, state), read)
 
 
-def is_learned(net) -> bool:
+def is_learned(net: Any) -> bool:
     """Whether it is a learned optimizer."""
     return isinstance(net, nn.Module) and callable(getattr(net, "init_state", None))
 
 
-def as_rule(net, coordinates: Coordinates | None = None) -> Rule:
+def as_rule(net: Any, coordinates: Coordinates | None = None) -> Rule:
     """The network as a `Rule`, for parameters that lie like this. Raises TypeError if it is no learned optimizer."""
     if not isinstance(net, Rule):
         if not is_learned(net):
@@ -448,14 +466,14 @@ class PerFunction(Rule):
         return torch.cat([piece for tensors in zip(*updates) for piece in tensors]), after
 
 
-def repack(net) -> None:
+def repack(net: Any) -> None:
     """Have every part of a network make anew what it keeps of its weights."""
     for module in net.modules():
         if isinstance(module, Rule):
             module.repack()
 
 
-def device_of(net, device=None) -> torch.device:
+def device_of(net: Any, device: torch.device | str | None = None) -> torch.device:
     """The device asked for, else the one that the network is on."""
     rule = as_rule(net)
     if device is not None:
@@ -463,7 +481,7 @@ def device_of(net, device=None) -> torch.device:
     return next((parameter.device for _, parameter in rule.named_parameters()), torch.device("cpu"))
 
 
-def on_device(problem, device) -> Problem:
+def on_device(problem: Any, device: torch.device) -> Problem:
     """The problem as a `Problem`, on a device, if it knows how to move there."""
     problem = as_problem(problem)
     return problem if problem.device == device else as_problem(problem.to(device))

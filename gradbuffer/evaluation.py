@@ -7,13 +7,17 @@ with the lowest final loss, and one seed gives every optimizer the same function
 import functools
 import inspect
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from gradbuffer.checks import check_count
-from gradbuffer.contracts import as_loss, as_rule, device_of, has_parts, on_device
+from gradbuffer.contracts import as_loss, as_rule, device_of, on_device
+from gradbuffer.lbfgs import minimize_lbfgs
 from gradbuffer.unrolling import Coordinates, in_place
 
 __all__ = [
@@ -46,7 +50,15 @@ BASELINES = {
 """Hand-designed optimizers to compare with: name -> (class, options other than the learning rate)."""
 
 
-def evaluate(net, problem, steps=100, num_functions=100, seed=1, device=None, watch=None):
+def evaluate(
+    net: nn.Module,
+    problem: Any,
+    steps: int = 100,
+    num_functions: int = 100,
+    seed: int = 1,
+    device: torch.device | str | None = None,
+    watch: Callable | None = None,
+) -> torch.Tensor:
     """Loss curves of a learned optimizer. No graph is recorded.
 
     Args:
@@ -73,7 +85,16 @@ def evaluate(net, problem, steps=100, num_functions=100, seed=1, device=None, wa
         return loss_curves(learned_rule(net), problem, steps, num_functions, seed, device, watch)
 
 
-def evaluate_baseline(optimizer, options, problem, steps=100, num_functions=100, seed=1, device="cpu", watch=None):
+def evaluate_baseline(
+    optimizer: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    problem: Any,
+    steps: int = 100,
+    num_functions: int = 100,
+    seed: int = 1,
+    device: torch.device | str = "cpu",
+    watch: Callable | None = None,
+) -> torch.Tensor:
     """Loss curves of a hand-designed optimizer, on the very functions that `evaluate` uses for that seed.
 
     The functions of a meta-batch are optimized side by side as one vector, so the optimizer must treat every
@@ -95,7 +116,7 @@ def evaluate_baseline(optimizer, options, problem, steps=100, num_functions=100,
     return loss_curves(torch_rule(optimizer, options), problem, steps, num_functions, seed, torch.device(device), watch)
 
 
-def check_baseline(optimizer, options, names=("optimizer", "options")):
+def check_baseline(optimizer: Any, options: Any, names: tuple[str, str] = ("optimizer", "options")) -> None:
     """Raise unless it is a class of `torch.optim` that treats coordinates by themselves, and a dict of its options."""
     if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
         raise TypeError(f"{names[0]} must be a class of torch.optim.Optimizer, got {optimizer!r}")
@@ -105,7 +126,7 @@ def check_baseline(optimizer, options, names=("optimizer", "options")):
         raise TypeError(f'{names[1]} must be a dict such as {{"lr": 0.1}}, got {options!r}')
 
 
-def learned_rule(net):
+def learned_rule(net: nn.Module) -> Callable:
     """begin(theta, coordinates) -> advance(gradient, losses, step), which changes theta (N,), in which parameters lie as `Coordinates`
     say. No graph."""
 
@@ -126,7 +147,7 @@ def learned_rule(net):
     return begin
 
 
-def torch_rule(optimizer, options):
+def torch_rule(optimizer: type[torch.optim.Optimizer], options: dict[str, Any]) -> Callable:
     """The same of a class of `torch.optim`."""
 
     def begin(theta, coordinates=None):
@@ -171,7 +192,14 @@ def drawn(problem, num_functions, seed, device):
         yield problem.sample(min(at_once, num_functions - first), generator=generator)
 
 
-def evaluate_lbfgs(problem, steps=100, num_functions=100, seed=1, device="cpu", **options):
+def evaluate_lbfgs(
+    problem: Any,
+    steps: int = 100,
+    num_functions: int = 100,
+    seed: int = 1,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> torch.Tensor:
     """Loss curves of L-BFGS, each function by itself, on the very functions that `evaluate` uses for that seed.
 
     Args:
@@ -191,58 +219,6 @@ def evaluate_lbfgs(problem, steps=100, num_functions=100, seed=1, device="cpu", 
     return torch.cat([minimize_lbfgs(batch, steps, **options)[0] for batch in batches]).cpu()
 
 
-def minimize_lbfgs(batch, steps, **options):
-    """L-BFGS with a strong Wolfe line search on each function of a meta-batch, for `steps` evaluations.
-
-    Args:
-        batch: a `MetaBatch` with `part`; its losses are those of step 0.
-        steps: evaluations of each function and its gradient, positive.
-        options: of `torch.optim.LBFGS`, such as {"history_size": 10}.
-
-    Returns:
-        (losses (B, steps), params): the lowest loss so far after each evaluation, and where the lowest was found,
-        a dict of (B, ...). No graph.
-
-    Raises:
-        TypeError: the meta-batch has no `part`.
-
-    Example:
-        >>> from optimizees import Quadratics
-        >>> losses, params = minimize_lbfgs(Quadratics().sample(2), steps=10)
-    """
-    check_count(steps=steps)
-    if not has_parts(batch):
-        raise TypeError("L-BFGS takes one function after the other: the meta-batch must have part(first, last)")
-    functions, curves, ends = len(next(iter(batch.params.values()))), [], []
-    for function in range(functions):
-        losses, end = minimize_one(batch.part(function, function + 1), steps, options)
-        curves.append(losses)
-        ends.append(end)
-    return torch.stack(curves), {name: torch.cat([end[name] for end in ends]) for name in batch.params}
-
-
-def minimize_one(batch, steps, options):
-    """(losses (steps,), params) of L-BFGS on a meta-batch of one function."""
-    coordinates, losses = Coordinates(batch.params), []
-    theta = torch.nn.Parameter(coordinates.join(batch.params).detach().clone())
-    best, lowest = theta.detach().clone(), math.inf
-
-    def closure():
-        nonlocal best, lowest
-        loss, theta.grad = coordinates.losses_and_gradient(as_loss(batch.loss), theta, 0)
-        if len(losses) < steps and loss.item() < lowest:
-            best, lowest = theta.detach().clone(), loss.item()
-        losses.append(loss[0])
-        return loss[0]
-
-    optimizer = torch.optim.LBFGS(
-        [theta], **{"line_search_fn": "strong_wolfe", "max_iter": steps, "max_eval": steps, **options}
-    )
-    while len(losses) < steps:  # it may stop early, at its tolerances; then it begins anew where it is
-        optimizer.step(closure)
-    return torch.stack(losses[:steps]).cummin(0).values, coordinates.split(best)
-
-
 @dataclass
 class TunedBaseline:
     """A hand-designed optimizer with the learning rate that `tune_baseline` found."""
@@ -251,14 +227,31 @@ class TunedBaseline:
     options: dict  # `lr` included: what `evaluate_baseline` takes
     final_losses: dict  # learning rate -> mean final loss (infinite if a function diverged), the whole search
 
-    def evaluate(self, problem, steps=100, num_functions=100, seed=1, device="cpu", watch=None):
+    def evaluate(
+        self,
+        problem: Any,
+        steps: int = 100,
+        num_functions: int = 100,
+        seed: int = 1,
+        device: torch.device | str = "cpu",
+        watch: Callable | None = None,
+    ) -> torch.Tensor:
         """`evaluate_baseline` with these options."""
         return evaluate_baseline(self.optimizer, self.options, problem, steps, num_functions, seed, device, watch)
 
 
 def tune_baseline(
-    optimizer, problem, lrs=None, steps=100, num_functions=32, seed=0, *, options=None, device="cpu", last=1
-):
+    optimizer: type[torch.optim.Optimizer],
+    problem: Any,
+    lrs: Sequence[float] | None = None,
+    steps: int = 100,
+    num_functions: int = 32,
+    seed: int = 0,
+    *,
+    options: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    last: int = 1,
+) -> TunedBaseline:
     """Search the learning rate of a hand-designed optimizer: the lowest mean loss at the last step (or steps).
 
     The grid grows by itself until the best learning rate does not lie at its edge; the gaps on both sides of the best
@@ -311,8 +304,17 @@ def tune_baseline(
 
 
 def tune_baselines(
-    problem, steps=100, num_functions=32, seed=0, *, baselines=BASELINES, lrs=None, device="cpu", progress=True, last=1
-):
+    problem: Any,
+    steps: int = 100,
+    num_functions: int = 32,
+    seed: int = 0,
+    *,
+    baselines: dict[str, tuple[type, dict]] = BASELINES,
+    lrs: Sequence[float] | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    last: int = 1,
+) -> dict[str, TunedBaseline]:
     """`tune_baseline` for each of `BASELINES` (or a user's own dict like it). Returns a dict from name to result."""
     tuned = {}
     for name in (bar := tqdm(baselines, desc="tuning", disable=not progress)):
@@ -330,7 +332,17 @@ def check_last(last, steps):
         raise ValueError(f"last must be at most steps = {steps}, got {last}")
 
 
-def compare(nets, tuned, problem, steps=100, num_functions=100, seed=1, device=None, progress=True, watch=None):
+def compare(
+    nets: dict[str, nn.Module],
+    tuned: dict[str, TunedBaseline],
+    problem: Any,
+    steps: int = 100,
+    num_functions: int = 100,
+    seed: int = 1,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    watch: Callable | None = None,
+) -> dict[str, torch.Tensor]:
     """Loss curves of learned optimizers and tuned baselines, all on the same functions and minibatches.
 
     Args:
@@ -357,20 +369,20 @@ def compare(nets, tuned, problem, steps=100, num_functions=100, seed=1, device=N
 
 
 def compare_final(
-    nets,
-    problems,
-    steps=100,
-    num_functions=100,
-    seed=1,
+    nets: dict[str, nn.Module],
+    problems: dict[Any, tuple[Any, Any]],
+    steps: int = 100,
+    num_functions: int = 100,
+    seed: int = 1,
     *,
-    last=10,
-    baselines=BASELINES,
-    tuning_functions=32,
-    tuning_seed=0,
-    lrs=None,
-    device=None,
-    progress=True,
-):
+    last: int = 10,
+    baselines: dict[str, tuple[type, dict]] = BASELINES,
+    tuning_functions: int = 32,
+    tuning_seed: int = 0,
+    lrs: Sequence[float] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> dict[Any, dict[str, torch.Tensor]]:
     """Final losses of learned optimizers and of baselines on several problems, the baselines tuned anew for each.
 
     Every optimizer gets the same functions and minibatches of a problem. Baselines are tuned for what is reported, the
@@ -452,7 +464,7 @@ class AccuracyCurves:
         ([0, 2, 4], torch.Size([3, 3]))
     """
 
-    def __init__(self, problem, every=100, images=None):
+    def __init__(self, problem: Any, every: int = 100, images: int | None = None):
         if not callable(getattr(problem, "test_accuracy", None)):
             raise TypeError(f"problem must have test_accuracy(params, images), got {type(problem).__name__}")
         check_count(every=every)
@@ -460,18 +472,18 @@ class AccuracyCurves:
             check_count(least=2, images=images)
         self.problem, self.every, self.images, self.measured = problem, every, images, {}
 
-    def __call__(self, name, step, params):
+    def __call__(self, name: str, step: int, params: dict[str, torch.Tensor]) -> None:
         if step % self.every == 0:
             problem = on_device(self.problem, next(iter(params.values())).device)
             accuracies = problem.test_accuracy(params, self.images).cpu()
             self.measured.setdefault(name, {}).setdefault(step, []).append(accuracies)
 
     @property
-    def steps(self):
+    def steps(self) -> list[int]:
         return sorted({step for groups in self.measured.values() for step in groups})
 
     @property
-    def curves(self):
+    def curves(self) -> dict[str, torch.Tensor]:
         return {
             name: torch.stack([torch.cat(groups) for groups in by_step.values()], 1)
             for name, by_step in self.measured.items()

@@ -9,7 +9,7 @@ from pathlib import Path
 __all__ = ["remove_partial_files", "write_whole"]
 
 
-def write_whole(path, content):
+def write_whole(path: str | Path, content: bytes) -> None:
     """Write a file so that a crash, a kill or a full disk at any moment leaves the older file there as it was.
 
     Args:
@@ -43,7 +43,7 @@ def write_whole(path, content):
             partial.unlink(missing_ok=True)
 
 
-def remove_partial_files(path):
+def remove_partial_files(path: str | Path) -> None:
     """Remove what killed processes of this machine left beside `path` while they wrote it.
 
     What a living process is writing stays, and so do other files' halves and those of other machines.

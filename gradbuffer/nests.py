@@ -5,6 +5,8 @@ Networks choose their own nest (`init_state`); what moves, cuts or stores a stat
 
 import ctypes
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -21,29 +23,29 @@ def map_leaves(function, state, name):
     return function(name, state)
 
 
-def map_tensors(function, state):
+def map_tensors(function: Callable, state: Any) -> Any:
     """Apply a function to every tensor in a state; leaves that are no tensors stay as they are."""
     return map_leaves(lambda _, leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, state, "state")
 
 
-def is_named(state):
+def is_named(state: Any) -> bool:
     """Whether it is a named tuple."""
     return isinstance(state, tuple) and hasattr(state, "_fields")
 
 
-def clone(tensor):
+def clone(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in one piece."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def tensors_in(state):
+def tensors_in(state: Any) -> list[torch.Tensor]:
     """The tensors of a state, a list in the nest's order."""
     tensors = []
     map_tensors(tensors.append, state)
     return tensors
 
 
-def named_leaves(state):
+def named_leaves(state: Any) -> dict[str, Any]:
     """dict from name to leaf, in the nest's order; leaves that are None are left out.
 
     Example:
@@ -55,7 +57,7 @@ def named_leaves(state):
     return {name: leaf for name, leaf in leaves.items() if leaf is not None}
 
 
-def fill_leaves(nest, leaves):
+def fill_leaves(nest: Any, leaves: dict[str, Any]) -> Any:
     """The opposite of `named_leaves`: a nest of that form with these leaves."""
     return map_leaves(lambda name, _: leaves.get(name), nest, "state")
 
@@ -83,7 +85,7 @@ class Snapshot:
         False
     """
 
-    def __init__(self, tensors):
+    def __init__(self, tensors: list[torch.Tensor]):
         self.form = form_of(tensors)
         self.on_cpu = all(tensor.is_cpu and tensor.layout is torch.strided for tensor in tensors)
         with torch.inference_mode(False), torch.no_grad():
@@ -95,7 +97,7 @@ class Snapshot:
         if self.on_cpu:
             self.places = [(kept.data_ptr(), kept.nbytes, kept.dtype, kept.shape) for kept in self.kept]
 
-    def holds(self, tensors, wait=True):
+    def holds(self, tensors: list[torch.Tensor], wait: bool = True) -> bool:
         """Whether these tensors hold the same, in the same form; a bool.
 
         wait: look at what they hold also where a device has to be waited for; else only at their form there.
@@ -104,7 +106,7 @@ class Snapshot:
             return form_of(tensors) == self.form
         return bool(self.compare(tensors))
 
-    def compare(self, tensors):
+    def compare(self, tensors: list[torch.Tensor]) -> bool | torch.Tensor:
         """The same, but where all tensors are on one device that is not a CPU, the answer may be a tensor there."""
         if not self.on_cpu:
             return form_of(tensors) == self.form and self.compare_elsewhere(tensors)
@@ -122,7 +124,7 @@ class Snapshot:
         return True
 
     @torch.no_grad()
-    def compare_elsewhere(self, tensors):
+    def compare_elsewhere(self, tensors: list[torch.Tensor]) -> bool | torch.Tensor:
         if any(device.type == "meta" for device, *_ in self.form):  # nothing is known of what they hold
             return False
         equal = [(new == kept).all() for new, kept in zip(joined_by_form(tensors), self.kept)]

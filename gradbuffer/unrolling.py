@@ -7,6 +7,7 @@ is Andrychowicz et al. 2016 (arXiv 1606.04474), section 2. Losses and rules are 
 
 import copy
 import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ SMALLEST_SHARE = 1024  # coordinates of a tensor that a partial replay reads at 
 class Coordinates:
     """How a dict of parameters (B, ...) lies in one vector (N,)."""
 
-    def __init__(self, params):
+    def __init__(self, params: dict[str, torch.Tensor]):
         if not isinstance(params, dict) or not params:
             raise TypeError(f"params must be a dict from name to tensor (B, ...), got {type(params).__name__}")
         first = next(iter(params.values()))
@@ -51,7 +52,7 @@ class Coordinates:
         self.shapes = {name: tensor.shape for name, tensor in params.items()}
         self.sizes = [tensor.numel() for tensor in params.values()]
 
-    def part(self, first, last):
+    def part(self, first: int, last: int) -> tuple["Coordinates", list[tuple[int, int]]]:
         """`Coordinates` of functions first … last - 1 alone, and where they are in the vector: a list of (start, stop)."""
         part, spans, start = copy.copy(self), [], 0
         part.functions = last - first
@@ -62,12 +63,12 @@ class Coordinates:
             start += size
         return part, spans
 
-    def join(self, params):
+    def join(self, params: dict[str, torch.Tensor]) -> torch.Tensor:
         """dict of (B, ...) -> (N,)"""
         parts = [params[name].reshape(-1) for name in self.shapes]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def split(self, theta):
+    def split(self, theta: torch.Tensor) -> dict[str, torch.Tensor]:
         """(N,) -> dict of (B, ...), views"""
         if len(self.sizes) == 1:
             ((name, shape),) = self.shapes.items()
@@ -75,7 +76,7 @@ class Coordinates:
         parts = torch.split_with_sizes(theta, self.sizes)
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
 
-    def losses(self, loss, theta, step):
+    def losses(self, loss: Any, theta: torch.Tensor, step: int) -> torch.Tensor:
         """Losses (B,) of the functions at theta (N,)."""
         losses = loss(self.split(theta), step)
         if not isinstance(losses, torch.Tensor) or losses.shape != (self.functions,):
@@ -85,7 +86,7 @@ class Coordinates:
             )
         return losses
 
-    def losses_and_gradient(self, loss, theta, step):
+    def losses_and_gradient(self, loss: Any, theta: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses (B,) and ∇ (N,) of their sum, each function's own gradient; no graph.
 
         `Loss.with_vector_gradient` or `Loss.with_gradient` gives both; where they do not, autograd does.
@@ -108,15 +109,17 @@ class Coordinates:
             )
         return losses.detach(), gradient
 
-    def spread(self, values):
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
         """One value for each function (..., B) -> one for each coordinate (..., N)."""
         return torch.cat([values.repeat_interleave(size // self.functions, -1) for size in self.sizes], -1)
 
-    def first_of_each(self, values):
+    def first_of_each(self, values: torch.Tensor) -> torch.Tensor:
         """The way back: one value for each coordinate (N,) -> one for each function (B,)."""
         return values[: self.sizes[0]].view(self.functions, -1)[:, 0]
 
-    def what(self, reads, theta, losses, step):
+    def what(
+        self, reads: Iterable[str], theta: torch.Tensor | None, losses: torch.Tensor | None, step: int
+    ) -> dict[str, Any]:
         """What a network that `reads` these is given beside gradient and state, see `Rule`."""
         given = {"params": theta} if "params" in reads else {}
         if "loss" in reads:
@@ -125,7 +128,7 @@ class Coordinates:
             given["step"] = step
         return given
 
-    def pull_back_reads(self, adjoints, gradient):
+    def pull_back_reads(self, adjoints: dict[str, torch.Tensor], gradient: torch.Tensor) -> torch.Tensor:
         """The adjoint of θ (N,) from those of what a network read: of "params" (N,), and of "loss" (N,) through ∇."""
         total = adjoints.get("params", torch.zeros_like(gradient))
         if "loss" in adjoints:
@@ -133,12 +136,12 @@ class Coordinates:
             total = total + self.spread(sum(of_each)) * gradient
         return total
 
-    def norms(self, vectors):
+    def norms(self, vectors: torch.Tensor) -> torch.Tensor:
         """(T, N) -> (T, B), the norm of each function's part."""
         parts = [part.view(len(vectors), self.functions, -1) for part in vectors.split(self.sizes, 1)]
         return torch.cat(parts, 2).norm(dim=2)
 
-    def hessian_product(self, loss, theta, step, vector):
+    def hessian_product(self, loss: Any, theta: torch.Tensor, step: int, vector: torch.Tensor) -> torch.Tensor:
         """H v (N,), with H the Hessian of the sum of the functions' losses at theta; no graph."""
         with torch.enable_grad():
             theta = theta.detach().requires_grad_()
@@ -149,7 +152,7 @@ class Coordinates:
             (product,) = torch.autograd.grad(gradient, theta, vector, allow_unused=True)
         return torch.zeros_like(vector) if product is None else product
 
-    def subset(self, fraction, generator):
+    def subset(self, fraction: float, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
         """A random share of every tensor's coordinates, at least SMALLEST_SHARE of each: indices, and 1 / probability."""
         indices, weights, start = [], [], 0
         for size in self.sizes:
@@ -174,7 +177,17 @@ class Recorded(NamedTuple):
     read: dict | None = None  # what it read at each step but the last
 
 
-def unroll(rule, loss, coordinates, theta, state, step, updates, keep_states=False, advance=None):
+def unroll(
+    rule: Any,
+    loss: Any,
+    coordinates: Coordinates,
+    theta: torch.Tensor,
+    state: Any,
+    step: int,
+    updates: int,
+    keep_states: bool = False,
+    advance: Callable | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]]:
     """Yield (losses (B,), ∇ (N,), θ (N,), state) at steps step … step + updates, with an update after each but the last.
 
     The state given is not changed. Those yielded are overwritten by the next step, where the network can do that, unless
@@ -192,13 +205,23 @@ def unroll(rule, loss, coordinates, theta, state, step, updates, keep_states=Fal
             theta = theta + update
 
 
-def in_place(rule, state):
+def in_place(rule: Any, state: Any) -> Callable:
     """(gradient, state) -> (update, state) for this state, which every step overwrites."""
     step = rule.stepper(state)
     return lambda gradient, state, **read: (step(gradient, **read), state)
 
 
-def record_by_steps(rule, loss, coordinates, theta, state, step, updates, advance=None, tape=None) -> Recorded:
+def record_by_steps(
+    rule: Any,
+    loss: Any,
+    coordinates: Coordinates,
+    theta: torch.Tensor,
+    state: Any,
+    step: int,
+    updates: int,
+    advance: Callable | None = None,
+    tape: Any = None,
+) -> Recorded:
     """`Rule.record`, step by step. advance: as of `unroll`; tape: what goes with it."""
     losses, gradients, read = [], theta.new_empty(updates + 1, len(theta)), []
     for values, gradient, theta, state in unroll(rule, loss, coordinates, theta, state, step, updates, advance=advance):
@@ -209,7 +232,7 @@ def record_by_steps(rule, loss, coordinates, theta, state, step, updates, advanc
     return Recorded(torch.stack(losses), gradients, theta, state, tape, joined_reads(read))
 
 
-def joined_reads(read):
+def joined_reads(read: list[dict[str, Any]]) -> dict[str, Any] | None:
     """A list of what was read at each step -> a dict of it all, None if nothing was."""
     if not read:
         return None
@@ -224,12 +247,14 @@ def read_at(read, t):
     return {} if read is None else {name: values[t] for name, values in read.items()}
 
 
-def scored(losses, objective):
+def scored(losses: torch.Tensor, objective: str | Callable) -> torch.Tensor:
     """What the meta-loss adds up, elementwise: the losses, their logarithms, or an own function of them."""
     return losses if objective == "sum" else losses.log() if objective == "log" else objective(losses)
 
 
-def multiply_by_slopes(pulls, losses, objective, coordinates):
+def multiply_by_slopes(
+    pulls: torch.Tensor, losses: torch.Tensor, objective: str | Callable, coordinates: Coordinates
+) -> torch.Tensor:
     """Times the derivative of `scored` by the losses (T, B), in place: of the pulls w_t ∇_t (T, N)."""
     if objective == "log":
         pulls /= coordinates.spread(losses)
@@ -241,7 +266,7 @@ def multiply_by_slopes(pulls, losses, objective, coordinates):
     return pulls
 
 
-def check_objective(objective):
+def check_objective(objective: Any) -> None:
     if objective not in ("sum", "log") and not callable(objective):
         raise ValueError(f'objective must be "sum" or "log", or a function of the losses, got {objective!r}')
 
@@ -250,7 +275,9 @@ def check_objective(objective):
 
 
 @torch.enable_grad()
-def replay_by_autograd(rule, grads, state, adjoint, read=None):
+def replay_by_autograd(
+    rule: Any, grads: torch.Tensor, state: Any, adjoint: torch.Tensor, read: dict[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
     """`Rule.replay` for any network: run it over grads (T, N) again, with a graph."""
     updates, state = [], map_tensors(torch.Tensor.detach, state)
     for t, grad in enumerate(grads):
@@ -259,7 +286,14 @@ def replay_by_autograd(rule, grads, state, adjoint, read=None):
     return gradients_of((torch.stack(updates) * adjoint).sum(), rule)
 
 
-def pull_back_by_autograd(rule, grad, state, adjoint, next_adjoints, read=None):
+def pull_back_by_autograd(
+    rule: Any,
+    grad: torch.Tensor,
+    state: Any,
+    adjoint: torch.Tensor,
+    next_adjoints: list[torch.Tensor],
+    read: dict[str, Any] | None = None,
+) -> tuple:
     """`Rule.pull_back` for any network: run the step again, with a graph."""
     wanted, read = trained(rule), dict(read or {})
     with torch.enable_grad():
@@ -290,12 +324,12 @@ def pull_back_by_autograd(rule, grad, state, adjoint, next_adjoints, read=None):
     return (*parts, dict(zip(beside, pulled[first + len(wanted) :]))) if rule.reads else parts
 
 
-def trained(rule) -> dict:
+def trained(rule: Any) -> dict:
     """dict from name to parameter, of those that require grad."""
     return {name: parameter for name, parameter in rule.named_parameters() if parameter.requires_grad}
 
 
-def gradients_of(value, rule):
+def gradients_of(value: torch.Tensor, rule: Any) -> dict[str, torch.Tensor]:
     """Gradients of a scalar as a dict like `named_parameters()`; zeros for parameters it does not depend on."""
     wanted = trained(rule)
     depends = value.requires_grad  # a network may leave such parameters to a rule without weights

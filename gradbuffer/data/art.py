@@ -29,7 +29,7 @@ class ArtImages(NamedTuple):
     images: torch.Tensor  # (n, 3, size, size), uint8
 
 
-def load_contents(root=None, split="train", size=64):
+def load_contents(root: str | Path | None = None, split: str = "train", size: int = 64) -> ArtImages:
     """The content images of a split, or a stand-in that says that it is one.
 
     Images are those of the folder `<root>/neural_art/<split>_<size>` if there is one, else of
@@ -57,7 +57,7 @@ def load_contents(root=None, split="train", size=64):
     return _contents(data_root(root), split, size)
 
 
-def load_style(root=None, style="starry_night", size=64):
+def load_style(root: str | Path | None = None, style: str = "starry_night", size: int = 64) -> ArtImages:
     """One style image, or a stand-in that says that it is one.
 
     It is the file of that name in the folder `<root>/neural_art/style` or inside of `<root>/neural_art/style.tar`, cut
@@ -171,7 +171,7 @@ def middle_square(source, path, read, size):
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def generated_textures(count, size=64, seed=0):
+def generated_textures(count: int, size: int = 64, seed: int = 0) -> torch.Tensor:
     """Smooth random textures: noise of several scales, one drawn over the other, in random colors.
 
     Args:

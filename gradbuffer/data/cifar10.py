@@ -35,7 +35,7 @@ class ColorImages(NamedTuple):
     test_labels: torch.Tensor
 
 
-def check_color_images(data):
+def check_color_images(data: ColorImages) -> None:
     """Raise unless `ColorImages` hold what their fields say: all images square and of one size."""
     side = data.train_images.shape[-1]
     for split, images, labels in (
@@ -55,7 +55,7 @@ def check_color_images(data):
             raise ValueError(f"{split}_labels must be 0 … 9, got {labels.min()} … {labels.max()}")
 
 
-def load_cifar10(root=None):
+def load_cifar10(root: str | Path | None = None) -> ColorImages:
     """CIFAR-10, a part of it, or a stand-in that says that it is one.
 
     In this order: the pickled batches in `<root>/cifar-10-batches-py`, as torchvision unpacks them (read without
@@ -217,7 +217,7 @@ def labelled(source, readers):
     return images.permute(0, 3, 1, 2).contiguous(), labels
 
 
-def generated_images(train=2000, test=500, side=32, seed=0):
+def generated_images(train: int = 2000, test: int = 500, side: int = 32, seed: int = 0) -> ColorImages:
     """A stand-in for CIFAR-10: noisy gratings, whose direction and color tell the class and whose phase is random.
 
     Args:

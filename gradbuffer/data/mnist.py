@@ -35,7 +35,7 @@ class ImageData(NamedTuple):
     test_labels: torch.Tensor
 
 
-def load_mnist(root=None):
+def load_mnist(root: str | Path | None = None) -> ImageData:
     """MNIST, or a stand-in that says that it is one.
 
     In this order: the four IDX files (plain, or gzip-compressed and then unpacked in memory) in `<root>/MNIST/raw`,

@@ -6,7 +6,9 @@ import os
 import socket
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 __all__ = ["check_split", "data_root", "decode", "fetch", "find_or_download", "is_image", "patience"]
 
@@ -14,20 +16,20 @@ IMAGE_FILES = (".jpg", ".jpeg", ".png")
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer after which we count as offline
 
 
-def data_root(root):
+def data_root(root: str | Path | None) -> Path:
     """Where data lie: `root`, else what `L2O_DATA` names, else `data` in the working folder. A whole path."""
     if root is not None and not isinstance(root, (str, os.PathLike)):
         raise TypeError(f"root must be a path or None, got {root!r}")
     return Path(root or os.environ.get("L2O_DATA") or "data").resolve()
 
 
-def check_split(split):
+def check_split(split: Any) -> None:
     if split not in ("train", "validation", "test"):
         raise ValueError(f'split must be "train", "validation" or "test", got {split!r}')
 
 
 @contextlib.contextmanager
-def patience():
+def patience() -> Iterator[None]:
     """Within it a download fails that gets no answer for `DOWNLOAD_TIMEOUT` seconds."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
@@ -37,7 +39,7 @@ def patience():
         socket.setdefaulttimeout(before)
 
 
-def find_or_download(find, root, dataset, folder, instead):
+def find_or_download(find: Callable[[Path], Any], root: Path, dataset: str, folder: Path, instead: str) -> Any:
     """What `find(root)` finds of a data set, if need be after a download into <root>/<folder>. Where it cannot be had, None,
     and a warning that says what is done `instead`."""
     found = find(root)
@@ -54,7 +56,7 @@ def find_or_download(find, root, dataset, folder, instead):
     return found
 
 
-def fetch(root, dataset, folder):
+def fetch(root: Path, dataset: str, folder: Path) -> None:
     """A data set by torchvision into <root>/<folder>, whole or not at all. Raises ValueError where it can't write."""
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -73,11 +75,11 @@ def fetch(root, dataset, folder):
         os.replace(Path(scratch.name) / folder, root / folder)
 
 
-def is_image(path):
+def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_FILES and path.name[0] != "."
 
 
-def decode(source, path, read):
+def decode(source: Path, path: Path, read: Callable[[], bytes]) -> Any:
     """The picture whose file's bytes `read()` gives, by PIL, in RGB. Raises ValueError that names the path and its source."""
     from PIL import Image
 

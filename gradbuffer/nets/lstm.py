@@ -5,15 +5,18 @@ such. Where autograd records nothing, the arithmetic is that of `gradbuffer.kern
 does what.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
 from gradbuffer.checks import check_count, check_finite, sum_is_finite, values_are_checked
-from gradbuffer.contracts import Rule
+from gradbuffer.contracts import Loss, Rule
 from gradbuffer.kernels.choice import KINDS, asked_for, kernels_for, reasons_against
 from gradbuffer.kernels.interface import WORK, LSTMKernels
 from gradbuffer.nests import Snapshot, clone
-from gradbuffer.unrolling import Recorded, record_by_steps, trained
+from gradbuffer.unrolling import Coordinates, Recorded, record_by_steps, trained
 
 __all__ = ["LSTMOptimizer", "explain"]
 
@@ -43,7 +46,7 @@ class LSTMOptimizer(Rule, nn.Module):
         self.output = nn.Linear(hidden_size, 1)
         self._packed = None
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 
     @property
@@ -51,7 +54,9 @@ class LSTMOptimizer(Rule, nn.Module):
         """The `p` with which compiled kernels do by themselves what `read` and `embed` do; None: they cannot do that."""
         return None
 
-    def init_state(self, num_coordinates: int, device=None, dtype: torch.dtype | None = None) -> tuple:
+    def init_state(
+        self, num_coordinates: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> tuple:
         """The state before the first step: all zeros.
 
         Args:
@@ -111,7 +116,7 @@ class LSTMOptimizer(Rule, nn.Module):
         weight = self.output.weight
         return dtype == weight.dtype or any(not reasons_against(name, weight, "step", state=dtype) for name in KINDS)
 
-    def stepper(self, state: tuple):
+    def stepper(self, state: tuple) -> Callable[[torch.Tensor], torch.Tensor]:
         """Many steps from one state, without a graph: what does not change from step to step is looked at once.
 
         Args:
@@ -128,7 +133,9 @@ class LSTMOptimizer(Rule, nn.Module):
         self._check(state[0][0, 0], state, state[0].shape[-1:])
         return self._stepper(state, state)
 
-    def recorder(self, state: tuple, steps: int | None = None):
+    def recorder(
+        self, state: tuple, steps: int | None = None
+    ) -> tuple[Callable[[torch.Tensor], torch.Tensor], tuple, Any]:
         """As `stepper`, but of a state of its own: the one given is not changed.
 
         Args:
@@ -143,12 +150,19 @@ class LSTMOptimizer(Rule, nn.Module):
         own = *(part.new_empty(part.shape) for part in state[:2]), *map(clone, state[2:])
         return self._stepper(state, own, tape), own, tape
 
-    def in_parts(self, work, functions: int, size: int, steps: int) -> list:
+    def in_parts(self, work: Callable, functions: int, size: int, steps: int) -> list:
         """See `Rule.in_parts`: some functions after the others, or several at once, each by a thread of its own."""
         return self.kernels().in_parts(work, functions, size, steps) if functions > 1 else [work(0, functions)]
 
     def record(
-        self, loss, coordinates, theta: torch.Tensor, state: tuple, step: int, updates: int, keep: bool = False
+        self,
+        loss: Loss,
+        coordinates: Coordinates,
+        theta: torch.Tensor,
+        state: tuple,
+        step: int,
+        updates: int,
+        keep: bool = False,
     ) -> Recorded:
         """See `Rule.record`: in one compiled loop, where there is one for this network and such functions.
 
@@ -168,7 +182,7 @@ class LSTMOptimizer(Rule, nn.Module):
         )
 
     def replay(
-        self, grads: torch.Tensor, state: tuple, adjoint: torch.Tensor, tape=None, read: dict | None = None
+        self, grads: torch.Tensor, state: tuple, adjoint: torch.Tensor, tape: Any = None, read: dict | None = None
     ) -> dict:
         """See `Rule.replay`. The coordinates are independent, so they go in blocks and memory does not grow with N × T.
 
@@ -184,7 +198,7 @@ class LSTMOptimizer(Rule, nn.Module):
 
     def pull_back(
         self, grad: torch.Tensor, state: tuple, adjoint: torch.Tensor, next_adjoints: list, read: dict | None = None
-    ):
+    ) -> tuple:
         """See `Rule.pull_back`; next_adjoints are overwritten."""
         (hidden, cell, *memory), (dhidden, dcell, *dmemory) = state, next_adjoints
         with torch.enable_grad():

@@ -108,7 +108,7 @@ class MLPOptimizer(Rule, nn.Module):
         """What `forward` reads beside gradients and state."""
         return {"params"} if self.variant == "celo" else {"params", "step"}
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 
     def init_state(self, params: dict) -> dict:
@@ -143,7 +143,7 @@ class MLPOptimizer(Rule, nn.Module):
         lr: float | torch.Tensor | None = None,
         step: int | torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
-    ):
+    ) -> tuple[dict, dict]:
         """One step of B functions.
 
         Args:
@@ -179,7 +179,14 @@ class MLPOptimizer(Rule, nn.Module):
             updates[name] = -over(lr, grad) * direction
         return updates, after
 
-    def direction(self, grad, param, state, layers, step=None):
+    def direction(
+        self,
+        grad: torch.Tensor,
+        param: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        layers: list[tuple[torch.Tensor, torch.Tensor]],
+        step: int | torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What one tensor's update is -lr times, weight decay included, and its next state.
 
         Args:

@@ -4,6 +4,7 @@ Lv, Jiang and Li 2017 (arXiv 1703.03633).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -65,7 +66,7 @@ class RNNProp(LSTMOptimizer):
         self.input = nn.Linear(2, hidden_size)
         self.beta, self.output_scale, self.eps = beta, output_scale, eps
 
-    def read(self, grads, memory):
+    def read(self, grads: torch.Tensor, memory: Sequence[torch.Tensor]) -> tuple[torch.Tensor, tuple]:
         """(T, N) -> readings (T, 2, N): m̂/√v̂ and ∇/√v̂, and the averages after them."""
         (averages,), readings = memory, []
         for grad in grads:
@@ -75,7 +76,7 @@ class RNNProp(LSTMOptimizer):
             readings.append(torch.stack([mean, grad]) / (square + self.eps**2).sqrt())
         return torch.stack(readings), (averages,)
 
-    def embed(self, readings):
+    def embed(self, readings: torch.Tensor) -> torch.Tensor:
         return nn.functional.elu(self.input.weight @ readings + self.input.bias[:, None])
 
 
@@ -142,11 +143,11 @@ class NormalizedLSTM(LSTMOptimizer):
         if odd:
             self.load_state_dict(self.symmetrize(self.state_dict()))
 
-    def symmetrize(self, tensors):
+    def symmetrize(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`readings.odd_part` for readings of which the time alone does not change sign with the gradient."""
         return odd_part(tensors, self.hidden_size, [-1] * (len(self.betas) + 1) + [1])
 
-    def read(self, grads, memory):
+    def read(self, grads: torch.Tensor, memory: Sequence[torch.Tensor]) -> tuple[torch.Tensor, tuple]:
         """(T, N) -> readings (T, len(betas) + 2, N), and the averages and t after them."""
         (averages,), readings = memory, []
         decay = averages.new_tensor([*self.betas, self.square_beta])[:, None]
@@ -160,7 +161,7 @@ class NormalizedLSTM(LSTMOptimizer):
             readings.append(torch.cat([grad[None] / size, corrected[:-1] / size, age]))
         return torch.stack(readings), (averages,)
 
-    def embed(self, readings):
+    def embed(self, readings: torch.Tensor) -> torch.Tensor:
         return readings
 
 

@@ -7,10 +7,11 @@ A state is stored flat, as a dict from the leaf's name to a tensor or a number, 
 import copy
 import inspect
 import math
-from contextlib import nullcontext
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from gradbuffer.contracts import as_rule, repack
 from gradbuffer.nests import Snapshot, named_leaves
@@ -40,10 +41,10 @@ class Part(NamedTuple):
     along: bool  # the last axis is that of the coordinates
     finite: bool  # at the start it holds neither infinities nor NaNs, so it never should
 
-    def shape(self, size):
+    def shape(self, size: int) -> tuple:
         return (*self.lead, size) if self.along else self.lead
 
-    def stored_dtype(self, size, state_dtype):
+    def stored_dtype(self, size: int, state_dtype: torch.dtype | None) -> torch.dtype:
         vectors = self.dtype.is_floating_point and math.prod(self.shape(size)) > size
         return state_dtype if state_dtype and vectors else self.dtype
 
@@ -54,15 +55,15 @@ STEP = Part((), None, False, True)  # the part "step" of a state: how many steps
 class Work:
     """What a network reads of a group in one step."""
 
-    def __init__(self, network, group, number, members, lr):
+    def __init__(self, network: "NetworkInPlace", group: dict[str, Any], number: int, members: list[int], lr: float):
         self.network, self.group, self.number, self.members, self.lr = network, group, number, members, lr
         self.params = [group["params"][index] for index in members]
 
-    def label(self, place):
+    def label(self, place: int) -> str:
         return label(self.group, self.number, self.members[place])
 
 
-def label(group, number, index):
+def label(group: dict[str, Any], number: int, index: int) -> str:
     """What errors call a parameter."""
     name = f" ({group['param_names'][index]})" if "param_names" in group else ""
     return f"parameter {index}{name} of group {number}"
@@ -79,7 +80,9 @@ class NetworkInPlace:
             to be waited for always are: all else looks itself after what it keeps of its weights.
     """
 
-    def __init__(self, net, device, cast_to=None, is_watched=False):
+    def __init__(
+        self, net: nn.Module, device: torch.device, cast_to: torch.dtype | None = None, is_watched: bool = False
+    ):
         self.source, self.device, self.cast_to, self.place = net, device, cast_to, place_of(net)
         self.name = type(net).__name__
         self.is_copy = any(
@@ -94,15 +97,15 @@ class NetworkInPlace:
                 f"{self.name} must read params and step at most, beside gradients, got {sorted(self.reads)}"
             )
 
-    def is_current(self):
+    def is_current(self) -> bool:
         """Whether the network still is where it was, as a whole."""
         return self.place == place_of(self.source)
 
-    def unchanged(self):
+    def unchanged(self) -> bool | torch.Tensor:
         """Whether the weights are those of the last `renew`, or not watched: a bool, or a tensor on their device."""
         return self.kept is None or self.kept.compare(tensors_of(self.source))
 
-    def renew(self):
+    def renew(self) -> None:
         """Take the weights as they are now."""
         self.kept = Snapshot(tensors_of(self.source)) if self.is_watched else None
         if self.is_copy:
@@ -114,11 +117,11 @@ class NetworkInPlace:
         self.rule = as_rule(self.net)
 
 
-def tensors_of(net):
+def tensors_of(net: nn.Module) -> list[torch.Tensor]:
     return [*net.parameters(), *net.buffers()]
 
 
-def takes(net, argument):
+def takes(net: nn.Module, argument: str) -> bool:
     """Whether `forward` has an argument of that name."""
     return argument in inspect.signature(net.forward).parameters
 
@@ -131,12 +134,12 @@ def place_of(net):
     return None if tensor is None else (tensor.device, tensor.dtype)
 
 
-def without_autocast(device_type):
+def without_autocast(device_type: str) -> AbstractContextManager:
     """A context in which networks compute in their own dtype."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def dense_gradient(parameter, maximize, dtype):
+def dense_gradient(parameter: torch.Tensor, maximize: bool, dtype: torch.dtype) -> torch.Tensor:
     """What the network is to read for this parameter, this process's part of it. May share memory with `.grad`."""
     gradient = parameter.grad.detach()
     if is_sharded(gradient):
@@ -147,7 +150,7 @@ def dense_gradient(parameter, maximize, dtype):
     return -gradient if maximize else gradient
 
 
-def parts_of(nests, net_name):
+def parts_of(nests: list, net_name: str) -> dict[str, Part]:
     """The parts of a state, from `init_state` of two and of three coordinates; or from one nest, taken as it is."""
     parts = {}
     for name, leaf in named_leaves(nests[0]).items():
@@ -175,7 +178,9 @@ def is_finite(leaf):
     return leaf.is_meta or bool(torch.isfinite(leaf).all())
 
 
-def check_state(state, parts, size, device, label, net_name):
+def check_state(
+    state: dict[str, Any], parts: dict[str, Part], size: int, device: torch.device, label: str, net_name: str
+) -> None:
     """Raise ValueError unless a state on this device has these parts, for so many coordinates."""
     if state.keys() != parts.keys():
         raise ValueError(
@@ -196,7 +201,14 @@ def check_state(state, parts, size, device, label, net_name):
             )
 
 
-def copy_of_state(leaves, parts, params, device, state_dtype, where):
+def copy_of_state(
+    leaves: dict[str, Any],
+    parts: dict[str, Part],
+    params: list[torch.Tensor],
+    device: torch.device,
+    state_dtype: torch.dtype | None,
+    where: str,
+) -> dict[str, Any]:
     """A copy of the saved leaves of these parameters' state, on this device; ValueError if they are not these parts."""
     size, sharded = sum(map(local_size, params)), is_sharded(params[0])
     own = params[0].shape if len(params) == 1 else None

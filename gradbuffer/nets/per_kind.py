@@ -10,7 +10,9 @@ coordinates without names, so one that treats parameters by their names has two 
 """
 
 import copy
+from collections.abc import Callable
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +57,7 @@ class PerKind(Rule, nn.Module):
 
     by_name = True
 
-    def __init__(self, networks, rule=None):
+    def __init__(self, networks: dict[str, nn.Module], rule: dict[str, str] | Callable[[str], str] | None = None):
         super().__init__()
         if not isinstance(networks, dict) or not networks:
             raise TypeError(f"networks must be a dict from kind to learned optimizer, got {networks!r}")
@@ -86,13 +88,13 @@ class PerKind(Rule, nn.Module):
         self.rule, self.layout = rule, None
 
     @property
-    def config(self):
+    def config(self) -> dict[str, Any]:
         """What rebuilds this network, weights apart: for each kind class and config, and the rule."""
         networks = {kind: [type(net).__name__, self.rules[kind].config] for kind, net in self.networks.items()}
         rule = name_of(self.rule)  # of a function, its name
         return {"networks": networks, "rule": self.rule if isinstance(self.rule, dict) else rule}
 
-    def kind_of(self, name):
+    def kind_of(self, name: str) -> str:
         """The kind of the parameter of that name."""
         if callable(self.rule):
             kind = self.rule(name)
@@ -104,11 +106,11 @@ class PerKind(Rule, nn.Module):
             )
         return kind
 
-    def network_for(self, name):
+    def network_for(self, name: str) -> nn.Module:
         """The network that runs the parameter of that name."""
         return self.networks[self.kind_of(name)]
 
-    def bind(self, coordinates):
+    def bind(self, coordinates: Coordinates) -> "PerKind":
         """This optimizer for parameters that lie in the vector as `coordinates` says: the same networks and weights.
 
         Args:
@@ -123,7 +125,9 @@ class PerKind(Rule, nn.Module):
         bound.layout = [(self.kind_of(name), size) for name, size in zip(coordinates.shapes, coordinates.sizes)]
         return bound
 
-    def init_state(self, num_coordinates, device=None, dtype=None):
+    def init_state(
+        self, num_coordinates: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Any]:
         """The state before the first step, see `LSTMOptimizer.init_state`: a dict from kind, of those there are."""
         self._check(num_coordinates)
         options = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
@@ -132,7 +136,7 @@ class PerKind(Rule, nn.Module):
             for kind in self._kinds()
         }
 
-    def forward(self, grad, state):
+    def forward(self, grad: torch.Tensor, state: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         """One step of every network on its own coordinates. Returns update (N,) and the next state."""
         self._check(grad.shape[-1])
         updates, after = {}, {}
@@ -141,10 +145,17 @@ class PerKind(Rule, nn.Module):
         return self._join(updates), after
 
     @property
-    def rules(self):
+    def rules(self) -> dict[str, Rule]:
         return {kind: as_rule(net) for kind, net in self.networks.items()}
 
-    def replay(self, grads, state, adjoint, tape=None, read=None):
+    def replay(
+        self,
+        grads: torch.Tensor,
+        state: Any,
+        adjoint: torch.Tensor,
+        tape: Any = None,
+        read: dict[str, Any] | None = None,
+    ) -> dict[str, torch.Tensor]:
         """See `LSTMOptimizer.replay`: every network over its own coordinates of grads and adjoint, (T, N) each."""
         self._check(grads.shape[-1])
         total, adjoints = self._zeros(), self._split(adjoint)
@@ -152,7 +163,14 @@ class PerKind(Rule, nn.Module):
             total |= self._named(kind, self.rules[kind].replay(own, state[kind], adjoints[kind]))
         return total
 
-    def pull_back(self, grad, state, adjoint, next_adjoints, read=None):
+    def pull_back(
+        self,
+        grad: torch.Tensor,
+        state: Any,
+        adjoint: torch.Tensor,
+        next_adjoints: list[torch.Tensor],
+        read: dict[str, Any] | None = None,
+    ) -> tuple:
         """See `LSTMOptimizer.pull_back`: every network for its own coordinates, and its own part of the state."""
         self._check(grad.shape[-1])
         pulled, before, total, adjoints, rest = {}, [], self._zeros(), self._split(adjoint), list(next_adjoints)
@@ -165,10 +183,10 @@ class PerKind(Rule, nn.Module):
         return self._join(pulled), before, total
 
     @property
-    def odd(self):
+    def odd(self) -> bool:
         return any(rule.odd for rule in self.rules.values())
 
-    def symmetrize(self, tensors):
+    def symmetrize(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `CoordinatewiseLSTM.symmetrize`, of those networks that are odd."""
         symmetric = dict(tensors)
         for kind, net in self.rules.items():

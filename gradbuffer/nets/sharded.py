@@ -1,6 +1,8 @@
 """Parameters of which each process has a part, in a `LearnedOptimizer`: DTensors, such as those of FSDP2's `fully_shard`."""
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,30 +20,30 @@ __all__ = [
 ]
 
 
-def is_sharded(tensor):
+def is_sharded(tensor: torch.Tensor) -> bool:
     if type(tensor) in (torch.Tensor, nn.Parameter):
         return False
     module = sys.modules.get("torch.distributed.tensor")  # not imported: then there are none
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local(tensor):
+def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of the tensor, the same memory; a tensor that is not sharded as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def local_size(tensor):
+def local_size(tensor: torch.Tensor) -> int:
     return local(tensor).numel()
 
 
-def placements_of_state(parameter, lead):
+def placements_of_state(parameter: torch.Tensor, lead: int) -> tuple:
     """Where the parts of a state (*lead, *parameter.shape) lie: each with its coordinates."""
     from torch.distributed.tensor import Shard
 
     return tuple(Shard(place.dim + lead) if type(place) is Shard else place for place in parameter.placements)
 
 
-def as_sharded(leaf, parameter):
+def as_sharded(leaf: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """(*lead, n), of this process's n coordinates -> DTensor (*lead, *parameter.shape) of the same memory.
 
     In this form `torch.distributed.checkpoint` can write it, and read it with another number of processes.
@@ -60,13 +62,13 @@ def as_sharded(leaf, parameter):
     )
 
 
-def from_sharded(leaf, parameter):
+def from_sharded(leaf: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """The opposite of `as_sharded`, the same memory."""
     leaf, axes = local(leaf), parameter.dim()
     return leaf.flatten(leaf.dim() - axes) if axes else leaf[..., None]
 
 
-def check_sharded(network, params, where):
+def check_sharded(network: Any, params: Sequence[torch.Tensor], where: str) -> None:
     """Raise unless the network can run on the parts of a sharded parameter, or there is none."""
     if not any(map(is_sharded, params)):
         return
@@ -81,7 +83,7 @@ def check_sharded(network, params, where):
         raise ValueError(f"{where} must be placed by Shard or Replicate, got {params[0].placements}")
 
 
-def true_everywhere(value, mesh):
+def true_everywhere(value: Any, mesh: Any) -> bool:
     """Whether it is true in all processes of a device mesh."""
     flag = torch.tensor(float(value), device=mesh.device_type)
     for group in mesh.get_all_groups():
@@ -89,7 +91,7 @@ def true_everywhere(value, mesh):
     return bool(flag)
 
 
-def check_not_divided(name, where):
+def check_not_divided(name: str, where: str) -> None:
     """Raise within a ZeroRedundancyOptimizer: it gives each process an optimizer of some of the parameters only."""
     module, frame = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer"), sys._getframe(1)
     while module and frame:

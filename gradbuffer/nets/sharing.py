@@ -215,12 +215,23 @@ class LSTMWithGAC(SharingLSTM):
     Reference: Andrychowicz et al. 2016, section 2.1 ("Global averaging cells"); how many cells are shared is ours.
     """
 
-    def __init__(self, hidden_size=20, num_layers=2, shared=5, preprocess=None, p=10.0, output_scale=1.0, odd=False):
+    def __init__(
+        self,
+        hidden_size: int = 20,
+        num_layers: int = 2,
+        shared: int = 5,
+        preprocess: str | None = None,
+        p: float = 10.0,
+        output_scale: float = 1.0,
+        odd: bool = False,
+    ):
         super().__init__(0, hidden_size, num_layers, shared, preprocess, p, output_scale, odd)
         if odd:
             self.load_state_dict(self.symmetrize(self.state_dict()))
 
-    def init_state(self, num_coordinates, device=None, dtype=None):
+    def init_state(
+        self, num_coordinates: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> tuple:
         """The state before the first step: all zeros.
 
         Args:
@@ -232,7 +243,7 @@ class LSTMWithGAC(SharingLSTM):
         """
         return tuple(self._zeros(num_coordinates, device, dtype))
 
-    def forward(self, grad, state):
+    def forward(self, grad: torch.Tensor, state: tuple) -> tuple[torch.Tensor, tuple]:
         """One step of the optimizer for all coordinates.
 
         Args:
@@ -264,7 +275,7 @@ class Unaveraged(LSTMWithGAC):
     Reference: ours.
     """
 
-    def bind(self, coordinates):
+    def bind(self, coordinates: Coordinates) -> "Unaveraged":
         return super().bind(Coordinates({"each": torch.zeros(sum(coordinates.sizes), 1)}))
 
 
@@ -283,16 +294,16 @@ class LowRankMemory(NamedTuple):
     left: torch.Tensor  # (B, K, n), a_k; the newest last
     right: torch.Tensor  # (B, K, n), b_k
 
-    def read(self, vectors):
+    def read(self, vectors: torch.Tensor) -> torch.Tensor:
         """M r for vectors r (B, R, n). Returns (B, R, n), with a graph if one of the tensors has one."""
         return torch.baddbmm(vectors, vectors @ self.right.mT, self.left, alpha=1 / vectors.shape[-1])
 
-    def write(self, left, right):
+    def write(self, left: torch.Tensor, right: torch.Tensor) -> "LowRankMemory":
         """M + 1/n Σ_w a_w b_wᵀ, with a and b (B, W, n), W ≤ K; the W oldest pairs are dropped. Returns a new memory."""
         kept = slice(left.shape[1], None)
         return LowRankMemory(torch.cat([self.left[:, kept], left], 1), torch.cat([self.right[:, kept], right], 1))
 
-    def matrix(self):
+    def matrix(self) -> torch.Tensor:
         """M as it is, (B, n, n)."""
         size = self.left.shape[-1]
         return torch.eye(size).to(self.left) + self.left.mT @ self.right / size
@@ -345,16 +356,16 @@ class NTMBFGS(SharingLSTM):
 
     def __init__(
         self,
-        hidden_size=20,
-        num_layers=2,
-        shared=5,
-        preprocess=None,
-        p=10.0,
-        output_scale=1.0,
-        odd=False,
-        read_heads=2,
-        write_heads=2,
-        rank=40,
+        hidden_size: int = 20,
+        num_layers: int = 2,
+        shared: int = 5,
+        preprocess: str | None = None,
+        p: float = 10.0,
+        output_scale: float = 1.0,
+        odd: bool = False,
+        read_heads: int = 2,
+        write_heads: int = 2,
+        rank: int = 40,
     ):
         check_count(read_heads=read_heads, write_heads=write_heads, rank=rank)
         if rank < write_heads:
@@ -370,7 +381,9 @@ class NTMBFGS(SharingLSTM):
         if odd:
             self.load_state_dict(self.symmetrize(self.state_dict()))
 
-    def init_state(self, num_coordinates, device=None, dtype=None):
+    def init_state(
+        self, num_coordinates: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> tuple:
         """The state before the first step: all zeros, which makes M the identity.
 
         Args:
@@ -382,7 +395,7 @@ class NTMBFGS(SharingLSTM):
         hidden, cell, readings, left, right = self._zeros(num_coordinates, device, dtype)
         return hidden, cell, readings, LowRankMemory(left, right)
 
-    def forward(self, grad, state):
+    def forward(self, grad: torch.Tensor, state: tuple) -> tuple[torch.Tensor, tuple]:
         """One step of the optimizer for all coordinates.
 
         Args, returns and raises: see `LSTMWithGAC.forward`; the graph goes through the memory too.
@@ -404,7 +417,7 @@ class NTMBFGS(SharingLSTM):
 
 
 @torch.no_grad()
-def start_as_coordinatewise(net, plain):
+def start_as_coordinatewise(net: SharingLSTM, plain: LSTMOptimizer) -> SharingLSTM:
     """Write a trained coordinatewise LSTM into a network that shares: its answers are the same, until it is trained.
 
     The cells that are not averaged become `plain`'s. Nothing listens to those that are, nor to what read heads bring,

@@ -5,8 +5,11 @@ compiled steps of `kernels.numba_mlp.TensorSteps` where they do what it does; al
 """
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import nn
 
 from gradbuffer.kernels.choice import takes_numba
 from gradbuffer.nests import fill_leaves, map_tensors, named_leaves
@@ -14,6 +17,7 @@ from gradbuffer.nets.mlp import MLPOptimizer
 from gradbuffer.nets.optimizer_state import (
     STEP,
     NetworkInPlace,
+    Part,
     Work,
     check_state,
     copy_of_state,
@@ -26,7 +30,7 @@ from gradbuffer.nets.optimizer_state import (
 __all__ = ["TensorNetwork", "Tensors", "own_rate"]
 
 
-def own_rate(net):
+def own_rate(net: nn.Module) -> float:
     """The rate of a tensorwise network's group where none is given: 1, a factor on its update, if it takes none."""
     if not takes(net, "lr"):
         return 1.0
@@ -40,7 +44,7 @@ class Tensors(Work):
 
     meshes = ()  # none is sharded
 
-    def __init__(self, network, group, number, members, lr):
+    def __init__(self, network: "TensorNetwork", group: dict[str, Any], number: int, members: list[int], lr: float):
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr of group {number} must be a number of at least 0, got {lr}")
         members = [index for index in members if group["params"][index].grad is not None]
@@ -49,7 +53,7 @@ class Tensors(Work):
         self.keep = 1 - lr * group["weight_decay"]
         self.gradients = [dense_gradient(parameter, group["maximize"], network.dtype) for parameter in self.params]
 
-    def prepare(self, states):
+    def prepare(self, states: dict) -> None:
         """Find the states, or begin them; nothing of the optimizer's is changed."""
         self.states = [
             self.network.state_for(parameter, states.get(parameter), self.label(place))
@@ -58,7 +62,7 @@ class Tensors(Work):
         self.values = [parameter.detach().to(self.network.dtype) for parameter in self.params]
         self.results = [None] * len(self.params)  # pairs of an update and a new state, once the network has run
 
-    def apply(self, states):
+    def apply(self, states: dict) -> None:
         """Keep the new parameters and states."""
         self.network.finish(self)
         for parameter, value, state in zip(self.params, self.values, self.states):
@@ -75,7 +79,7 @@ class TensorNetwork(NetworkInPlace):
 
     work, joins, writes_in_place = Tensors, False, False
 
-    def __init__(self, net, device, dtype):
+    def __init__(self, net: nn.Module, device: torch.device, dtype: torch.dtype):
         self.dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         self.is_compiled = (
             type(net) is MLPOptimizer
@@ -87,14 +91,14 @@ class TensorNetwork(NetworkInPlace):
         self.takes = self.reads | {name for name in ("lr", "params") if takes(net, name)}
         self.forms = {}  # shape of a parameter -> the nest of its state, and the parts of that
 
-    def is_current(self):
+    def is_current(self) -> bool:
         return super().is_current() and (not self.is_compiled or self.source.config == self.config)
 
-    def renew(self):
+    def renew(self) -> None:
         super().renew()
         self.compiled, self.config = None, self.source.config if self.is_compiled else None
 
-    def check_group(self, group, params, where):
+    def check_group(self, group: dict[str, Any], params: list[torch.Tensor], where: str) -> None:
         """Raise unless it can run in this place."""
         if group["state_dtype"] is not None:
             raise ValueError(
@@ -106,7 +110,7 @@ class TensorNetwork(NetworkInPlace):
             raise ValueError(f"the names of a group's parameters must differ for {self.name}, got {names}")
         self.form_of(min(params, key=torch.numel))
 
-    def new_state(self, parameter):
+    def new_state(self, parameter: torch.Tensor) -> dict[str, Any]:
         """The state of a parameter before its first step, flat."""
         with self.device, torch.inference_mode(False), torch.no_grad():
             nests = self.net.init_state({"0": parameter.detach().to(self.dtype)[None]})
@@ -125,12 +129,12 @@ class TensorNetwork(NetworkInPlace):
         self.forms[parameter.shape] = fill_leaves(nest, {}), parts
         return state
 
-    def form_of(self, parameter):
+    def form_of(self, parameter: torch.Tensor) -> tuple[Any, dict[str, Part]]:
         if parameter.shape not in self.forms:
             self.new_state(parameter)
         return self.forms[parameter.shape]
 
-    def state_for(self, parameter, stored, label):
+    def state_for(self, parameter: torch.Tensor, stored: dict[str, Any] | None, label: str) -> dict[str, Any]:
         """The state to go on from: the stored one, if it fits."""
         if not stored:
             return self.new_state(parameter)
@@ -140,11 +144,13 @@ class TensorNetwork(NetworkInPlace):
             return stored
         return {name: stored[name].to(part.dtype) if part.dtype else stored[name] for name, part in parts.items()}
 
-    def load_state(self, leaves, params, state_dtype, where):
+    def load_state(
+        self, leaves: dict[str, Any], params: list[torch.Tensor], state_dtype: torch.dtype | None, where: str
+    ) -> dict[str, Any]:
         """A copy of a parameter's saved state; ValueError if it is not this network's."""
         return copy_of_state(leaves, self.form_of(params[0])[1], params, self.device, state_dtype, where)
 
-    def advance(self, works):
+    def advance(self, works: Iterable[Tensors]) -> None:
         """Run the network, unless its steps are compiled, which write over what they read; nothing is changed yet."""
         if self.is_compiled and self.compiled is None:
             from gradbuffer.kernels.numba_mlp import TensorSteps  # only now: importing numba takes a second
@@ -157,7 +163,7 @@ class TensorNetwork(NetworkInPlace):
             for step, places in places_at.items():
                 self.run(work, step, places)
 
-    def run(self, work, step, places):
+    def run(self, work: Tensors, step: int | None, places: list[int]) -> None:
         """One call of the network for tensors of the same step number."""
         named = {work.names[place]: place for place in places}
         grads = {name: work.gradients[place][None] for name, place in named.items()}
@@ -185,13 +191,13 @@ class TensorNetwork(NetworkInPlace):
                 }
             work.results[place] = update, state
 
-    def check_shapes(self, what, found, wanted):
+    def check_shapes(self, what: str, found: Any, wanted: dict[str, torch.Tensor]) -> None:
         """Raise ValueError unless the network has returned tensors like those in another dict."""
         found, wanted = shapes_of(found), shapes_of(wanted)
         if found != wanted:
             raise ValueError(f"{self.name} must return {what} of the shapes {wanted}, got {found}")
 
-    def finish(self, work):
+    def finish(self, work: Tensors) -> None:
         """Write what follows from the step over parameters and states."""
         for value in work.values if work.keep != 1 else ():
             value.mul_(work.keep)

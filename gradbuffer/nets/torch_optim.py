@@ -9,6 +9,7 @@ is most of the memory, 2·layers·hidden numbers for each coordinate of an LSTM,
 import math
 from collections.abc import Callable, Iterable
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import nn
@@ -142,7 +143,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None):
+    def step(self, closure: Callable | None = None) -> Any:
         """One update of every parameter that has a gradient.
 
         Args:

@@ -5,9 +5,12 @@ reads all parameters of its group as one vector.
 """
 
 import math
+from collections.abc import Iterable
 from functools import partial, reduce
+from typing import Any
 
 import torch
+from torch import nn
 
 from gradbuffer.nests import fill_leaves, map_tensors, named_leaves
 from gradbuffer.nets.optimizer_state import (
@@ -34,13 +37,13 @@ SMALL = 2048  # coordinates of a parameter up to which it runs together with oth
 class Vector(Work):
     """Parameters that a network reads as one vector in one step: their gradients, their state, their update."""
 
-    def __init__(self, network, group, number, members, lr):
+    def __init__(self, network: "VectorNetwork", group: dict[str, Any], number: int, members: list[int], lr: float):
         super().__init__(network, group, number, members, lr)
         dtype = network.dtype or self.params[0].dtype
         self.gradients = [flat_gradient(parameter, group, dtype) for parameter in self.params]
         self.meshes = [self.params[0].device_mesh] if is_sharded(self.params[0]) else []
 
-    def prepare(self, states):
+    def prepare(self, states: dict) -> None:
         """Find the state, or begin one; nothing of the optimizer's is changed."""
         self.grad = joined(self.gradients)
         self.size, self.update = len(self.grad), torch.empty_like(self.grad)
@@ -61,7 +64,7 @@ class Vector(Work):
                 self.state, self.network.parts, self.size, self.network.device, self.label(0), self.network.name
             )
 
-    def apply(self, states):
+    def apply(self, states: dict) -> None:
         """Keep the new state, and θ ← θ + lr · update, where there is a gradient."""
         for write in self.later:
             write()
@@ -103,7 +106,7 @@ class VectorNetwork(NetworkInPlace):
 
     work = Vector
 
-    def __init__(self, net, device, size=None):
+    def __init__(self, net: nn.Module, device: torch.device, size: int | None = None):
         super().__init__(net, device)
         self.options = {"inplace": True} if takes(net, "inplace") else {}
         self.writes_in_place = bool(self.options)
@@ -119,19 +122,19 @@ class VectorNetwork(NetworkInPlace):
         weights, state = ([kind for kind in some if kind.is_floating_point] for some in kinds)
         self.dtype = weights[0] if weights else reduce(torch.promote_types, state) if state else None
 
-    def check_group(self, group, params, where):
+    def check_group(self, group: dict[str, Any], params: list[torch.Tensor], where: str) -> None:
         """Raise unless it can run in this place."""
         if not self.rule.coordinatewise:
             check_not_divided(self.name, where)
 
-    def at_once(self, in_place):
+    def at_once(self, in_place: bool) -> float:
         """Coordinates that the network gets at most; in_place: it writes over what is stored."""
         if not self.rule.coordinatewise:
             return math.inf
         kind = self.device.type + ", in place" * in_place
         return CHUNK[kind if kind in CHUNK else "elsewhere"]
 
-    def in_place(self, vector):
+    def in_place(self, vector: Vector) -> bool:
         """Whether it writes over this vector's state as that is stored."""
         return bool(self.options) and all(
             self.dtype_of(name, vector.state[name]) == vector.state[name].dtype
@@ -139,16 +142,16 @@ class VectorNetwork(NetworkInPlace):
             if part.dtype
         )
 
-    def dtype_of(self, name, stored):
+    def dtype_of(self, name: str, stored: torch.Tensor) -> torch.dtype:
         """In which dtype the network is given a part that is stored so: in its own, or as it is."""
         kind = self.parts[name].dtype
         return stored.dtype if self.options and stored.dtype != kind and self.rule.renews(stored.dtype) else kind
 
-    def chunks(self, size, in_place=False):
+    def chunks(self, size: int, in_place: bool = False) -> list[tuple[int, int]]:
         most = min(self.most[in_place], max(size, 1))
         return [(a, min(a + most, size)) for a in range(0, size, most)]
 
-    def new_state(self, size, state_dtype):
+    def new_state(self, size: int, state_dtype: torch.dtype | None) -> dict[str, Any]:
         """The state before the first step, for a vector of that size."""
         with self.device, torch.inference_mode(False):
             state = {
@@ -166,11 +169,13 @@ class VectorNetwork(NetworkInPlace):
                         (state[name][..., start:stop] if self.parts[name].along else state[name]).copy_(leaf)
         return {name: state[name] for name in self.parts}
 
-    def load_state(self, leaves, params, state_dtype, where):
+    def load_state(
+        self, leaves: dict[str, Any], params: list[torch.Tensor], state_dtype: torch.dtype | None, where: str
+    ) -> dict[str, Any]:
         """A copy of the saved leaves of these parameters' state; ValueError if they are not this network's."""
         return copy_of_state(leaves, self.parts, params, self.device, state_dtype, where)
 
-    def advance(self, vectors):
+    def advance(self, vectors: Iterable[Vector]) -> None:
         """One step: fills the vectors' updates and renews their states. Small vectors run together, large ones cut."""
         batch, size = [], 0
         for vector in vectors:
@@ -186,7 +191,7 @@ class VectorNetwork(NetworkInPlace):
         if batch:
             self.run(batch)
 
-    def run(self, spans):
+    def run(self, spans: list[tuple[Vector, int, int]]) -> None:
         """One call of the network for spans (vector, start, stop) of coordinates."""
         sizes = [stop - start for _, start, stop in spans]
         grad = joined([vector.grad[start:stop] for vector, start, stop in spans])
@@ -212,7 +217,13 @@ class VectorNetwork(NetworkInPlace):
             vector.update[start:stop] = piece
         self.store(spans, places, given, leaves)
 
-    def store(self, spans, places, given, leaves):
+    def store(
+        self,
+        spans: list[tuple[Vector, int, int]],
+        places: dict[str, list],
+        given: dict[str, Any],
+        leaves: dict[str, Any],
+    ) -> None:
         """Write the new state over the old: at once if the network writes in place, else when all networks have run."""
         old = {
             place.untyped_storage().data_ptr()
@@ -235,13 +246,13 @@ class VectorNetwork(NetworkInPlace):
                 else:
                     vector.later.append(partial(vector.state.__setitem__, name, leaves[name]))
 
-    def write(self, vector, place, piece):
+    def write(self, vector: Vector, place: torch.Tensor, piece: torch.Tensor) -> None:
         if self.options:
             place.copy_(piece)
         else:
             vector.later.append(partial(place.copy_, piece.to(place.dtype)))
 
-    def to_compute(self, name, places, spans):
+    def to_compute(self, name: str, places: list, spans: list[tuple[Vector, int, int]]) -> Any:
         """A part of the state as the network is to get it: the stored memory itself wherever that is possible."""
         part = self.parts[name]
         if part.dtype is None:
@@ -251,7 +262,9 @@ class VectorNetwork(NetworkInPlace):
             return leaf if self.options else leaf.contiguous()  # a user's network may rely on it
         return places[0].to(part.dtype, copy=spans[0][2] - spans[0][1] < spans[0][0].size)
 
-    def checked(self, update, leaves, grad, given):
+    def checked(
+        self, update: torch.Tensor, leaves: dict[str, Any], grad: torch.Tensor, given: dict[str, Any]
+    ) -> dict[str, Any]:
         """The new state's leaves, or ValueError if the network did not return what was agreed."""
         if not isinstance(update, torch.Tensor) or update.shape != grad.shape:
             got = tuple(update.shape) if isinstance(update, torch.Tensor) else type(update).__name__

@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from gradbuffer.checks import check_count
-from gradbuffer.contracts import in_parts
+from gradbuffer.contracts import MetaBatch, in_parts
 from gradbuffer.data.cifar10 import ColorImages, check_color_images, load_cifar10
 from gradbuffer.data.roots import check_split
 from gradbuffer.problems.images import ImageNets, MinibatchLoss, check_floating, mean_cross_entropy, on_device
@@ -58,14 +60,14 @@ class CIFAR10Net(ImageNets):
 
     def __init__(
         self,
-        batch_size=128,
-        split="train",
-        classes=None,
-        channels=(16, 16, 16),
-        fc_size=32,
-        root=None,
-        dtype=torch.float32,
-        device="cpu",
+        batch_size: int = 128,
+        split: str = "train",
+        classes: Sequence[int] | None = None,
+        channels: int | Sequence[int] = (16, 16, 16),
+        fc_size: int = 32,
+        root: str | Path | ColorImages | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ):
         channels = tuple(channels) if isinstance(channels, (tuple, list)) else (channels,)
         check_count(fc_size=fc_size, **{f"channels[{k}]": size for k, size in enumerate(channels)})
@@ -118,7 +120,7 @@ class CIFAR10Net(ImageNets):
         some = f", labels {' '.join(map(str, classes))}" if classes else ""
         self.name = f"{data.name}{some}, {'-'.join(map(str, channels))} channels and {fc_size} units"
 
-    def sample(self, meta_batch, generator=None):
+    def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> MetaBatch:
         """Draw `meta_batch` networks with their sequences of minibatches. Returns `MetaBatch`."""
         check_count(meta_batch=meta_batch)
         params = {}
@@ -133,7 +135,7 @@ class CIFAR10Net(ImageNets):
         return in_parts(params, ConvolutionalLoss(self.minibatches(meta_batch, generator), self.options["dtype"]))
 
     @torch.no_grad()
-    def test_accuracy(self, params, images=None):
+    def test_accuracy(self, params: dict[str, torch.Tensor], images: int | None = None) -> torch.Tensor:
         """The share of test images that each network classifies rightly. No graph.
 
         Images go through in chunks of about `batch_size`, the same ones for every network, and are normalized chunk

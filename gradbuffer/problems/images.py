@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-def check_floating(dtype):
+def check_floating(dtype: Any) -> None:
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
 
@@ -32,18 +32,18 @@ def check_floating(dtype):
 class ImageNets(Problem):
     """What the problems on images share: their `options` rebuild them, on another device or split."""
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "ImageNets":
         return type(self)(**self.options, device=device)
 
-    def with_split(self, split):
+    def with_split(self, split: str) -> "ImageNets":
         """The same networks over another split of the data."""
         return type(self)(**{**self.options, "split": split}, device=self.device)
 
-    def validation_problem(self):
+    def validation_problem(self) -> Problem:
         """What `meta_train` validates on: the same networks, over images that no training function draws from."""
         return self.with_split("validation")
 
-    def minibatches(self, meta_batch, generator):
+    def minibatches(self, meta_batch: int, generator: torch.Generator | None) -> "Chosen":
         """Draw the sequences of minibatches of that many functions: `Chosen` of the problem's images and labels."""
         seed = int(torch.randint(2**62, (), generator=generator))
         shape = meta_batch, drawn_batch_size(self.options["batch_size"], generator)
@@ -57,12 +57,12 @@ class Chosen(NamedTuple):
     labels: torch.Tensor
     index: Callable
 
-    def __call__(self, step):
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """images (B, batch, ...) and labels (B, batch)"""
         index = self.index(step)
         return chosen(self.images, index), chosen(self.labels, index)
 
-    def part(self, first, last):
+    def part(self, first: int, last: int) -> "Chosen":
         """Those of functions first … last - 1."""
         return self._replace(index=lambda step: self.index(step)[first:last])
 
@@ -85,19 +85,19 @@ class MinibatchLoss(Loss):
 
     divisible = True
 
-    def __init__(self, minibatch):
+    def __init__(self, minibatch: Callable):
         self.minibatch = minibatch
 
-    def tensors(self, step):
+    def tensors(self, step: int) -> tuple:
         return tuple(self.minibatch(step))
 
-    def of(self, tensors):
+    def of(self, tensors: tuple) -> "MinibatchLoss":
         return self.on(Given(*tensors))
 
-    def part(self, first, last):
+    def part(self, first: int, last: int) -> "MinibatchLoss":
         return self.on(self.minibatch.part(first, last))
 
-    def on(self, minibatch):
+    def on(self, minibatch: Callable) -> "MinibatchLoss":
         """The same networks' loss on other minibatches."""
         loss = copy.copy(self)
         loss.minibatch = minibatch
@@ -109,7 +109,7 @@ def chosen(rows, index):
     return rows.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
-def check_batch_size(batch_size):
+def check_batch_size(batch_size: Any) -> int | tuple[int, int]:
     """A batch size, or a pair (least, most) of them as a tuple."""
     if not isinstance(batch_size, (tuple, list)):
         check_count(batch_size=batch_size)
@@ -130,7 +130,7 @@ def drawn_batch_size(batch_size, generator):
     return round(least * (most / least) ** torch.rand((), generator=generator, dtype=torch.float64).item())
 
 
-def mean_cross_entropy(scores, labels):
+def mean_cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """(B, classes, batch) and (B, batch) -> (B,)"""
     return F.cross_entropy(scores, labels, reduction="none").mean(1)
 
@@ -154,7 +154,9 @@ class Minibatches:
 
 
 @functools.cache
-def on_device(data, split, device, prepare, *options):
+def on_device(
+    data: Any, split: str, device: torch.device, prepare: Callable, *options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What `prepare(images, labels, *options)` makes of a split of the data, on the device; moved there once per process."""
     whole = (data.test_images, data.test_labels) if split == "test" else half(data, split)
     return tuple(tensor.to(device) for tensor in prepare(*whole, *options))

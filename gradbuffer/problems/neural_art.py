@@ -6,11 +6,13 @@ come from `data.art`, the network that looks at them from `vgg`.
 
 import math
 import weakref
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from gradbuffer.checks import check_count
-from gradbuffer.contracts import Loss, in_parts
+from gradbuffer.contracts import Loss, MetaBatch, in_parts
 from gradbuffer.data.art import load_contents, load_style
 from gradbuffer.data.roots import check_split
 from gradbuffer.problems.images import ImageNets, check_floating
@@ -81,15 +83,15 @@ class NeuralArt(ImageNets):
 
     def __init__(
         self,
-        style="starry_night",
-        split="train",
-        size=64,
-        root=None,
+        style: str = "starry_night",
+        split: str = "train",
+        size: int = 64,
+        root: str | Path | None = None,
         *,
-        start="content",
-        dtype=torch.float32,
-        device="cpu",
-        **features_and_factors,
+        start: str = "content",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        **features_and_factors: Any,
     ):
         chosen = DEFAULTS | features_and_factors
         unknown = sorted(chosen.keys() - DEFAULTS.keys())
@@ -136,7 +138,7 @@ class NeuralArt(ImageNets):
         self.name = f"Neural Art, {painting.name} on {contents.name} of {size}×{size}, {self.features.name}"
         self.dealt = weakref.WeakKeyDictionary()  # generator -> (its state since, photographs still to come)
 
-    def sample(self, meta_batch, generator=None):
+    def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> MetaBatch:
         """Draw `meta_batch` photographs. Returns `MetaBatch` with `params["image"]`, (meta_batch, 3, size, size)."""
         check_count(meta_batch=meta_batch)
         if self.options["split"] == "train":
@@ -154,7 +156,7 @@ class NeuralArt(ImageNets):
 
         return in_parts({"image": start}, ArtLoss(self, targets))
 
-    def deal(self, count, generator):
+    def deal(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
         """Indices of the next photographs in a random order that goes on from call to call with the same generator.
 
         It starts anew with a generator that has been seeded, or drawn from, since the last call.
@@ -168,7 +170,7 @@ class NeuralArt(ImageNets):
             self.dealt[generator] = generator.get_state(), left[count:]
         return left[:count]
 
-    def losses(self, images, targets):
+    def losses(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Losses (B,) of images (B, 3, size, size) whose contents' features are `targets`; carries a graph."""
         features, options = self.features(images), self.options
         content = (features[options["content_layer"]] - targets).square().mean((1, 2, 3))

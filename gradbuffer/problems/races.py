@@ -6,13 +6,16 @@ seed and raced on others. Final losses are means over the last tenth of the step
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
+
+if TYPE_CHECKING:
+    from gradbuffer.problems.tasks import Task
 
 __all__ = ["SPANS", "Contestant", "Race", "final", "race", "smoothed", "speed", "speed_against", "summary", "train"]
 
@@ -43,11 +46,11 @@ class Contestant:
         check_positive_number(centre=self.centre)
         check_schedule(self.schedule)
 
-    def rates(self, count):
+    def rates(self, count: int) -> list[float]:
         """As many rates, from the smallest, each √10 times the one before; the middle one is the centre."""
         return [self.centre * FACTOR ** (k - (count - 1) // 2) for k in range(count)]
 
-    def train(self, task, rate, steps, seed):
+    def train(self, task: "Task", rate: float, steps: int, seed: int) -> torch.Tensor:
         """`train` at that rate."""
         return train(task, lambda params: self.make(params, rate), steps, seed, self.schedule)
 
@@ -67,27 +70,27 @@ class Race:
     curves: torch.Tensor
 
     @property
-    def ends(self):
+    def ends(self) -> torch.Tensor:
         """Final losses (seeds,)."""
         return final(self.curves)
 
     @property
-    def mean(self):
+    def mean(self) -> float:
         """Of the final losses; inf where one is."""
         return self.ends.mean().item()
 
     @property
-    def error(self):
+    def error(self) -> float:
         """Standard error of that mean; NaN for a single seed or where a loss is infinite."""
         return (self.ends.std() / math.sqrt(len(self.ends))).item() if len(self.ends) > 1 else math.nan
 
     @property
-    def at_edge(self):
+    def at_edge(self) -> bool:
         """Whether the best rate is the smallest or the largest tried, so that others might be better."""
         return self.rate in (min(self.tried), max(self.tried))
 
     @property
-    def failures(self):
+    def failures(self) -> int:
         """How many seeds ended with a loss that is not finite, or above the loss at their start."""
         return int((~(self.ends <= self.curves[:, 0])).sum())
 
@@ -97,7 +100,9 @@ def check_schedule(schedule):
         raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
 
 
-def train(task, make_optimizer, steps, seed, schedule="cosine"):
+def train(
+    task: "Task", make_optimizer: Callable[[list], Any], steps: int, seed: int, schedule: str = "cosine"
+) -> torch.Tensor:
     """Train a task's model, and never raise because it diverges.
 
     Args:
@@ -140,20 +145,28 @@ def train(task, make_optimizer, steps, seed, schedule="cosine"):
     return losses
 
 
-def final(curves):
+def final(curves: torch.Tensor) -> torch.Tensor:
     """Means over the last tenth, at least one step: (..., steps) -> (...)."""
     steps = curves.shape[-1]
     return curves[..., -max(steps // 10, 1) :].mean(-1)
 
 
-def smoothed(curves, width=None):
+def smoothed(curves: torch.Tensor, width: int | None = None) -> torch.Tensor:
     """Means over the `width` steps up to each, fewer at the start, of curves (..., steps). Default: a tenth of all."""
     steps = curves.shape[-1]
     width = max(steps // 10, 1) if width is None else width
     return torch.stack([curves[..., max(t + 1 - width, 0) : t + 1].mean(-1) for t in range(steps)], -1)
 
 
-def race(tasks, contestants, rates=5, steps=500, seeds=range(5), tuning_seed=1000, progress=None):
+def race(
+    tasks: dict[str, "Task"],
+    contestants: dict[str, Contestant],
+    rates: int = 5,
+    steps: int = 500,
+    seeds: Sequence[int] = range(5),
+    tuning_seed: int = 1000,
+    progress: Callable[[str], Any] | None = None,
+) -> dict[str, dict[str, Race]]:
     """Every contestant on every task: a rate chosen on one seed, then trained at it on others.
 
     Args:
@@ -191,7 +204,7 @@ def race(tasks, contestants, rates=5, steps=500, seeds=range(5), tuning_seed=100
     return results
 
 
-def speed(loss, ends, steps):
+def speed(loss: float, ends: dict[int, float], steps: int) -> float:
     """How many times more steps another optimizer needs to end as low as we did.
 
     What the other would need lies between two of its runs, of which one ended above our loss and the next longer one did
@@ -226,7 +239,14 @@ def speed(loss, ends, steps):
     return before / steps
 
 
-def speed_against(task, ours, contestant, other, seeds, longer=None):
+def speed_against(
+    task: "Task",
+    ours: Race,
+    contestant: Contestant,
+    other: Race,
+    seeds: Sequence[int],
+    longer: dict[int, float] | None = None,
+) -> float:
     """`speed` of one race's result against another contestant, which is trained for more or fewer steps as needed.
 
     Its runs are 1/3, 1/2, 3/4, 1, 3/2, 2, 3 and 5 times as long as ours (`SPANS`), at the rate that was best for the
@@ -274,7 +294,7 @@ def speed_against(task, ours, contestant, other, seeds, longer=None):
     return speed(ours.mean, {length: longer[length] for length in among}, steps)
 
 
-def summary(speeds):
+def summary(speeds: Sequence[float]) -> dict[str, float]:
     """Of one optimizer over tasks.
 
     Args:

@@ -1,6 +1,8 @@
 """Problems made of other problems: their functions in other coordinates, mirrored, beside a convex term; or several problems."""
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -97,12 +99,12 @@ class RandomScaling(Variation):
 
     title = "{}, randomly scaled"
 
-    def __init__(self, problem, radius=3.0, signs=False):
+    def __init__(self, problem: Any, radius: float = 3.0, signs: bool = False):
         if isinstance(radius, bool) or not (isinstance(radius, (int, float)) and 0 <= radius <= 20):
             raise ValueError(f"radius must be a number in [0, 20], got {radius!r}")
         super().__init__(problem, radius=radius, signs=bool(signs))
 
-    def vary(self, batch, generator):
+    def vary(self, batch: MetaBatch, generator: torch.Generator | None) -> MetaBatch:
         scales = {}
         for name, tensor in batch.params.items():
             scale = torch.empty(tensor.shape, dtype=tensor.dtype).uniform_(-1, 1, generator=generator)
@@ -183,14 +185,14 @@ class Mirrored(Variation):
 
     title = "{}, mirrored"
 
-    def sample(self, meta_batch, generator=None):
+    def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> MetaBatch | list[MetaBatch]:
         """Draw `meta_batch` functions, in pairs. Returns `MetaBatch`; of a `Mixture` a list of them."""
         check_count(meta_batch=meta_batch)
         if meta_batch % 2:
             raise ValueError(f"meta_batch must be even for mirrored pairs, got {meta_batch}")
         return super().sample(meta_batch // 2, generator)
 
-    def vary(self, batch, generator):
+    def vary(self, batch: MetaBatch, generator: torch.Generator | None) -> MetaBatch:
         params = {name: torch.cat([tensor, -tensor]) for name, tensor in batch.params.items()}
         signs = [
             {name: tensor.new_tensor(sign).expand_as(tensor) for name, tensor in batch.params.items()}
@@ -218,11 +220,11 @@ class ConvexTerms(Variation):
 
     title = "{} and a convex term"
 
-    def __init__(self, problem, dim=20):
+    def __init__(self, problem: Any, dim: int = 20):
         check_count(dim=dim)
         super().__init__(problem, dim=dim)
 
-    def vary(self, batch, generator):
+    def vary(self, batch: MetaBatch, generator: torch.Generator | None) -> MetaBatch:
         if "convex" in batch.params:
             raise ValueError('the problem has a parameter named "convex" already')
         like = next(iter(batch.params.values()))
@@ -284,7 +286,7 @@ class Mixture(Problem):
 
     problems: list = []
 
-    def __init__(self, problems, weights=None, families=None):
+    def __init__(self, problems: Sequence[Any], weights: Sequence[float] | None = None, families: int | None = None):
         if not isinstance(problems, (list, tuple)) or not problems:
             raise TypeError(f"problems must be a list of at least one problem, got {problems!r}")
         self.problems = [as_problem(problem) for problem in problems]
@@ -306,19 +308,19 @@ class Mixture(Problem):
         self.weights, self.families = weights, families
         self.name = f"a mixture of {'; '.join(map(title_of, self.problems))}"
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "Mixture":
         return Mixture([problem.to(device) for problem in self.problems], self.weights, self.families)
 
-    def validation_problem(self):
+    def validation_problem(self) -> "Mixture":
         """The validation problems of all, whatever `families` is: every validation is on all of them."""
         validated = [as_problem(problem.validation_problem()) for problem in self.problems]
         return Mixture([own for problem in validated for own in problem.problems])
 
-    def describe(self):
+    def describe(self) -> str:
         options = dict(weights=self.weights, families=self.families)
         return f"{kind_of(self)} {options} of {[problem.describe() for problem in self.problems]}"
 
-    def sample(self, meta_batch, generator=None):
+    def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> list[MetaBatch]:
         """Draw `meta_batch` functions of each problem, or of each of the `families` drawn. Returns a list of `MetaBatch`, in the
         problems' order."""
         problems = self.problems

@@ -7,6 +7,7 @@ torchvision is for its weights alone.
 import functools
 import itertools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,13 +24,13 @@ CHANNELS = (64, 128, 256, 512, 512)  # of the five blocks; after each but the la
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, what torchvision's weights expect
 
 
-def from_pixels(pixels, dtype=torch.float32):
+def from_pixels(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Bytes (..., 3, height, width) -> the units that images are optimized in: about zero mean and unit variance."""
     mean, std = (torch.tensor(values, dtype=dtype, device=pixels.device)[:, None, None] for values in (MEAN, STD))
     return (pixels.to(dtype) / 255 - mean) / std
 
 
-def to_pixels(images):
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
     """The way back for figures: images (..., 3, height, width) -> (..., height, width, 3) in [0, 1], cut off there."""
     mean, std = (torch.tensor(values).to(images)[:, None, None] for values in (MEAN, STD))
     return (images.detach() * std + mean).clamp(0, 1).movedim(-3, -1)
@@ -67,7 +68,15 @@ class VGGFeatures:
     (arXiv 1606.04801).
     """
 
-    def __init__(self, network="vgg16", weights="auto", seed=0, layers=("relu1_1",), dtype=torch.float32, device="cpu"):
+    def __init__(
+        self,
+        network: str = "vgg16",
+        weights: str = "auto",
+        seed: int = 0,
+        layers: Sequence[str] = ("relu1_1",),
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
         if network not in CONVOLUTIONS:
             raise ValueError(f"network must be one of {sorted(CONVOLUTIONS)}, got {network!r}")
         if weights not in ("auto", "imagenet", "random"):
@@ -88,7 +97,7 @@ class VGGFeatures:
             layer: tuple(tensor.to(device, dtype) for tensor in pair) for layer, pair in convolutions.items()
         }
 
-    def __call__(self, images):
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Images (B, 3, height, width) -> dict from layer to features (B, channels, …); carries a graph."""
         features, images = {}, images.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
         for layer, (weight, bias) in self.convolutions.items():

@@ -8,11 +8,13 @@ is `run`'s; the settings of the run stand beside it, and another run's are refus
 import hashlib
 import io
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from gradbuffer.contracts import kind_of
+from gradbuffer.contracts import Rule, kind_of
 from gradbuffer.files import remove_partial_files, write_whole
 from gradbuffer.nests import is_named, map_tensors, tensors_in
 from gradbuffer.unrolling import Coordinates
@@ -34,7 +36,7 @@ PARTS = ("iteration", "history", "random", "net", "averaged", "best", "adam", "w
 NAMED_TUPLE = "class of the named tuple"  # the key by which a plain state holds one; files name no classes to load
 
 
-def write_checkpoint(path, content, settings):
+def write_checkpoint(path: str | Path, content: dict[str, Any], settings: dict[str, Any]) -> None:
     """Write a checkpoint; a failure leaves the one before as it was.
 
     Args:
@@ -65,7 +67,7 @@ def digest_fits(content):
     return with_digest(content[: -length - 2] + b"\0\0") == content
 
 
-def read_checkpoint(path, settings, restart=False):
+def read_checkpoint(path: str | Path, settings: dict[str, Any], restart: bool = False) -> dict[str, Any] | None:
     """The content of a checkpoint of the run with these settings, on the CPU; None if there is no file, or with `restart` one of
     another run.
 
@@ -94,7 +96,7 @@ def read_checkpoint(path, settings, restart=False):
     return file["content"]
 
 
-def read_start(path):
+def read_start(path: str | Path) -> dict[str, torch.Tensor] | None:
     """The weights that the run of this checkpoint began with, a state dict; None if there is no file, or it does not say."""
     return read_file(path)["content"].get("start") if Path(path).exists() else None
 
@@ -128,7 +130,7 @@ def read_file(path):
     return file
 
 
-def plain(state):
+def plain(state: Any) -> Any:
     """A state in plain containers, its tensors detached and on the CPU: what a checkpoint can hold."""
     if isinstance(state, torch.Tensor):
         return state.detach().cpu()
@@ -143,7 +145,7 @@ def plain(state):
     raise TypeError(f"a checkpoint holds tensors, numbers, text and containers of them, got {type(state).__name__}")
 
 
-def named_tuples(state):
+def named_tuples(state: Any) -> list[type]:
     """The classes of named tuples in a state."""
     if isinstance(state, dict):
         state = list(state.values())
@@ -152,7 +154,7 @@ def named_tuples(state):
     return [type(state)] * is_named(state) + [cls for part in state for cls in named_tuples(part)]
 
 
-def unplain(state, device, classes):
+def unplain(state: Any, device: torch.device | str, classes: Iterable[type]) -> Any:
     """A plain state on a device, its named tuples of these classes again."""
     if isinstance(state, torch.Tensor):
         return state.to(device)
@@ -166,7 +168,9 @@ def unplain(state, device, classes):
     return state
 
 
-def regroup(parts, first, last, coordinatewise):
+def regroup(
+    parts: list[tuple[int, int, Any, Any]], first: int, last: int, coordinatewise: bool
+) -> tuple[dict[str, torch.Tensor], Any] | None:
     """Params and state of functions first … last - 1, from those that each rank of a run had.
 
     Args:
@@ -202,7 +206,7 @@ def regroup_tensors(tensors, coordinates, first, last):
 # What a checkpoint must agree with ------------------------------------------------------------------------------------
 
 
-def describe_net(rule):
+def describe_net(rule: Rule) -> str:
     """What a checkpoint must agree with of a learned optimizer, as text."""
     tensors = {
         name: f"{tuple(parameter.shape)} {parameter.dtype}, {'trained' if parameter.requires_grad else 'frozen'}"

@@ -7,18 +7,22 @@ starts, the functions' data; the optimizer's weights lie where they always do) i
 The functions' loss must be an object that says which tensors it reads, see `CapturedWindow`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import nn
 
 from gradbuffer.checks import check_count, values_unchecked
-from gradbuffer.contracts import Loss, as_loss, as_rule, repack
+from gradbuffer.contracts import Loss, MetaBatch, as_loss, as_rule, repack
 from gradbuffer.nests import clone, map_tensors, tensors_in
-from gradbuffer.training.meta_gradients import Replay, finish_window, replay_window
+from gradbuffer.training.meta_gradients import Replay, WindowInfo, finish_window, replay_window
 from gradbuffer.unrolling import Coordinates, check_objective
 
 __all__ = ["CapturedWindow", "cuda_graph"]
 
 
-def cuda_graph(work):
+def cuda_graph(work: Callable) -> tuple[Callable[[], None], Any]:
     """Capture a function without arguments.
 
     Returns:
@@ -70,7 +74,16 @@ class CapturedWindow:
         ...     grads, info = window(batch, info.params, info.state, step=20)
     """
 
-    def __init__(self, net, batch, params, state, unroll=20, objective="sum", record=cuda_graph):
+    def __init__(
+        self,
+        net: nn.Module,
+        batch: MetaBatch,
+        params: dict[str, torch.Tensor],
+        state: Any,
+        unroll: int = 20,
+        objective: str | Callable = "sum",
+        record: Callable = cuda_graph,
+    ):
         check_count(unroll=unroll)
         check_objective(objective)
         self.net, self.unroll, self.objective = net, unroll, objective
@@ -88,7 +101,7 @@ class CapturedWindow:
         finally:
             repack(net)  # elsewhere than in the graph's memory
 
-    def work(self):
+    def work(self) -> tuple:
         """What is captured: a window on the memory of this object."""
         repack(self.net)
         with values_unchecked():
@@ -104,16 +117,18 @@ class CapturedWindow:
                 None,
             )
 
-    def fits(self, batch, params, state, step=0):
+    def fits(self, batch: MetaBatch, params: dict[str, torch.Tensor], state: Any, step: int = 0) -> bool:
         """Whether this window has the shapes that were captured."""
         return self.shapes == shapes_of(params, state, as_loss(batch.loss).tensors(step))
 
-    def data_of(self, batch, step):
+    def data_of(self, batch: MetaBatch, step: int) -> list[tuple]:
         """What the loss reads at each step of the window from `step` on."""
         loss = as_loss(batch.loss)
         return [loss.tensors(step + t) for t in range(self.unroll + 1)]
 
-    def __call__(self, batch, params, state, step=0):
+    def __call__(
+        self, batch: MetaBatch, params: dict[str, torch.Tensor], state: Any, step: int = 0
+    ) -> tuple[dict[str, torch.Tensor], WindowInfo]:
         """Launch the window of these functions from these params and this state, at that step.
 
         Returns:

@@ -10,12 +10,13 @@ neither estimate is biased by truncation. Nothing is differentiated.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from gradbuffer.checks import check_count, check_positive_number
-from gradbuffer.unrolling import check_objective, scored, trained, unroll
+from gradbuffer.contracts import Loss, Rule
+from gradbuffer.unrolling import Coordinates, check_objective, scored, trained, unroll
 
 __all__ = ["Estimate", "Method", "PES", "PESState", "Pairs", "Perceptrons", "signal_to_noise"]
 
@@ -26,11 +27,21 @@ class Method:
     name = ""
     objective: str | Callable = "sum"
 
-    def check(self, rule) -> None:
+    def check(self, rule: Rule) -> None:
         """Raise unless the options go together, and with this network."""
         raise NotImplementedError
 
-    def window(self, rule, loss, coordinates, theta, state, step, weights, generator):
+    def window(
+        self,
+        rule: Rule,
+        loss: Loss,
+        coordinates: Coordinates,
+        theta: torch.Tensor,
+        state: Any,
+        step: int,
+        weights: torch.Tensor,
+        generator: torch.Generator | None,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, Any]:
         """A window of the unroll.
 
         Args:
@@ -80,14 +91,24 @@ class PES(Method):
 
     name = "pes"
 
-    def check(self, rule):
+    def check(self, rule: Rule) -> None:
         """Raise unless the options are as above."""
         check_count(pairs=self.pairs)
         check_positive_number(sigma=self.sigma)
         check_objective(self.objective)
 
     @torch.no_grad()
-    def window(self, rule, loss, coordinates, theta, state, step, weights, generator):
+    def window(
+        self,
+        rule: Rule,
+        loss: Loss,
+        coordinates: Coordinates,
+        theta: torch.Tensor,
+        state: Any,
+        step: int,
+        weights: torch.Tensor,
+        generator: torch.Generator | None,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, Any]:
         """One window of every particle.
 
         state: the optimizer's, at the first window of its functions (with `per_function` they begin with `init_state`); else the
@@ -148,7 +169,14 @@ class PES(Method):
         after = PESState({name: torch.stack(parts) for name, parts in perturbations.items()}, particles)
         return grads, torch.stack(curves).mean(0), particles[0][0][0], after
 
-    def perturb(self, parameters, before, lead, first, generator):
+    def perturb(
+        self,
+        parameters: dict[str, torch.Tensor],
+        before: dict[str, torch.Tensor],
+        lead: list[int],
+        first: bool,
+        generator: torch.Generator | None,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """What a pair's weights are moved by in this window, and the sum of it over all windows so far."""
         if self.hold and not first:
             return before, before
@@ -178,12 +206,14 @@ class Perceptrons:
         ceiling: the largest loss that counts; larger ones, and those not finite, count as this.
     """
 
-    def __init__(self, windows, inputs, targets, batch, ceiling):
+    def __init__(self, windows: Any, inputs: torch.Tensor, targets: torch.Tensor, batch: int, ceiling: float):
         check_count(batch=batch)
         check_positive_number(ceiling=ceiling)
         self.windows, self.inputs, self.targets, self.batch, self.ceiling = windows, inputs, targets, batch, ceiling
 
-    def run(self, weights, params, state, steps, **options):
+    def run(
+        self, weights: torch.Tensor, params: torch.Tensor, state: torch.Tensor, steps: int, **options: Any
+    ) -> torch.Tensor:
         """As `PerceptronWindows.run`."""
         return self.windows.run(
             weights,
@@ -215,17 +245,17 @@ class Pairs:
 
     def __init__(
         self,
-        family,
-        pairs=8,
-        window=50,
-        sigma=0.01,
-        lengths=(100, 2000),
-        rates=(2e-4, 3e-2),
-        scales=(1e-3, 1e3),
-        gains=(0.7, 1.7),
-        hold=True,
+        family: Perceptrons,
+        pairs: int = 8,
+        window: int = 50,
+        sigma: float = 0.01,
+        lengths: tuple[float, float] = (100, 2000),
+        rates: tuple[float, float] = (2e-4, 3e-2),
+        scales: tuple[float, float] = (1e-3, 1e3),
+        gains: tuple[float, float] = (0.7, 1.7),
+        hold: bool = True,
         *,
-        generator,
+        generator: torch.Generator,
     ):
         check_count(pairs=pairs, window=window)
         check_positive_number(sigma=sigma)
@@ -243,13 +273,13 @@ class Pairs:
             self.begin(pair)
             self.length[pair] = math.ceil(self.length[pair] * self.uniform() / window) * window
 
-    def uniform(self):
+    def uniform(self) -> float:
         return float(torch.rand((), generator=self.generator))
 
-    def log_uniform(self, bounds):
+    def log_uniform(self, bounds: tuple[float, float]) -> float:
         return bounds[0] * (bounds[1] / bounds[0]) ** self.uniform()
 
-    def begin(self, pair):
+    def begin(self, pair: int) -> None:
         """A new episode."""
         both, number = slice(2 * pair, 2 * pair + 2), int(torch.randint(2**40, (), generator=self.generator))
         self.params[both] = self.log_uniform(self.gains) * self.family.windows.draw_params(1, number)
@@ -259,7 +289,7 @@ class Pairs:
         self.falls[pair] = self.uniform() < 0.5
         self.noise[pair] = self.sigma * torch.randn(self.noise.shape[1], generator=self.generator)
 
-    def advance(self, weights):
+    def advance(self, weights: torch.Tensor) -> Estimate:
         """One window of all pairs around these weights (W,): an `Estimate`."""
         for pair in (self.done >= self.length).nonzero().flatten().tolist():
             self.begin(pair)
@@ -285,7 +315,7 @@ class Pairs:
         return Estimate(each.mean(0), each, losses.mean().item())
 
 
-def signal_to_noise(each):
+def signal_to_noise(each: torch.Tensor) -> float:
     """The norm of the mean of estimates (n, W) over its standard error, as a number: 1 and less is noise."""
     mean = each.mean(0)
     error = ((each - mean).square().sum() / (len(each) * (len(each) - 1))).sqrt()

@@ -7,12 +7,13 @@ Nothing of the optimizee is differentiated. How imitation and meta-loss take tur
 
 import hashlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
-from gradbuffer.contracts import as_loss, as_rule, is_learned
+from gradbuffer.contracts import MetaBatch, as_loss, as_rule, is_learned
 from gradbuffer.evaluation import check_baseline
 from gradbuffer.nets.torch_optim import LearnedOptimizer
 from gradbuffer.training.meta_gradients import check_replay_fraction, replay_recorded
@@ -45,7 +46,13 @@ class Teacher:
         ValueError, TypeError: an argument is not as above, or the class refuses the options.
     """
 
-    def __init__(self, optimizer, options=None, share=1.0, weight=1.0):
+    def __init__(
+        self,
+        optimizer: type[torch.optim.Optimizer] | nn.Module,
+        options: dict[str, Any] | None = None,
+        share: float = 1.0,
+        weight: float = 1.0,
+    ):
         if isinstance(share, bool) or not (isinstance(share, (int, float)) and 0 < share <= 1):
             raise ValueError(f"imitation must be a number in (0, 1] where there is a teacher, got {share!r}")
         check_positive_number(imitation_weight=weight)
@@ -60,15 +67,15 @@ class Teacher:
         self.optimizer, self.options, self.share, self.weight = optimizer, options, share, weight
         self.begin({"probe": torch.zeros(1, 1)})
 
-    def begin(self, params):
+    def begin(self, params: dict[str, torch.Tensor]) -> "Demonstration":
         """The teacher at the start of its way from `params`, a dict of (B, ...)."""
         return Demonstration(self.optimizer, self.options, params)
 
-    def comes(self, draw):
+    def comes(self, draw: int) -> bool:
         """Whether functions are for imitation, by the number of draws before them: the first are, the share is even."""
         return math.ceil((draw + 1) * self.share) > math.ceil(draw * self.share)
 
-    def describe(self):
+    def describe(self) -> str:
         """What a checkpoint must agree with, as text."""
         options = {
             name: fingerprint(option) if isinstance(option, torch.nn.Module) else option
@@ -85,22 +92,24 @@ class Demonstration:
         params: dict of (B, ...), where it starts; copied.
     """
 
-    def __init__(self, optimizer, options, params):
+    def __init__(
+        self, optimizer: type[torch.optim.Optimizer], options: dict[str, Any], params: dict[str, torch.Tensor]
+    ):
         self.coordinates = Coordinates(params)
         self.theta = self.coordinates.join(params).detach().clone()
         self.optimizer = optimizer([self.theta], **options)
 
-    def update(self, gradient):
+    def update(self, gradient: torch.Tensor) -> torch.Tensor:
         """The teacher's update (N,) for this gradient, which it may overwrite; it has taken that step."""
         before = self.theta.clone()
         self.theta.grad = gradient
         self.optimizer.step()
         return self.theta - before
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
 
-    def go_on(self, params, state):
+    def go_on(self, params: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         """Take up the way at these params, with what `state_dict` gave there."""
         self.theta.copy_(self.coordinates.join(params))
         self.optimizer.load_state_dict(state)
@@ -108,8 +117,16 @@ class Demonstration:
 
 @torch.no_grad()
 def imitation_gradient(
-    net, batch, demonstration, state, step=0, unroll=20, weight=1.0, replay_fraction=1.0, generator=None
-):
+    net: nn.Module,
+    batch: MetaBatch,
+    demonstration: Demonstration,
+    state: Any,
+    step: int = 0,
+    unroll: int = 20,
+    weight: float = 1.0,
+    replay_fraction: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> tuple[dict[str, torch.Tensor], ImitationInfo]:
     """The gradient of the imitation loss over one window of the teacher's trajectory.
 
     The loss is the mean over functions, as in the meta-loss, of Σ_t ½‖g_t - ĝ_t‖² over the window's updates: g_t the

@@ -8,14 +8,15 @@ of coordinates (N,) are as in `unrolling`. Each way to the meta-gradient is an o
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
-from gradbuffer.contracts import as_loss, as_rule
+from gradbuffer.contracts import Loss, MetaBatch, Rule, as_loss, as_rule
 from gradbuffer.nests import map_tensors, tensors_in
 from gradbuffer.training.evolution import PES, Method
 from gradbuffer.unrolling import Coordinates, check_objective, gradients_of, multiply_by_slopes, scored, unroll
@@ -76,7 +77,7 @@ class Replay(Method):
 
     name = "replay"
 
-    def check(self, rule):
+    def check(self, rule: Rule) -> None:
         """Raise unless these options go together, and with this network."""
         check_objective(self.objective)
         check_replay_fraction(self.replay_fraction, self.second_order, rule)
@@ -88,7 +89,17 @@ class Replay(Method):
                     "coordinatewise = True"
                 )
 
-    def window(self, rule, loss, coordinates, theta, state, step, weights, generator):
+    def window(
+        self,
+        rule: Rule,
+        loss: Loss,
+        coordinates: Coordinates,
+        theta: torch.Tensor,
+        state: Any,
+        step: int,
+        weights: torch.Tensor,
+        generator: torch.Generator | None,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, Any]:
         """The gradients (dict), the losses (T + 1, B), theta and the state at the end."""
         if self.second_order:
             return second_order_replay_window(rule, loss, coordinates, theta, state, step, weights, self)
@@ -108,12 +119,22 @@ class Autograd(Method):
 
     name = "autograd"
 
-    def check(self, rule):
+    def check(self, rule: Rule) -> None:
         """Raise unless the options are as above."""
         check_objective(self.objective)
 
     @torch.enable_grad()
-    def window(self, rule, loss, coordinates, theta, state, step, weights, generator):
+    def window(
+        self,
+        rule: Rule,
+        loss: Loss,
+        coordinates: Coordinates,
+        theta: torch.Tensor,
+        state: Any,
+        step: int,
+        weights: torch.Tensor,
+        generator: torch.Generator | None,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, Any]:
         """See `Replay.window`."""
         losses, first_order = [], not self.second_order
         theta, state = theta.requires_grad_(), map_tensors(torch.Tensor.detach, state)
@@ -136,7 +157,7 @@ class Autograd(Method):
 METHODS = {"replay": Replay, "autograd": Autograd, "pes": PES}
 
 
-def method_of(method="replay", **options):
+def method_of(method: str | Method = "replay", **options: Any) -> Method:
     """The object of a way to the meta-gradient, from its short name or itself, and options by their names.
 
     An option that it does not have may be given at its default only.
@@ -168,25 +189,25 @@ def method_of(method="replay", **options):
 DEFAULTS = {field.name: field.default for cls in METHODS.values() for field in fields(cls)}
 
 
-def flat_options(method) -> dict:
+def flat_options(method: Method) -> dict:
     """A method's name and options, with the defaults of those that are other methods': what a checkpoint must agree with."""
     return {"method": method.name, **DEFAULTS, **asdict(method)}
 
 
 def meta_gradient(
-    net,
-    batch,
-    params,
-    state,
-    step=0,
-    unroll=20,
-    method="replay",
-    second_order=False,
+    net: nn.Module,
+    batch: MetaBatch,
+    params: dict[str, torch.Tensor],
+    state: Any,
+    step: int = 0,
+    unroll: int = 20,
+    method: str | Method = "replay",
+    second_order: bool = False,
     *,
-    weights=None,
-    generator=None,
-    **options,
-):
+    weights: Sequence[float] | torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> tuple[dict[str, torch.Tensor], WindowInfo]:
     """The meta-gradient of one window: `unroll` updates of the optimizee, differentiated with respect to the optimizer.
 
     The meta-loss is the mean over functions of Σ_{t=0..T} w_t f_t(θ_t), the end of the window included. The optimizee's
@@ -242,7 +263,16 @@ def meta_gradient(
     return finish_window(rule, coordinates, grads, losses, theta, state, step, method.objective)
 
 
-def finish_window(rule, coordinates, grads, losses, theta, state, step, objective):
+def finish_window(
+    rule: Rule,
+    coordinates: Coordinates,
+    grads: dict[str, torch.Tensor],
+    losses: torch.Tensor,
+    theta: torch.Tensor,
+    state: Any,
+    step: int,
+    objective: str | Callable,
+) -> tuple[dict[str, torch.Tensor], WindowInfo]:
     """What `meta_gradient` returns, unless a loss is not finite."""
     values = scored(losses, objective)
     if not math.isfinite(values.sum().item()) and not torch.isfinite(values).all():  # a sum may also overflow
@@ -286,7 +316,17 @@ def replay_in_parts(rule, loss, coordinates, theta, state, step, weights, method
 
 
 @torch.no_grad()
-def replay_window(rule, loss, coordinates, theta, state, step, weights, method, generator):
+def replay_window(
+    rule: Rule,
+    loss: Loss,
+    coordinates: Coordinates,
+    theta: torch.Tensor,
+    state: Any,
+    step: int,
+    weights: torch.Tensor,
+    method: Replay,
+    generator: torch.Generator | None,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, Any]:
     """`Replay.window` of the first order, all functions at once."""
     start, fraction = state, method.replay_fraction
     recorded = rule.record(loss, coordinates, theta, state, step, len(weights) - 1, fraction == 1)
@@ -302,7 +342,17 @@ def replay_window(rule, loss, coordinates, theta, state, step, weights, method, 
     return grads, losses, recorded.theta, map_tensors(torch.Tensor.detach, recorded.state)
 
 
-def replay_recorded(rule, coordinates, inputs, start, adjoint, fraction, generator, tape=None, read=None):
+def replay_recorded(
+    rule: Rule,
+    coordinates: Coordinates,
+    inputs: torch.Tensor,
+    start: Any,
+    adjoint: torch.Tensor,
+    fraction: float,
+    generator: torch.Generator | None,
+    tape: Any = None,
+    read: dict[str, Any] | None = None,
+) -> dict[str, torch.Tensor]:
     """Gradient of Σ_t ⟨adjoint_t, update_t⟩ over recorded inputs (T, N), from the state `start` on.
 
     With a fraction below 1 an estimate of it, from that share of the coordinates. tape, read: see `Rule.replay`.
@@ -343,7 +393,7 @@ def second_order_replay_window(rule, loss, coordinates, theta, state, step, weig
     return total, losses, thetas[-1], map_tensors(torch.Tensor.detach, states[-1])
 
 
-def check_replay_fraction(fraction, second_order, rule):
+def check_replay_fraction(fraction: Any, second_order: bool, rule: Rule) -> None:
     if not (isinstance(fraction, (int, float)) and 0 < fraction <= 1):
         raise ValueError(f"replay_fraction must be a number in (0, 1], got {fraction!r}")
     if fraction < 1 and (second_order or not rule.coordinatewise):

@@ -6,22 +6,25 @@ flags and help texts off them (`help_of`).
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
+from torch import nn
 
 from gradbuffer.checks import check_count, check_positive_number, name_of
 from gradbuffer.contracts import Problem, as_rule
 from gradbuffer.training.checkpoints import describe_net
+from gradbuffer.training.evolution import Method
 from gradbuffer.training.imitation import Teacher
 from gradbuffer.training.meta_gradients import DEFAULTS, Replay, flat_options, method_of
 
 __all__ = [
     "Checkpoint",
     "Curriculum",
+    "MetaTrainOptions",
     "RandomHorizon",
     "Teacher",
     "Training",
@@ -47,7 +50,7 @@ class RandomHorizon:
         check_count(**{"horizons[0]": self.least})
         check_count(least=self.least, **{"horizons[1]": self.most})
 
-    def __call__(self, iteration, generator):
+    def __call__(self, iteration: int, generator: torch.Generator | None) -> int:
         return int(torch.randint(self.least, self.most + 1, (), generator=generator))
 
 
@@ -76,7 +79,7 @@ class Curriculum:
         check_count(patience=self.patience)
         object.__setattr__(self, "curriculum", tuple(self.curriculum))
 
-    def check(self, steps, unroll):
+    def check(self, steps: int, unroll: int) -> None:
         """Raise unless these horizons lead to that one."""
         way = [*self.curriculum, steps]
         if any(horizon % unroll for horizon in way) or any(a >= b for a, b in zip(way, way[1:])):
@@ -239,23 +242,23 @@ class Training:
                 raise ValueError(f"{name} has no effect with imitation {self.teacher.share}")
 
     @property
-    def validation_every(self):
+    def validation_every(self) -> int:
         return self.validation.validation_every or max(1, self.iterations // 40)
 
     @property
-    def checkpoint_every(self):
+    def checkpoint_every(self) -> int:
         return self.checkpoint.checkpoint_every or self.validation_every
 
-    def windows(self, iteration, generator):
+    def windows(self, iteration: int, generator: torch.Generator | None) -> int:
         """How many windows the functions drawn at this iteration run for."""
         fixed = self.horizon is None or isinstance(self.horizon, Curriculum)
         return self.steps // self.unroll if fixed else self.horizon(iteration, generator)
 
-    def weights_at(self, step):
+    def weights_at(self, step: int) -> Sequence[float] | torch.Tensor | None:
         """w_t of the window that begins at that step; None where all are 1."""
         return [self.weights(step + t) for t in range(self.unroll + 1)] if callable(self.weights) else self.weights
 
-    def describe(self, net, problem: Problem) -> dict:
+    def describe(self, net: nn.Module, problem: Problem) -> dict:
         """What a checkpoint must agree with: plain values by their names."""
         plain = {
             name: vars(self)[name]
@@ -289,6 +292,48 @@ class Training:
         return settings | {name: describe(value) for name, value in later.items() if value}
 
 
+class MetaTrainOptions(TypedDict, total=False):
+    """What `meta_train` takes by name beside the options that stand in its own signature. `Training` and the classes of its objects
+    say what each is."""
+
+    warmup: int
+    clip: float | None
+    averaging: float
+    cuda_graph: bool
+    weights: Sequence[float] | torch.Tensor | Callable[[int], float] | None
+    meta_optimizer: Callable[[list], torch.optim.Optimizer] | None
+    schedule: Callable[[int, int], float] | None
+    skip_non_finite: int
+    balance: bool
+    # the way to the meta-gradient: `Replay`, `Autograd`, `PES`
+    method: str | Method
+    second_order: bool
+    replay_fraction: float
+    objective: str | Callable
+    adjoint_bound: float | None
+    sigma: float
+    pairs: int
+    hold: bool
+    per_function: bool
+    # windows until functions are drawn anew: `RandomHorizon`, `Curriculum`
+    horizon: Callable[[int, torch.Generator], int] | Curriculum | None
+    horizons: tuple[int, int] | Callable[[int, torch.Generator], int] | None
+    curriculum: Sequence[int] | Curriculum | None
+    patience: int
+    # `Teacher`
+    teacher: Teacher | nn.Module | tuple[type, dict] | None
+    imitation: float
+    imitation_weight: float
+    # `Validation`
+    validation: Validation | None
+    validation_every: int | None
+    validation_functions: int
+    # `Checkpoint`
+    checkpoint: str | Path | Checkpoint | None
+    checkpoint_every: int | None
+    on_mismatch: str
+
+
 def describe(value):
     """A function by its name, a list as a tuple, plain values as they are."""
     if callable(value):
@@ -296,13 +341,13 @@ def describe(value):
     return tuple(value) if isinstance(value, list) else value
 
 
-def default_of(cls, name):
+def default_of(cls: type, name: str) -> Any:
     """The default of a field."""
     found = next(own for own in fields(cls) if own.name == name)
     return found.default if found.default is not MISSING else found.default_factory()
 
 
-def training_of(net, **given) -> Training:
+def training_of(net: nn.Module, **given: Any) -> Training:
     """`Training` from options by their names: its own, and those of `Replay`, `PES`, `Curriculum`, `Teacher`, `Validation` and
     `Checkpoint`, which are gathered into these; `horizons` is None, (least, most) or a function.
 
@@ -384,7 +429,7 @@ def teacher_of(given, net):
     return teacher
 
 
-def help_of(cls) -> dict:
+def help_of(cls: type) -> dict:
     """dict from option to its text, of a class's docstring."""
     text, found = inspect.cleandoc(cls.__doc__).partition("Args:\n")[2], {}
     for names, said in re.findall(r"^    ([\w, ]+): (.*(?:\n     .*)*)", text, re.M):

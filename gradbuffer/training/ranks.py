@@ -6,6 +6,8 @@ and nothing here communicates. Starting the group is the caller's, as `torchrun`
 """
 
 import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import distributed
@@ -22,13 +24,13 @@ class Ranks:
         grouped = distributed.is_available() and distributed.is_initialized()
         self.rank, self.size = (distributed.get_rank(), distributed.get_world_size()) if grouped else (0, 1)
 
-    def share(self, meta_batch):
+    def share(self, meta_batch: int) -> tuple[int, int]:
         """(first, last): the functions of a meta-batch that are this rank's; sizes differ by one at most."""
         if meta_batch < self.size:
             raise ValueError(f"meta_batch must be at least the number of processes {self.size}, got {meta_batch}")
         return self.rank * meta_batch // self.size, (self.rank + 1) * meta_batch // self.size
 
-    def on_first(self, function):
+    def on_first(self, function: Callable[[], Any]) -> Any:
         """What `function()` returns on rank 0, for every rank. Where it raises there, all ranks raise."""
         if self.size == 1:
             return function()
@@ -44,7 +46,7 @@ class Ranks:
             raise failure or RuntimeError(f"rank 0 failed: {outcome[1]}")
         return outcome[0]
 
-    def gather(self, value):
+    def gather(self, value: Any) -> list | None:
         """A list of every rank's value (tensors in it on the CPU) on rank 0, None elsewhere."""
         if self.size == 1:
             return [value]
@@ -53,7 +55,9 @@ class Ranks:
             distributed.gather_object(value, values, dst=0)
         return values
 
-    def sum(self, grads, figures, failure):
+    def sum(
+        self, grads: dict[str, torch.Tensor] | None, figures: list[float] | None, failure: NonFiniteError | None
+    ) -> tuple[dict[str, torch.Tensor], list[float]]:
         """Sums over ranks of a dict of tensors and of a list of numbers; raises everywhere if one rank has failed.
 
         Args:
@@ -88,7 +92,7 @@ class Ranks:
         }, figures.tolist()
 
     @contextlib.contextmanager
-    def answering(self):
+    def answering(self) -> Iterator[None]:
         """Say what it means when the others do not answer."""
         try:
             yield

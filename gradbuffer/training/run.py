@@ -7,8 +7,10 @@ import copy
 import math
 import sys
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
 from gradbuffer.checks import NonFiniteError, check_count
 from gradbuffer.contracts import Problem, as_problem, as_rule, part_of
@@ -17,7 +19,7 @@ from gradbuffer.training.checkpoints import named_tuples, plain, read_checkpoint
 from gradbuffer.training.cuda_graphs import CapturedWindow
 from gradbuffer.training.evolution import PES, PESState
 from gradbuffer.training.imitation import imitation_gradient
-from gradbuffer.training.meta_gradients import Replay, meta_gradient
+from gradbuffer.training.meta_gradients import Replay, WindowInfo, meta_gradient
 from gradbuffer.training.options import Curriculum, Training
 from gradbuffer.training.ranks import Ranks
 from gradbuffer.unrolling import Coordinates, trained
@@ -87,7 +89,7 @@ class Functions:
 class Run:
     """A meta-training run: what changes from window to window, how it goes on, and how it is saved and restored."""
 
-    def __init__(self, net, problem: Problem, options: Training):
+    def __init__(self, net: nn.Module, problem: Problem, options: Training):
         self.net, self.problem, self.options = net, problem, options
         self.validation, self.settings = as_problem(problem.validation_problem()), options.describe(net, problem)
         self.ranks = Ranks()
@@ -111,11 +113,11 @@ class Run:
         self.functions, self.draws = None, 0  # those in hand (None: to be drawn), how many draws there were
 
     @property
-    def steps(self):
+    def steps(self) -> int:
         """The present horizon."""
         return self.history.stages[-1][1] if self.history.stages else self.options.steps
 
-    def draw(self):
+    def draw(self) -> None:
         """New functions. What it takes to draw these again is kept."""
         self.drawn_from, self.drawn_at = self.random_state(), self.iteration
         self.windows = self.options.windows(self.iteration, self.generator)
@@ -130,7 +132,7 @@ class Run:
             self.functions.append(Functions(self.net, own, teacher if self.imitates else None))
         self.draws += 1
 
-    def advance(self):
+    def advance(self) -> None:
         """One iteration: a window and the meta-update by its meta-gradient, or the note that it was skipped."""
         options, history = self.options, self.history
         factor = (options.schedule or self.schedule)(self.iteration, options.iterations)
@@ -164,7 +166,7 @@ class Run:
             record.append(value)
         self.iteration += 1
 
-    def schedule(self, iteration, iterations):
+    def schedule(self, iteration: int, iterations: int) -> float:
         """A linear warm-up, then half a cosine down to 0."""
         return (
             min(1.0, (iteration + 1) / (self.options.warmup + 1))
@@ -173,13 +175,13 @@ class Run:
         )
 
     @torch.no_grad()
-    def average(self):
+    def average(self) -> None:
         if self.averaged is not self.net:
             kept = min(self.options.averaging, self.iteration / (self.iteration + 10))
             for average, now in zip(self.averaged.parameters(), self.net.parameters()):
                 average.lerp_(now, 1 - kept)
 
-    def window(self):
+    def window(self) -> tuple[dict[str, torch.Tensor], list[float]]:
         """The next window's meta-gradient, and [meta-loss, squares of ‖θ_T - θ_0‖, ‖θ_0‖, ‖θ_T‖, imitation loss]."""
         if self.functions is None:
             self.draw()
@@ -198,7 +200,7 @@ class Run:
                 self.functions = None
         return self.ranks.sum(grads, figures, failure)
 
-    def window_of(self, functions, place):
+    def window_of(self, functions: Functions, place: int) -> tuple[dict[str, torch.Tensor], list[float]]:
         """The same of one meta-batch, which goes on."""
         start, unroll = functions.params, self.options.unroll
         if functions.demonstration is not None:
@@ -223,7 +225,7 @@ class Run:
         imitation = 0.0 if functions.demonstration is None else info.imitation.item()
         return grads, [info.losses.mean().item(), *squares_of_change(start, info.params), imitation]
 
-    def meta_gradient(self, functions, place):
+    def meta_gradient(self, functions: Functions, place: int) -> tuple[dict[str, torch.Tensor], WindowInfo]:
         window = functions.batch, functions.params, functions.state
         if not self.options.cuda_graph:
             return meta_gradient(
@@ -239,12 +241,12 @@ class Run:
             self.captured[place] = CapturedWindow(self.net, *window, self.options.unroll, self.options.method.objective)
         return self.captured[place](*window, self.step)
 
-    def window_generator(self, place):
+    def window_generator(self, place: int) -> torch.Generator:
         """For what the meta-gradient draws: a generator of its own, so that the functions depend on the seed alone."""
         number = (self.options.seed * 1_000_003 + self.iteration) * self.ranks.size + self.ranks.rank + (place << 40)
         return torch.Generator().manual_seed(number % 2**63)
 
-    def skip(self, error):
+    def skip(self, error: NonFiniteError) -> None:
         """Note a window that was not finite, and draw other functions; raise if there have been too many."""
         skipped, before = self.history.skipped, 0
         while before < len(skipped) and skipped[-1 - before][0] == self.iteration - 1 - before:
@@ -255,7 +257,7 @@ class Run:
         skipped.append((self.iteration, str(error)))
         self.functions = None
 
-    def validate(self):
+    def validate(self) -> None:
         """Score the optimizer; where the best of a curriculum's stage has stood long enough, go on to the next."""
         self.score()
         history, later = self.history, [steps for steps in self.curriculum if steps > self.steps]
@@ -268,7 +270,7 @@ class Run:
             self.functions = None
             self.score()
 
-    def score(self):
+    def score(self) -> None:
         """Score the optimizer at the present horizon (on the first rank, for all), and keep it if it is the best."""
 
         def score():
@@ -298,7 +300,7 @@ class Run:
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def begin(self):
+    def begin(self) -> None:
         """Take up the run where its checkpoint left it, or begin it, every rank from the first rank's weights."""
         content = None
         if self.options.checkpoint is not None:
@@ -319,7 +321,7 @@ class Run:
             self.best = self.start = copy.deepcopy(self.net.state_dict())
             self.averaged.load_state_dict(self.best)
 
-    def save(self):
+    def save(self) -> None:
         content = {
             "iteration": self.iteration,
             "history": asdict(self.history),
@@ -347,7 +349,7 @@ class Run:
             }
         self.ranks.on_first(lambda: write_checkpoint(self.options.checkpoint.checkpoint, plain(content), self.settings))
 
-    def restore(self, content):
+    def restore(self, content: dict[str, Any]) -> None:
         for net, name in ((self.net, "best"), (self.averaged, "averaged"), (self.net, "net")):
             net.load_state_dict(content[name])
         self.adam.load_state_dict(content["adam"])
@@ -377,10 +379,10 @@ class Run:
         self.set_random_state(content["random"])
         self.iteration = content["iteration"]
 
-    def random_state(self):
+    def random_state(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.generator.get_state(), torch.get_rng_state()  # torch's own: for optimizers and problems that use it
 
-    def set_random_state(self, state):
+    def set_random_state(self, state: tuple[torch.Tensor, torch.Tensor]) -> None:
         self.generator.set_state(state[0])
         torch.set_rng_state(state[1])
 
