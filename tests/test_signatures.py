@@ -26,12 +26,12 @@ MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FI
 
 
 def untyped(function, name):
-    """Names of what a function does not annotate, itself's first parameter and a constructor's return apart."""
+    """Names of what a function does not annotate, a method's `self` and a constructor's return apart."""
     signature = inspect.signature(function)
     lacking = [
         f"{name}({parameter.name})"
         for parameter in signature.parameters.values()
-        if parameter.annotation is inspect.Parameter.empty and parameter.name not in ("self", "cls")
+        if parameter.annotation is inspect.Parameter.empty and not ("." in name and parameter.name in ("self", "cls"))
     ]
     if signature.return_annotation is inspect.Signature.empty and not name.endswith(".__init__"):
         lacking.append(f"{name} ->")
