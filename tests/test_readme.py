@@ -1,35 +1,21 @@
-"""What the README promises: its snippets run, its modules import where it says they do."""
+"""What the README promises: its commands stand where they are looked for, its modules import where it says they do.
 
-import os
+Its snippets run in `test_docs`.
+"""
+
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_art
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_snippets_run(number, tmp_path, monkeypatch):
-    """Each block on its own, as pasted into a fresh session."""
-    monkeypatch.chdir(tmp_path)
-    if not os.environ.get("L2O_DATA"):
-        monkeypatch.setenv("L2O_DATA", str(write_art(tmp_path / "images", side=32)))
-    exec(compile(SNIPPETS[number], f"snippet {number} of README.md", "exec"), {"__name__": "__main__"})
-
-
-def test_snippets_show_the_public_face():
-    text = "".join(SNIPPETS)
-    assert len(SNIPPETS) == 9
-    words = ("to_meta", "update_params", "resnet18", "functional_call", "meta_train", "LearnedOptimizer",
-             "PerKind", "CIFAR10Net", "NeuralArt", "evaluate_lbfgs")
-    assert all(word in text for word in words)
+def test_two_screens():
+    assert len(README.encode()) <= 12_000
 
 
 def test_two_commands_stand_on_a_line_each():
@@ -38,10 +24,10 @@ def test_two_commands_stand_on_a_line_each():
     assert len(re.findall(setup + r" pytest pytest-xdist expecttest && \.venv/bin/python -m pytest -n 2$", README, re.M)) == 1
 
 
-def test_every_module_is_packaged_and_in_the_table():
+def test_every_module_is_packaged_and_named():
     packaged = re.search(r"py-modules = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S).group(1)
     for module in ROOT.glob("*.py"):
-        assert f"`{module.name}`" in README.split("## What lies where")[1] or module.name == "hubconf.py"
+        assert f"`{module.name}`" in README or module.name == "hubconf.py"
         assert f'"{module.stem}"' in packaged or module.name == "hubconf.py"
 
 
