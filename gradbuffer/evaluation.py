@@ -398,7 +398,7 @@ def compare_final(
         >>> from optimizees import Quadratics; from optimizers import CoordinatewiseLSTM
         >>> problems = {dim: (Quadratics(dim), Quadratics(dim)) for dim in (2, 5)}
         >>> finals = compare_final({"LSTM": CoordinatewiseLSTM()}, problems, steps=20, num_functions=8, progress=False)
-        >>> finals[5]["Adam"].shape
+        >>> finals[5].get("Adam").shape
         torch.Size([8])
 
     Reference: Andrychowicz et al. 2016, figure 6.
