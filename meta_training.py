@@ -9,10 +9,12 @@ optimizers `evaluation`; their public names are here too. As a program (`python 
 
 import runpy
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from gradbuffer.contracts import device_of, on_device
+from gradbuffer.contracts import Problem, device_of, on_device
 from gradbuffer.evaluation import (
     BASELINES,
     AccuracyCurves,
@@ -63,20 +65,20 @@ __all__ = [
 
 
 def meta_train(
-    net,
-    problem,
-    steps=100,
-    unroll=20,
-    meta_batch=16,
-    iterations=1000,
-    lr=0.005,
-    seed=0,
-    device=None,
+    net: torch.nn.Module,
+    problem: Problem,
+    steps: int = 100,
+    unroll: int = 20,
+    meta_batch: int = 16,
+    iterations: int = 1000,
+    lr: float = 0.005,
+    seed: int = 0,
+    device: torch.device | str | None = None,
     *,
-    callback=None,
-    progress=True,
-    **options,
-):
+    callback: Callable[[int, History], None] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> History:
     """Meta-train a learned optimizer by truncated backpropagation through the unrolled optimization.
 
     Functions are drawn anew after every `steps` steps; each window of `unroll` updates gives one meta-update by Adam,

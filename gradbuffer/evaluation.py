@@ -7,13 +7,14 @@ with the lowest final loss, and one seed gives every optimizer the same function
 import functools
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
 
 from gradbuffer.checks import check_count
-from gradbuffer.contracts import as_loss, as_rule, device_of, has_parts, on_device
+from gradbuffer.contracts import Problem, as_loss, as_rule, device_of, has_parts, on_device
 from gradbuffer.unrolling import Coordinates, in_place
 
 __all__ = [
@@ -46,7 +47,15 @@ BASELINES = {
 """Hand-designed optimizers to compare with: name -> (class, options other than the learning rate)."""
 
 
-def evaluate(net, problem, steps=100, num_functions=100, seed=1, device=None, watch=None):
+def evaluate(
+    net: torch.nn.Module,
+    problem: Problem,
+    steps: int = 100,
+    num_functions: int = 100,
+    seed: int = 1,
+    device: torch.device | str | None = None,
+    watch: Callable | None = None,
+) -> torch.Tensor:
     """Loss curves of a learned optimizer. No graph is recorded.
 
     Args:
@@ -73,7 +82,16 @@ def evaluate(net, problem, steps=100, num_functions=100, seed=1, device=None, wa
         return loss_curves(learned_rule(net), problem, steps, num_functions, seed, device, watch)
 
 
-def evaluate_baseline(optimizer, options, problem, steps=100, num_functions=100, seed=1, device="cpu", watch=None):
+def evaluate_baseline(
+    optimizer: type[torch.optim.Optimizer],
+    options: dict,
+    problem: Problem,
+    steps: int = 100,
+    num_functions: int = 100,
+    seed: int = 1,
+    device: torch.device | str = "cpu",
+    watch: Callable | None = None,
+) -> torch.Tensor:
     """Loss curves of a hand-designed optimizer, on the very functions that `evaluate` uses for that seed.
 
     The functions of a meta-batch are optimized side by side as one vector, so the optimizer must treat every
@@ -95,7 +113,7 @@ def evaluate_baseline(optimizer, options, problem, steps=100, num_functions=100,
     return loss_curves(torch_rule(optimizer, options), problem, steps, num_functions, seed, torch.device(device), watch)
 
 
-def check_baseline(optimizer, options, names=("optimizer", "options")):
+def check_baseline(optimizer: type[torch.optim.Optimizer], options: dict, names=("optimizer", "options")) -> None:
     """Raise unless it is a class of `torch.optim` that treats coordinates by themselves, and a dict of its options."""
     if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
         raise TypeError(f"{names[0]} must be a class of torch.optim.Optimizer, got {optimizer!r}")
@@ -105,18 +123,18 @@ def check_baseline(optimizer, options, names=("optimizer", "options")):
         raise TypeError(f'{names[1]} must be a dict such as {{"lr": 0.1}}, got {options!r}')
 
 
-def learned_rule(net):
+def learned_rule(net: torch.nn.Module) -> Callable:
     """begin(theta, coordinates) -> advance(gradient, losses, step), which changes theta (N,), in which parameters lie as `Coordinates`
     say. No graph."""
 
-    def begin(theta, coordinates=None):
+    def begin(theta: torch.Tensor, coordinates=None):
         coordinates = coordinates or Coordinates({"theta": theta[None]})
         rule = as_rule(net, coordinates)
         state = rule.init_state(theta.numel())
         take = in_place(rule, state) if rule.overwrites else rule
 
         @torch.no_grad()
-        def advance(gradient, losses=None, step=0):
+        def advance(gradient, losses: torch.Tensor | None = None, step: int = 0):
             nonlocal state
             update, state = take(gradient, state, **coordinates.what(rule.reads, theta, losses, step))
             theta.add_(update)
@@ -126,13 +144,13 @@ def learned_rule(net):
     return begin
 
 
-def torch_rule(optimizer, options):
+def torch_rule(optimizer: type[torch.optim.Optimizer], options: dict) -> Callable:
     """The same of a class of `torch.optim`."""
 
-    def begin(theta, coordinates=None):
+    def begin(theta: torch.Tensor, coordinates=None):
         steps = optimizer([theta], **options)
 
-        def advance(gradient, losses=None, step=0):
+        def advance(gradient, losses: torch.Tensor | None = None, step: int = 0):
             theta.grad = gradient
             steps.step()
 
@@ -141,7 +159,15 @@ def torch_rule(optimizer, options):
     return begin
 
 
-def loss_curves(rule, problem, steps, num_functions, seed, device, watch=None):
+def loss_curves(
+    rule,
+    problem: Problem,
+    steps: int,
+    num_functions: int,
+    seed: int,
+    device: torch.device | str | None,
+    watch: Callable | None = None,
+):
     """Curves (num_functions, steps) of a rule, begun anew for each meta-batch; `watch` as in `evaluate`."""
     check_count(steps=steps)
     curves = []
@@ -160,7 +186,7 @@ def loss_curves(rule, problem, steps, num_functions, seed, device, watch=None):
     return torch.cat(curves).cpu()
 
 
-def drawn(problem, num_functions, seed, device):
+def drawn(problem: Problem, num_functions: int, seed: int, device: torch.device | str | None):
     """Meta-batches of `num_functions` functions in all: for a seed, the same to every optimizer."""
     check_count(num_functions=num_functions)
     check_count(least=0, seed=seed)
@@ -171,7 +197,14 @@ def drawn(problem, num_functions, seed, device):
         yield problem.sample(min(at_once, num_functions - first), generator=generator)
 
 
-def evaluate_lbfgs(problem, steps=100, num_functions=100, seed=1, device="cpu", **options):
+def evaluate_lbfgs(
+    problem: Problem,
+    steps: int = 100,
+    num_functions: int = 100,
+    seed: int = 1,
+    device: torch.device | str = "cpu",
+    **options,
+) -> torch.Tensor:
     """Loss curves of L-BFGS, each function by itself, on the very functions that `evaluate` uses for that seed.
 
     Args:
@@ -191,7 +224,7 @@ def evaluate_lbfgs(problem, steps=100, num_functions=100, seed=1, device="cpu", 
     return torch.cat([minimize_lbfgs(batch, steps, **options)[0] for batch in batches]).cpu()
 
 
-def minimize_lbfgs(batch, steps, **options):
+def minimize_lbfgs(batch, steps: int, **options) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """L-BFGS with a strong Wolfe line search on each function of a meta-batch, for `steps` evaluations.
 
     Args:
@@ -221,7 +254,7 @@ def minimize_lbfgs(batch, steps, **options):
     return torch.stack(curves), {name: torch.cat([end[name] for end in ends]) for name in batch.params}
 
 
-def minimize_one(batch, steps, options):
+def minimize_one(batch, steps: int, options: dict):
     """(losses (steps,), params) of L-BFGS on a meta-batch of one function."""
     coordinates, losses = Coordinates(batch.params), []
     theta = torch.nn.Parameter(coordinates.join(batch.params).detach().clone())
@@ -251,14 +284,31 @@ class TunedBaseline:
     options: dict  # `lr` included: what `evaluate_baseline` takes
     final_losses: dict  # learning rate -> mean final loss (infinite if a function diverged), the whole search
 
-    def evaluate(self, problem, steps=100, num_functions=100, seed=1, device="cpu", watch=None):
+    def evaluate(
+        self,
+        problem: Problem,
+        steps: int = 100,
+        num_functions: int = 100,
+        seed: int = 1,
+        device: torch.device | str = "cpu",
+        watch: Callable | None = None,
+    ) -> torch.Tensor:
         """`evaluate_baseline` with these options."""
         return evaluate_baseline(self.optimizer, self.options, problem, steps, num_functions, seed, device, watch)
 
 
 def tune_baseline(
-    optimizer, problem, lrs=None, steps=100, num_functions=32, seed=0, *, options=None, device="cpu", last=1
-):
+    optimizer: type[torch.optim.Optimizer],
+    problem: Problem,
+    lrs: list[float] | None = None,
+    steps: int = 100,
+    num_functions: int = 32,
+    seed: int = 0,
+    *,
+    options: dict | None = None,
+    device: torch.device | str = "cpu",
+    last: int = 1,
+) -> TunedBaseline:
     """Search the learning rate of a hand-designed optimizer: the lowest mean loss at the last step (or steps).
 
     The grid grows by itself until the best learning rate does not lie at its edge; the gaps on both sides of the best
@@ -311,8 +361,17 @@ def tune_baseline(
 
 
 def tune_baselines(
-    problem, steps=100, num_functions=32, seed=0, *, baselines=BASELINES, lrs=None, device="cpu", progress=True, last=1
-):
+    problem: Problem,
+    steps: int = 100,
+    num_functions: int = 32,
+    seed: int = 0,
+    *,
+    baselines: dict[str, tuple] = BASELINES,
+    lrs: list[float] | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    last: int = 1,
+) -> dict[str, TunedBaseline]:
     """`tune_baseline` for each of `BASELINES` (or a user's own dict like it). Returns a dict from name to result."""
     tuned = {}
     for name in (bar := tqdm(baselines, desc="tuning", disable=not progress)):
@@ -324,13 +383,23 @@ def tune_baselines(
     return tuned
 
 
-def check_last(last, steps):
+def check_last(last: int, steps: int):
     check_count(last=last, steps=steps)
     if last > steps:
         raise ValueError(f"last must be at most steps = {steps}, got {last}")
 
 
-def compare(nets, tuned, problem, steps=100, num_functions=100, seed=1, device=None, progress=True, watch=None):
+def compare(
+    nets: dict[str, torch.nn.Module],
+    tuned: dict[str, TunedBaseline],
+    problem: Problem,
+    steps: int = 100,
+    num_functions: int = 100,
+    seed: int = 1,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    watch: Callable | None = None,
+) -> dict[str, torch.Tensor]:
     """Loss curves of learned optimizers and tuned baselines, all on the same functions and minibatches.
 
     Args:
@@ -357,20 +426,20 @@ def compare(nets, tuned, problem, steps=100, num_functions=100, seed=1, device=N
 
 
 def compare_final(
-    nets,
-    problems,
-    steps=100,
-    num_functions=100,
-    seed=1,
+    nets: dict[str, torch.nn.Module],
+    problems: dict,
+    steps: int = 100,
+    num_functions: int = 100,
+    seed: int = 1,
     *,
-    last=10,
-    baselines=BASELINES,
-    tuning_functions=32,
-    tuning_seed=0,
-    lrs=None,
-    device=None,
-    progress=True,
-):
+    last: int = 10,
+    baselines: dict[str, tuple] = BASELINES,
+    tuning_functions: int = 32,
+    tuning_seed: int = 0,
+    lrs: list[float] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> dict:
     """Final losses of learned optimizers and of baselines on several problems, the baselines tuned anew for each.
 
     Every optimizer gets the same functions and minibatches of a problem. Baselines are tuned for what is reported, the
@@ -452,7 +521,7 @@ class AccuracyCurves:
         ([0, 2, 4], torch.Size([3, 3]))
     """
 
-    def __init__(self, problem, every=100, images=None):
+    def __init__(self, problem, every: int = 100, images: int | None = None):
         if not callable(getattr(problem, "test_accuracy", None)):
             raise TypeError(f"problem must have test_accuracy(params, images), got {type(problem).__name__}")
         check_count(every=every)
