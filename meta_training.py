@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 from gradbuffer.contracts import Problem, device_of, on_device
 from gradbuffer.evaluation import (
     BASELINES,
-    AccuracyCurves,
     TunedBaseline,
     compare,
     compare_final,
@@ -27,6 +26,7 @@ from gradbuffer.evaluation import (
     tune_baseline,
     tune_baselines,
 )
+from gradbuffer.problems.images import AccuracyCurves
 from gradbuffer.training.evolution import PES
 from gradbuffer.training.meta_gradients import Autograd, Replay, meta_gradient
 from gradbuffer.training.options import (
