@@ -5,14 +5,29 @@ import math
 import torch
 from matplotlib import pyplot as plt
 
-from gradbuffer.contracts import as_rule, is_learned, learned_rule, torch_rule
+from gradbuffer.contracts import as_rule, is_learned
+from gradbuffer.evaluation import learned_rule, torch_rule
 
-__all__ = ["plot_curves", "plot_history", "plot_sizes", "plot_tuning", "plot_updates", "sizes_table", "stretches_table",
-           "summary_table"]
+__all__ = [
+    "plot_curves",
+    "plot_history",
+    "plot_sizes",
+    "plot_tuning",
+    "plot_updates",
+    "sizes_table",
+    "stretches_table",
+    "summary_table",
+]
 
 # one colour for each optimizer, the same in every figure; black and thick for ours
-COLORS = {"SGD": "tab:gray", "SGD + momentum": "tab:green", "NAG": "tab:blue", "Adam": "tab:orange",
-          "RMSprop": "tab:purple", "L-BFGS": "tab:cyan"}
+COLORS = {
+    "SGD": "tab:gray",
+    "SGD + momentum": "tab:green",
+    "NAG": "tab:blue",
+    "Adam": "tab:orange",
+    "RMSprop": "tab:purple",
+    "L-BFGS": "tab:cyan",
+}
 LEARNED_COLORS = ("black", "tab:red", "tab:brown", "tab:pink", "tab:olive", "navy")  # in the order in which they come
 
 
@@ -53,10 +68,22 @@ def plot_curves(curves, title, ax=None, marks=(), steps=None, quantity="loss", l
         ax.fill_between(places, lower, mean + 1.96 * error, color=line.get_color(), alpha=0.15, linewidth=0)
     for step, text in marks:
         ax.axvline(step, color="gray", linestyle=":", linewidth=1)
-        ax.annotate(text, (step, 0.02), xycoords=("data", "axes fraction"), fontsize=8, ha="left", va="bottom",
-                    xytext=(3, 0), textcoords="offset points")
-    ax.set(yscale="log" if log else "linear", xlabel="step", ylabel=f"{quantity} (mean over functions, 95 % band)",
-           title=title)
+        ax.annotate(
+            text,
+            (step, 0.02),
+            xycoords=("data", "axes fraction"),
+            fontsize=8,
+            ha="left",
+            va="bottom",
+            xytext=(3, 0),
+            textcoords="offset points",
+        )
+    ax.set(
+        yscale="log" if log else "linear",
+        xlabel="step",
+        ylabel=f"{quantity} (mean over functions, 95 % band)",
+        title=title,
+    )
     ax.legend(fontsize=9)
     ax.grid(alpha=0.3, which="both")
     return ax
@@ -77,8 +104,10 @@ def summary_table(curves, steps=100):
     for name, losses in curves.items():
         total, total_error = mean_and_error(losses[:, :steps].double().sum(1, keepdim=True))
         final, final_error = mean_and_error(losses[:, -1:].double())
-        rows.append(f"| {name} | {total.item():.2f} ± {total_error.item():.2f} | "
-                    f"{final.item():.3g} ± {final_error.item():.1g} |")
+        rows.append(
+            f"| {name} | {total.item():.2f} ± {total_error.item():.2f} | "
+            f"{final.item():.3g} ± {final_error.item():.1g} |"
+        )
     return "\n".join(rows)
 
 
@@ -138,8 +167,9 @@ def plot_sizes(finals, title, axes=None):
     check_sizes(finals)
     depths = sorted({len(hidden) for hidden in finals})
     if axes is None:
-        figure, axes = plt.subplots(1, len(depths), figsize=(5 * len(depths), 4.5), sharey=True, squeeze=False,
-                                    constrained_layout=True)
+        figure, axes = plt.subplots(
+            1, len(depths), figsize=(5 * len(depths), 4.5), sharey=True, squeeze=False, constrained_layout=True
+        )
         figure.suptitle(title)
         axes = axes[0]
     elif len(axes) != len(depths):
@@ -151,10 +181,23 @@ def plot_sizes(finals, title, axes=None):
             mean, error = zip(*(mean_and_error(finals[depth * (unit,)][name].double()) for unit in units))
             mean, error = torch.stack(mean), 1.96 * torch.stack(error)
             below = torch.minimum(error, 0.9 * mean)  # a log axis has no room below 0
-            ax.errorbar(units, mean, yerr=torch.stack([below, error]), label=name, capsize=3, marker="o", markersize=4,
-                        color=COLORS.get(name) or next(learned, None), linewidth=1.2 if name in COLORS else 2.4)
-        ax.set(yscale="log", xlabel="hidden units in a layer", xticks=units,
-               title=f"{depth} hidden layer{'s' if depth > 1 else ''}")
+            ax.errorbar(
+                units,
+                mean,
+                yerr=torch.stack([below, error]),
+                label=name,
+                capsize=3,
+                marker="o",
+                markersize=4,
+                color=COLORS.get(name) or next(learned, None),
+                linewidth=1.2 if name in COLORS else 2.4,
+            )
+        ax.set(
+            yscale="log",
+            xlabel="hidden units in a layer",
+            xticks=units,
+            title=f"{depth} hidden layer{'s' if depth > 1 else ''}",
+        )
         ax.grid(alpha=0.3, which="both")
     axes[0].set(ylabel="final loss (mean over functions, 95 % interval)")
     axes[0].legend(fontsize=9)  # small networks leave room above
@@ -222,14 +265,22 @@ def plot_history(history, title, ax=None):
     for iteration, _ in history.stages[1:]:  # a curriculum's: from here on scores are over more steps
         ax.axvline(iteration, color="gray", linestyle=":", linewidth=1)
     if history.skipped:
-        ax.plot([iteration + 1 for iteration, _ in history.skipped], [0.02] * len(history.skipped), "|", color="tab:red",
-                transform=ax.get_xaxis_transform(), label=f"skipped: {len(history.skipped)}")
+        ax.plot(
+            [iteration + 1 for iteration, _ in history.skipped],
+            [0.02] * len(history.skipped),
+            "|",
+            color="tab:red",
+            transform=ax.get_xaxis_transform(),
+            label=f"skipped: {len(history.skipped)}",
+        )
         ax.legend(loc="upper left")
     if grid:
         below = grid.figure.add_subplot(grid[1], sharex=ax)
-        for axes, values, color, name in ((below, history.grad_norm, "tab:green", "norm of the meta-gradient"),
-                                          (below.twinx(), history.update_size, "tab:purple", "relative update size")):
-            axes.plot(iterations[:len(values)], values, color=color, **dots)
+        for axes, values, color, name in (
+            (below, history.grad_norm, "tab:green", "norm of the meta-gradient"),
+            (below.twinx(), history.update_size, "tab:purple", "relative update size"),
+        ):
+            axes.plot(iterations[: len(values)], values, color=color, **dots)
             axes.set(yscale="log", xlabel="iteration")
             axes.set_ylabel(name, color=color)
     return ax
@@ -275,13 +326,16 @@ def plot_updates(net, title, gradients=None, steps=(1, 10, 50), baselines=None, 
         rules[name] = torch_rule(optimizer, {**options, "lr": 1.0})
     along = {name: follow(rule, gradients[:, None])[:, 0].cpu() for name, rule in rules.items()}
     size = {name: along["learned"].norm() / updates.norm() for name, updates in along.items()}
-    axes = list(axes if axes is not None else plt.subplots(1, 1 + len(steps), figsize=(3.6 * (1 + len(steps)), 3.2),
-                                                           constrained_layout=True)[1])
+    axes = list(
+        axes
+        if axes is not None
+        else plt.subplots(1, 1 + len(steps), figsize=(3.6 * (1 + len(steps)), 3.2), constrained_layout=True)[1]
+    )
     for name, rule in rules.items():
         look = dict(color=COLORS.get(name, "black"), linewidth=1.2 if name in COLORS else 2.4, label=name)
         axes[0].plot(range(1, len(gradients) + 1), along[name] * size[name], **look)
         for ax, step in zip(axes[1:], steps):
-            before = gradients[:step - 1, None].expand(-1, len(grid))
+            before = gradients[: step - 1, None].expand(-1, len(grid))
             ax.plot(grid.cpu(), follow(rule, torch.cat([before, grid[None]]))[-1].cpu() * size[name], **look)
     axes[0].set(xlabel="step", ylabel="update", title=title)
     axes[0].legend(fontsize=9)
@@ -319,8 +373,13 @@ def plot_tuning(tuned, title, ax=None, quantity="loss at the last step"):
     """
     ax = ax or plt.subplots(figsize=(7, 3.5))[1]
     for name, baseline in tuned.items():
-        ax.loglog(*zip(*baseline.final_losses.items()), ".-", color=COLORS.get(name), linewidth=1.2,
-                  label=f"{name}: {baseline.options['lr']:.3g}")
+        ax.loglog(
+            *zip(*baseline.final_losses.items()),
+            ".-",
+            color=COLORS.get(name),
+            linewidth=1.2,
+            label=f"{name}: {baseline.options['lr']:.3g}",
+        )
     lowest = min(min(baseline.final_losses.values()) for baseline in tuned.values())
     ax.set(xlabel="learning rate", ylabel=quantity, title=title)
     ax.set_ylim(top=min(ax.get_ylim()[1], 1e3 * lowest))

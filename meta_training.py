@@ -7,74 +7,79 @@ optimizers `evaluation`; their public names are here too. As a program (`python 
 `command_line`.
 """
 
-import copy
-import math
 import runpy
-import sys
 import warnings
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from gradbuffer.training.checkpoints import named_tuples, plain, read_checkpoint, regroup, unplain, write_checkpoint
-from gradbuffer.checks import NonFiniteError, check_count
-from gradbuffer.contracts import Problem, as_problem, as_rule, device_of, on_device, part_of
-from gradbuffer.training.cuda_graphs import CapturedWindow
-from gradbuffer.evaluation import (BASELINES, AccuracyCurves, TunedBaseline, compare, compare_final, evaluate, evaluate_baseline,
-                                   tune_baseline, tune_baselines)
-from gradbuffer.training.evolution import PESState
-from gradbuffer.training.imitation import imitation_gradient
-from gradbuffer.training.meta_gradients import PES, Autograd, Replay, meta_gradient
-from gradbuffer.training.options import Checkpoint, Curriculum, RandomHorizon, Teacher, Training, Validation, training_of
-from gradbuffer.training.ranks import Ranks
-from gradbuffer.unrolling import Coordinates, trained
+from gradbuffer.contracts import Problem, device_of, on_device
+from gradbuffer.evaluation import (
+    BASELINES,
+    TunedBaseline,
+    compare,
+    compare_final,
+    evaluate,
+    evaluate_baseline,
+    tune_baseline,
+    tune_baselines,
+)
+from gradbuffer.problems.images import AccuracyCurves
+from gradbuffer.training.evolution import PES
+from gradbuffer.training.meta_gradients import Autograd, Replay, meta_gradient
+from gradbuffer.training.options import (
+    Checkpoint,
+    Curriculum,
+    RandomHorizon,
+    Teacher,
+    Training,
+    Validation,
+    training_of,
+)
+from gradbuffer.training.run import History, Run
 
-__all__ = ["AccuracyCurves", "Autograd", "BASELINES", "Checkpoint", "Curriculum", "History", "PES", "RandomHorizon", "Replay", "Teacher",
-           "Training", "TunedBaseline", "Validation", "compare", "compare_final", "evaluate", "evaluate_baseline", "meta_gradient",
-           "meta_train", "tune_baseline", "tune_baselines"]
-
-VALIDATION_SEED = 1_000_003  # added to the seed of a run, so that its validation functions are not its training ones
-
-
-@dataclass
-class History:
-    """What happened in a meta-training run.
-
-    Lists of one number for each iteration k; NaN in all but `lr` where the window was skipped:
-
-    - `meta_loss`: the window's loss, mean over functions and the window's steps; along the teacher's way in imitation;
-    - `grad_norm`: the norm of the meta-gradient before clipping;
-    - `lr`: the meta-learning rate;
-    - `update_size`: how far the window took the optimizees, ‖θ_T - θ_0‖ / max(‖θ_0‖, ‖θ_T‖), all functions as one
-      vector: near 0 where they stand still, 1 where the step is as large as what it leads to, up to 2.
-
-    `validation` holds pairs (iteration, sum of the loss over the steps, mean over the validation functions), infinite
-    where a function diverged; `best_iteration` is the one whose optimizer was kept (0: the one training began with).
-    `skipped` holds a pair (iteration, cause) for each window that was skipped because something was not finite.
-    `interrupted` says that Ctrl-C ended the run. `imitation` holds a pair (iteration, imitation loss) for each window
-    that imitated a teacher.
-
-    With a curriculum `stages` holds a pair for each stage reached: (iterations done when it began, its horizon). Scores
-    are over the horizon of their stage. A stage but the first begins with the score of the weights it begins with, and
-    `best_iteration` and `best_validation` are those of the last stage. Without a curriculum `stages` is empty.
-    """
-
-    meta_loss: list = field(default_factory=list)
-    grad_norm: list = field(default_factory=list)
-    lr: list = field(default_factory=list)
-    validation: list = field(default_factory=list)
-    best_iteration: int = 0
-    best_validation: float = math.inf
-    update_size: list = field(default_factory=list)
-    skipped: list = field(default_factory=list)
-    interrupted: bool = False
-    stages: list = field(default_factory=list)
-    imitation: list = field(default_factory=list)
+__all__ = [
+    "AccuracyCurves",
+    "Autograd",
+    "BASELINES",
+    "Checkpoint",
+    "Curriculum",
+    "History",
+    "PES",
+    "RandomHorizon",
+    "Replay",
+    "Teacher",
+    "Training",
+    "TunedBaseline",
+    "Validation",
+    "compare",
+    "compare_final",
+    "evaluate",
+    "evaluate_baseline",
+    "meta_gradient",
+    "meta_train",
+    "tune_baseline",
+    "tune_baselines",
+]
 
 
-def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=1000, lr=0.005, seed=0, device=None, *,
-               callback=None, progress=True, **options):
+def meta_train(
+    net: torch.nn.Module,
+    problem: Problem,
+    steps: int = 100,
+    unroll: int = 20,
+    meta_batch: int = 16,
+    iterations: int = 1000,
+    lr: float = 0.005,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    *,
+    callback: Callable[[int, History], None] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> History:
     """Meta-train a learned optimizer by truncated backpropagation through the unrolled optimization.
 
     Functions are drawn anew after every `steps` steps; each window of `unroll` updates gives one meta-update by Adam,
@@ -127,319 +132,50 @@ def meta_train(net, problem, steps=100, unroll=20, meta_batch=16, iterations=100
 
     Reference: Andrychowicz et al. 2016, section 3; curriculum and imitation: Chen et al. 2020 (arXiv 2010.09089).
     """
-    options = training_of(net, steps=steps, unroll=unroll, meta_batch=meta_batch, iterations=iterations, lr=lr, seed=seed, **options)
+    options = training_of(
+        net, steps=steps, unroll=unroll, meta_batch=meta_batch, iterations=iterations, lr=lr, seed=seed, **options
+    )
     device = device_of(net, device)
     net.to(device)
     run = Run(net, on_device(problem, device), options)
     try:
         run.begin()
-        with tqdm(total=iterations, initial=run.iteration, desc="meta-training", unit="it",
-                  disable=not progress or run.ranks.rank > 0) as bar:
+        with tqdm(
+            total=iterations,
+            initial=run.iteration,
+            desc="meta-training",
+            unit="it",
+            disable=not progress or run.ranks.rank > 0,
+        ) as bar:
             while run.iteration < iterations:
                 run.advance()
                 if run.iteration % options.validation_every == 0 or run.iteration == iterations:
                     run.validate()
-                if options.checkpoint and (run.iteration % options.checkpoint_every == 0 or run.iteration in (1, iterations)):
+                if options.checkpoint and (
+                    run.iteration % options.checkpoint_every == 0 or run.iteration in (1, iterations)
+                ):
                     run.save()  # after the first too: a place that cannot be written is found out early
                 if callback is not None and run.ranks.rank == 0:
                     callback(run.iteration, run.history)
                 bar.update()
-                bar.set_postfix(meta_loss=f"{run.history.meta_loss[-1]:.3g}",
-                                best=f"{run.history.best_validation:.4g}", refresh=False)
+                bar.set_postfix(
+                    meta_loss=f"{run.history.meta_loss[-1]:.3g}",
+                    best=f"{run.history.best_validation:.4g}",
+                    refresh=False,
+                )
     except KeyboardInterrupt:
         run.history.interrupted = True
-        warnings.warn(f"meta-training was interrupted at iteration {run.iteration} of {iterations}; the optimizer is "
-                      f"the best so far, of iteration {run.history.best_iteration}", stacklevel=2)
+        warnings.warn(
+            f"meta-training was interrupted at iteration {run.iteration} of {iterations}; the optimizer is "
+            f"the best so far, of iteration {run.history.best_iteration}",
+            stacklevel=2,
+        )
     finally:
         net.load_state_dict(run.best)
     return run.history
 
 
-class Functions:
-    """A meta-batch on its way: where its functions are, and what moves them."""
-
-    def __init__(self, net, batch, teacher):
-        coordinates = Coordinates(batch.params)
-        self.batch, self.params = batch, batch.params
-        self.state = as_rule(net, coordinates).init_state(sum(coordinates.sizes))
-        self.demonstration = teacher and teacher.begin(batch.params)
-
-    def carried(self):
-        """What it takes to go on: params, and the state, that of the teacher beside it if there is one."""
-        return self.params, self.state if self.demonstration is None else (self.state, self.demonstration.state_dict())
-
-    def carry_on(self, params, state):
-        if self.demonstration is not None:
-            state, taught = state
-            self.demonstration.go_on(params, taught)
-        device = next(iter(self.params.values())).device
-        self.params, self.state = unplain((params, state), device, [PESState, *named_tuples(self.state)])
-
-
-class Run:
-    """A meta-training run: what changes from window to window, how it goes on, and how it is saved and restored."""
-
-    def __init__(self, net, problem: Problem, options: Training):
-        self.net, self.problem, self.options = net, problem, options
-        self.validation, self.settings = as_problem(problem.validation_problem()), options.describe(net, problem)
-        self.ranks = Ranks()
-        self.first, self.last = self.ranks.share(options.meta_batch)
-        self.trained = trained(as_rule(net))
-        make = options.meta_optimizer or (lambda params: torch.optim.Adam(params, lr=options.lr))
-        self.adam = make(list(self.trained.values()))
-        self.rates = [group["lr"] for group in self.adam.param_groups]
-        self.generator = torch.Generator().manual_seed(options.seed)
-        stages = options.horizon.curriculum if isinstance(options.horizon, Curriculum) else ()
-        self.curriculum = (*stages, options.steps)
-        self.history, self.iteration, self.best = History(), 0, copy.deepcopy(net.state_dict())
-        self.start = self.best  # what training begins with
-        if stages:
-            self.history.stages.append((0, stages[0]))
-        self.averaged = copy.deepcopy(net) if options.averaging else net
-        self.captured, self.sizes = {}, {}  # CUDA graphs and mean squares of meta-gradients, by the place of a mixture's problem
-        self.functions, self.draws = None, 0  # those in hand (None: to be drawn), how many draws there were
-
-    @property
-    def steps(self):
-        """The present horizon."""
-        return self.history.stages[-1][1] if self.history.stages else self.options.steps
-
-    def draw(self):
-        """New functions. What it takes to draw these again is kept."""
-        self.drawn_from, self.drawn_at = self.random_state(), self.iteration
-        self.windows = self.options.windows(self.iteration, self.generator)
-        if self.history.stages:
-            self.windows = self.steps // self.options.unroll
-        check_count(horizons=self.windows)
-        batches, teacher = self.problem.sample(self.options.meta_batch, generator=self.generator), self.options.teacher
-        self.imitates = teacher is not None and teacher.comes(self.draws)
-        self.functions, self.step = [], 0
-        for batch in batches if isinstance(batches, list) else [batches]:
-            own = batch if self.ranks.size == 1 else part_of(batch, self.first, self.last)
-            self.functions.append(Functions(self.net, own, teacher if self.imitates else None))
-        self.draws += 1
-
-    def advance(self):
-        """One iteration: a window and the meta-update by its meta-gradient, or the note that it was skipped."""
-        options, history = self.options, self.history
-        factor = (options.schedule or self.schedule)(self.iteration, options.iterations)
-        try:
-            grads, (meta_loss, *squares, imitation) = self.window()
-            norm = torch.linalg.vector_norm(torch.stack([grad.norm() for grad in grads.values()])).item()
-            if not math.isfinite(norm):
-                raise NonFiniteError(f"the norm of the meta-gradient is {norm}")
-        except NonFiniteError as error:
-            self.skip(error)
-            meta_loss = norm = update_size = math.nan
-        else:
-            change, before, after = (square**0.5 for square in squares)
-            update_size = change / max(before, after, sys.float_info.min)
-            clipped = min(1.0, options.clip / (norm + 1e-12)) if options.clip else 1.0
-            for name, parameter in self.trained.items():
-                parameter.grad = grads[name] * clipped
-            for group, rate in zip(self.adam.param_groups, self.rates):
-                group["lr"] = factor * rate
-            self.adam.step()
-            self.adam.zero_grad()
-            self.average()
-            if self.imitates:
-                history.imitation.append((self.iteration, imitation))
-        for record, value in ((history.meta_loss, meta_loss), (history.grad_norm, norm), (history.lr, factor * self.rates[0]),
-                              (history.update_size, update_size)):
-            record.append(value)
-        self.iteration += 1
-
-    def schedule(self, iteration, iterations):
-        """A linear warm-up, then half a cosine down to 0."""
-        return min(1.0, (iteration + 1) / (self.options.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
-
-    @torch.no_grad()
-    def average(self):
-        if self.averaged is not self.net:
-            kept = min(self.options.averaging, self.iteration / (self.iteration + 10))
-            for average, now in zip(self.averaged.parameters(), self.net.parameters()):
-                average.lerp_(now, 1 - kept)
-
-    def window(self):
-        """The next window's meta-gradient, and [meta-loss, squares of ‖θ_T - θ_0‖, ‖θ_0‖, ‖θ_T‖, imitation loss]."""
-        if self.functions is None:
-            self.draw()
-        share = (self.last - self.first) / self.options.meta_batch
-        grads = figures = failure = None
-        try:
-            found = [self.window_of(functions, place) for place, functions in enumerate(self.functions)]
-        except NonFiniteError as error:
-            failure = error
-        else:
-            grads = {name: sum(grads[name] for grads, _ in found) * share for name in self.trained}
-            loss, *squares, imitation = (sum(figures) for figures in zip(*(figures for _, figures in found)))
-            figures = [loss / len(found) * share, *squares, imitation * share]
-            self.step += self.options.unroll
-            if self.step >= self.windows * self.options.unroll:
-                self.functions = None
-        return self.ranks.sum(grads, figures, failure)
-
-    def window_of(self, functions, place):
-        """The same of one meta-batch, which goes on."""
-        start, unroll = functions.params, self.options.unroll
-        if functions.demonstration is not None:
-            grads, info = imitation_gradient(self.net, functions.batch, functions.demonstration, functions.state, self.step, unroll,
-                                             self.options.teacher.weight, replay_fraction_of(self.options.method), self.window_generator(place))
-        else:
-            grads, info = self.meta_gradient(functions, place)
-        functions.params, functions.state = info.params, info.state
-        if self.options.balance:
-            square = sum(grad.square().sum().item() for grad in grads.values())
-            self.sizes[place] = 0.99 * self.sizes.get(place, square) + 0.01 * square
-            grads = {name: grad / (self.sizes[place] ** 0.5 + 1e-12) for name, grad in grads.items()}
-        imitation = 0.0 if functions.demonstration is None else info.imitation.item()
-        return grads, [info.losses.mean().item(), *squares_of_change(start, info.params), imitation]
-
-    def meta_gradient(self, functions, place):
-        window = functions.batch, functions.params, functions.state
-        if not self.options.cuda_graph:
-            return meta_gradient(self.net, *window, self.step, self.options.unroll, self.options.method,
-                                 weights=self.options.weights_at(self.step), generator=self.window_generator(place))
-        if place not in self.captured or not self.captured[place].fits(*window, self.step):
-            self.captured[place] = CapturedWindow(self.net, *window, self.options.unroll, self.options.method.objective)
-        return self.captured[place](*window, self.step)
-
-    def window_generator(self, place):
-        """For what the meta-gradient draws: a generator of its own, so that the functions depend on the seed alone."""
-        number = (self.options.seed * 1_000_003 + self.iteration) * self.ranks.size + self.ranks.rank + (place << 40)
-        return torch.Generator().manual_seed(number % 2**63)
-
-    def skip(self, error):
-        """Note a window that was not finite, and draw other functions; raise if there have been too many."""
-        skipped, before = self.history.skipped, 0
-        while before < len(skipped) and skipped[-1 - before][0] == self.iteration - 1 - before:
-            before += 1
-        if before >= self.options.skip_non_finite:
-            after = f" after {before} skipped windows in a row" if before else ""
-            raise stopped(self.iteration, f"{error}{after}") from error
-        skipped.append((self.iteration, str(error)))
-        self.functions = None
-
-    def validate(self):
-        """Score the optimizer; where the best of a curriculum's stage has stood long enough, go on to the next."""
-        self.score()
-        history, later = self.history, [steps for steps in self.curriculum if steps > self.steps]
-        waited = sum(iteration > history.best_iteration for iteration, _ in history.validation)
-        if later and waited >= self.options.horizon.patience and self.iteration < self.options.iterations:
-            for net in (self.net, self.averaged):
-                net.load_state_dict(self.best)
-            history.stages.append((self.iteration, later[0]))
-            history.best_iteration, history.best_validation = self.iteration, math.inf
-            self.functions = None
-            self.score()
-
-    def score(self):
-        """Score the optimizer at the present horizon (on the first rank, for all), and keep it if it is the best."""
-        def score():
-            logs = []
-            for problem in self.validation.problems:
-                try:
-                    losses = evaluate(self.averaged, problem, self.steps, self.options.validation.validation_functions,
-                                      self.options.seed + VALIDATION_SEED)
-                except NonFiniteError as error:
-                    if not self.options.skip_non_finite:
-                        raise stopped(self.iteration - 1, f"in validation, {error}") from error
-                    return math.inf
-                logs.append(losses.sum(1).mean().item())
-            score = logs[0] if len(logs) == 1 else math.exp(sum(map(math.log, logs)) / len(logs))
-            return score if math.isfinite(score) else math.inf
-
-        score, history = self.ranks.on_first(score), self.history
-        history.validation.append((self.iteration, score))
-        if score < history.best_validation:
-            best = copy.deepcopy(self.averaged.state_dict())
-            self.best, history.best_iteration, history.best_validation = best, self.iteration, score
-
-    # Checkpoints ------------------------------------------------------------------------------------------------------
-
-    def begin(self):
-        """Take up the run where its checkpoint left it, or begin it, every rank from the first rank's weights."""
-        content = None
-        if self.options.checkpoint is not None:
-            path, restart = self.options.checkpoint.checkpoint, self.options.checkpoint.on_mismatch == "restart"
-            content = self.ranks.on_first(lambda: read_checkpoint(path, self.settings, restart))
-        if content is not None:
-            best = self.best
-            try:
-                self.restore(content)
-            except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
-                self.best = best
-                raise ValueError(f"{path} is whole as a file, but does not describe this run: {type(error).__name__}: {error}. "
-                                 "Remove it to begin anew") from error
-        elif self.ranks.size > 1:
-            self.net.load_state_dict(self.ranks.on_first(lambda: plain(dict(self.net.state_dict()))))
-            self.best = self.start = copy.deepcopy(self.net.state_dict())
-            self.averaged.load_state_dict(self.best)
-
-    def save(self):
-        content = {"iteration": self.iteration, "history": asdict(self.history), "random": self.random_state(),
-                   "net": dict(self.net.state_dict()), "averaged": dict(self.averaged.state_dict()),
-                   "best": dict(self.best), "start": dict(self.start), "adam": self.adam.state_dict(), "draws": self.draws,
-                   "window": None}
-        if self.sizes:
-            content["sizes"] = self.sizes
-        if self.functions is not None:  # in the middle of an unroll
-            carried = [functions.carried() for functions in self.functions]
-            params, state = carried[0] if len(carried) == 1 else zip(*carried)
-            parts = self.ranks.gather(plain((self.first, self.last, params, state)))
-            content["window"] = {"step": self.step, "drawn_at": self.drawn_at, "drawn_from": self.drawn_from,
-                                 "imitates": self.imitates, "parts": parts}
-        self.ranks.on_first(lambda: write_checkpoint(self.options.checkpoint.checkpoint, plain(content), self.settings))
-
-    def restore(self, content):
-        for net, name in ((self.net, "best"), (self.averaged, "averaged"), (self.net, "net")):
-            net.load_state_dict(content[name])
-        self.adam.load_state_dict(content["adam"])
-        self.best, self.history = content["best"], History(**content["history"])
-        if len(self.history.meta_loss) != content["iteration"]:
-            raise ValueError(f"its history has {len(self.history.meta_loss)} iterations, not {content['iteration']}")
-        self.draws = content.get("draws", 0)  # files from before there was imitation have none
-        self.start = content.get("start", self.start)  # nor have older ones this
-        self.sizes = content.get("sizes", {})
-        window = content["window"]
-        if window is not None:
-            parts, several = window["parts"], isinstance(window["parts"][0][2], tuple)
-            divisible = as_rule(self.net).coordinatewise and not isinstance(self.options.method, PES) and not window.get("imitates")
-            divisible = divisible and not several
-            if divisible or len(parts) == self.ranks.size:  # else these ranks begin with new functions
-                params, state = regroup(parts, self.first, self.last, divisible)
-                self.set_random_state(window["drawn_from"])
-                self.iteration, self.draws = window["drawn_at"], self.draws - 1
-                self.draw()
-                for functions, *carried in zip(self.functions, *((params, state) if several else ([params], [state]))):
-                    functions.carry_on(*carried)
-                self.step = window["step"]
-        self.set_random_state(content["random"])
-        self.iteration = content["iteration"]
-
-    def random_state(self):
-        return self.generator.get_state(), torch.get_rng_state()  # torch's own: for optimizers and problems that use it
-
-    def set_random_state(self, state):
-        self.generator.set_state(state[0])
-        torch.set_rng_state(state[1])
-
-
-def replay_fraction_of(method):
-    """Imitation replays as `Replay` does; other methods have no share of it."""
-    return method.replay_fraction if isinstance(method, Replay) else 1.0
-
-
-def squares_of_change(start, end):
-    """Squares of ‖end - start‖, ‖start‖ and ‖end‖ of dicts of tensors, as numbers."""
-    start, end = (torch.cat([tensor.flatten() for tensor in params.values()]) for params in (start, end))
-    return [norm * norm for norm in torch.stack([vector.norm() for vector in (end - start, start, end)]).tolist()]
-
-
-def stopped(iteration, cause):
-    return NonFiniteError(f"meta-training stopped at iteration {iteration}: {cause}. Lower lr or clip, look at the "
-                          "optimizee's loss, or let skip_non_finite windows pass")
-
-
 if __name__ == "__main__":
-    runpy.run_module("gradbuffer.command_line", run_name="__main__")  # the program, which imports this module under its own name
+    runpy.run_module(
+        "gradbuffer.command_line", run_name="__main__"
+    )  # the program, which imports this module under its own name

@@ -19,11 +19,28 @@ from gradbuffer.data.mnist import load_mnist
 from gradbuffer.data.roots import check_split
 from gradbuffer.kernels.choice import takes_numba
 from gradbuffer.problems.cifar10 import CIFAR10Net
-from gradbuffer.problems.images import (Chosen, ImageNets, MinibatchLoss, check_batch_size, check_floating,
-                                        mean_cross_entropy, on_device)
+from gradbuffer.problems.images import (
+    Chosen,
+    ImageNets,
+    MinibatchLoss,
+    check_batch_size,
+    check_floating,
+    mean_cross_entropy,
+    on_device,
+)
 from gradbuffer.problems.variations import ConvexTerms, Mirrored, Mixture, RandomScaling
 
-__all__ = ["CIFAR10Net", "ConvexTerms", "MNISTNet", "MetaBatch", "Mirrored", "Mixture", "Quadratics", "RandomScaling"]
+__all__ = [
+    "ACTIVATIONS",
+    "CIFAR10Net",
+    "ConvexTerms",
+    "MNISTNet",
+    "MetaBatch",
+    "Mirrored",
+    "Mixture",
+    "Quadratics",
+    "RandomScaling",
+]
 
 
 class Quadratics(Problem):
@@ -57,7 +74,9 @@ class Quadratics(Problem):
         W = torch.randn(meta_batch, self.dim, self.dim, generator=generator, dtype=self.dtype).to(self.device)
         y = torch.randn(meta_batch, self.dim, 1, generator=generator, dtype=self.dtype).to(self.device)
 
-        return in_parts({"theta": torch.zeros(meta_batch, self.dim, dtype=self.dtype, device=self.device)}, QuadraticLoss(W, y))
+        return in_parts(
+            {"theta": torch.zeros(meta_batch, self.dim, dtype=self.dtype, device=self.device)}, QuadraticLoss(W, y)
+        )
 
 
 class QuadraticLoss(Loss):
@@ -99,9 +118,11 @@ class QuadraticLoss(Loss):
 
 
 # each with what makes of an output y and dL/dy the derivative dL/dx
-ACTIVATIONS = {"sigmoid": (torch.sigmoid, torch.ops.aten.sigmoid_backward),
-               "relu": (torch.relu, lambda dy, y: torch.ops.aten.threshold_backward(dy, y, 0)),
-               "tanh": (torch.tanh, torch.ops.aten.tanh_backward)}
+ACTIVATIONS = {
+    "sigmoid": (torch.sigmoid, torch.ops.aten.sigmoid_backward),
+    "relu": (torch.relu, lambda dy, y: torch.ops.aten.threshold_backward(dy, y, 0)),
+    "tanh": (torch.tanh, torch.ops.aten.tanh_backward),
+}
 
 
 class MNISTNet(ImageNets):
@@ -138,8 +159,18 @@ class MNISTNet(ImageNets):
     Reference: Andrychowicz et al. 2016, section 3.2.
     """
 
-    def __init__(self, hidden_sizes=(20,), activation="sigmoid", batch_size=128, split="train", root=None,
-                 init_std=None, side=None, dtype=torch.float32, device="cpu"):
+    def __init__(
+        self,
+        hidden_sizes=(20,),
+        activation="sigmoid",
+        batch_size=128,
+        split="train",
+        root=None,
+        init_std=None,
+        side=None,
+        dtype=torch.float32,
+        device="cpu",
+    ):
         hidden_sizes = tuple(hidden_sizes)
         batch_size = check_batch_size(batch_size)
         check_count(**{f"hidden_sizes[{k}]": size for k, size in enumerate(hidden_sizes)})
@@ -149,8 +180,16 @@ class MNISTNet(ImageNets):
         check_split(split)
         if init_std is not None and not (isinstance(init_std, (int, float)) and 0 <= init_std < math.inf):
             raise ValueError(f"init_std must be None or a finite number, at least 0, got {init_std!r}")
-        self.options = dict(hidden_sizes=hidden_sizes, activation=activation, batch_size=batch_size, split=split,
-                            root=root, init_std=init_std, side=side, dtype=dtype)
+        self.options = dict(
+            hidden_sizes=hidden_sizes,
+            activation=activation,
+            batch_size=batch_size,
+            split=split,
+            root=root,
+            init_std=init_std,
+            side=side,
+            dtype=dtype,
+        )
         self.device = torch.device(device)
         data = load_mnist(root)
         full = math.isqrt(data.train_images.shape[1])
@@ -239,4 +278,5 @@ class PerceptronLoss(MinibatchLoss):
         if data is None or not takes_numba(theta) or data.images.dtype != theta.dtype:
             return None
         return import_module("gradbuffer.kernels.numba_windows").losses_and_gradient(
-            data.images, data.labels, data.index(step), theta, data.sizes, data.activation)
+            data.images, data.labels, data.index(step), theta, data.sizes, data.activation
+        )

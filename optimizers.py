@@ -27,13 +27,31 @@ from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
 from gradbuffer.nets.normalized import NormalizedLSTM, RNNProp, start_as_adam
 from gradbuffer.nets.per_kind import PerKind
 from gradbuffer.nets.readings import READINGS, check_preprocess, log_sign, odd_part
-from gradbuffer.nets.sharing import LSTMWithGAC, NTMBFGS, start_as_coordinatewise
+from gradbuffer.nets.sharing import NTMBFGS, LSTMWithGAC, start_as_coordinatewise
 from gradbuffer.nets.torch_optim import LearnedOptimizer
 
-__all__ = ["CoordinatewiseLSTM", "LSTMOptimizer", "LSTMWithGAC", "LearnedOptimizer", "MLPOptimizer", "NTMBFGS", "NonFiniteError",
-           "NormalizedLSTM", "PerKind", "RNNProp", "explain", "load_optimizer", "log_sign", "pretrained_optimizers",
-           "register_optimizer", "save_optimizer", "start_as_adam", "start_as_coordinatewise", "start_as_momentum",
-           "start_as_normalized_adam"]
+__all__ = [
+    "CoordinatewiseLSTM",
+    "LSTMOptimizer",
+    "LSTMWithGAC",
+    "LearnedOptimizer",
+    "MLPOptimizer",
+    "NTMBFGS",
+    "NonFiniteError",
+    "NormalizedLSTM",
+    "PerKind",
+    "RNNProp",
+    "explain",
+    "load_optimizer",
+    "log_sign",
+    "pretrained_optimizers",
+    "register_optimizer",
+    "save_optimizer",
+    "start_as_adam",
+    "start_as_coordinatewise",
+    "start_as_momentum",
+    "start_as_normalized_adam",
+]
 
 FILE_FORMAT = 2  # since 2 files hold a digest
 PRETRAINED = Path(gradbuffer.__file__).with_name("pretrained")
@@ -71,8 +89,15 @@ class CoordinatewiseLSTM(LSTMOptimizer):
 
     arguments = ("hidden_size", "num_layers", "preprocess", "p", "output_scale", "odd")
 
-    def __init__(self, hidden_size: int = 20, num_layers: int = 2, preprocess: str | None = None, p: float = 10.0,
-                 output_scale: float = 1.0, odd: bool = False):
+    def __init__(
+        self,
+        hidden_size: int = 20,
+        num_layers: int = 2,
+        preprocess: str | None = None,
+        p: float = 10.0,
+        output_scale: float = 1.0,
+        odd: bool = False,
+    ):
         check_preprocess(preprocess, p, output_scale)
         super().__init__(len(READINGS[preprocess].signs), hidden_size, num_layers)
         self.preprocess, self.p, self.output_scale, self.odd = preprocess, p, output_scale, bool(odd)
@@ -105,9 +130,16 @@ class CoordinatewiseLSTM(LSTMOptimizer):
 
 
 @torch.no_grad()
-def start_as_momentum(net: CoordinatewiseLSTM, lr: float, momentum: float = 0.9, nesterov: bool = True,
-                      averages: tuple = (0.5, 0.95, 0.99), sign_lr: float = 0.0, sign_momentum: float = 0.8,
-                      sign_fade: float = 8) -> CoordinatewiseLSTM:
+def start_as_momentum(
+    net: CoordinatewiseLSTM,
+    lr: float,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    averages: tuple = (0.5, 0.95, 0.99),
+    sign_lr: float = 0.0,
+    sign_momentum: float = 0.8,
+    sign_fade: float = 8,
+) -> CoordinatewiseLSTM:
     """Write weights into a coordinatewise LSTM with which it is SGD with momentum; meta-training then starts from there.
 
     With "log_sign" an LSTM cell can hold a running sum of gradients: its input gate sigmoid(log|∇|) = |∇| / (1 + |∇|)
@@ -212,8 +244,15 @@ def logit(probability):
 
 # Files --------------------------------------------------------------------------------------------------------------
 
-LEARNED_OPTIMIZERS = {"CoordinatewiseLSTM": CoordinatewiseLSTM, "LSTMWithGAC": LSTMWithGAC, "MLPOptimizer": MLPOptimizer,
-                      "NTMBFGS": NTMBFGS, "NormalizedLSTM": NormalizedLSTM, "PerKind": PerKind, "RNNProp": RNNProp}
+LEARNED_OPTIMIZERS = {
+    "CoordinatewiseLSTM": CoordinatewiseLSTM,
+    "LSTMWithGAC": LSTMWithGAC,
+    "MLPOptimizer": MLPOptimizer,
+    "NTMBFGS": NTMBFGS,
+    "NormalizedLSTM": NormalizedLSTM,
+    "PerKind": PerKind,
+    "RNNProp": RNNProp,
+}
 
 
 def register_optimizer(cls: type) -> type:
@@ -234,8 +273,12 @@ def register_optimizer(cls: type) -> type:
         ...     pass
     """
     kept = LEARNED_OPTIMIZERS.setdefault(cls.__name__, cls)
-    if kept is not cls and name_of(kept, full=True) != name_of(cls, full=True):  # a cell that is run again defines its class anew
-        raise ValueError(f"another learned optimizer is registered as {cls.__name__}: {kept.__module__}.{kept.__qualname__}")
+    if kept is not cls and name_of(kept, full=True) != name_of(
+        cls, full=True
+    ):  # a cell that is run again defines its class anew
+        raise ValueError(
+            f"another learned optimizer is registered as {cls.__name__}: {kept.__module__}.{kept.__qualname__}"
+        )
     LEARNED_OPTIMIZERS[cls.__name__] = cls
     return cls
 
@@ -270,18 +313,25 @@ def save_optimizer(net: nn.Module, path: str | Path, **notes) -> None:
         >>> net = load_optimizer("checkpoints/new.safetensors")
     """
     if not is_learned(net) or not isinstance(as_rule(net).config, dict):
-        raise TypeError(f"net must be one of {sorted(LEARNED_OPTIMIZERS)}, or a learned optimizer of your own with config, a dict of "
-                        f"its constructor's arguments; got {type(net).__name__}")
+        raise TypeError(
+            f"net must be one of {sorted(LEARNED_OPTIMIZERS)}, or a learned optimizer of your own with config, a dict of "
+            f"its constructor's arguments; got {type(net).__name__}"
+        )
     for part in net.networks.values() if isinstance(net, PerKind) else ():
         if LEARNED_OPTIMIZERS.get(type(part).__name__) is not type(part):
-            raise TypeError(f"net must be one of {sorted(LEARNED_OPTIMIZERS)}, the networks of a PerKind too (see register_optimizer), got {type(part).__name__}")
+            raise TypeError(
+                f"net must be one of {sorted(LEARNED_OPTIMIZERS)}, the networks of a PerKind too (see register_optimizer), "
+                f"got {type(part).__name__}"
+            )
     if isinstance(net, PerKind) and not isinstance(net.rule, dict):
         raise TypeError(f"the rule of a PerKind must be a dict to be written to a file, got {net.rule!r}")
     metadata = {"format": str(FILE_FORMAT), "class": name_of(type(net)), "config": json.dumps(net.config)}
     taken = sorted(notes.keys() & {*metadata, "sha256"})
     if taken:
-        raise ValueError(f"notes must have other names than {sorted({*metadata, 'sha256'})}, which the file itself needs; "
-                         f"got {taken}")
+        raise ValueError(
+            f"notes must have other names than {sorted({*metadata, 'sha256'})}, which the file itself needs; "
+            f"got {taken}"
+        )
     metadata |= {name: str(note) for name, note in notes.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     for name, tensor in tensors.items():
@@ -308,8 +358,9 @@ def load_optimizer(path_or_name: str | Path, network: type | str | None = None) 
     if not path.is_file():  # a folder may have the name of a pretrained optimizer
         names = sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))
         if str(path_or_name) not in names:
-            raise FileNotFoundError(f"no file {str(path_or_name)!r}, and no pretrained optimizer of that name; "
-                                    f"there are {names}")
+            raise FileNotFoundError(
+                f"no file {str(path_or_name)!r}, and no pretrained optimizer of that name; there are {names}"
+            )
         path = PRETRAINED / f"{path_or_name}.safetensors"
     with torch.inference_mode(False), torch.device("cpu"):
         metadata, tensors = read_file(path)
@@ -319,16 +370,26 @@ def load_optimizer(path_or_name: str | Path, network: type | str | None = None) 
 def rebuild_from(path, metadata, tensors, own=None):
     """The network that a file describes, if it is whole."""
     name = metadata.get("class", "")
-    classes = LEARNED_OPTIMIZERS if own is None else {**LEARNED_OPTIMIZERS, name_of(own): own, f"__main__:{own.__qualname__}": own}
+    classes = (
+        LEARNED_OPTIMIZERS
+        if own is None
+        else {**LEARNED_OPTIMIZERS, name_of(own): own, f"__main__:{own.__qualname__}": own}
+    )
     if ":" in name and name not in classes:
-        raise ValueError(f"{path} holds a {name}, which is not of this library: give its class, load_optimizer(..., network=...), or "
-                         "register it, see register_optimizer")
+        raise ValueError(
+            f"{path} holds a {name}, which is not of this library: give its class, load_optimizer(..., network=...), or "
+            "register it, see register_optimizer"
+        )
     if name not in classes or metadata.get("format") not in map(str, range(1, FILE_FORMAT + 1)):
         if name in classes and metadata.get("format", "").isdigit():
-            raise ValueError(f"{path} is of format {metadata['format']}; this version reads 1 to {FILE_FORMAT}: update it")
+            raise ValueError(
+                f"{path} is of format {metadata['format']}; this version reads 1 to {FILE_FORMAT}: update it"
+            )
         raise ValueError(f"{path} holds no learned optimizer of this library (its metadata: {metadata})")
     kept = metadata.pop("sha256", None)
-    if kept != digest(metadata, tensors) and (kept is not None or metadata["format"] != "1"):  # the first format had none
+    if kept != digest(metadata, tensors) and (
+        kept is not None or metadata["format"] != "1"
+    ):  # the first format had none
         raise ValueError(f"{path} is damaged: its digest is not that of its content")
     try:
         for weight, tensor in tensors.items():
@@ -360,7 +421,7 @@ def pretrained_optimizers() -> dict[str, dict[str, str]]:
         ValueError: a file there is corrupt.
 
     Example:
-        >>> pretrained_optimizers()["quadratics"]["problem"]
+        >>> pretrained_optimizers()["quadratics"].get("problem")
         'Quadratics, 10 dimensions'
     """
     return {path.stem: read_file(path)[0] for path in sorted(PRETRAINED.glob("*.safetensors"))}

@@ -17,22 +17,25 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from timing import table_head, table_row
+
 from gradbuffer.evaluation import BASELINES, compare, tune_baselines
 from gradbuffer.problems.neural_art import NeuralArt
 from optimizers import load_optimizer
-from timing import table_head, table_row
 
 FEATURES = dict(network="vgg11", weights="random", content_layer="relu2_1", style_layers=("relu1_1", "relu2_1"))
-TESTS = {"test": ("new photographs", dict(style="starry_night", size=64)),
-         "style": ("a new style", dict(style="candy", size=64)),
-         "large": ("128×128 pixels", dict(style="starry_night", size=128))}
+TESTS = {
+    "test": ("new photographs", dict(style="starry_night", size=64)),
+    "style": ("a new style", dict(style="candy", size=64)),
+    "large": ("128×128 pixels", dict(style="starry_night", size=128)),
+}
 RATES = [0.01, 0.1, 1.0]  # where the tuning begins, as in the notebook
 TUNING_SEED, TEST_SEED = 1, 2016
 
 
 def last(losses):
-    """"mean ± standard error" over functions."""
-    return f"{losses.mean():.3g} ± {losses.std() / len(losses)**0.5:.2g}"
+    """ "mean ± standard error" over functions."""
+    return f"{losses.mean():.3g} ± {losses.std() / len(losses) ** 0.5:.2g}"
 
 
 def main():
@@ -46,18 +49,29 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     net, steps = load_optimizer(arguments.net), arguments.steps
-    table_head("test", "functions", "optimizer", f"loss at step {steps - 1}", "learned - it, paired", "learned is lower in")
+    table_head(
+        "test", "functions", "optimizer", f"loss at step {steps - 1}", "learned - it, paired", "learned is lower in"
+    )
     for name in arguments.tests:
         title, settings = TESTS[name]
         problem = NeuralArt(split="test", **FEATURES, **settings)
         others = problem if name == "large" else problem.with_split("validation")
-        tuned = tune_baselines(others, steps, arguments.tuning, TUNING_SEED, lrs=RATES, progress=False,
-                               baselines={baseline: BASELINES[baseline] for baseline in arguments.baselines})
+        tuned = tune_baselines(
+            others,
+            steps,
+            arguments.tuning,
+            TUNING_SEED,
+            lrs=RATES,
+            progress=False,
+            baselines={baseline: BASELINES[baseline] for baseline in arguments.baselines},
+        )
         curves = compare({"learned": net}, tuned, problem, steps, arguments.functions, TEST_SEED, progress=False)
         ours = curves["learned"][:, -1]
         for label, losses in curves.items():
             rate = f", lr {tuned[label].options['lr']:.3g}" if label in tuned else ""
-            beside = (last(ours - losses[:, -1]), f"{(ours < losses[:, -1]).float().mean():.0%}") if rate else ("–", "–")
+            beside = (
+                (last(ours - losses[:, -1]), f"{(ours < losses[:, -1]).float().mean():.0%}") if rate else ("–", "–")
+            )
             table_row(title, arguments.functions, label + rate, last(losses[:, -1]), *beside)
 
 

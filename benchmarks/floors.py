@@ -26,8 +26,9 @@ def bare_products(net, N, steps):
     for layer, weight in enumerate(weights):
         column, back = torch.randn(weight.shape[1], width), (weight if layer else weight[:, -H:]).t().contiguous()
         gates = torch.empty(4 * H, width)
-        layers.append((weight, column, gates, back, torch.empty(len(back), width), column.t(),
-                       torch.empty_like(weight)))
+        layers.append(
+            (weight, column, gates, back, torch.empty(len(back), width), column.t(), torch.empty_like(weight))
+        )
 
     def run():
         for _ in range(steps * count):
@@ -44,7 +45,9 @@ def forward_products(net, N):
     """A function that runs the matrix products of one step for N coordinates: W · [input; h] of each layer, the output."""
     count = -(-N // BLOCK)
     width = -(-N // count)
-    weights = [torch.cat([w.detach(), u.detach()], 1) for w, u, *_ in net.lstm.all_weights] + [net.output.weight.detach()]
+    weights = [torch.cat([w.detach(), u.detach()], 1) for w, u, *_ in net.lstm.all_weights] + [
+        net.output.weight.detach()
+    ]
     layers = [(weight, torch.randn(weight.shape[1], width), torch.empty(len(weight), width)) for weight in weights]
 
     def run():

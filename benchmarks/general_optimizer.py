@@ -43,6 +43,7 @@ def convolutional_network():
 
 def image_batches(images, labels):
     """A function of a generator: 64 images, normalized, and their labels."""
+
     def draw(generator):
         index = torch.randint(len(labels), (64,), generator=generator)
         return (images[index].float() - 127) / 64, labels[index]
@@ -78,20 +79,32 @@ def compare_models(title, net, make_model, draw, steps, seeds):
     def adam(rate):
         return lambda parameters: torch.optim.Adam(parameters, lr=rate)
 
-    ends = {rate: train(make_model, draw, adam(rate), steps, 1000)[-steps // 10:].mean().item() for rate in RATES}
+    ends = {rate: train(make_model, draw, adam(rate), steps, 1000)[-steps // 10 :].mean().item() for rate in RATES}
     best = min(ends, key=ends.get)
-    rules = {"learned": lambda parameters: LearnedOptimizer(parameters, net), "Adam, default 0.001": adam(1e-3),
-             f"Adam, tuned: {best}": adam(best)}
-    print(f"\n{title}: loss over steps, {len(seeds)} seeds\n\n| optimizer | " + " | ".join(
-        f"{k * steps // 4} to {(k + 1) * steps // 4 - 1}" for k in range(4)) + f" | last {steps // 10} |\n" + "| --- " * 6 + "|")
+    rules = {
+        "learned": lambda parameters: LearnedOptimizer(parameters, net),
+        "Adam, default 0.001": adam(1e-3),
+        f"Adam, tuned: {best}": adam(best),
+    }
+    print(
+        f"\n{title}: loss over steps, {len(seeds)} seeds\n\n| optimizer | "
+        + " | ".join(f"{k * steps // 4} to {(k + 1) * steps // 4 - 1}" for k in range(4))
+        + f" | last {steps // 10} |\n"
+        + "| --- " * 6
+        + "|"
+    )
     last = {}
     for name, rule in rules.items():
         curves = torch.stack([train(make_model, draw, rule, steps, seed) for seed in seeds])
-        parts, last[name] = [f"{part.mean():.3f}" for part in curves.chunk(4, 1)], curves[:, -steps // 10:].mean(1)
+        parts, last[name] = [f"{part.mean():.3f}" for part in curves.chunk(4, 1)], curves[:, -steps // 10 :].mean(1)
         print(f"| {name} | " + " | ".join(parts) + f" | {spread(last[name])} |", flush=True)
     learned, *others = last
-    print("\nlearned minus " + ", minus ".join(f"{name}: {spread(last[learned] - last[name])}" for name in others) +
-          " (paired)", flush=True)
+    print(
+        "\nlearned minus "
+        + ", minus ".join(f"{name}: {spread(last[learned] - last[name])}" for name in others)
+        + " (paired)",
+        flush=True,
+    )
 
 
 def compare_on_mnist(title, net, activation, steps, functions, tuning_functions, marks):
@@ -99,14 +112,21 @@ def compare_on_mnist(title, net, activation, steps, functions, tuning_functions,
     from meta_training import compare, tune_baselines
     from optimizees import MNISTNet
 
-    tuned = tune_baselines(MNISTNet(activation=activation, split="validation"), steps, tuning_functions,
-                           seed=1, progress=False)
-    curves = compare({"learned": net}, tuned, MNISTNet(activation=activation, split="test"), steps, functions, 7,
-                     progress=False)
-    print(f"\n{title}, {functions} functions\n\n| optimizer | sum over 100 | " + " | ".join(
-        f"steps {mark - 10} to {mark - 1}" for mark in marks) + " |\n" + "| --- " * (2 + len(marks)) + "|")
+    tuned = tune_baselines(
+        MNISTNet(activation=activation, split="validation"), steps, tuning_functions, seed=1, progress=False
+    )
+    curves = compare(
+        {"learned": net}, tuned, MNISTNet(activation=activation, split="test"), steps, functions, 7, progress=False
+    )
+    print(
+        f"\n{title}, {functions} functions\n\n| optimizer | sum over 100 | "
+        + " | ".join(f"steps {mark - 10} to {mark - 1}" for mark in marks)
+        + " |\n"
+        + "| --- " * (2 + len(marks))
+        + "|"
+    )
     for name, losses in curves.items():
-        ends = [spread(losses[:, mark - 10:mark].mean(1)) for mark in marks]
+        ends = [spread(losses[:, mark - 10 : mark].mean(1)) for mark in marks]
         print(f"| {name} | {spread(losses[:, :100].sum(1))} | " + " | ".join(ends) + " |", flush=True)
 
 
@@ -117,13 +137,16 @@ def go_on(net, activation, steps, functions):
 
     losses = evaluate(net, MNISTNet(activation=activation, split="test"), steps, functions, 7)
     late, marks = min(500, steps // 2), [mark for mark in (100, 1000, 2000, 5000, 10000) if mark <= steps]
-    print(f"\nMNIST, {activation}, learned, {functions} functions: " + ", ".join(
-        f"{losses[:, mark - mark // 10:mark].mean():.3f} before step {mark}" for mark in marks) +
-        f"; the highest loss after step {late} is {losses[:, late:].max():.2f}", flush=True)
+    print(
+        f"\nMNIST, {activation}, learned, {functions} functions: "
+        + ", ".join(f"{losses[:, mark - mark // 10 : mark].mean():.3f} before step {mark}" for mark in marks)
+        + f"; the highest loss after step {late} is {losses[:, late:].max():.2f}",
+        flush=True,
+    )
 
 
 def spread(values):
-    return f"{values.mean():.3f} ± {values.std() / len(values)**0.5:.3f}"
+    return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"
 
 
 def main():
@@ -140,7 +163,12 @@ def main():
     from optimizers import load_optimizer
 
     torch.set_num_threads(1)
-    net, steps, functions, seeds = load_optimizer(arguments.net), arguments.steps, arguments.functions, range(arguments.seeds)
+    net, steps, functions, seeds = (
+        load_optimizer(arguments.net),
+        arguments.steps,
+        arguments.functions,
+        range(arguments.seeds),
+    )
     if "relu" in arguments.parts:
         compare_on_mnist("MNIST, 20 ReLU units", net, "relu", 101, functions, arguments.tuning_functions, (100,))
         go_on(net, "relu", steps, functions)
@@ -151,8 +179,9 @@ def main():
         draw = image_batches(data.train_images, data.train_labels)
         compare_models(f"A small convolutional network, {data.name}", net, convolutional_network, draw, steps, seeds)
     if "horizon" in arguments.parts:
-        compare_on_mnist("MNIST, base network", net, "sigmoid", steps + 1, functions, arguments.tuning_functions,
-                         (100, steps))
+        compare_on_mnist(
+            "MNIST, base network", net, "sigmoid", steps + 1, functions, arguments.tuning_functions, (100, steps)
+        )
     if "far" in arguments.parts:
         go_on(net, "sigmoid", 10 * steps, 2)
 

@@ -24,14 +24,16 @@ def problem(sizes, examples=4096):
 
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(sizes[-1], (examples,), generator=generator)
-    return torch.randn(sizes[-1], sizes[0], generator=generator)[labels] + torch.randn(examples, sizes[0], generator=generator), labels
+    return torch.randn(sizes[-1], sizes[0], generator=generator)[labels] + torch.randn(
+        examples, sizes[0], generator=generator
+    ), labels
 
 
 def compiled_run(windows, weights, particles, steps, batch, data, threads):
     def run():
         pin(threads)
         params, state = windows.draw_params(particles, seed=0), windows.init_state(particles)
-        return windows.run(weights, params, state, *data, lr=0.003, steps=steps, batch=batch, seeds=range(particles))
+        return windows.run(weights, (params, state), data, lr=0.003, steps=steps, batch=batch, seeds=range(particles))
 
     return run
 
@@ -41,8 +43,9 @@ def torch_run(net, windows, weights, particles, steps, batch, data, threads):
 
     from gradbuffer.kernels.numba_mlp_windows import minibatches
 
-    activation = {"relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
-                  "silu": torch.nn.functional.silu}[windows.activation]
+    activation = {"relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": torch.nn.functional.silu}[
+        windows.activation
+    ]
     index, (images, labels) = minibatches(range(particles), 0, steps, batch, len(data[0])), data
 
     def losses_and_gradients(params, images, labels):
@@ -60,7 +63,9 @@ def torch_run(net, windows, weights, particles, steps, batch, data, threads):
         state, losses = net.init_state(params), []
         for t in range(steps):
             here = index[:, t]
-            loss, grads = losses_and_gradients({name: value.detach() for name, value in params.items()}, images[here], labels[here])
+            loss, grads = losses_and_gradients(
+                {name: value.detach() for name, value in params.items()}, images[here], labels[here]
+            )
             with torch.no_grad():
                 updates, state = net(grads, state, params=params, lr=0.003, weights=weights)
                 params = {name: params[name].detach() + updates[name] for name in params}
@@ -94,15 +99,17 @@ def main():
     weights = flat + 0.01 * torch.randn(options.particles, len(flat))  # each particle has its own
     given = weights, options.particles, options.steps, options.batch, data
     runs = {}
-    for threads in (1, 2)[:max(len(CORES), 1)]:
+    for threads in (1, 2)[: max(len(CORES), 1)]:
         runs[f"compiled, {threads} thread{'s' * (threads > 1)}"] = compiled_run(windows, *given, threads)
         runs[f"torch, {threads} thread{'s' * (threads > 1)}"] = torch_run(net, windows, *given, threads)
     first, second = (runs[name]() for name in ("compiled, 1 thread", "torch, 1 thread"))
     apart = float((first - second).abs().max())
     times, count = alternate(runs, options.repetitions), options.particles * options.steps
-    print(f"\n{options.sizes}, {options.activation}, batch {options.batch}, {options.particles} particles with weights of their own, "
-          f"windows of {options.steps} steps, float32; torch {torch.__version__}, {platform.processor() or platform.machine()}; "
-          f"losses differ by at most {apart:.1g}\n")
+    print(
+        f"\n{options.sizes}, {options.activation}, batch {options.batch}, {options.particles} particles with weights of their own, "
+        f"windows of {options.steps} steps, float32; torch {torch.__version__}, {platform.processor() or platform.machine()}; "
+        f"losses differ by at most {apart:.1g}\n"
+    )
     table_head("", "µs per inner step", "inner steps per second", "compiled, 1 thread, is faster by")
     for name, seconds in times.items():
         median, minimum = (1e6 * value / count for value in (seconds.median, seconds.minimum))

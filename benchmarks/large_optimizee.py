@@ -15,15 +15,15 @@ import time
 from pathlib import Path
 
 import torch
+from memory import peak_megabytes
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from memory import peak_megabytes
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import resnet_meta
 from floors import bytes_of_step, copy_rate
+
+import resnet_meta
 from gradbuffer.training.meta_gradients import meta_gradient
 from meta_module import to_meta
 from optimizees import MetaBatch
@@ -49,13 +49,20 @@ class NetworkProblem:
         """Draw `meta_batch` functions, which share the initial weights. Returns `MetaBatch`."""
         images = torch.randn(meta_batch, *self.shape, generator=generator)
         labels = torch.randint(self.classes, images.shape[:3], generator=generator)
-        params = {name: tensor.detach().expand(meta_batch, *tensor.shape)
-                  for name, tensor in self.network.named_parameters()}
+        params = {
+            name: tensor.detach().expand(meta_batch, *tensor.shape) for name, tensor in self.network.named_parameters()
+        }
 
         def loss(params, step):
             minibatch = step % self.shape[0]
-            return torch.stack([self.loss_of({name: tensor[b] for name, tensor in params.items()}, images[b, minibatch],
-                                             labels[b, minibatch]) for b in range(meta_batch)])
+            return torch.stack(
+                [
+                    self.loss_of(
+                        {name: tensor[b] for name, tensor in params.items()}, images[b, minibatch], labels[b, minibatch]
+                    )
+                    for b in range(meta_batch)
+                ]
+            )
 
         return MetaBatch(params, loss)
 
@@ -66,8 +73,16 @@ class NetworkProblem:
 
 def small_network():
     """The same kinds of layers, for a trial run."""
-    return to_meta(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
-                                       torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 10)))
+    return to_meta(
+        torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, 2),
+            torch.nn.BatchNorm2d(8),
+            torch.nn.ReLU(),
+            torch.nn.AdaptiveAvgPool2d(1),
+            torch.nn.Flatten(),
+            torch.nn.Linear(8, 10),
+        )
+    )
 
 
 def main():
@@ -81,26 +96,37 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    network, classes = (small_network(), 10) if arguments.smoke else (getattr(resnet_meta, arguments.architecture)(), 1000)
+    network, classes = (
+        (small_network(), 10) if arguments.smoke else (getattr(resnet_meta, arguments.architecture)(), 1000)
+    )
     batch = NetworkProblem(network, classes, arguments.batch, arguments.side).sample(1)
     N = sum(tensor.numel() for tensor in batch.params.values())
     net = CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1)
     small = {"warm": torch.zeros(1, 256)}  # compiles the kernels
-    meta_gradient(net, MetaBatch(small, lambda params, step: params["warm"].sin().sum(1)), small, net.init_state(256),
-                  unroll=arguments.unroll)
+    meta_gradient(
+        net,
+        MetaBatch(small, lambda params, step: params["warm"].sin().sum(1)),
+        small,
+        net.init_state(256),
+        unroll=arguments.unroll,
+    )
     before, state = peak_megabytes(), net.init_state(N)
     start = time.perf_counter()
     grads, info = meta_gradient(net, batch, batch.params, state, unroll=arguments.unroll)
     seconds = time.perf_counter() - start
     peak, rate = peak_megabytes(), copy_rate()
     assert all(grad.isfinite().all() and grad.any() for grad in grads.values())
-    print("| optimizee | coordinates | steps | seconds | ns per coordinate and step | state, GB | peak of the process, "
-          "GB | before the window, GB | moving a step's bytes, s |\n|" + " --- |" * 9)
+    print(
+        "| optimizee | coordinates | steps | seconds | ns per coordinate and step | state, GB | peak of the process, "
+        "GB | before the window, GB | moving a step's bytes, s |\n|" + " --- |" * 9
+    )
     name = "a small network" if arguments.smoke else f"meta-{arguments.architecture}"
     name += f", batch {arguments.batch}, {arguments.side}×{arguments.side}"
-    print(f"| {name} | {N:,} | {arguments.unroll} | {seconds:.3g} | {1e9 * seconds / N / arguments.unroll:.0f} | "
-          f"{sum(part.nbytes for part in state) / 1e9:.2f} | {peak * 2**20 / 1e9:.2f} | "
-          f"{before * 2**20 / 1e9:.2f} | {N * bytes_of_step(net) / rate:.2g} |")
+    print(
+        f"| {name} | {N:,} | {arguments.unroll} | {seconds:.3g} | {1e9 * seconds / N / arguments.unroll:.0f} | "
+        f"{sum(part.nbytes for part in state) / 1e9:.2f} | {peak * 2**20 / 1e9:.2f} | "
+        f"{before * 2**20 / 1e9:.2f} | {N * bytes_of_step(net) / rate:.2g} |"
+    )
     print(f"\nlosses: {info.losses[0].item():.3f} at step 0, {info.losses[-1].item():.3f} at step {arguments.unroll}")
 
 

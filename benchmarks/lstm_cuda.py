@@ -52,12 +52,17 @@ def cases(net, N, unroll, precisions):
     weights = net.lstm, net.output.weight[0], net.output.bias[0]
     state, grad = net.init_state(N), torch.randn(N, device="cuda")
     triton = {name: TritonLSTM(*weights, precision=name) for name in precisions}
-    steps = {name: partial(kernels.step, lambda a, b: grad[None, a:b], *state, inplace=True, p=net.p) for name, kernels in triton.items()}
+    steps = {
+        name: partial(kernels.step, lambda a, b: grad[None, a:b], *state, inplace=True, p=net.p)
+        for name, kernels in triton.items()
+    }
     readings = net.read(grad[None], ())[0][0]
     steps["torch"] = partial(TorchLSTM(*weights).step, lambda a, b: readings[:, a:b], *state, inplace=True)
     grads, start = torch.randn(unroll, N, device="cuda"), net.init_state(N)
-    replays = {name: partial(kernels.replay, lambda a, b: net.read(grads[:, a:b], ())[0], *start, grads)
-               for name, kernels in {**triton, "torch": LSTMKernels(*weights)}.items()}
+    replays = {
+        name: partial(kernels.replay, lambda a, b: net.read(grads[:, a:b], ())[0], *start, grads)
+        for name, kernels in {**triton, "torch": LSTMKernels(*weights)}.items()
+    }
     return steps, replays
 
 
@@ -69,17 +74,24 @@ def windows(unroll, repetitions):
     from optimizers import CoordinatewiseLSTM
 
     results = {}
-    for name, problem, preprocess, functions in (("quadratics ×1", Quadratics(device="cuda"), None, 1),
-                                                 ("quadratics ×128", Quadratics(device="cuda"), None, 128),
-                                                 ("MNIST ×1", MNISTNet(device="cuda"), "log_sign", 1)):
+    for name, problem, preprocess, functions in (
+        ("quadratics ×1", Quadratics(device="cuda"), None, 1),
+        ("quadratics ×128", Quadratics(device="cuda"), None, 128),
+        ("MNIST ×1", MNISTNet(device="cuda"), "log_sign", 1),
+    ):
         net, batch = CoordinatewiseLSTM(preprocess=preprocess).cuda(), problem.sample(functions)
         window = batch, batch.params, net.init_state(sum(tensor.numel() for tensor in batch.params.values()))
         results[name] = {}
         for kernels in ("torch", "triton"):
             os.environ["L2O_KERNELS"] = kernels
             captured = CapturedWindow(net, *window, unroll)
-            results[name] |= medians({kernels: partial(meta_gradient, net, *window, unroll=unroll),
-                                      f"{kernels}, graph": partial(captured, *window)}, repetitions)
+            results[name] |= medians(
+                {
+                    kernels: partial(meta_gradient, net, *window, unroll=unroll),
+                    f"{kernels}, graph": partial(captured, *window),
+                },
+                repetitions,
+            )
     return results
 
 
@@ -89,8 +101,9 @@ def main():
     parser.add_argument("--unroll", type=int, default=20, help="steps of the replay (default 20)")
     parser.add_argument("--largest", type=float, default=1e7, help="coordinates at most (default 1e7)")
     parser.add_argument("--repetitions", type=int, default=7, help="repetitions of each case (default 7)")
-    parser.add_argument("--precisions", nargs="+", default=["tf32x3", "bf16"],
-                        help="of the kernels (default tf32x3 bf16)")
+    parser.add_argument(
+        "--precisions", nargs="+", default=["tf32x3", "bf16"], help="of the kernels (default tf32x3 bf16)"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/lstm_cuda.py needs a CUDA device: torch finds none here")
@@ -103,8 +116,10 @@ def main():
         sys.exit(f"benchmarks/lstm_cuda.py compares the kernels of triton with others: {'; '.join(reasons)}")
     torch.backends.cuda.matmul.allow_tf32 = False
     bandwidth, products = rates(arguments.repetitions)
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}; copy {bandwidth / 1e9:.0f} GB/s, float32 "
-          f"products {products / 1e12:.1f} TFLOP/s; unroll {arguments.unroll}\n")
+    print(
+        f"torch {torch.__version__}, {torch.cuda.get_device_name()}; copy {bandwidth / 1e9:.0f} GB/s, float32 "
+        f"products {products / 1e12:.1f} TFLOP/s; unroll {arguments.unroll}\n"
+    )
     names = [*arguments.precisions, "torch", "floor"]
     print("| what | N | " + " | ".join(f"{name}, ms" for name in names) + " |\n|" + " --- |" * (len(names) + 2))
     operations = 2 * sum(w.numel() + u.numel() for w, u, *_ in net.lstm.all_weights)  # of a coordinate's forward step
@@ -112,8 +127,10 @@ def main():
     for N in (10**4, 10**5, 10**6, 10**7):
         if N > arguments.largest:
             break
-        floors = {"step": max(N * bytes_moved / bandwidth, N * operations / products),
-                  "replay": 3 * arguments.unroll * N * operations / products}
+        floors = {
+            "step": max(N * bytes_moved / bandwidth, N * operations / products),
+            "replay": 3 * arguments.unroll * N * operations / products,
+        }
         for (what, floor), runs in zip(floors.items(), cases(net, N, arguments.unroll, arguments.precisions)):
             times = medians(runs, arguments.repetitions) | {"floor": floor}
             print(f"| {what} | {N} | " + " | ".join(f"{1e3 * times[name]:.3f}" for name in names) + " |", flush=True)

@@ -28,10 +28,16 @@ from timing import CORES, alternate, milliseconds, pin, ratio, read_peers, table
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-CASES = {f"{problem} x{functions}": (problem, functions)
-         for problem, sizes in (("quadratics", (1, 16, 128)), ("mnist", (1, 8))) for functions in sizes}
-METHODS = {"replay, numba": ("replay", "numba"), "replay, torch": ("replay", "torch"),
-           "autograd": ("autograd", "torch")}
+CASES = {
+    f"{problem} x{functions}": (problem, functions)
+    for problem, sizes in (("quadratics", (1, 16, 128)), ("mnist", (1, 8)))
+    for functions in sizes
+}
+METHODS = {
+    "replay, numba": ("replay", "numba"),
+    "replay, torch": ("replay", "torch"),
+    "autograd": ("autograd", "torch"),
+}
 SMOKE = dict(unroll=2, repetitions=1, cases=["mnist x1"], largest=1e3, lengths=[2], peer_rounds=1)
 
 
@@ -65,7 +71,9 @@ def added_megabytes(problem, functions, unroll, name):
     The process is forked from one that has only imported what is needed.
     """
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["gradbuffer.training.meta_gradients", "optimizees", "optimizers", "gradbuffer.kernels.numba_lstm"])
+    processes.set_forkserver_preload(
+        ["gradbuffer.training.meta_gradients", "optimizees", "optimizers", "gradbuffer.kernels.numba_lstm"]
+    )
     with processes.Pool(1) as pool:
         return pool.apply(measure_memory, (problem, functions, unroll, name))
 
@@ -82,6 +90,7 @@ def measure_memory(problem, functions, unroll, name):
 
 def with_numba(run):
     """The function, with kernels of numba."""
+
     def run_so():
         os.environ["L2O_KERNELS"] = "numba"
         run()
@@ -92,10 +101,15 @@ def with_numba(run):
 def compare_cases(cases, unroll, repetitions, peers, peer_rounds):
     """Tables 1 and 2."""
     from floors import bare_products, optimizee_alone
+
     from gradbuffer.unrolling import Coordinates
 
-    table_head("case", *(f"{name}, ms" for name in METHODS), "autograd / replay",
-               *(column for label in peers for column in (f"{label}, ms", f"{label} / replay")))
+    table_head(
+        "case",
+        *(f"{name}, ms" for name in METHODS),
+        "autograd / replay",
+        *(column for label in peers for column in (f"{label}, ms", f"{label} / replay")),
+    )
     floors = []
     for case in cases:
         window = Window(*CASES[case])
@@ -106,43 +120,79 @@ def compare_cases(cases, unroll, repetitions, peers, peer_rounds):
         beside = {label: entries[case] for label, entries in peers.items() if case in entries}
         times = alternate(runs, repetitions, beside, peer_rounds)
         ours = times["replay, numba"].median
-        theirs = [(milliseconds(times[label]), f"{times[label].median / ours:.2f}") if label in times else ("–", "–")
-                  for label in peers]
-        table_row(case.replace("x", "×"), *(milliseconds(times[name]) for name in METHODS),
-                  f"{ratio(times['autograd'], times['replay, numba']):.2f}", *(cell for pair in theirs for cell in pair))
+        theirs = [
+            (milliseconds(times[label]), f"{times[label].median / ours:.2f}") if label in times else ("–", "–")
+            for label in peers
+        ]
+        table_row(
+            case.replace("x", "×"),
+            *(milliseconds(times[name]) for name in METHODS),
+            f"{ratio(times['autograd'], times['replay, numba']):.2f}",
+            *(cell for pair in theirs for cell in pair),
+        )
         floors.append((case, window.N, times))
     print()
-    table_head("case", "coordinates", "optimizee alone, ms", "bare products, ms", "LSTM part of the replay, ms",
-               "LSTM part / bare products", *(f"{name}, MB" for name in METHODS))
+    table_head(
+        "case",
+        "coordinates",
+        "optimizee alone, ms",
+        "bare products, ms",
+        "LSTM part of the replay, ms",
+        "LSTM part / bare products",
+        *(f"{name}, MB" for name in METHODS),
+    )
     for case, N, times in floors:
         lstm = times["replay, numba"].median - times["optimizee"].median
-        table_row(case.replace("x", "×"), f"{N:,}", milliseconds(times["optimizee"]), milliseconds(times["products"]),
-                  milliseconds(lstm), f"{lstm / times['products'].median:.2f}",
-                  *(f"{added_megabytes(*CASES[case], unroll, name):.0f}" for name in METHODS))
+        table_row(
+            case.replace("x", "×"),
+            f"{N:,}",
+            milliseconds(times["optimizee"]),
+            milliseconds(times["products"]),
+            milliseconds(lstm),
+            f"{lstm / times['products'].median:.2f}",
+            *(f"{added_megabytes(*CASES[case], unroll, name):.0f}" for name in METHODS),
+        )
 
 
 def compare_batches(unroll, repetitions):
     """How much longer eight networks on MNIST take than one, in turn: what a machine does changes within minutes."""
-    times = alternate({number: functools.partial(Window("mnist", number).run, "replay, numba", unroll) for number in (1, 8)},
-                      repetitions)
-    print(f"MNIST ×8 and ×1 in turn: {milliseconds(times[8])} and {milliseconds(times[1])} ms, "
-          f"{ratio(times[8], times[1]):.2f} ({times[8].minimum / times[1].minimum:.2f}) times as long")
+    times = alternate(
+        {number: functools.partial(Window("mnist", number).run, "replay, numba", unroll) for number in (1, 8)},
+        repetitions,
+    )
+    print(
+        f"MNIST ×8 and ×1 in turn: {milliseconds(times[8])} and {milliseconds(times[1])} ms, "
+        f"{ratio(times[8], times[1]):.2f} ({times[8].minimum / times[1].minimum:.2f}) times as long"
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--unroll", type=int, default=20, help="steps in the window (default 20)")
     parser.add_argument("--repetitions", type=int, default=7, help="repetitions of each case, at least (default 7)")
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES,
-                        help="of tables 1 and 2 (default all)")
-    parser.add_argument("--largest", type=float, default=1e7,
-                        help="coordinates of the LSTM alone at most (default 1e7; 0 for none)")
-    parser.add_argument("--lengths", nargs="*", type=int, default=[20, 50, 100, 200], metavar="T",
-                        help="steps of MNIST's windows (default 20 50 100 200)")
+    parser.add_argument(
+        "--cases", nargs="*", default=list(CASES), choices=CASES, help="of tables 1 and 2 (default all)"
+    )
+    parser.add_argument(
+        "--largest", type=float, default=1e7, help="coordinates of the LSTM alone at most (default 1e7; 0 for none)"
+    )
+    parser.add_argument(
+        "--lengths",
+        nargs="*",
+        type=int,
+        default=[20, 50, 100, 200],
+        metavar="T",
+        help="steps of MNIST's windows (default 20 50 100 200)",
+    )
     parser.add_argument("--peers", metavar="FILE.json", help="programs to run in turn with ours")
     parser.add_argument("--peer-rounds", type=int, default=3, help="runs of each such program (default 3)")
-    parser.add_argument("--plot", nargs="?", const=str(HERE / "meta_gradient.png"), metavar="PATH",
-                        help="draw how time and memory grow (default path benchmarks/meta_gradient.png)")
+    parser.add_argument(
+        "--plot",
+        nargs="?",
+        const=str(HERE / "meta_gradient.png"),
+        metavar="PATH",
+        help="draw how time and memory grow (default path benchmarks/meta_gradient.png)",
+    )
     parser.add_argument("--resnet", action="store_true", help="also large_optimizee.py: some minutes, about 11 GB")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     arguments = parser.parse_args()
@@ -156,13 +206,16 @@ def main():
 
     pin(1)
     torch.manual_seed(0)
-    from gradbuffer.kernels.choice import has_numba
     from scaling import compare_lengths, compare_sizes, draw
+
+    from gradbuffer.kernels.choice import has_numba
 
     if not has_numba():
         sys.exit("benchmarks/meta_gradient.py compares the kernels of numba with others: pip install numba")
-    print(f"torch {torch.__version__}, {platform.machine()}, core {CORES[-1] if CORES else '?'} of "
-          f"{os.cpu_count()}, windows of {arguments.unroll} steps, float32; median (minimum)\n")
+    print(
+        f"torch {torch.__version__}, {platform.machine()}, core {CORES[-1] if CORES else '?'} of "
+        f"{os.cpu_count()}, windows of {arguments.unroll} steps, float32; median (minimum)\n"
+    )
     compare_cases(arguments.cases, arguments.unroll, arguments.repetitions, peers, arguments.peer_rounds)
     print()
     compare_batches(arguments.unroll, arguments.repetitions)
@@ -175,8 +228,16 @@ def main():
         print(f"\ndrawn: {arguments.plot}")
     if arguments.resnet:
         print(flush=True)
-        subprocess.run([sys.executable, str(HERE / "large_optimizee.py"), "--unroll", str(arguments.unroll),
-                        *(["--smoke"] if arguments.smoke else [])], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                str(HERE / "large_optimizee.py"),
+                "--unroll",
+                str(arguments.unroll),
+                *(["--smoke"] if arguments.smoke else []),
+            ],
+            check=True,
+        )
 
 
 if __name__ == "__main__":

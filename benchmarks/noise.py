@@ -15,9 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gradbuffer.training.meta_gradients import meta_gradient
+from gradbuffer.unrolling import Coordinates, unroll
 from optimizees import Mirrored, MNISTNet
 from optimizers import CoordinatewiseLSTM, start_as_momentum
-from gradbuffer.unrolling import Coordinates, unroll
 
 WINDOWS = [(0, 10), (0, 50), (50, 50), (150, 50)]  # first step, length
 
@@ -31,8 +31,9 @@ def meta_gradient_of(net, problem, seed, first, length, bound):
     with torch.no_grad():
         for _, _, theta, state in unroll(net, batch.loss, coordinates, theta, net.init_state(theta.numel()), 0, first):
             pass
-    grads, _ = meta_gradient(net, batch, coordinates.split(theta), state, first, length, second_order=True,
-                             adjoint_bound=bound)
+    grads, _ = meta_gradient(
+        net, batch, coordinates.split(theta), state, first, length, second_order=True, adjoint_bound=bound
+    )
     return torch.cat([grad.flatten() for grad in grads.values()])
 
 
@@ -47,18 +48,29 @@ def main():
     print(f"{problem.name}, {arguments.draws} draws, adjoint_bound {arguments.bound}\n")
     print("| window | functions | mean | noise | of it in one direction |\n| --- | --- | --- | --- | --- |")
     for first, length in WINDOWS:
-        for name, distribution, odd in (("plain", problem, False), ("mirrored pairs", Mirrored(problem), False),
-                                        ("plain, odd LSTM", problem, True)):
+        for name, distribution, odd in (
+            ("plain", problem, False),
+            ("mirrored pairs", Mirrored(problem), False),
+            ("plain, odd LSTM", problem, True),
+        ):
             torch.manual_seed(0)
-            net = start_as_momentum(CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1, odd=odd), lr=1.0,
-                                    sign_lr=0.1, sign_fade=12)
-            grads = torch.stack([meta_gradient_of(net, distribution, seed, first, length, arguments.bound)
-                                 for seed in range(arguments.draws)])
+            net = start_as_momentum(
+                CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1, odd=odd), lr=1.0, sign_lr=0.1, sign_fade=12
+            )
+            grads = torch.stack(
+                [
+                    meta_gradient_of(net, distribution, seed, first, length, arguments.bound)
+                    for seed in range(arguments.draws)
+                ]
+            )
             mean = grads.mean(0)
             squares = torch.linalg.svdvals(grads - mean).square()
             noise = (squares.sum() / (arguments.draws - 1)).sqrt()
-            print(f"| steps {first} to {first + length} | {name} | {mean.norm():.1f} | {noise:.1f} | "
-                  f"{100 * squares[0] / squares.sum():.0f} % |", flush=True)
+            print(
+                f"| steps {first} to {first + length} | {name} | {mean.norm():.1f} | {noise:.1f} | "
+                f"{100 * squares[0] / squares.sum():.0f} % |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -77,8 +77,8 @@ def main():
     parser.add_argument("--memory-of", choices=OPTIMIZERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     import torch
-
     from floors import forward_products
+
     from optimizers import load_optimizer
 
     torch.set_num_threads(arguments.threads)
@@ -92,21 +92,35 @@ def main():
         print(peak_megabytes() - before)
         return
     size = sum(parameter.numel() for parameter in params)
-    print(f"torch {torch.__version__}, {platform.machine()}, {arguments.threads} thread(s), {arguments.architecture}, "
-          f"{size:,} coordinates\n")
+    print(
+        f"torch {torch.__version__}, {platform.machine()}, {arguments.threads} thread(s), {arguments.architecture}, "
+        f"{size:,} coordinates\n"
+    )
     memory = {name: peak_memory(name, arguments.architecture, arguments.threads) for name in OPTIMIZERS}
     optimizers = {name: optimizer_of(name, params) for name in OPTIMIZERS}
     runs = {name: optimizer.step for name, optimizer in optimizers.items()}
-    floors = {"products": forward_products(load_optimizer("mnist"), size),
-              "state": lambda: pass_over_state(optimizers["LearnedOptimizer"])}
+    floors = {
+        "products": forward_products(load_optimizer("mnist"), size),
+        "state": lambda: pass_over_state(optimizers["LearnedOptimizer"]),
+    }
     times = alternate(runs | floors, arguments.repetitions)
     table_head("", "ms", "ratio to the products", "state, MB", "peak, MB")
     table_row("the LSTM's products alone", milliseconds(times["products"]), 1, "–", "–")
-    table_row("its float32 state, read and written", milliseconds(times["state"]),
-              f"{ratio(times['state'], times['products']):.2f}", "–", "–")
+    table_row(
+        "its float32 state, read and written",
+        milliseconds(times["state"]),
+        f"{ratio(times['state'], times['products']):.2f}",
+        "–",
+        "–",
+    )
     for name, optimizer in optimizers.items():
-        table_row(name, milliseconds(times[name]), f"{ratio(times[name], times['products']):.2f}",
-                  f"{state_megabytes(optimizer):.0f}", f"{memory[name]:.0f}")
+        table_row(
+            name,
+            milliseconds(times[name]),
+            f"{ratio(times[name], times['products']):.2f}",
+            f"{state_megabytes(optimizer):.0f}",
+            f"{memory[name]:.0f}",
+        )
 
 
 if __name__ == "__main__":

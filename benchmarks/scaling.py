@@ -5,7 +5,6 @@ import os
 from typing import NamedTuple
 
 import torch
-
 from floors import bare_products, bytes_of_step, copy_rate
 from memory import available_bytes
 from timing import CORES, alternate, milliseconds, pin, ratio, table_head, table_row
@@ -57,11 +56,19 @@ def compare_sizes(largest, steps, repetitions):
     os.environ["L2O_KERNELS"] = "numba"
     net, sizes = CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1), []
     rate = copy_rate()
-    print(f"memory, by a copy: {rate / 1e9:.1f} GB/s read and written; a step moves {bytes_of_step(net)} bytes "
-          f"for each coordinate, {1e9 * bytes_of_step(net) / rate:.3g} ns: "
-          f"{11_689_512 * bytes_of_step(net) / rate:.2f} s for ResNet-18's 11.7 million\n")
-    table_head("LSTM alone, coordinates", "one core, ns per coordinate and step", "bare products, ns", "ratio",
-               "two cores, ns", "one core / two")
+    print(
+        f"memory, by a copy: {rate / 1e9:.1f} GB/s read and written; a step moves {bytes_of_step(net)} bytes "
+        f"for each coordinate, {1e9 * bytes_of_step(net) / rate:.3g} ns: "
+        f"{11_689_512 * bytes_of_step(net) / rate:.2f} s for ResNet-18's 11.7 million\n"
+    )
+    table_head(
+        "LSTM alone, coordinates",
+        "one core, ns per coordinate and step",
+        "bare products, ns",
+        "ratio",
+        "two cores, ns",
+        "one core / two",
+    )
     for N in (10**power for power in range(2, 8)):
         needed = 4 * N * (2 * net.num_layers * net.hidden_size + 2 * steps + 8)
         if N > largest:
@@ -75,13 +82,16 @@ def compare_sizes(largest, steps, repetitions):
             runs["two"] = functools.partial(run, 2)
         runs["products"] = functools.partial(on_one_core, bare_products(net, N, product_steps))
         seconds = alternate(runs, repetitions)
-        times = {name: 1e9 * taken.median / N / (product_steps if name == "products" else steps)
-                 for name, taken in seconds.items()}
+        times = {
+            name: 1e9 * taken.median / N / (product_steps if name == "products" else steps)
+            for name, taken in seconds.items()
+        }
         pin(1)
         sizes.append(Size(N, times["one"], times.get("two"), times["products"]))
         two = (f"{times['two']:.0f}", f"{ratio(seconds['one'], seconds['two']):.2f}") if "two" in times else ("–", "–")
-        table_row(f"{N:,}", f"{times['one']:.0f}", f"{times['products']:.0f}",
-                  f"{times['one'] / times['products']:.2f}", *two)
+        table_row(
+            f"{N:,}", f"{times['one']:.0f}", f"{times['products']:.0f}", f"{times['one'] / times['products']:.2f}", *two
+        )
     return sizes
 
 
@@ -112,8 +122,9 @@ def draw(sizes, lengths, path):
     left.loglog(coordinates, [size.one_core for size in sizes], "o-", label="step and replay, one core")
     two = [size for size in sizes if size.two_cores is not None]
     if two:
-        left.loglog([size.N for size in two], [size.two_cores for size in two], "o-",
-                    label="step and replay, two cores")
+        left.loglog(
+            [size.N for size in two], [size.two_cores for size in two], "o-", label="step and replay, two cores"
+        )
     left.loglog(coordinates, [size.products for size in sizes], "--", color="gray", label="bare products, one core")
     left.set(xlabel="coordinates N", ylabel="ns per coordinate and step", title="The LSTM's part of the meta-gradient")
     steps = [length.T for length in lengths]

@@ -28,14 +28,20 @@ from gradbuffer.problems.tasks import GENERALIZATION, TASKS  # noqa: E402
 ALL = TASKS | GENERALIZATION
 BASELINES = ("AdamW, cosine", "Adam, constant")  # speeds are taken against these, and against the own start
 
-STYLES = {"learned": {"color": "black", "linewidth": 2.4}, "start": {"color": "tab:red", "linewidth": 1.6},
-          "Adam, constant": {"color": "tab:orange", "linestyle": ":"}, "Adam, cosine": {"color": "tab:orange"},
-          "AdamW, cosine": {"color": "tab:green"}, "NAG, cosine": {"color": "tab:blue"},
-          "Muon, cosine": {"color": "tab:purple"}}
+STYLES = {
+    "learned": {"color": "black", "linewidth": 2.4},
+    "start": {"color": "tab:red", "linewidth": 1.6},
+    "Adam, constant": {"color": "tab:orange", "linestyle": ":"},
+    "Adam, cosine": {"color": "tab:orange"},
+    "AdamW, cosine": {"color": "tab:green"},
+    "NAG, cosine": {"color": "tab:blue"},
+    "Muon, cosine": {"color": "tab:purple"},
+}
 
 
 def hand_designed():
     """dict from name to `Contestant`."""
+
     def adam(kind):
         return lambda params, lr: kind(params, lr=lr, fused=True)
 
@@ -43,7 +49,8 @@ def hand_designed():
         "Adam, constant": Contestant(adam(torch.optim.Adam), 0.003, "constant"),
         "Adam, cosine": Contestant(adam(torch.optim.Adam), 0.003),
         "AdamW, cosine": Contestant(adam(torch.optim.AdamW), 0.003),
-        "NAG, cosine": Contestant(lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True), 0.05)}
+        "NAG, cosine": Contestant(lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True), 0.05),
+    }
     if hasattr(torch.optim, "Muon"):
         contestants["Muon, cosine"] = Contestant(muon, 0.003)
     return contestants
@@ -76,8 +83,9 @@ def learned(net):
         trained = MLPOptimizer()
         count = sum(p.numel() for p in trained.parameters())
         if weights.shape != (count,):
-            raise ValueError(f"--net must hold ({count},) weights of an MLPOptimizer(), got {tuple(weights.shape)} "
-                             f"in {net}")
+            raise ValueError(
+                f"--net must hold ({count},) weights of an MLPOptimizer(), got {tuple(weights.shape)} in {net}"
+            )
         torch.nn.utils.vector_to_parameters(weights.detach(), trained.parameters())
         return {"learned": contestant(trained), "start": contestant(start)}
     network = load_optimizer(net)
@@ -102,16 +110,25 @@ def run_task(name, options):
     torch.set_num_threads(1)
     contestants = learned(options.net) | hand_designed()
     if options.contestants:
-        contestants = {key: contestants[key] for key in contestants if key in ("learned", "start", *options.contestants)}
+        contestants = {
+            key: contestants[key] for key in contestants if key in ("learned", "start", *options.contestants)
+        }
     seeds = range(options.seeds)
-    races = race({name: ALL[name]}, contestants, options.rates, options.steps, seeds,
-                 progress=lambda line: print(line, file=sys.stderr, flush=True))[name]
+    races = race(
+        {name: ALL[name]},
+        contestants,
+        options.rates,
+        options.steps,
+        seeds,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )[name]
     speeds, longer = {}, {}
     for ours in contestants:
         for other in (*BASELINES, "start"):
             if ours in ("learned", "start") and other in races and other != ours:
-                speeds[ours, other] = speed_against(ALL[name], races[ours], contestants[other], races[other], seeds,
-                                                    longer.setdefault(other, {}))
+                speeds[ours, other] = speed_against(
+                    ALL[name], races[ours], contestants[other], races[other], seeds, longer.setdefault(other, {})
+                )
     return races, speeds
 
 
@@ -141,8 +158,10 @@ def report(results, options):
         best = min(races, key=lambda key: races[key].mean) == contestant
         return (f"**{text}**" if best else text) + (f", {one.failures} failed" if one.failures else "")
 
-    text = (f"{options.steps} steps, {options.seeds} seeds, the best of {options.rates} rates. Final losses, their "
-            f"standard errors, and rates.\n\n{row('task', names)}{'| --- ' * (1 + len(names))}|\n")
+    text = (
+        f"{options.steps} steps, {options.seeds} seeds, the best of {options.rates} rates. Final losses, their "
+        f"standard errors, and rates.\n\n{row('task', names)}{'| --- ' * (1 + len(names))}|\n"
+    )
     text += "".join(row(name, [cell(name, key) for key in names]) for name in results)
     if pairs:
         head = [f"{ours} against {other}" for ours, other in pairs]
@@ -153,9 +172,11 @@ def report(results, options):
         lower = [sum(races[a].mean < races[b].mean for races, _ in results.values()) / len(results) for a, b in pairs]
         text += row("*share of tasks with a lower loss*", [f"{share:.2f}" for share in lower])
     failures = {name: sum(races[name].failures for races, _ in results.values()) for name in names}
-    return text + (f"\nFailures (a loss that is not finite, or above that at the start), of "
-                   f"{len(results) * options.seeds} trainings: "
-                   f"{'; '.join(f'{name}: {count}' for name, count in failures.items())}.\n")
+    return text + (
+        f"\nFailures (a loss that is not finite, or above that at the start), of "
+        f"{len(results) * options.seeds} trainings: "
+        f"{'; '.join(f'{name}: {count}' for name, count in failures.items())}.\n"
+    )
 
 
 def row(title, cells):
@@ -173,7 +194,7 @@ def draw(results, path):
     rows = math.ceil(len(results) / columns)
     size = max(3.4 * columns, 8), 2.6 * rows + 0.8
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for ax in axes.flat[len(results):]:
+    for ax in axes.flat[len(results) :]:
         ax.axis("off")
     for ax, (name, (races, _)) in zip(axes.flat, results.items()):
         for contestant, one in races.items():
@@ -193,11 +214,19 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, help="(default 5)")
     parser.add_argument("--rates", type=int, default=5, help="that each optimizer tries (default 5)")
     parser.add_argument("--tasks", nargs="+", choices=list(ALL), metavar="TASK", help=f"of {', '.join(ALL)}")
-    parser.add_argument("--generalization", action="store_true", 
-                        help="the perceptron, wider, deeper and with larger batches, instead")
-    parser.add_argument("--contestants", nargs="+", choices=list(hand_designed()), metavar="NAME",
-                        help=f"hand-designed optimizers, of {', '.join(hand_designed())} (default all)")
-    parser.add_argument("--processes", type=int, default=1, help="each with tasks of its own, on one thread (default 1)")
+    parser.add_argument(
+        "--generalization", action="store_true", help="the perceptron, wider, deeper and with larger batches, instead"
+    )
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=list(hand_designed()),
+        metavar="NAME",
+        help=f"hand-designed optimizers, of {', '.join(hand_designed())} (default all)",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="each with tasks of its own, on one thread (default 1)"
+    )
     parser.add_argument("--table", type=Path, help="file for the tables, in Markdown")
     parser.add_argument("--figure", type=Path, help="file for the loss curves")
     options = parser.parse_args()

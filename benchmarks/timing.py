@@ -94,12 +94,15 @@ def read_peers(path):
     for label, cases in peers.items():
         for case, entry in cases.items():
             if set(entry) != {"command", "pattern", "unit"} or entry["unit"] not in UNITS:
-                raise ValueError(f'{path}: {label}, {case} must have "command", "pattern" and "unit" ("s" or "ms"), '
-                                 f"got {entry}")
+                raise ValueError(
+                    f'{path}: {label}, {case} must have "command", "pattern" and "unit" ("s" or "ms"), got {entry}'
+                )
             if re.compile(entry["pattern"]).groups != 1:
-                raise ValueError(f'{path}: {label}, {case}: the pattern must have one group, got {entry["pattern"]!r}')
-    return {label: {case: lambda entry=entry: peer_seconds(**entry) for case, entry in cases.items()}
-            for label, cases in peers.items()}
+                raise ValueError(f"{path}: {label}, {case}: the pattern must have one group, got {entry['pattern']!r}")
+    return {
+        label: {case: lambda entry=entry: peer_seconds(**entry) for case, entry in cases.items()}
+        for label, cases in peers.items()
+    }
 
 
 def peer_seconds(command, pattern, unit):
@@ -107,8 +110,10 @@ def peer_seconds(command, pattern, unit):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     found = re.search(pattern, done.stdout)
     if done.returncode or not found:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode} and printed no {pattern!r}:\n"
-                           f"{done.stdout[-1000:]}{done.stderr[-1000:]}")
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {done.returncode} and printed no {pattern!r}:\n"
+            f"{done.stdout[-1000:]}{done.stderr[-1000:]}"
+        )
     return float(found.group(1)) * UNITS[unit]
 
 

@@ -4,15 +4,18 @@ Loss curves of two optimizers that come with the library, beside hand-designed o
 mean loss over the steps 90 to 99 on other functions: of another seed, on MNIST over the validation half of the images.
 """
 
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from meta_plots import plot_curves
-from meta_training import compare, tune_baselines
-from optimizees import MNISTNet, Quadratics
-from optimizers import load_optimizer
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from meta_plots import plot_curves  # noqa: E402
+from meta_training import compare, tune_baselines  # noqa: E402
+from optimizees import MNISTNet, Quadratics  # noqa: E402
+from optimizers import load_optimizer  # noqa: E402
 
 FIGURE = Path(__file__).with_name("figures") / "curves.png"
 PANELS = {  # title: optimizer, problem to tune on, problem to race on, functions

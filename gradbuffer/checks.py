@@ -8,15 +8,26 @@ import sys
 
 import torch
 
-__all__ = ["CLASS", "NonFiniteError", "ON", "check_count", "check_finite", "check_positive_number", "name_of", "named_class", "refuse_without_effect", "sum_is_finite",
-           "values_are_checked", "values_unchecked"]
+__all__ = [
+    "CLASS",
+    "NonFiniteError",
+    "ON",
+    "check_count",
+    "check_finite",
+    "check_positive_number",
+    "name_of",
+    "named_class",
+    "refuse_without_effect",
+    "sum_is_finite",
+    "values_are_checked",
+    "values_unchecked",
+]
 
 ALONE = 1 << 15  # elements that torch sums without its threads
 looking = contextvars.ContextVar("looking", default=True)  # whether `check_finite` does
 
 ON, CLASS = "on", "module:Class"
 OFF = (None, False, 0, [0])
-
 
 
 class NonFiniteError(ValueError):
@@ -56,8 +67,10 @@ def check_finite(tensor, name):
     finite = torch.isfinite(tensor)
     if not finite.all():
         where = int((~finite).flatten().nonzero()[0])
-        raise NonFiniteError(f"{name} must be finite, but holds {tensor.flatten()[where].item()} at coordinate {where} "
-                             f"({int((~finite).sum())} of {tensor.numel()} are not finite)")
+        raise NonFiniteError(
+            f"{name} must be finite, but holds {tensor.flatten()[where].item()} at coordinate {where} "
+            f"({int((~finite).sum())} of {tensor.numel()} are not finite)"
+        )
 
 
 def values_are_checked():
@@ -79,7 +92,8 @@ def refuse_without_effect(needs, options, given, spell=str):
     """Raise where an option was given that has no effect beside the others.
 
     A table of needs has rows (options, needed, values): the options, names with spaces between, have an effect only where the option
-    `needed` has one of these values. `CLASS` stands for a class of a user's own; `ON` stands for all values but those that switch an option off; a range (0, end) for the numbers
+    `needed` has one of these values. `CLASS` stands for a class of a user's
+    own; `ON` for all values but those that switch an option off; a range (0, end) for the numbers
     below its end, and for an option that is off.
 
     Args:

@@ -15,16 +15,33 @@ updates and states follow that order.
 
 import copy
 import inspect
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from gradbuffer.unrolling import (Coordinates, Recorded, in_place, pull_back_by_autograd, record_by_steps, replay_by_autograd)
+from gradbuffer.unrolling import Coordinates, Recorded, pull_back_by_autograd, record_by_steps, replay_by_autograd
 
-__all__ = ["Loss", "MetaBatch", "PerceptronData", "Problem", "QuadraticData", "Rule", "as_loss", "as_problem", "as_rule",
-           "check_baseline", "device_of", "has_parts", "in_parts", "is_learned", "kind_of", "learned_rule", "on_device", "part_of", "repack",
-           "torch_rule"]
+__all__ = [
+    "Loss",
+    "MetaBatch",
+    "PerceptronData",
+    "Problem",
+    "QuadraticData",
+    "Rule",
+    "as_loss",
+    "as_problem",
+    "as_rule",
+    "device_of",
+    "has_parts",
+    "in_parts",
+    "is_learned",
+    "kind_of",
+    "on_device",
+    "part_of",
+    "repack",
+]
 
 
 # Problems -------------------------------------------------------------------------------------------------------------
@@ -61,7 +78,11 @@ class Problem:
 
     def describe(self) -> str:
         """What a checkpoint must agree with, as text."""
-        options = {name: value for name, value in self.options.items() if name != "root"} if isinstance(self.options, dict) else {}
+        options = (
+            {name: value for name, value in self.options.items() if name != "root"}
+            if isinstance(self.options, dict)
+            else {}
+        )
         return f"{kind_of(self)} {self.name} {options}"
 
 
@@ -101,8 +122,10 @@ class Loss:
 
     def tensors(self, step: int) -> tuple:
         """What is read at that step, tensors of the same shapes in all batches: for a window that is captured as a CUDA graph."""
-        raise ValueError("a window can be captured if the batch's loss is an object with tensors(step) and of(tensors), as QuadraticLoss "
-                         f"and PerceptronLoss are; got {kind_of(self)}")
+        raise ValueError(
+            "a window can be captured if the batch's loss is an object with tensors(step) and of(tensors), as QuadraticLoss "
+            f"and PerceptronLoss are; got {kind_of(self)}"
+        )
 
     def of(self, tensors: tuple) -> "Loss":
         """A loss that reads these tensors, at any step."""
@@ -155,7 +178,9 @@ def as_loss(loss) -> Loss:
 def adopt(adopted, contract, given):
     """What the user gave, behind a contract: it answers for all that it has of it, the contract's defaults for the rest."""
     for name in vars(contract):
-        if not name.startswith("_") and hasattr(given, name):
+        if (
+            not name.startswith("_") and name != "problems" and hasattr(given, name)
+        ):  # no user's problem is a mixture by that name
             setattr(adopted, name, getattr(given, name))
     adopted.adopted = given
     return adopted
@@ -176,10 +201,13 @@ class FunctionLoss(Loss):
 def in_parts(params: dict, loss: Loss) -> MetaBatch:
     """A meta-batch of a divisible loss."""
 
-    def part(first, last):
-        return MetaBatch({name: tensor[first:last] for name, tensor in params.items()}, loss.part(first, last))
-
-    return MetaBatch(params, loss, part)
+    return MetaBatch(
+        params,
+        loss,
+        lambda first, last: in_parts(
+            {name: tensor[first:last] for name, tensor in params.items()}, loss.part(first, last)
+        ),
+    )
 
 
 def has_parts(batch) -> bool:
@@ -206,9 +234,11 @@ class PartOfLoss(Loss):
         self.loss, self.params, self.first, self.last = loss, params, first, last
 
     def __call__(self, params, step):
-        whole = {name: torch.cat([tensor[:self.first], params[name], tensor[self.last:]])
-                 for name, tensor in self.params.items()}
-        return self.loss(whole, step)[self.first:self.last]
+        whole = {
+            name: torch.cat([tensor[: self.first], params[name], tensor[self.last :]])
+            for name, tensor in self.params.items()
+        }
+        return self.loss(whole, step)[self.first : self.last]
 
 
 # Learned optimizers ---------------------------------------------------------------------------------------------------
@@ -261,7 +291,9 @@ class Rule:
     def repack(self) -> None:
         """Have what is kept of the weights made anew at the next step, though they may not have changed."""
 
-    def record(self, loss: Loss, coordinates: Coordinates, theta, state, step: int, updates: int, keep: bool = False) -> Recorded:
+    def record(
+        self, loss: Loss, coordinates: Coordinates, theta, state, step: int, updates: int, keep: bool = False
+    ) -> Recorded:
         """Unroll from step to step + updates, without a graph; neither theta nor state is changed.
 
         keep: `replay` will be asked about just these steps, and may be given their `tape`.
@@ -395,7 +427,11 @@ class PerFunction(Rule):
     def __init__(self, rule, weights, coordinates):
         net = rule.net if isinstance(rule, (ModuleRule, Tensorwise)) else rule
         parts = [coordinates.part(function, function + 1) for function in range(coordinates.functions)]
-        self.rules, self.spans, self.reads = [as_rule(net, own) for own, _ in parts], [spans for _, spans in parts], rule.reads
+        self.rules, self.spans, self.reads = (
+            [as_rule(net, own) for own, _ in parts],
+            [spans for _, spans in parts],
+            rule.reads,
+        )
         self.weights = [{name: tensor[function] for name, tensor in weights.items()} for function in range(len(parts))]
         self.sizes = [end - start for start, end in self.spans[0]]
 
@@ -431,47 +467,3 @@ def on_device(problem, device) -> Problem:
     """The problem as a `Problem`, on a device, if it knows how to move there."""
     problem = as_problem(problem)
     return problem if problem.device == device else as_problem(problem.to(device))
-
-
-def check_baseline(optimizer, options, names=("optimizer", "options")):
-    """Raise unless it is a class of `torch.optim` that treats coordinates by themselves, and a dict of its options."""
-    if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
-        raise TypeError(f"{names[0]} must be a class of torch.optim.Optimizer, got {optimizer!r}")
-    if inspect.signature(optimizer.step).parameters.get("closure", inspect.Parameter("closure", 1)).default is not None:
-        raise ValueError(f"{optimizer.__name__} needs a closure and does not treat coordinates by themselves")
-    if not isinstance(options, dict):
-        raise TypeError(f'{names[1]} must be a dict such as {{"lr": 0.1}}, got {options!r}')
-
-
-def learned_rule(net):
-    """begin(theta, coordinates) -> advance(gradient, losses, step), which changes theta (N,), in which parameters lie as `Coordinates`
-    say. No graph."""
-    def begin(theta, coordinates=None):
-        coordinates = coordinates or Coordinates({"theta": theta[None]})
-        rule = as_rule(net, coordinates)
-        state = rule.init_state(theta.numel())
-        take = in_place(rule, state) if rule.overwrites else rule
-
-        @torch.no_grad()
-        def advance(gradient, losses=None, step=0):
-            nonlocal state
-            update, state = take(gradient, state, **coordinates.what(rule.reads, theta, losses, step))
-            theta.add_(update)
-
-        return advance
-
-    return begin
-
-
-def torch_rule(optimizer, options):
-    """The same of a class of `torch.optim`."""
-    def begin(theta, coordinates=None):
-        steps = optimizer([theta], **options)
-
-        def advance(gradient, losses=None, step=0):
-            theta.grad = gradient
-            steps.step()
-
-        return advance
-
-    return begin

@@ -5,18 +5,33 @@ with the lowest final loss, and one seed gives every optimizer the same function
 """
 
 import functools
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
 
 from gradbuffer.checks import check_count
-from gradbuffer.contracts import as_loss, has_parts, check_baseline, device_of, learned_rule, on_device, torch_rule
-from gradbuffer.unrolling import Coordinates
+from gradbuffer.contracts import Problem, as_loss, as_rule, device_of, has_parts, on_device
+from gradbuffer.unrolling import Coordinates, in_place
 
-__all__ = ["AccuracyCurves", "BASELINES", "TunedBaseline", "compare", "compare_final", "evaluate", "evaluate_baseline",
-           "evaluate_lbfgs", "minimize_lbfgs", "tune_baseline", "tune_baselines"]
+__all__ = [
+    "BASELINES",
+    "TunedBaseline",
+    "check_baseline",
+    "compare",
+    "compare_final",
+    "evaluate",
+    "evaluate_baseline",
+    "evaluate_lbfgs",
+    "learned_rule",
+    "minimize_lbfgs",
+    "torch_rule",
+    "tune_baseline",
+    "tune_baselines",
+]
 
 FUNCTIONS_AT_ONCE = 32  # functions that evaluation runs as one computation; a seed's functions depend on both bounds
 COORDINATES_AT_ONCE = 1 << 17  # larger states leave the cache and cost a fresh page of memory at every step
@@ -31,7 +46,15 @@ BASELINES = {
 """Hand-designed optimizers to compare with: name -> (class, options other than the learning rate)."""
 
 
-def evaluate(net, problem, steps=100, num_functions=100, seed=1, device=None, watch=None):
+def evaluate(
+    net: torch.nn.Module,
+    problem: Problem,
+    steps: int = 100,
+    num_functions: int = 100,
+    seed: int = 1,
+    device: torch.device | str | None = None,
+    watch: Callable | None = None,
+) -> torch.Tensor:
     """Loss curves of a learned optimizer. No graph is recorded.
 
     Args:
@@ -58,7 +81,16 @@ def evaluate(net, problem, steps=100, num_functions=100, seed=1, device=None, wa
         return loss_curves(learned_rule(net), problem, steps, num_functions, seed, device, watch)
 
 
-def evaluate_baseline(optimizer, options, problem, steps=100, num_functions=100, seed=1, device="cpu", watch=None):
+def evaluate_baseline(
+    optimizer: type[torch.optim.Optimizer],
+    options: dict,
+    problem: Problem,
+    steps: int = 100,
+    num_functions: int = 100,
+    seed: int = 1,
+    device: torch.device | str = "cpu",
+    watch: Callable | None = None,
+) -> torch.Tensor:
     """Loss curves of a hand-designed optimizer, on the very functions that `evaluate` uses for that seed.
 
     The functions of a meta-batch are optimized side by side as one vector, so the optimizer must treat every
@@ -80,7 +112,61 @@ def evaluate_baseline(optimizer, options, problem, steps=100, num_functions=100,
     return loss_curves(torch_rule(optimizer, options), problem, steps, num_functions, seed, torch.device(device), watch)
 
 
-def loss_curves(rule, problem, steps, num_functions, seed, device, watch=None):
+def check_baseline(optimizer: type[torch.optim.Optimizer], options: dict, names=("optimizer", "options")) -> None:
+    """Raise unless it is a class of `torch.optim` that treats coordinates by themselves, and a dict of its options."""
+    if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
+        raise TypeError(f"{names[0]} must be a class of torch.optim.Optimizer, got {optimizer!r}")
+    if inspect.signature(optimizer.step).parameters.get("closure", inspect.Parameter("closure", 1)).default is not None:
+        raise ValueError(f"{optimizer.__name__} needs a closure and does not treat coordinates by themselves")
+    if not isinstance(options, dict):
+        raise TypeError(f'{names[1]} must be a dict such as {{"lr": 0.1}}, got {options!r}')
+
+
+def learned_rule(net: torch.nn.Module) -> Callable:
+    """begin(theta, coordinates) -> advance(gradient, losses, step), which changes theta (N,), in which parameters lie as `Coordinates`
+    say. No graph."""
+
+    def begin(theta: torch.Tensor, coordinates=None):
+        coordinates = coordinates or Coordinates({"theta": theta[None]})
+        rule = as_rule(net, coordinates)
+        state = rule.init_state(theta.numel())
+        take = in_place(rule, state) if rule.overwrites else rule
+
+        @torch.no_grad()
+        def advance(gradient, losses: torch.Tensor | None = None, step: int = 0):
+            nonlocal state
+            update, state = take(gradient, state, **coordinates.what(rule.reads, theta, losses, step))
+            theta.add_(update)
+
+        return advance
+
+    return begin
+
+
+def torch_rule(optimizer: type[torch.optim.Optimizer], options: dict) -> Callable:
+    """The same of a class of `torch.optim`."""
+
+    def begin(theta: torch.Tensor, coordinates=None):
+        steps = optimizer([theta], **options)
+
+        def advance(gradient, losses: torch.Tensor | None = None, step: int = 0):
+            theta.grad = gradient
+            steps.step()
+
+        return advance
+
+    return begin
+
+
+def loss_curves(
+    rule,
+    problem: Problem,
+    steps: int,
+    num_functions: int,
+    seed: int,
+    device: torch.device | str | None,
+    watch: Callable | None = None,
+):
     """Curves (num_functions, steps) of a rule, begun anew for each meta-batch; `watch` as in `evaluate`."""
     check_count(steps=steps)
     curves = []
@@ -99,7 +185,7 @@ def loss_curves(rule, problem, steps, num_functions, seed, device, watch=None):
     return torch.cat(curves).cpu()
 
 
-def drawn(problem, num_functions, seed, device):
+def drawn(problem: Problem, num_functions: int, seed: int, device: torch.device | str | None):
     """Meta-batches of `num_functions` functions in all: for a seed, the same to every optimizer."""
     check_count(num_functions=num_functions)
     check_count(least=0, seed=seed)
@@ -110,7 +196,14 @@ def drawn(problem, num_functions, seed, device):
         yield problem.sample(min(at_once, num_functions - first), generator=generator)
 
 
-def evaluate_lbfgs(problem, steps=100, num_functions=100, seed=1, device="cpu", **options):
+def evaluate_lbfgs(
+    problem: Problem,
+    steps: int = 100,
+    num_functions: int = 100,
+    seed: int = 1,
+    device: torch.device | str = "cpu",
+    **options,
+) -> torch.Tensor:
     """Loss curves of L-BFGS, each function by itself, on the very functions that `evaluate` uses for that seed.
 
     Args:
@@ -130,7 +223,7 @@ def evaluate_lbfgs(problem, steps=100, num_functions=100, seed=1, device="cpu", 
     return torch.cat([minimize_lbfgs(batch, steps, **options)[0] for batch in batches]).cpu()
 
 
-def minimize_lbfgs(batch, steps, **options):
+def minimize_lbfgs(batch, steps: int, **options) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """L-BFGS with a strong Wolfe line search on each function of a meta-batch, for `steps` evaluations.
 
     Args:
@@ -160,7 +253,7 @@ def minimize_lbfgs(batch, steps, **options):
     return torch.stack(curves), {name: torch.cat([end[name] for end in ends]) for name in batch.params}
 
 
-def minimize_one(batch, steps, options):
+def minimize_one(batch, steps: int, options: dict):
     """(losses (steps,), params) of L-BFGS on a meta-batch of one function."""
     coordinates, losses = Coordinates(batch.params), []
     theta = torch.nn.Parameter(coordinates.join(batch.params).detach().clone())
@@ -174,8 +267,9 @@ def minimize_one(batch, steps, options):
         losses.append(loss[0])
         return loss[0]
 
-    optimizer = torch.optim.LBFGS([theta], **{"line_search_fn": "strong_wolfe", "max_iter": steps, "max_eval": steps,
-                                              **options})
+    optimizer = torch.optim.LBFGS(
+        [theta], **{"line_search_fn": "strong_wolfe", "max_iter": steps, "max_eval": steps, **options}
+    )
     while len(losses) < steps:  # it may stop early, at its tolerances; then it begins anew where it is
         optimizer.step(closure)
     return torch.stack(losses[:steps]).cummin(0).values, coordinates.split(best)
@@ -189,13 +283,31 @@ class TunedBaseline:
     options: dict  # `lr` included: what `evaluate_baseline` takes
     final_losses: dict  # learning rate -> mean final loss (infinite if a function diverged), the whole search
 
-    def evaluate(self, problem, steps=100, num_functions=100, seed=1, device="cpu", watch=None):
+    def evaluate(
+        self,
+        problem: Problem,
+        steps: int = 100,
+        num_functions: int = 100,
+        seed: int = 1,
+        device: torch.device | str = "cpu",
+        watch: Callable | None = None,
+    ) -> torch.Tensor:
         """`evaluate_baseline` with these options."""
         return evaluate_baseline(self.optimizer, self.options, problem, steps, num_functions, seed, device, watch)
 
 
-def tune_baseline(optimizer, problem, lrs=None, steps=100, num_functions=32, seed=0, *, options=None, device="cpu",
-                  last=1):
+def tune_baseline(
+    optimizer: type[torch.optim.Optimizer],
+    problem: Problem,
+    lrs: list[float] | None = None,
+    steps: int = 100,
+    num_functions: int = 32,
+    seed: int = 0,
+    *,
+    options: dict | None = None,
+    device: torch.device | str = "cpu",
+    last: int = 1,
+) -> TunedBaseline:
     """Search the learning rate of a hand-designed optimizer: the lowest mean loss at the last step (or steps).
 
     The grid grows by itself until the best learning rate does not lie at its edge; the gaps on both sides of the best
@@ -242,30 +354,51 @@ def tune_baseline(optimizer, problem, lrs=None, steps=100, num_functions=32, see
         best = search([best / factor if best == min(final) else best * factor])
     rates = sorted(final)
     place = rates.index(best)
-    gaps = list(zip(rates, rates[1:]))[max(place - 1, 0):place + 1]
+    gaps = list(zip(rates, rates[1:]))[max(place - 1, 0) : place + 1]
     best = search([low * (high / low) ** third for low, high in gaps for third in (1 / 3, 2 / 3)])
     return TunedBaseline(optimizer, {**options, "lr": best}, dict(sorted(final.items())))
 
 
-def tune_baselines(problem, steps=100, num_functions=32, seed=0, *, baselines=BASELINES, lrs=None, device="cpu",
-                   progress=True, last=1):
+def tune_baselines(
+    problem: Problem,
+    steps: int = 100,
+    num_functions: int = 32,
+    seed: int = 0,
+    *,
+    baselines: dict[str, tuple] = BASELINES,
+    lrs: list[float] | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    last: int = 1,
+) -> dict[str, TunedBaseline]:
     """`tune_baseline` for each of `BASELINES` (or a user's own dict like it). Returns a dict from name to result."""
     tuned = {}
     for name in (bar := tqdm(baselines, desc="tuning", disable=not progress)):
         bar.set_postfix_str(name)
         optimizer, options = baselines[name]
-        tuned[name] = tune_baseline(optimizer, problem, lrs, steps, num_functions, seed, options=options, device=device,
-                                    last=last)
+        tuned[name] = tune_baseline(
+            optimizer, problem, lrs, steps, num_functions, seed, options=options, device=device, last=last
+        )
     return tuned
 
 
-def check_last(last, steps):
+def check_last(last: int, steps: int):
     check_count(last=last, steps=steps)
     if last > steps:
         raise ValueError(f"last must be at most steps = {steps}, got {last}")
 
 
-def compare(nets, tuned, problem, steps=100, num_functions=100, seed=1, device=None, progress=True, watch=None):
+def compare(
+    nets: dict[str, torch.nn.Module],
+    tuned: dict[str, TunedBaseline],
+    problem: Problem,
+    steps: int = 100,
+    num_functions: int = 100,
+    seed: int = 1,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    watch: Callable | None = None,
+) -> dict[str, torch.Tensor]:
     """Loss curves of learned optimizers and tuned baselines, all on the same functions and minibatches.
 
     Args:
@@ -291,8 +424,21 @@ def compare(nets, tuned, problem, steps=100, num_functions=100, seed=1, device=N
     return curves
 
 
-def compare_final(nets, problems, steps=100, num_functions=100, seed=1, *, last=10, baselines=BASELINES,
-                  tuning_functions=32, tuning_seed=0, lrs=None, device=None, progress=True):
+def compare_final(
+    nets: dict[str, torch.nn.Module],
+    problems: dict,
+    steps: int = 100,
+    num_functions: int = 100,
+    seed: int = 1,
+    *,
+    last: int = 10,
+    baselines: dict[str, tuple] = BASELINES,
+    tuning_functions: int = 32,
+    tuning_seed: int = 0,
+    lrs: list[float] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> dict:
     """Final losses of learned optimizers and of baselines on several problems, the baselines tuned anew for each.
 
     Every optimizer gets the same functions and minibatches of a problem. Baselines are tuned for what is reported, the
@@ -320,7 +466,7 @@ def compare_final(nets, problems, steps=100, num_functions=100, seed=1, *, last=
         >>> from optimizees import Quadratics; from optimizers import CoordinatewiseLSTM
         >>> problems = {dim: (Quadratics(dim), Quadratics(dim)) for dim in (2, 5)}
         >>> finals = compare_final({"LSTM": CoordinatewiseLSTM()}, problems, steps=20, num_functions=8, progress=False)
-        >>> finals[5]["Adam"].shape
+        >>> finals[5].get("Adam").shape
         torch.Size([8])
 
     Reference: Andrychowicz et al. 2016, figure 6.
@@ -334,56 +480,17 @@ def compare_final(nets, problems, steps=100, num_functions=100, seed=1, *, last=
     for key in (bar := tqdm(problems, desc="problems", disable=not progress)):
         bar.set_postfix_str(str(key))
         tuning, test = problems[key]
-        tuned = tune_baselines(tuning, steps, tuning_functions, tuning_seed, baselines=baselines, lrs=lrs, device=where,
-                               progress=False, last=last)
+        tuned = tune_baselines(
+            tuning,
+            steps,
+            tuning_functions,
+            tuning_seed,
+            baselines=baselines,
+            lrs=lrs,
+            device=where,
+            progress=False,
+            last=last,
+        )
         curves = compare(nets, tuned, test, steps, num_functions, seed, device, progress=False)
         finals[key] = {name: losses[:, -last:].mean(1) for name, losses in curves.items()}
     return finals
-
-
-class AccuracyCurves:
-    """What `compare` watches with: the accuracy on test images along the way, every so many steps.
-
-    `steps` lists when it was measured; `curves` is a dict from name to accuracies (num_functions, len(steps)), on the
-    CPU and in [0, 1].
-
-    Args:
-        problem: whose functions run, with `test_accuracy(params, images)`, such as `CIFAR10Net`.
-        every: steps from one measurement to the next, the first at step 0; positive.
-        images: how many test images; default all.
-
-    Raises:
-        ValueError, TypeError: an argument is not as above.
-
-    Example:
-        >>> from gradbuffer.data.cifar10 import generated_images; from optimizees import CIFAR10Net
-        >>> problem = CIFAR10Net(batch_size=8, channels=(4,), root=generated_images(100, 20, side=8))
-        >>> watch = AccuracyCurves(problem, every=2)
-        >>> tuned = {"SGD": TunedBaseline(torch.optim.SGD, {"lr": 0.1}, {})}
-        >>> losses = compare({}, tuned, problem, steps=5, num_functions=3, progress=False, watch=watch)
-        >>> watch.steps, watch.curves["SGD"].shape
-        ([0, 2, 4], torch.Size([3, 3]))
-    """
-
-    def __init__(self, problem, every=100, images=None):
-        if not callable(getattr(problem, "test_accuracy", None)):
-            raise TypeError(f"problem must have test_accuracy(params, images), got {type(problem).__name__}")
-        check_count(every=every)
-        if images is not None:
-            check_count(least=2, images=images)
-        self.problem, self.every, self.images, self.measured = problem, every, images, {}
-
-    def __call__(self, name, step, params):
-        if step % self.every == 0:
-            problem = on_device(self.problem, next(iter(params.values())).device)
-            accuracies = problem.test_accuracy(params, self.images).cpu()
-            self.measured.setdefault(name, {}).setdefault(step, []).append(accuracies)
-
-    @property
-    def steps(self):
-        return sorted({step for groups in self.measured.values() for step in groups})
-
-    @property
-    def curves(self):
-        return {name: torch.stack([torch.cat(groups) for groups in by_step.values()], 1)
-                for name, by_step in self.measured.items()}

@@ -87,8 +87,11 @@ class Snapshot:
         self.form = form_of(tensors)
         self.on_cpu = all(tensor.is_cpu and tensor.layout is torch.strided for tensor in tensors)
         with torch.inference_mode(False), torch.no_grad():
-            self.kept = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors] \
-                if self.on_cpu else joined_by_form(tensors)
+            self.kept = (
+                [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
+                if self.on_cpu
+                else joined_by_form(tensors)
+            )
         if self.on_cpu:
             self.places = [(kept.data_ptr(), kept.nbytes, kept.dtype, kept.shape) for kept in self.kept]
 
@@ -108,7 +111,9 @@ class Snapshot:
         if len(tensors) != len(self.places):
             return False
         for tensor, (address, size, dtype, shape) in zip(tensors, self.places):
-            if not (tensor.is_cpu and tensor.dtype is dtype and tensor.shape == shape):  # else memcmp could read too far
+            if not (
+                tensor.is_cpu and tensor.dtype is dtype and tensor.shape == shape
+            ):  # else memcmp could read too far
                 return False
             if not tensor.is_contiguous():
                 tensor = tensor.detach().contiguous()

@@ -13,8 +13,21 @@ import torch
 
 from gradbuffer.nests import map_tensors, tensors_in
 
-__all__ = ["Coordinates", "Recorded", "check_objective", "gradients_of", "in_place", "joined_reads", "pull_back_by_autograd", "record_by_steps", "replay_by_autograd",
-           "multiply_by_slopes", "scored", "trained", "unroll"]
+__all__ = [
+    "Coordinates",
+    "Recorded",
+    "check_objective",
+    "gradients_of",
+    "in_place",
+    "joined_reads",
+    "pull_back_by_autograd",
+    "record_by_steps",
+    "replay_by_autograd",
+    "multiply_by_slopes",
+    "scored",
+    "trained",
+    "unroll",
+]
 
 SMALLEST_SHARE = 1024  # coordinates of a tensor that a partial replay reads at least
 
@@ -30,8 +43,10 @@ class Coordinates:
             if not isinstance(tensor, torch.Tensor) or tensor.dim() < 1:
                 raise TypeError(f"params[{name!r}] must be a tensor (B, ...), got {tensor!r}")
             if tensor.shape[0] != first.shape[0] or tensor.dtype != first.dtype or tensor.device != first.device:
-                raise ValueError(f"params[{name!r}] is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; the "
-                                 f"first is {tuple(first.shape)} {first.dtype} on {first.device}")
+                raise ValueError(
+                    f"params[{name!r}] is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; the "
+                    f"first is {tuple(first.shape)} {first.dtype} on {first.device}"
+                )
         self.functions = first.shape[0]
         self.shapes = {name: tensor.shape for name, tensor in params.items()}
         self.sizes = [tensor.numel() for tensor in params.values()]
@@ -64,8 +79,10 @@ class Coordinates:
         """Losses (B,) of the functions at theta (N,)."""
         losses = loss(self.split(theta), step)
         if not isinstance(losses, torch.Tensor) or losses.shape != (self.functions,):
-            raise ValueError(f"loss must return a tensor of shape ({self.functions},), one loss for each function, got "
-                             f"{tuple(losses.shape) if isinstance(losses, torch.Tensor) else losses!r}")
+            raise ValueError(
+                f"loss must return a tensor of shape ({self.functions},), one loss for each function, got "
+                f"{tuple(losses.shape) if isinstance(losses, torch.Tensor) else losses!r}"
+            )
         return losses
 
     def losses_and_gradient(self, loss, theta, step):
@@ -85,8 +102,10 @@ class Coordinates:
             if losses.requires_grad:
                 (gradient,) = torch.autograd.grad(losses.sum(), theta, allow_unused=True)
         if gradient is None:
-            raise ValueError(f"loss must depend on the parameters {list(self.shapes)} that it is given, and let autograd see it; got "
-                             f"losses without a gradient by them at step {step}")
+            raise ValueError(
+                f"loss must depend on the parameters {list(self.shapes)} that it is given, and let autograd see it; got "
+                f"losses without a gradient by them at step {step}"
+            )
         return losses.detach(), gradient
 
     def spread(self, values):
@@ -95,7 +114,7 @@ class Coordinates:
 
     def first_of_each(self, values):
         """The way back: one value for each coordinate (N,) -> one for each function (B,)."""
-        return values[:self.sizes[0]].view(self.functions, -1)[:, 0]
+        return values[: self.sizes[0]].view(self.functions, -1)[:, 0]
 
     def what(self, reads, theta, losses, step):
         """What a network that `reads` these is given beside gradient and state, see `Rule`."""
@@ -194,7 +213,10 @@ def joined_reads(read):
     """A list of what was read at each step -> a dict of it all, None if nothing was."""
     if not read:
         return None
-    return {name: torch.stack([step[name] for step in read]) if name != "step" else [step[name] for step in read] for name in read[0]}
+    return {
+        name: torch.stack([step[name] for step in read]) if name != "step" else [step[name] for step in read]
+        for name in read[0]
+    }
 
 
 def read_at(read, t):
@@ -242,19 +264,30 @@ def pull_back_by_autograd(rule, grad, state, adjoint, next_adjoints, read=None):
     wanted, read = trained(rule), dict(read or {})
     with torch.enable_grad():
         grad = grad.detach().requires_grad_()
-        read |= {name: value.detach().requires_grad_() for name, value in read.items() if isinstance(value, torch.Tensor)}
+        read |= {
+            name: value.detach().requires_grad_() for name, value in read.items() if isinstance(value, torch.Tensor)
+        }
         state = map_tensors(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), state)
-        before, beside = tensors_in(state), {name: value for name, value in read.items() if isinstance(value, torch.Tensor)}
+        before, beside = (
+            tensors_in(state),
+            {name: value for name, value in read.items() if isinstance(value, torch.Tensor)},
+        )
         update, after = rule(grad, state, **read)
-        ends = [(end, d) for end, d in zip([update, *tensors_in(after)], [adjoint, *next_adjoints]) if end.requires_grad]
+        ends = [
+            (end, d) for end, d in zip([update, *tensors_in(after)], [adjoint, *next_adjoints]) if end.requires_grad
+        ]
         leaves = [grad, *before, *wanted.values(), *beside.values()]
         asked = [leaf for leaf in leaves if leaf.requires_grad]
-        grads = torch.autograd.grad([end for end, _ in ends], asked, [d for _, d in ends], allow_unused=True) if ends else []
+        grads = (
+            torch.autograd.grad([end for end, _ in ends], asked, [d for _, d in ends], allow_unused=True)
+            if ends
+            else []
+        )
         found = dict(zip(map(id, asked), grads))
     pulled = [torch.zeros_like(leaf) if found.get(id(leaf)) is None else found[id(leaf)] for leaf in leaves]
     first = 1 + len(before)
     parts = pulled[0], pulled[1:first], dict(zip(wanted, pulled[first:]))
-    return (*parts, dict(zip(beside, pulled[first + len(wanted):]))) if rule.reads else parts
+    return (*parts, dict(zip(beside, pulled[first + len(wanted) :]))) if rule.reads else parts
 
 
 def trained(rule) -> dict:
@@ -267,5 +300,7 @@ def gradients_of(value, rule):
     wanted = trained(rule)
     depends = value.requires_grad  # a network may leave such parameters to a rule without weights
     grads = torch.autograd.grad(value, list(wanted.values()), allow_unused=True) if depends else [None] * len(wanted)
-    return {name: torch.zeros_like(parameter) if grad is None else grad
-            for (name, parameter), grad in zip(wanted.items(), grads)}
+    return {
+        name: torch.zeros_like(parameter) if grad is None else grad
+        for (name, parameter), grad in zip(wanted.items(), grads)
+    }

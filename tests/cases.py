@@ -4,9 +4,14 @@ import torch
 
 from gradbuffer.data.cifar10 import generated_images
 from optimizees import CIFAR10Net, ConvexTerms, Mirrored, MNISTNet, Quadratics, RandomScaling
-from optimizers import CoordinatewiseLSTM, LSTMWithGAC, MLPOptimizer, NormalizedLSTM, NTMBFGS, PerKind, RNNProp
+from optimizers import NTMBFGS, CoordinatewiseLSTM, LSTMWithGAC, MLPOptimizer, NormalizedLSTM, PerKind, RNNProp
 
-VECTORS = ("quadratics", "scaled", "mirrored", "convex")  # problems without matrices, which some networks leave to AdamW
+VECTORS = (
+    "quadratics",
+    "scaled",
+    "mirrored",
+    "convex",
+)  # problems without matrices, which some networks leave to AdamW
 KERNELS = ("torch", "numba")
 
 NETWORKS = {
@@ -17,8 +22,10 @@ NETWORKS = {
     "NormalizedLSTM": lambda: NormalizedLSTM(3, 2, odd=True),
     "GAC": lambda: LSTMWithGAC(4, 1, shared=2),
     "NTM-BFGS": lambda: NTMBFGS(4, 1, shared=1),
-    "PerKind": lambda: PerKind({"first": CoordinatewiseLSTM(2, 1, "log_sign", output_scale=0.1), "rest": RNNProp(2, 1)},
-                               {"*0*": "first", "theta": "first", "*": "rest"}),
+    "PerKind": lambda: PerKind(
+        {"first": CoordinatewiseLSTM(2, 1, "log_sign", output_scale=0.1), "rest": RNNProp(2, 1)},
+        {"*0*": "first", "theta": "first", "*": "rest"},
+    ),
     "MLP": lambda: MLPOptimizer((4,), lr=0.01),
     "MLP, orthogonal": lambda: MLPOptimizer((3, 3), orthogonalize=True, weight_decay=0.1, vectors="adamw", lr=0.003),
     "small_fc": lambda: MLPOptimizer((4,), "small_fc", lr=0.001),
@@ -27,8 +34,12 @@ NETWORKS = {
 PROBLEMS = {
     "quadratics": lambda root: Quadratics(4, torch.float64),
     "perceptrons": lambda root: MNISTNet((3,), batch_size=6, root=root, side=7, dtype=torch.float64),
-    "deep perceptrons": lambda root: MNISTNet((3, 2), "tanh", batch_size=5, root=root, side=4, init_std=0.5, dtype=torch.float64),
-    "convolutions": lambda root: CIFAR10Net(4, channels=(2,), fc_size=3, root=generated_images(40, 10, side=4), dtype=torch.float64),
+    "deep perceptrons": lambda root: MNISTNet(
+        (3, 2), "tanh", batch_size=5, root=root, side=4, init_std=0.5, dtype=torch.float64
+    ),
+    "convolutions": lambda root: CIFAR10Net(
+        4, channels=(2,), fc_size=3, root=generated_images(40, 10, side=4), dtype=torch.float64
+    ),
     "scaled": lambda root: RandomScaling(Quadratics(3, torch.float64), 0.5, signs=True),
     "mirrored": lambda root: Mirrored(Quadratics(3, torch.float64)),
     "convex": lambda root: ConvexTerms(Quadratics(2, torch.float64), 2),

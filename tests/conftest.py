@@ -18,7 +18,6 @@ from PIL import Image
 from gradbuffer.data import roots
 from gradbuffer.data.cifar10 import CIFAR10_CLASSES
 
-
 torch.set_num_threads(1)  # the tests' tensors are too small for more to help
 
 
@@ -102,8 +101,12 @@ def write_cifar10_pickles(root, count=10):
     folder.mkdir(parents=True)
     for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
         images = np.stack([image_of(label % 10, 32, random) for label in range(count)])
-        batch = {b"batch_label": name.encode(), b"labels": [label % 10 for label in range(count)],
-                 b"data": images.transpose(0, 3, 1, 2).reshape(count, -1), b"filenames": [b"x.png"] * count}
+        batch = {
+            b"batch_label": name.encode(),
+            b"labels": [label % 10 for label in range(count)],
+            b"data": images.transpose(0, 3, 1, 2).reshape(count, -1),
+            b"filenames": [b"x.png"] * count,
+        }
         (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
     return root
 
@@ -117,7 +120,14 @@ def small_cifar(tmp_path):
 def huge_picture(side=20_000):
     """A PNG of a few bytes that says that it is 400 megapixels large."""
     header = b"IHDR" + side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big") + bytes(4) + b"IDAT"
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + (13).to_bytes(4, "big")
+        + header
+        + zlib.crc32(header).to_bytes(4, "big")
+        + bytes(4)
+        + b"IDAT"
+    )
 
 
 def write_art(root, form="folder", side=20, counts=(("train", 6), ("validation", 3), ("test", 4), ("test_32", 2))):

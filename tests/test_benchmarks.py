@@ -24,8 +24,10 @@ def benchmarks(monkeypatch):
 def tables_in(text):
     """The Markdown tables of a text, each a list of rows, its head first."""
     blocks = [block.splitlines() for block in re.findall(r"(?:^\|.*\|\n)+", text, re.M)]
-    return [[[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if "---" not in line]
-            for lines in blocks]
+    return [
+        [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if "---" not in line]
+        for lines in blocks
+    ]
 
 
 def check_numbers(table):
@@ -67,6 +69,7 @@ def test_methods_compute_the_same(monkeypatch):
 def test_bare_products_are_those_of_the_window(monkeypatch):
     """Count the multiplications: three of W's size for each layer, coordinate and step, and those by its input."""
     import floors
+
     from optimizers import CoordinatewiseLSTM
 
     count = []
@@ -83,8 +86,12 @@ def test_alternate_counts_rounds_and_asks_peers_between_them(monkeypatch):
 
     calls = []
     monkeypatch.setattr(timing, "LEAST", 0.0)
-    times = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 4,
-                      {"peer": lambda: calls.append("peer") or 0.5}, 2)
+    times = alternate(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
+        4,
+        {"peer": lambda: calls.append("peer") or 0.5},
+        2,
+    )
     assert calls == ["a", "b"] * 2 + 2 * (["a", "b"] * 2 + ["peer"])
     assert times["peer"] == Seconds(0.5, 0.5, [0.5] * 2) and 0 < times["a"].minimum <= times["a"].median < 0.5
 
@@ -103,7 +110,9 @@ def test_alternate_calls_short_functions_several_times_in_a_row(monkeypatch):
 
     calls = []
     monkeypatch.setattr(timing, "LEAST", 0.02)
-    times = timing.alternate({"short": lambda: calls.append("s") or time.sleep(0.002), "long": lambda: time.sleep(0.03)}, 1)
+    times = timing.alternate(
+        {"short": lambda: calls.append("s") or time.sleep(0.002), "long": lambda: time.sleep(0.03)}, 1
+    )
     assert 3 <= len(calls) <= 12 and 0.002 <= times["short"].median < 0.02 and times["long"].median >= 0.03
 
 
@@ -164,7 +173,9 @@ def test_art_tests_prints_what_it_says(monkeypatch, capsys):
 
     small = {name: (title, {**settings, "size": 16}) for name, (title, settings) in art.TESTS.items()}
     monkeypatch.setattr(art, "TESTS", small)
-    monkeypatch.setattr(sys, "argv", ["art_tests.py", *"--tests style large --functions 2 --tuning 1 --steps 3".split()])
+    monkeypatch.setattr(
+        sys, "argv", ["art_tests.py", *"--tests style large --functions 2 --tuning 1 --steps 3".split()]
+    )
     art.main()
     (table,) = tables_in(capsys.readouterr().out)
     head, *rows = table

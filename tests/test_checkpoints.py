@@ -14,7 +14,15 @@ import torch
 from torch import nn
 
 from gradbuffer import files
-from gradbuffer.training.checkpoints import FILE_FORMAT, PARTS, plain, read_checkpoint, read_start, regroup, write_checkpoint
+from gradbuffer.training.checkpoints import (
+    FILE_FORMAT,
+    PARTS,
+    plain,
+    read_checkpoint,
+    read_start,
+    regroup,
+    write_checkpoint,
+)
 from meta_training import meta_train
 from optimizees import MNISTNet, Quadratics, RandomScaling
 from optimizers import CoordinatewiseLSTM, RNNProp, save_optimizer
@@ -73,8 +81,10 @@ CASES = {
     "averaging": (quadratics, dict(averaging=0.9)),
     "curriculum": (quadratics, dict(curriculum=(5, 10), patience=1, validation_every=2, averaging=0.2, lr=1.0)),
     "imitation": (quadratics, dict(teacher=(torch.optim.Adam, {"lr": 0.1}), imitation=0.6)),
-    "imitation of NAG": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)),
-                         dict(teacher=(torch.optim.SGD, dict(lr=0.01, momentum=0.9, nesterov=True)), imitation=1.0)),
+    "imitation of NAG": (
+        lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)),
+        dict(teacher=(torch.optim.SGD, dict(lr=0.01, momentum=0.9, nesterov=True)), imitation=1.0),
+    ),
     "imitation of a user's": (quadratics, dict(teacher=Momentum(), imitation=0.6, method="pes")),
     "PES": (quadratics, dict(method="pes", pairs=2, objective="log")),
     "PES of a user's": (lambda: (Quadratics(dim=3), Momentum, dict(meta_batch=4)), dict(method="pes")),
@@ -82,7 +92,9 @@ CASES = {
 }
 
 
-TRAIN = dict(steps=20, unroll=5, iterations=14, lr=0.01, warmup=2, progress=False, validation_every=5, validation_functions=3)
+TRAIN = dict(
+    steps=20, unroll=5, iterations=14, lr=0.01, warmup=2, progress=False, validation_every=5, validation_functions=3
+)
 
 
 def train(make, problem, **arguments):
@@ -110,9 +122,25 @@ def test_resumed_equals_uninterrupted(name, tmp_path, tiny_mnist):
         resumed = make()
         for parameter in resumed.parameters():
             nn.init.normal_(parameter)
-        again = meta_train(resumed, problem, **{**dict(steps=20, unroll=5, iterations=14, lr=0.01, warmup=2,
-                                                       validation_every=5, validation_functions=3, checkpoint=path,
-                                                       checkpoint_every=2, progress=False), **arguments})
+        again = meta_train(
+            resumed,
+            problem,
+            **{
+                **dict(
+                    steps=20,
+                    unroll=5,
+                    iterations=14,
+                    lr=0.01,
+                    warmup=2,
+                    validation_every=5,
+                    validation_functions=3,
+                    checkpoint=path,
+                    checkpoint_every=2,
+                    progress=False,
+                ),
+                **arguments,
+            },
+        )
         assert again == history
         assert all(torch.equal(tensor, resumed.state_dict()[key]) for key, tensor in net.state_dict().items())
         ends = [torch.load(file, weights_only=True)["content"] for file in (tmp_path / "whole", path)]
@@ -188,8 +216,14 @@ assert os.listdir(os.path.dirname(path)) == ["run"]  # half-written files were c
 
 
 def test_killed_at_random_moments(tmp_path):
-    result = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "there" / "run", tmp_path / "record"], cwd=ROOT,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path / "there" / "run", tmp_path / "record"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -225,10 +259,24 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     start = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     fill = lambda done, history: done == 6 and monkeypatch.setattr(files.os, "fsync", full_disk)  # noqa: E731
     with pytest.raises(OSError, match="could not be written: No space left on device; a file that was there") as caught:
-        meta_train(net, problem, 20, 5, iterations=14, checkpoint=run, checkpoint_every=2, validation_every=4,
-                   callback=fill, progress=False, **arguments)
+        meta_train(
+            net,
+            problem,
+            20,
+            5,
+            iterations=14,
+            checkpoint=run,
+            checkpoint_every=2,
+            validation_every=4,
+            callback=fill,
+            progress=False,
+            **arguments,
+        )
     assert caught.value.errno == 28 and str(run) in str(caught.value)
-    assert torch.load(run, weights_only=True)["content"]["iteration"] == 6 and sorted(os.listdir(tmp_path)) == ["run", "training"]
+    assert torch.load(run, weights_only=True)["content"]["iteration"] == 6 and sorted(os.listdir(tmp_path)) == [
+        "run",
+        "training",
+    ]
     assert any(not torch.equal(start[name], tensor) for name, tensor in net.state_dict().items())  # the best so far
 
 
@@ -284,9 +332,9 @@ class Evil:
 def test_damaged_and_foreign_files(stopped, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content, settings = stopped.read_bytes(), torch.load(stopped, weights_only=True)["settings"]
-    damaged = [b"", b"not a checkpoint", content[:100], content[:len(content) // 2], content[:-1], content[1:]]
+    damaged = [b"", b"not a checkpoint", content[:100], content[: len(content) // 2], content[:-1], content[1:]]
     middle = content.index(torch.load(stopped, weights_only=True)["content"]["net"]["output.weight"].numpy().tobytes())
-    damaged.append(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:])  # one bit, in a weight
+    damaged.append(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])  # one bit, in a weight
     for case in damaged:
         stopped.write_bytes(case)
         with pytest.raises(ValueError, match="is not a readable checkpoint, or a damaged one"):
@@ -329,7 +377,10 @@ def test_a_file_that_lacks_parts_or_holds_others(stopped):
 def test_files_of_the_first_format_are_read(stopped):
     problem, make, arguments = quadratics()
     file = torch.load(stopped, weights_only=True)
-    torch.save({**file, "format": 1, "content": {key: part for key, part in file["content"].items() if key != "start"}}, stopped)
+    torch.save(
+        {**file, "format": 1, "content": {key: part for key, part in file["content"].items() if key != "start"}},
+        stopped,
+    )
     _, history = train(make, problem, checkpoint=stopped, **arguments)
     assert history == train(make, problem, **arguments)[1]
 
@@ -343,22 +394,38 @@ def test_the_start_of_a_run_is_in_its_checkpoint(stopped):
     assert read_start(stopped.with_name("none")) is None
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(lr=0.02), "another run: lr was 0.01 and is 0.02"),
-    (dict(steps=40), "steps was 20 and is 40"),
-    (dict(seed=1, clip=None), "seed was 0 and is 1; clip was 1.0 and is None"),
-    (dict(iterations=20), "iterations was 14 and is 20"),
-    (dict(horizons=(1, 2)), r"horizons was None and is \(1, 2\)"),
-    (dict(problem=RandomScaling(Quadratics(dim=3), 2.0)), "problem was 'Quad.* and is .RandomScaling .* of Quadratics"),
-    (dict(objective="log"), "objective was 'sum' and is 'log'"),
-    (dict(curriculum=(10,), patience=2), r"curriculum was None and is '\(10,\) with patience 2'"),
-    (dict(teacher=(torch.optim.Adam, {"lr": 0.1}), imitation=0.3),
-     "teacher was None and is \"Adam {'lr': 0.1}, 0.3 of the functions, weight 1.0\""),
-    (dict(make=lambda: CoordinatewiseLSTM(hidden_size=5)), "net was .*'hidden_size': 4.* and is .*'hidden_size': 5"),
-    (dict(make=lambda: CoordinatewiseLSTM(hidden_size=4).double(), problem=Quadratics(3, dtype=torch.float64)),
-     "net was .*float32.* and is .*float64"),
-    (dict(problem=Quadratics(dim=4)), "problem was 'Quadratics Quadratics, 3 dimensions .*' and is 'Quadratics.* 4 dim"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(lr=0.02), "another run: lr was 0.01 and is 0.02"),
+        (dict(steps=40), "steps was 20 and is 40"),
+        (dict(seed=1, clip=None), "seed was 0 and is 1; clip was 1.0 and is None"),
+        (dict(iterations=20), "iterations was 14 and is 20"),
+        (dict(horizons=(1, 2)), r"horizons was None and is \(1, 2\)"),
+        (
+            dict(problem=RandomScaling(Quadratics(dim=3), 2.0)),
+            "problem was 'Quad.* and is .RandomScaling .* of Quadratics",
+        ),
+        (dict(objective="log"), "objective was 'sum' and is 'log'"),
+        (dict(curriculum=(10,), patience=2), r"curriculum was None and is '\(10,\) with patience 2'"),
+        (
+            dict(teacher=(torch.optim.Adam, {"lr": 0.1}), imitation=0.3),
+            "teacher was None and is \"Adam {'lr': 0.1}, 0.3 of the functions, weight 1.0\"",
+        ),
+        (
+            dict(make=lambda: CoordinatewiseLSTM(hidden_size=5)),
+            "net was .*'hidden_size': 4.* and is .*'hidden_size': 5",
+        ),
+        (
+            dict(make=lambda: CoordinatewiseLSTM(hidden_size=4).double(), problem=Quadratics(3, dtype=torch.float64)),
+            "net was .*float32.* and is .*float64",
+        ),
+        (
+            dict(problem=Quadratics(dim=4)),
+            "problem was 'Quadratics Quadratics, 3 dimensions .*' and is 'Quadratics.* 4 dim",
+        ),
+    ],
+)
 def test_another_runs_checkpoint_is_refused(stopped, change, message):
     problem, make, arguments = quadratics()
     arguments |= dict(problem=problem, make=make, checkpoint=stopped) | change
@@ -394,8 +461,19 @@ def test_another_number_of_processes_draws_new_functions_in_the_middle_of_an_imi
 def test_what_may_change(stopped):
     problem, make, arguments = quadratics()
     _, history = train(make, problem, **arguments)
-    assert train(make, problem, checkpoint=stopped, checkpoint_every=5, skip_non_finite=3, callback=lambda *_: None,
-                 device="cpu", **arguments)[1] == history
+    assert (
+        train(
+            make,
+            problem,
+            checkpoint=stopped,
+            checkpoint_every=5,
+            skip_non_finite=3,
+            callback=lambda *_: None,
+            device="cpu",
+            **arguments,
+        )[1]
+        == history
+    )
 
 
 def test_a_state_that_a_checkpoint_cannot_hold():

@@ -52,10 +52,14 @@ def test_pickles_run_no_code(tmp_path, offline):
 def test_pickles_of_python_2(tmp_path):
     """The original files: Python 2 wrote them, its text is read as bytes."""
     pixels = bytes(range(256)) * 12
-    array = (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
-             b"(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\n"
-             b"(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
-             + len(pixels).to_bytes(4, "little") + pixels + b"tb")
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
+        b"(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\n"
+        b"(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
+        + len(pixels).to_bytes(4, "little")
+        + pixels
+        + b"tb"
+    )
     (tmp_path / "batch").write_bytes(b"\x80\x02}(U\x06labels](K\x07eU\x04data" + array + b"u.")
     images, labels = cifar_data.read_pickle(tmp_path / "batch")
     assert labels.tolist() == [7] and images.shape == (1, 3, 32, 32) and images.flatten().tolist() == list(pixels)
@@ -71,18 +75,22 @@ def change_pickle(**changes):
     def damage(path):
         batch = {"data": np.zeros((3, 3072), np.uint8), "labels": [1, 2, 3], **changes}
         path.write_bytes(pickle.dumps({name.encode(): value for name, value in batch.items()}, protocol=2))
+
     return damage
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda path: path.write_bytes(path.read_bytes()[:-50]), "test_batch is truncated or corrupt"),
-    (lambda path: path.write_bytes(b""), "test_batch is truncated or corrupt"),
-    (lambda path: path.write_bytes(pickle.dumps({})), "test_batch is truncated or corrupt: KeyError"),
-    (lambda path: path.unlink(), "a part of CIFAR-10 only: test_batch missing"),
-    (change_pickle(data=np.zeros((3, 300), np.uint8)), r"test_batch must hold bytes \(n, 3072\)"),
-    (change_pickle(labels=[1, 2]), r"test_batch must hold .* n labels"),
-    (change_pickle(labels=[1, 2, 10]), "test_batch must hold labels 0 … 9"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-50]), "test_batch is truncated or corrupt"),
+        (lambda path: path.write_bytes(b""), "test_batch is truncated or corrupt"),
+        (lambda path: path.write_bytes(pickle.dumps({})), "test_batch is truncated or corrupt: KeyError"),
+        (lambda path: path.unlink(), "a part of CIFAR-10 only: test_batch missing"),
+        (change_pickle(data=np.zeros((3, 300), np.uint8)), r"test_batch must hold bytes \(n, 3072\)"),
+        (change_pickle(labels=[1, 2]), r"test_batch must hold .* n labels"),
+        (change_pickle(labels=[1, 2, 10]), "test_batch must hold labels 0 … 9"),
+    ],
+)
 def test_damaged_pickles_name_the_file(tmp_path, offline, damage, message):
     damage(write_cifar10_pickles(tmp_path) / "cifar-10-batches-py" / "test_batch")
     with pytest.raises(ValueError, match=message):
@@ -90,13 +98,19 @@ def test_damaged_pickles_name_the_file(tmp_path, offline, damage, message):
     assert not offline
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda folder: (folder / "train/cat/1.png").write_bytes(png()[:-30]), "cat/1.png in .*train is trunc"),
-    (lambda folder: (folder / "train/cat/1.png").write_bytes(b"no image"), "cat/1.png in .*train is trunc"),
-    (lambda folder: (folder / "train/cat/1.png").write_bytes(png(9)), "cat/1.png .* 9×9 pixels; .* first is 8×8"),
-    (lambda folder: (folder / "train/cat").rename(folder / "train/lion"), r"missing: \['cat'\], not known: \['lion'\]"),
-    (lambda folder: (folder / "test").rename(folder / "other"), r"the folder test \(or test.zip\) is missing"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / "train/cat/1.png").write_bytes(png()[:-30]), "cat/1.png in .*train is trunc"),
+        (lambda folder: (folder / "train/cat/1.png").write_bytes(b"no image"), "cat/1.png in .*train is trunc"),
+        (lambda folder: (folder / "train/cat/1.png").write_bytes(png(9)), "cat/1.png .* 9×9 pixels; .* first is 8×8"),
+        (
+            lambda folder: (folder / "train/cat").rename(folder / "train/lion"),
+            r"missing: \['cat'\], not known: \['lion'\]",
+        ),
+        (lambda folder: (folder / "test").rename(folder / "other"), r"the folder test \(or test.zip\) is missing"),
+    ],
+)
 def test_damaged_images_name_the_file(tmp_path, offline, damage, message):
     damage(write_cifar10(tmp_path) / "cifar10")
     with pytest.raises(ValueError, match=message):
@@ -112,7 +126,7 @@ def test_damaged_zip_names_the_file(tmp_path, offline):
         load_cifar10(tmp_path)
     with zipfile.ZipFile(io.BytesIO(content)) as file:
         entry = file.getinfo("test/dog/1.png")
-    path.write_bytes(content[:entry.header_offset + 60] + b"?" + content[entry.header_offset + 61:])
+    path.write_bytes(content[: entry.header_offset + 60] + b"?" + content[entry.header_offset + 61 :])
     with pytest.raises(ValueError, match="test.zip is truncated or corrupt.*test/dog/1.png"):
         load_cifar10(tmp_path)
     assert not offline
@@ -134,7 +148,9 @@ def test_members_that_cannot_be_read(tmp_path, offline):
 
 def test_a_picture_that_is_too_large(tmp_path, offline):
     (write_cifar10(tmp_path) / "cifar10" / "train" / "dog" / "3.png").write_bytes(huge_picture())
-    with pytest.raises(ValueError, match="dog/3.png in .* cannot be read: DecompressionBombError: Image size .400000000 pixels"):
+    with pytest.raises(
+        ValueError, match="dog/3.png in .* cannot be read: DecompressionBombError: Image size .400000000 pixels"
+    ):
         load_cifar10(tmp_path)
 
 

@@ -5,13 +5,13 @@ import torch
 from conftest import write_cifar10
 from torch import nn
 
+from gradbuffer.contracts import as_loss
 from gradbuffer.data.cifar10 import generated_images, load_cifar10
-from gradbuffer.training.meta_gradients import meta_gradient
 from gradbuffer.problems import cifar10
+from gradbuffer.training.meta_gradients import meta_gradient
+from gradbuffer.unrolling import Coordinates
 from optimizees import CIFAR10Net
 from optimizers import CoordinatewiseLSTM
-from gradbuffer.contracts import as_loss
-from gradbuffer.unrolling import Coordinates
 
 IMAGES = generated_images(120, 40, side=8)
 
@@ -21,8 +21,9 @@ def generator(seed=0):
 
 
 def small(**options):
-    return CIFAR10Net(**{"batch_size": 6, "channels": (3, 2), "fc_size": 4, "root": IMAGES, "dtype": torch.float64,
-                         **options})
+    return CIFAR10Net(
+        **{"batch_size": 6, "channels": (3, 2), "fc_size": 4, "root": IMAGES, "dtype": torch.float64, **options}
+    )
 
 
 def away_from_the_start(batch):
@@ -31,6 +32,7 @@ def away_from_the_start(batch):
 
 def torch_network(params, b):
     """The network of function b, from torch.nn."""
+
     def filled(module, **tensors):
         for name, tensor in tensors.items():
             setattr(module, name, nn.Parameter(tensor[b].detach().clone()))
@@ -39,14 +41,24 @@ def torch_network(params, b):
     layers = []
     for k in (0, 1):
         out, inputs = params[f"conv{k}.weight"].shape[1:3]
-        layers += [filled(nn.Conv2d(inputs, out, 5, padding=2, bias=False), weight=params[f"conv{k}.weight"]),
-                   filled(nn.BatchNorm2d(out, track_running_stats=False), weight=params[f"conv{k}.scale"],
-                          bias=params[f"conv{k}.shift"]), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [
+            filled(nn.Conv2d(inputs, out, 5, padding=2, bias=False), weight=params[f"conv{k}.weight"]),
+            filled(
+                nn.BatchNorm2d(out, track_running_stats=False),
+                weight=params[f"conv{k}.scale"],
+                bias=params[f"conv{k}.shift"],
+            ),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
     inputs, units, outputs = *params["fc0.weight"].shape[1:], params["fc1.bias"].shape[1]
-    layers += [nn.Flatten(), filled(nn.Linear(inputs, units, bias=False), weight=params["fc0.weight"].mT),
-               filled(nn.BatchNorm1d(units, track_running_stats=False), weight=params["fc0.scale"],
-                      bias=params["fc0.shift"]), nn.ReLU(),
-               filled(nn.Linear(units, outputs), weight=params["fc1.weight"].mT, bias=params["fc1.bias"])]
+    layers += [
+        nn.Flatten(),
+        filled(nn.Linear(inputs, units, bias=False), weight=params["fc0.weight"].mT),
+        filled(nn.BatchNorm1d(units, track_running_stats=False), weight=params["fc0.scale"], bias=params["fc0.shift"]),
+        nn.ReLU(),
+        filled(nn.Linear(units, outputs), weight=params["fc1.weight"].mT, bias=params["fc1.bias"]),
+    ]
     return nn.Sequential(*layers)
 
 
@@ -97,7 +109,9 @@ def test_hessian_products(way):
     theta = coordinates.join(params)
     vector = torch.randn_like(theta)
     product = coordinates.hessian_product(batch.loss, theta, 0, vector)
-    ahead, behind = (coordinates.losses_and_gradient(as_loss(batch.loss), theta + h * vector, 0)[1] for h in (1e-6, -1e-6))
+    ahead, behind = (
+        coordinates.losses_and_gradient(as_loss(batch.loss), theta + h * vector, 0)[1] for h in (1e-6, -1e-6)
+    )
     torch.testing.assert_close(product, (ahead - behind) / 2e-6, rtol=1e-4, atol=1e-5)
 
 
@@ -108,7 +122,9 @@ def test_part_has_the_losses_of_the_whole():
     torch.testing.assert_close(part.loss(own, 40), batch.loss(params, 40)[1:3], rtol=1e-13, atol=0)
     assert all(torch.equal(part.params[name], tensor[1:3]) for name, tensor in batch.params.items())
     given = batch.loss.of(batch.loss.tensors(40))
-    assert torch.equal(given(params, 0), batch.loss(params, 40)) and not torch.equal(batch.loss(params, 0), batch.loss(params, 40))
+    assert torch.equal(given(params, 0), batch.loss(params, 40)) and not torch.equal(
+        batch.loss(params, 0), batch.loss(params, 40)
+    )
 
 
 @pytest.mark.parametrize("second_order", [False, True])
@@ -116,8 +132,10 @@ def test_replay_equals_autograd(second_order):
     net = CoordinatewiseLSTM(hidden_size=3, preprocess="log_sign", output_scale=0.1).double()
     batch = small().sample(2, generator())
     state = net.init_state(Coordinates(batch.params).join(batch.params).numel())
-    one, two = (meta_gradient(net, batch, batch.params, state, unroll=4, method=method, second_order=second_order)[0]
-                for method in ("replay", "autograd"))
+    one, two = (
+        meta_gradient(net, batch, batch.params, state, unroll=4, method=method, second_order=second_order)[0]
+        for method in ("replay", "autograd")
+    )
     for name, grad in one.items():
         assert (grad - two[name]).norm() < 1e-10 * two[name].norm()
 
@@ -155,8 +173,12 @@ def test_accuracy_on_test_images():
     images = problem.test_images.double() / 127.5 - 1
     for b in range(3):
         network = torch_network(params, b)
-        right = torch.cat([network(images[first:last]).argmax(1) == problem.test_labels[first:last]
-                           for first, last in ((0, 14), (14, 27), (27, 40))])
+        right = torch.cat(
+            [
+                network(images[first:last]).argmax(1) == problem.test_labels[first:last]
+                for first, last in ((0, 14), (14, 27), (27, 40))
+            ]
+        )
         assert accuracy[b] == right.double().mean() and some[b] == right[:14].double().mean()
 
 

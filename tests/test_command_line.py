@@ -16,13 +16,40 @@ import torch
 from gradbuffer import command_line
 from gradbuffer.command_line import main
 from meta_training import History
-from optimizers import (CoordinatewiseLSTM, NormalizedLSTM, load_optimizer, save_optimizer, start_as_adam,
-                        start_as_momentum)
+from optimizers import (
+    CoordinatewiseLSTM,
+    NormalizedLSTM,
+    load_optimizer,
+    save_optimizer,
+    start_as_adam,
+    start_as_momentum,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--dim", "2", "--units", "3", "--layers", "1", "--steps", "20", "--unroll", "5", "--meta-batch", "4",
-         "--iterations", "12", "--validation-functions", "3", "--device", "cpu", "--quiet"]
-REFINE = [word for place, word in enumerate(SMALL) if not {"--units", "--layers"} & {*SMALL[max(place - 1, 0):place + 1]}]
+SMALL = [
+    "--dim",
+    "2",
+    "--units",
+    "3",
+    "--layers",
+    "1",
+    "--steps",
+    "20",
+    "--unroll",
+    "5",
+    "--meta-batch",
+    "4",
+    "--iterations",
+    "12",
+    "--validation-functions",
+    "3",
+    "--device",
+    "cpu",
+    "--quiet",
+]
+REFINE = [
+    word for place, word in enumerate(SMALL) if not {"--units", "--layers"} & {*SMALL[max(place - 1, 0) : place + 1]}
+]
 CIFAR = ["--problem", "cifar10", "--channels", "2", "--fc-size", "3", "--batch-size", "6", "--device", "cpu", "--quiet"]
 RACE = ["--dim", "2", "--steps", "10", "--functions", "4", "--device", "cpu"]
 
@@ -47,7 +74,12 @@ def same(one, other):
 
 
 def test_train_evaluate_compare(capsys):
-    assert main(["train", "--output", "out/net.safetensors", "--history", "history.json", "--figure", "history.png", *SMALL]) == 0
+    assert (
+        main(
+            ["train", "--output", "out/net.safetensors", "--history", "history.json", "--figure", "history.png", *SMALL]
+        )
+        == 0
+    )
     assert "out/net.safetensors: validation score" in capsys.readouterr().out
     assert os.listdir("out") == ["net.safetensors"]  # the checkpoint of a finished run is gone
     history = json.loads(Path("history.json").read_text())
@@ -59,39 +91,172 @@ def test_train_evaluate_compare(capsys):
     assert "| net | " in printed and "Quadratics, 2 dimensions, 4 functions, seed 1" in printed
     assert Path("table.md").read_text() == printed and Path("updates.svg").read_text().startswith("<?xml")
 
-    assert main(["compare", "out/net.safetensors", "quadratics", "--figure", "curves.pdf", "--table", "curves.md",
-                 "--baselines", "SGD", "Adam", "--tuning-functions", "2", "--quiet", *RACE]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                "out/net.safetensors",
+                "quadratics",
+                "--figure",
+                "curves.pdf",
+                "--table",
+                "curves.md",
+                "--baselines",
+                "SGD",
+                "Adam",
+                "--tuning-functions",
+                "2",
+                "--quiet",
+                *RACE,
+            ]
+        )
+        == 0
+    )
     rows = Path("curves.md").read_text().splitlines()[4:]
     assert [row.split("|")[1].strip() for row in rows] == ["net", "quadratics", "SGD", "Adam"]
     assert Path("curves.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_mnist_and_refining(tiny_mnist):
-    assert main(["train", "--problem", "mnist", "--data", str(tiny_mnist), "--hidden", "3", "--batch-size", "2", "8",
-                 "--output", "net.safetensors", "--start", "mnist", "--unroll", "10", "--horizons", "1", "2",
-                 "--steps", "20", "--iterations", "3", "--validation-functions", "1", "--skip-non-finite", "1",
-                 "--objective", "log", "--quiet", "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--problem",
+                "mnist",
+                "--data",
+                str(tiny_mnist),
+                "--hidden",
+                "3",
+                "--batch-size",
+                "2",
+                "8",
+                "--output",
+                "net.safetensors",
+                "--start",
+                "mnist",
+                "--unroll",
+                "10",
+                "--horizons",
+                "1",
+                "2",
+                "--steps",
+                "20",
+                "--iterations",
+                "3",
+                "--validation-functions",
+                "1",
+                "--skip-non-finite",
+                "1",
+                "--objective",
+                "log",
+                "--quiet",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     refined = load_optimizer("net.safetensors")
     assert refined.config == load_optimizer("mnist").config and not same(weights("mnist"), refined.state_dict())
 
 
 def test_starting_as_nag_with_the_true_meta_gradient(tiny_mnist):
-    assert main(["train", "--problem", "mnist", "--data", str(tiny_mnist), "--hidden", "3", "--batch-size", "8",
-                 "--output", "net.safetensors", "--start-as-nag", "0.5", "--sign-lr", "0.1", "--sign-fade", "12",
-                 "--second-order", "--adjoint-bound", "1.5", "--mirrored", "--meta-batch", "2", "--random-signs",
-                 "--unroll", "5", "--steps", "10", "--iterations", "2", "--lr", "1e-6", "--quiet", "--device", "cpu"]) == 0
-    started = start_as_momentum(CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1), 0.5, sign_lr=0.1,
-                                sign_fade=12)
+    assert (
+        main(
+            [
+                "train",
+                "--problem",
+                "mnist",
+                "--data",
+                str(tiny_mnist),
+                "--hidden",
+                "3",
+                "--batch-size",
+                "8",
+                "--output",
+                "net.safetensors",
+                "--start-as-nag",
+                "0.5",
+                "--sign-lr",
+                "0.1",
+                "--sign-fade",
+                "12",
+                "--second-order",
+                "--adjoint-bound",
+                "1.5",
+                "--mirrored",
+                "--meta-batch",
+                "2",
+                "--random-signs",
+                "--unroll",
+                "5",
+                "--steps",
+                "10",
+                "--iterations",
+                "2",
+                "--lr",
+                "1e-6",
+                "--quiet",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
+    started = start_as_momentum(
+        CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.1), 0.5, sign_lr=0.1, sign_fade=12
+    )
     assert torch.allclose(load_optimizer("net.safetensors").output.weight, started.output.weight, atol=1e-4)
 
 
 def test_starting_as_adam_on_small_images(small_mnist):
-    assert main(["train", "--problem", "mnist", "--data", str(small_mnist), "--hidden", "3", "--batch-size", "8",
-                 "--side", "14", "--network", "normalized", "--layers", "1", "--start-as-adam", "0.02", "--fade", "50",
-                 "--betas", "0.5", "0.7",
-                 "--output", "net.safetensors", "--unroll", "5", "--steps", "10", "--iterations", "2", "--lr", "1e-6",
-                 "--quiet", "--device", "cpu"]) == 0
-    loaded, started = load_optimizer("net.safetensors"), start_as_adam(NormalizedLSTM(betas=(0.5, 0.7), fade=50.0), 0.02)
+    assert (
+        main(
+            [
+                "train",
+                "--problem",
+                "mnist",
+                "--data",
+                str(small_mnist),
+                "--hidden",
+                "3",
+                "--batch-size",
+                "8",
+                "--side",
+                "14",
+                "--network",
+                "normalized",
+                "--layers",
+                "1",
+                "--start-as-adam",
+                "0.02",
+                "--fade",
+                "50",
+                "--betas",
+                "0.5",
+                "0.7",
+                "--output",
+                "net.safetensors",
+                "--unroll",
+                "5",
+                "--steps",
+                "10",
+                "--iterations",
+                "2",
+                "--lr",
+                "1e-6",
+                "--quiet",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
+    loaded, started = (
+        load_optimizer("net.safetensors"),
+        start_as_adam(NormalizedLSTM(betas=(0.5, 0.7), fade=50.0), 0.02),
+    )
     assert loaded.config == started.config
     assert torch.allclose(loaded.output.weight, started.output.weight, atol=1e-4)
 
@@ -100,8 +265,21 @@ def test_part_of_the_start_is_kept():
     start_as_adam(net := NormalizedLSTM(num_layers=1), 0.02)
     save_optimizer(net, "start.safetensors")
     for share in ("0", "0.25"):
-        assert main(["train", *REFINE, "--start", "start.safetensors", "--keep-of-start", share, "--output",
-                     f"{share}.safetensors"]) == 0
+        assert (
+            main(
+                [
+                    "train",
+                    *REFINE,
+                    "--start",
+                    "start.safetensors",
+                    "--keep-of-start",
+                    share,
+                    "--output",
+                    f"{share}.safetensors",
+                ]
+            )
+            == 0
+        )
     whole, part = weights("0.safetensors"), weights("0.25.safetensors")
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(part[name], 0.75 * whole[name] + 0.25 * tensor)
@@ -110,27 +288,93 @@ def test_part_of_the_start_is_kept():
 
 def test_cifar10_with_an_optimizer_for_each_kind(small_cifar, capsys):
     cifar, short = [*CIFAR, "--data", str(small_cifar)], ["--steps", "4", "--functions", "2", "--seed", "3"]
-    assert main(["train", *cifar, "--output", "sub.safetensors", "--per-kind", "--odd", "--start-as-nag", "0.5",
-                 "0.25", "--sign-lr", "0.02", "--held-out", "0", "1", "7", "--steps", "4", "--unroll", "2", "--iterations", "2", "--lr", "1e-6",
-                 "--validation-functions", "1"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                *cifar,
+                "--output",
+                "sub.safetensors",
+                "--per-kind",
+                "--odd",
+                "--start-as-nag",
+                "0.5",
+                "0.25",
+                "--sign-lr",
+                "0.02",
+                "--held-out",
+                "0",
+                "1",
+                "7",
+                "--steps",
+                "4",
+                "--unroll",
+                "2",
+                "--iterations",
+                "2",
+                "--lr",
+                "1e-6",
+                "--validation-functions",
+                "1",
+            ]
+        )
+        == 0
+    )
     trained = load_optimizer("sub.safetensors")
     assert list(trained.networks) == ["conv", "fc"] and all(net.odd for net in trained.networks.values())
     for net, lr in zip(trained.networks.values(), (0.5, 0.25)):
-        started = start_as_momentum(CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.01, odd=True), lr, sign_lr=0.02)
+        started = start_as_momentum(
+            CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.01, odd=True), lr, sign_lr=0.02
+        )
         torch.testing.assert_close(net.output.weight, started.output.weight, atol=1e-4, rtol=0)
         assert not torch.equal(net.output.weight, started.output.weight)
 
     assert main(["evaluate", "sub.safetensors", *cifar, *short, "--classes", "7", "0", "--table", "one.md"]) == 0
     assert "labels 7 0, 2 channels and 3 units, 2 functions, seed 3" in capsys.readouterr().out
-    assert main(["compare", "sub.safetensors", *cifar, *short, "--held-out", "2", "3", "4", "5", "6", "8", "9", "1",
-                 "--baselines", "NAG", "--tuning-functions", "1", "--table", "both.md"]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                "sub.safetensors",
+                *cifar,
+                *short,
+                "--held-out",
+                "2",
+                "3",
+                "4",
+                "5",
+                "6",
+                "8",
+                "9",
+                "1",
+                "--baselines",
+                "NAG",
+                "--tuning-functions",
+                "1",
+                "--table",
+                "both.md",
+            ]
+        )
+        == 0
+    )
     assert "labels 0 7, 2 channels" in capsys.readouterr().out
     assert [row.split("|")[1].strip() for row in Path("both.md").read_text().splitlines()[4:]] == ["sub", "NAG"]
 
 
 def test_cifar10_with_one_optimizer_for_all(small_cifar):
-    cifar = [*CIFAR, "--data", str(small_cifar), "--steps", "2", "--unroll", "2", "--iterations", "1",
-             "--validation-functions", "1"]
+    cifar = [
+        *CIFAR,
+        "--data",
+        str(small_cifar),
+        "--steps",
+        "2",
+        "--unroll",
+        "2",
+        "--iterations",
+        "1",
+        "--validation-functions",
+        "1",
+    ]
     assert main(["train", *cifar, "--output", "net.safetensors"]) == 0
     assert load_optimizer("net.safetensors").config["preprocess"] == "log_sign"
 
@@ -147,17 +391,59 @@ def test_networks_that_share(tiny_mnist, capsys, network, name):
     loaded = load_optimizer("net.safetensors")
     assert type(loaded).__name__ == name and loaded.config["shared"] == 2 and loaded.odd
     assert main(["evaluate", "net.safetensors", *RACE]) == 0
-    assert main([*train, "--output", "mnist.safetensors", "--problem", "mnist", "--data", str(tiny_mnist), "--hidden", "3",
-                 "--batch-size", "8", "--steps", "4", "--unroll", "2", "--iterations", "2", "--quiet", "--device",
-                 "cpu"]) == 0
+    assert (
+        main(
+            [
+                *train,
+                "--output",
+                "mnist.safetensors",
+                "--problem",
+                "mnist",
+                "--data",
+                str(tiny_mnist),
+                "--hidden",
+                "3",
+                "--batch-size",
+                "8",
+                "--steps",
+                "4",
+                "--unroll",
+                "2",
+                "--iterations",
+                "2",
+                "--quiet",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     assert main([*train, *SMALL, "--output", "nag.safetensors", "--start-as-nag", "1"]) == 2
     assert f"--start-as-nag is for --network lstm, got --network {network}" in capsys.readouterr().err
 
 
 def test_curriculum_and_imitation(capsys):
     train = ["train", *SMALL, "--curriculum", "5", "10", "--patience", "1", "--validation-every", "1", "--lr", "1"]
-    assert main([*train, "--output", "one.safetensors", "--history", "one.json", "--teacher", "nag",
-                 "--teacher-lr", "0.01", "--imitation", "0.3", "--imitation-weight", "10"]) == 0
+    assert (
+        main(
+            [
+                *train,
+                "--output",
+                "one.safetensors",
+                "--history",
+                "one.json",
+                "--teacher",
+                "nag",
+                "--teacher-lr",
+                "0.01",
+                "--imitation",
+                "0.3",
+                "--imitation-weight",
+                "10",
+            ]
+        )
+        == 0
+    )
     history = json.loads(Path("one.json").read_text())
     assert 0 < len(history["imitation"]) < 12 and len(history["stages"]) > 1
     assert f"(sum of the loss over {history['stages'][-1][1]} steps)" in capsys.readouterr().out
@@ -178,41 +464,109 @@ def test_results_are_not_replaced_silently(capsys):
     assert main(["evaluate", "net.safetensors", "--table", "table.md", "--force", *RACE]) == 0
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["train", "--output", "x.safetensors", *SMALL, "--unroll", "7"], "unroll must divide steps, got unroll=7"),
-    (["train", "--output", "x.safetensors", *SMALL, "--lr", "-1"], "lr must be a positive number, got -1.0"),
-    (["train", "--output", "x.safetensors", *REFINE, "--start", "nothing"], "no file 'nothing'"),
-    (["train", "--output", "x.safetensors", *SMALL, "--figure", "x.doc"], "--figure must end in one of .* got 'x.doc'"),
-    (["train", "--output", "x.safetensors", *SMALL, "--start-as-nag", "1"], 'preprocess="log_sign" to start as momentum'),
-    (["train", "--output", "x.safetensors", *SMALL, "--curriculum", "7"], "multiples of unroll=5 below steps=20"),
-    (["train", "--output", "x.safetensors", *SMALL, "--teacher", "adam", "--imitation", "1"], "needs --teacher-lr"),
-    (["train", "--output", "x.safetensors", *SMALL, "--teacher", "mnist", "--teacher-lr", "1", "--imitation", "1"],
-     "--teacher-lr is for"),
-    (["train", "--output", "x.safetensors", *SMALL, "--teacher", "nobody", "--imitation", "1"], "no file 'nobody'"),
-    (["train", "--output", "x.safetensors", *SMALL, "--imitation", "1"], "--imitation needs --teacher"),
-    (["train", "--output", "x.safetensors", *SMALL, "--random-scaling", "-1"], "radius must be a number"),
-    (["train", "--output", "x.safetensors", *SMALL, "--keep-of-start", "1"], r"--keep-of-start must be in \[0, 1\)"),
-    (["train", "--output", "x.safetensors", *SMALL, "--side", "14"], "--side is for --problem mnist"),
-    (["train", "--output", "x.safetensors", *SMALL, "--start-as-adam", "1"], "--start-as-adam is for --network norm"),
-    (["train", "--output", "x.safetensors", *SMALL, "--fade", "1"], "--fade is for --network normalized"),
-    (["train", "--output", "x.safetensors", *SMALL, "--betas", "0.5"], "--betas is for --network normalized"),
-    (["train", "--output", "x.safetensors", *SMALL, "--network", "normalized", "--betas", "1.5"], "betas and square_beta must be in"),
-    (["train", "--output", "x.safetensors", *SMALL, "--per-kind"], "--per-kind is for --problem cifar10"),
-    (["train", "--output", "x.safetensors", *SMALL, "--start-as-nag", "1", "2"],
-     r"--start-as-nag must be 1 number without --per-kind, got \[1.0, 2.0\]"),
-    (["train", "--output", "x.safetensors", *CIFAR, "--per-kind", "--start-as-nag", "1", "--sign-lr", "1", "2", "3"],
-     "--sign-lr must be 1 or 2 numbers with --per-kind"),
-    (["evaluate", "mnist", *RACE, "--fc-size", "0"], "--fc-size is for --problem cifar10, got --problem quadratics"),
-    (["evaluate", "mnist", *RACE[2:], "--problem", "mnist", "--classes", "1", "2"], "--classes is for --problem cifar10"),
-    (["evaluate", "mnist", *CIFAR, "--batch-size", "2", "4"], "--batch-size must be 1 number with --problem cifar10"),
-    (["evaluate", "mnist", *CIFAR, "--classes", "1", "2", "--held-out", "3"], "--held-out has no effect with --classes"),
-    (["evaluate", "mnist", *CIFAR, "--held-out", "3", "10"], r"--held-out must be different labels .* got \[3, 10\]"),
-    (["train", "--output", "x.safetensors", *CIFAR, "--per-kind", "--start", "mnist"], "--per-kind has no effect with --start mnist"),
-    (["evaluate", "nothing", *RACE], "no file 'nothing', and no pretrained optimizer of that name"),
-    (["compare", "quadratics", "quadratics", *RACE], "files must have different names"),
-    (["train", "--output", "x.safetensors", *SMALL, "--device", "nonsense"], "--device must be cpu, or cuda .* got 'nonsense'"),
-    (["evaluate", "quadratics", *RACE, "--device", "meta"], "--device must be cpu, or cuda .* got 'meta'"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--output", "x.safetensors", *SMALL, "--unroll", "7"], "unroll must divide steps, got unroll=7"),
+        (["train", "--output", "x.safetensors", *SMALL, "--lr", "-1"], "lr must be a positive number, got -1.0"),
+        (["train", "--output", "x.safetensors", *REFINE, "--start", "nothing"], "no file 'nothing'"),
+        (
+            ["train", "--output", "x.safetensors", *SMALL, "--figure", "x.doc"],
+            "--figure must end in one of .* got 'x.doc'",
+        ),
+        (
+            ["train", "--output", "x.safetensors", *SMALL, "--start-as-nag", "1"],
+            'preprocess="log_sign" to start as momentum',
+        ),
+        (["train", "--output", "x.safetensors", *SMALL, "--curriculum", "7"], "multiples of unroll=5 below steps=20"),
+        (["train", "--output", "x.safetensors", *SMALL, "--teacher", "adam", "--imitation", "1"], "needs --teacher-lr"),
+        (
+            [
+                "train",
+                "--output",
+                "x.safetensors",
+                *SMALL,
+                "--teacher",
+                "mnist",
+                "--teacher-lr",
+                "1",
+                "--imitation",
+                "1",
+            ],
+            "--teacher-lr is for",
+        ),
+        (["train", "--output", "x.safetensors", *SMALL, "--teacher", "nobody", "--imitation", "1"], "no file 'nobody'"),
+        (["train", "--output", "x.safetensors", *SMALL, "--imitation", "1"], "--imitation needs --teacher"),
+        (["train", "--output", "x.safetensors", *SMALL, "--random-scaling", "-1"], "radius must be a number"),
+        (
+            ["train", "--output", "x.safetensors", *SMALL, "--keep-of-start", "1"],
+            r"--keep-of-start must be in \[0, 1\)",
+        ),
+        (["train", "--output", "x.safetensors", *SMALL, "--side", "14"], "--side is for --problem mnist"),
+        (
+            ["train", "--output", "x.safetensors", *SMALL, "--start-as-adam", "1"],
+            "--start-as-adam is for --network norm",
+        ),
+        (["train", "--output", "x.safetensors", *SMALL, "--fade", "1"], "--fade is for --network normalized"),
+        (["train", "--output", "x.safetensors", *SMALL, "--betas", "0.5"], "--betas is for --network normalized"),
+        (
+            ["train", "--output", "x.safetensors", *SMALL, "--network", "normalized", "--betas", "1.5"],
+            "betas and square_beta must be in",
+        ),
+        (["train", "--output", "x.safetensors", *SMALL, "--per-kind"], "--per-kind is for --problem cifar10"),
+        (
+            ["train", "--output", "x.safetensors", *SMALL, "--start-as-nag", "1", "2"],
+            r"--start-as-nag must be 1 number without --per-kind, got \[1.0, 2.0\]",
+        ),
+        (
+            [
+                "train",
+                "--output",
+                "x.safetensors",
+                *CIFAR,
+                "--per-kind",
+                "--start-as-nag",
+                "1",
+                "--sign-lr",
+                "1",
+                "2",
+                "3",
+            ],
+            "--sign-lr must be 1 or 2 numbers with --per-kind",
+        ),
+        (
+            ["evaluate", "mnist", *RACE, "--fc-size", "0"],
+            "--fc-size is for --problem cifar10, got --problem quadratics",
+        ),
+        (
+            ["evaluate", "mnist", *RACE[2:], "--problem", "mnist", "--classes", "1", "2"],
+            "--classes is for --problem cifar10",
+        ),
+        (
+            ["evaluate", "mnist", *CIFAR, "--batch-size", "2", "4"],
+            "--batch-size must be 1 number with --problem cifar10",
+        ),
+        (
+            ["evaluate", "mnist", *CIFAR, "--classes", "1", "2", "--held-out", "3"],
+            "--held-out has no effect with --classes",
+        ),
+        (
+            ["evaluate", "mnist", *CIFAR, "--held-out", "3", "10"],
+            r"--held-out must be different labels .* got \[3, 10\]",
+        ),
+        (
+            ["train", "--output", "x.safetensors", *CIFAR, "--per-kind", "--start", "mnist"],
+            "--per-kind has no effect with --start mnist",
+        ),
+        (["evaluate", "nothing", *RACE], "no file 'nothing', and no pretrained optimizer of that name"),
+        (["compare", "quadratics", "quadratics", *RACE], "files must have different names"),
+        (
+            ["train", "--output", "x.safetensors", *SMALL, "--device", "nonsense"],
+            "--device must be cpu, or cuda .* got 'nonsense'",
+        ),
+        (["evaluate", "quadratics", *RACE, "--device", "meta"], "--device must be cpu, or cuda .* got 'meta'"),
+    ],
+)
 def test_wrong_arguments(arguments, message, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
@@ -221,10 +575,19 @@ def test_wrong_arguments(arguments, message, capsys):
 
 NOT_SO = {  # for every option that others depend on, words with which they have no effect
     "problem": {"quadratics": ["--problem", "quadratics"], "mnist": ["--problem", "mnist"]},
-    "start": ["--start", "mnist"], "network": {"lstm": ["--network", "lstm"], "rnnprop": ["--network", "rnnprop"],
-                                           "own:Net": ["--network", "own:Net"]},
-    "start_as_nag": [], "sign_lr": ["--start-as-nag", "1"], "classes": ["--problem", "cifar10", "--classes", "1", "2"],
-    "curriculum": [], "teacher": [], "imitation": ["--teacher", "mnist"], "second_order": [],
+    "start": ["--start", "mnist"],
+    "network": {
+        "lstm": ["--network", "lstm"],
+        "rnnprop": ["--network", "rnnprop"],
+        "own:Net": ["--network", "own:Net"],
+    },
+    "start_as_nag": [],
+    "sign_lr": ["--start-as-nag", "1"],
+    "classes": ["--problem", "cifar10", "--classes", "1", "2"],
+    "curriculum": [],
+    "teacher": [],
+    "imitation": ["--teacher", "mnist"],
+    "second_order": [],
     "method": {"replay": []},
 }
 OFF = {(): [], "all imitation": ["--teacher", "mnist", "--imitation", "1"], "curriculum": ["--curriculum", "20"]}
@@ -235,7 +598,13 @@ def example(command, name):
     action = next(action for action in command._actions if action.dest == name)
     if action.nargs == 0:
         return [action.option_strings[0]]
-    value = str(action.choices[0]) if action.choices else {int: "7", float: "0.5", command_line.json_dict: "{}"}.get(action.type, "lstm" if name == "network" else "mnist")
+    value = (
+        str(action.choices[0])
+        if action.choices
+        else {int: "7", float: "0.5", command_line.json_dict: "{}"}.get(
+            action.type, "lstm" if name == "network" else "mnist"
+        )
+    )
     return [action.option_strings[0], *[value] * (2 if action.nargs == 2 else 1)]
 
 
@@ -259,37 +628,99 @@ def without_effect():
 @pytest.fixture
 def commands():
     parser = command_line.make_parser()
-    return next(action for action in parser._actions if action.dest == "run" or hasattr(action, "choices") and action.choices).choices
+    return next(
+        action for action in parser._actions if action.dest == "run" or hasattr(action, "choices") and action.choices
+    ).choices
 
 
 @pytest.mark.parametrize("name, beside", without_effect())
 def test_an_option_without_effect_is_refused(commands, capsys, name, beside):
-    assert main(["train", "--output", "x.safetensors", *beside, *example(commands["train"], name), "--device", "cpu"]) == 2
+    assert (
+        main(["train", "--output", "x.safetensors", *beside, *example(commands["train"], name), "--device", "cpu"]) == 2
+    )
     assert re.match(f"error: {command_line.flag(name)} (needs|is for|has no effect with) --", capsys.readouterr().err)
     assert os.listdir() == []
 
 
 def test_every_option_is_in_the_table_or_always_has_an_effect(commands):
-    always = {"output", "history", "figure", "tensorboard", "checkpoint", "checkpoint_every", "start", "keep_of_start", "steps",
-              "unroll", "curriculum", "meta_batch", "iterations", "lr", "warmup", "clip", "replay_fraction", "averaging",
-              "random_scaling", "random_signs", "mirrored", "network", "skip_non_finite", "balance", "on_mismatch", "validation_every", "validation_functions", "seed",
-              "problem", "device", "force", "quiet", "help", "net", "nets", "table", "updates", "functions", "baselines",
-              "tuning_functions"}
+    always = {
+        "output",
+        "history",
+        "figure",
+        "tensorboard",
+        "checkpoint",
+        "checkpoint_every",
+        "start",
+        "keep_of_start",
+        "steps",
+        "unroll",
+        "curriculum",
+        "meta_batch",
+        "iterations",
+        "lr",
+        "warmup",
+        "clip",
+        "replay_fraction",
+        "averaging",
+        "random_scaling",
+        "random_signs",
+        "mirrored",
+        "network",
+        "skip_non_finite",
+        "balance",
+        "on_mismatch",
+        "validation_every",
+        "validation_functions",
+        "seed",
+        "problem",
+        "device",
+        "force",
+        "quiet",
+        "help",
+        "net",
+        "nets",
+        "table",
+        "updates",
+        "functions",
+        "baselines",
+        "tuning_functions",
+    }
     dependent = {name for names, _, _ in command_line.NEEDS for name in names.split()}
     there = {action.dest for command in commands.values() for action in command._actions}
     assert there == always | dependent and not always & dependent
 
 
-@pytest.mark.parametrize("words, message", [
-    (["train", "--output", "x", "--checkpoint", "x", *SMALL], "--output and --checkpoint must be different files, got x"),
-    (["train", "--output", "x", "--history", "./x", *SMALL], "--output and --history must be different"),
-    (["train", "--output", "x", "--history", "y.png", "--figure", "y.png", *SMALL], "--history and --figure must be"),
-    (["train", "--output", "x", "--history", "x.checkpoint", *SMALL], "--history and the checkpoint of --output must be"),
-    (["train", "--output", "x", "--teacher", "x", "--imitation", "1", *SMALL], "--output and --teacher must be different"),
-    (["train", "--output", "x", "--start", "y", "--history", "y", *REFINE], "--history and --start must be different"),
-    (["compare", "x", "y", "--table", "y", *RACE], "--table and the optimizer y must be different files"),
-    (["evaluate", "x", "--figure", "x.png", "--updates", "x.png", *RACE], "--figure and --updates must be different"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            ["train", "--output", "x", "--checkpoint", "x", *SMALL],
+            "--output and --checkpoint must be different files, got x",
+        ),
+        (["train", "--output", "x", "--history", "./x", *SMALL], "--output and --history must be different"),
+        (
+            ["train", "--output", "x", "--history", "y.png", "--figure", "y.png", *SMALL],
+            "--history and --figure must be",
+        ),
+        (
+            ["train", "--output", "x", "--history", "x.checkpoint", *SMALL],
+            "--history and the checkpoint of --output must be",
+        ),
+        (
+            ["train", "--output", "x", "--teacher", "x", "--imitation", "1", *SMALL],
+            "--output and --teacher must be different",
+        ),
+        (
+            ["train", "--output", "x", "--start", "y", "--history", "y", *REFINE],
+            "--history and --start must be different",
+        ),
+        (["compare", "x", "y", "--table", "y", *RACE], "--table and the optimizer y must be different files"),
+        (
+            ["evaluate", "x", "--figure", "x.png", "--updates", "x.png", *RACE],
+            "--figure and --updates must be different",
+        ),
+    ],
+)
 def test_no_two_options_name_one_file(words, message, capsys):
     assert main([*words, *["--force"] * (words[0] != "train")]) == 2
     assert message in capsys.readouterr().err and os.listdir() == []
@@ -312,7 +743,9 @@ def test_a_start_replaced_by_the_run_that_refines_it(monkeypatch):
     assert same(weights("whole.safetensors"), weights("x.safetensors")) and os.path.exists("x.safetensors.checkpoint")
     monkeypatch.setattr(command_line, "save_optimizer", written)
     assert main([*train, "x.safetensors"]) == 0
-    assert same(weights("whole.safetensors"), weights("x.safetensors")) and not os.path.exists("x.safetensors.checkpoint")
+    assert same(weights("whole.safetensors"), weights("x.safetensors")) and not os.path.exists(
+        "x.safetensors.checkpoint"
+    )
 
 
 def test_interrupted_before_anything_was_learned(monkeypatch, capsys):
@@ -327,7 +760,17 @@ def test_interrupted_before_anything_was_learned(monkeypatch, capsys):
 
 def test_a_reader_that_stops_early():
     """Tables and figures are written before anything is printed, and whoever has read enough is no failure."""
-    command = [sys.executable, ROOT / "meta_training.py", "evaluate", "quadratics", *RACE, "--table", "t.md", "--figure", "f.png"]
+    command = [
+        sys.executable,
+        ROOT / "meta_training.py",
+        "evaluate",
+        "quadratics",
+        *RACE,
+        "--table",
+        "t.md",
+        "--figure",
+        "f.png",
+    ]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.wait(timeout=100) == 0, process.stderr.read()
@@ -337,7 +780,9 @@ def test_a_reader_that_stops_early():
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["evaluate", "quadratics", *RACE]])
 def test_a_terminal_that_shows_ascii_only(words):
     plain = {**environment(), "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    result = subprocess.run([sys.executable, ROOT / "meta_training.py", *words], env=plain, capture_output=True, timeout=100)
+    result = subprocess.run(
+        [sys.executable, ROOT / "meta_training.py", *words], env=plain, capture_output=True, timeout=100
+    )
     assert result.returncode == 0 and result.stdout and not result.stderr, result.stderr
 
 
@@ -368,8 +813,11 @@ def test_a_failed_run_goes_on_and_says_so(monkeypatch, capsys):
         return meta_train
 
     original = command_line.meta_train
-    for error, iteration, status in ((OSError(28, "No space left on device"), 4, 1),
-                                     (RuntimeError("another process has died"), 7, 1), (KeyboardInterrupt(), 10, 130)):
+    for error, iteration, status in (
+        (OSError(28, "No space left on device"), 4, 1),
+        (RuntimeError("another process has died"), 7, 1),
+        (KeyboardInterrupt(), 10, 130),
+    ):
         monkeypatch.setattr(command_line, "meta_train", fail_at(error, iteration))
         assert main(train) == status
         assert os.path.exists("net.safetensors.checkpoint")
@@ -395,8 +843,30 @@ def test_exploding_training_fails(capsys):
 
 def test_cuda_graph_without_cuda(tiny_mnist, capsys):
     """It takes all coordinates, whatever the problem's default, and then says what is missing."""
-    assert main(["train", "--problem", "mnist", "--data", str(tiny_mnist), "--hidden", "3", "--cuda-graph", "--quiet",
-                 "--iterations", "1", "--validation-functions", "1", "--output", "net.safetensors", "--device", "cpu"]) == 1
+    assert (
+        main(
+            [
+                "train",
+                "--problem",
+                "mnist",
+                "--data",
+                str(tiny_mnist),
+                "--hidden",
+                "3",
+                "--cuda-graph",
+                "--quiet",
+                "--iterations",
+                "1",
+                "--validation-functions",
+                "1",
+                "--output",
+                "net.safetensors",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 1
+    )
     assert "a CUDA graph needs a CUDA device, the window lies on cpu" in capsys.readouterr().err
 
 
@@ -431,10 +901,19 @@ def hear_ctrl_c():
 
 
 def test_ctrl_c_as_a_program():
-    command = [sys.executable, ROOT / "meta_training.py", "train", "--output", "net.safetensors", *SMALL,
-               "--iterations", "100000", "--validation-every", "5"]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True,
-                               preexec_fn=hear_ctrl_c)
+    command = [
+        sys.executable,
+        ROOT / "meta_training.py",
+        "train",
+        "--output",
+        "net.safetensors",
+        *SMALL,
+        "--iterations",
+        "100000",
+        "--validation-every",
+        "5",
+    ]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)
     try:
         for _ in range(1200):
             time.sleep(0.1)
@@ -452,8 +931,19 @@ def test_ctrl_c_as_a_program():
 
 def test_torchrun():
     """Two gloo processes by torch's own launcher, and what one process makes of the same arguments."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               ROOT / "meta_training.py", "train", "--output", "two.safetensors", *SMALL]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        ROOT / "meta_training.py",
+        "train",
+        "--output",
+        "two.safetensors",
+        *SMALL,
+    ]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
     assert result.returncode == 0 and result.stdout.count("two.safetensors: validation score") == 1, result.stderr
     assert main(["train", "--output", "one.safetensors", *SMALL]) == 0

@@ -5,8 +5,17 @@ import torch
 from torch import nn
 
 from gradbuffer.data.cifar10 import generated_images
-from gradbuffer.evaluation import (BASELINES, AccuracyCurves, TunedBaseline, compare, compare_final, evaluate, evaluate_baseline,
-                        tune_baseline, tune_baselines)
+from gradbuffer.evaluation import (
+    BASELINES,
+    TunedBaseline,
+    compare,
+    compare_final,
+    evaluate,
+    evaluate_baseline,
+    tune_baseline,
+    tune_baselines,
+)
+from gradbuffer.problems.images import AccuracyCurves
 from optimizees import CIFAR10Net, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM
 
@@ -102,35 +111,62 @@ def test_final_losses_on_several_problems(tiny_mnist):
     networks = {(units,): MNISTNet((units,), batch_size=8, root=tiny_mnist) for units in (3, 6)}
     nets, lrs = {"LSTM": CoordinatewiseLSTM(preprocess="log_sign")}, [0.01, 0.1, 1.0]
     chosen = {name: BASELINES[name] for name in ("NAG", "Adam")}
-    finals = compare_final(nets, {hidden: (net.with_split("validation"), net.with_split("test"))
-                                  for hidden, net in networks.items()}, 9, 4, seed=5, last=3, baselines=chosen,
-                           tuning_functions=2, tuning_seed=7, lrs=lrs, progress=False)
+    finals = compare_final(
+        nets,
+        {hidden: (net.with_split("validation"), net.with_split("test")) for hidden, net in networks.items()},
+        9,
+        4,
+        seed=5,
+        last=3,
+        baselines=chosen,
+        tuning_functions=2,
+        tuning_seed=7,
+        lrs=lrs,
+        progress=False,
+    )
     assert list(finals) == [(3,), (6,)]
     for hidden, losses in finals.items():
         assert list(losses) == ["LSTM", "NAG", "Adam"] and all(final.shape == (4,) for final in losses.values())
-        tuned = tune_baselines(networks[hidden].with_split("validation"), 9, 2, 7, baselines=chosen, lrs=lrs,
-                               progress=False, last=3)
+        tuned = tune_baselines(
+            networks[hidden].with_split("validation"), 9, 2, 7, baselines=chosen, lrs=lrs, progress=False, last=3
+        )
         curves = compare(nets, tuned, networks[hidden].with_split("test"), 9, 4, 5, progress=False)
         for name, final in losses.items():
             torch.testing.assert_close(final, curves[name][:, 6:].mean(1))
-    alone = compare_final({}, {"any": (Quadratics(2), Quadratics(2))}, 5, 3, last=1, baselines=chosen, lrs=lrs,
-                          tuning_functions=2, progress=False)
+    alone = compare_final(
+        {},
+        {"any": (Quadratics(2), Quadratics(2))},
+        5,
+        3,
+        last=1,
+        baselines=chosen,
+        lrs=lrs,
+        tuning_functions=2,
+        progress=False,
+    )
     assert list(alone["any"]) == ["NAG", "Adam"]
 
 
-@pytest.mark.parametrize("arguments, error", [
-    (dict(last=6), "last must be at most steps = 5, got 6"), (dict(last=0), "last must be at least 1"),
-    (dict(problems={2: Quadratics(2)}), r"problems\[2\] must be a pair of problems")])
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        (dict(last=6), "last must be at most steps = 5, got 6"),
+        (dict(last=0), "last must be at least 1"),
+        (dict(problems={2: Quadratics(2)}), r"problems\[2\] must be a pair of problems"),
+    ],
+)
 def test_final_losses_refuse(arguments, error):
     with pytest.raises((TypeError, ValueError), match=error):
-        compare_final(**{"nets": {}, "problems": {2: (Quadratics(2), Quadratics(2))}, "steps": 5, "last": 2,
-                         **arguments})
+        compare_final(
+            **{"nets": {}, "problems": {2: (Quadratics(2), Quadratics(2))}, "steps": 5, "last": 2, **arguments}
+        )
 
 
 def test_watching_sees_every_step_of_every_function():
     seen, net = [], CoordinatewiseLSTM()
-    losses = evaluate(net, Quadratics(dim=3), 4, 40, seed=9,
-                      watch=lambda step, params: seen.append((step, params["theta"].clone())))
+    losses = evaluate(
+        net, Quadratics(dim=3), 4, 40, seed=9, watch=lambda step, params: seen.append((step, params["theta"].clone()))
+    )
     assert [step for step, _ in seen] == [0, 1, 2, 3] * 2  # 32 functions, then 8
     assert [len(theta) for _, theta in seen] == [32] * 4 + [8] * 4 and not seen[0][1].requires_grad
     draw, batches = generator(9), []
@@ -155,9 +191,14 @@ def test_accuracy_along_the_way():
     assert torch.equal(unwatched, losses["Adam"])  # looking changes nothing
 
 
-@pytest.mark.parametrize("arguments, error", [
-    (dict(problem=Quadratics()), "problem must have test_accuracy"),
-    (dict(every=0), "every must be"), (dict(images=1), "images must be")])
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        (dict(problem=Quadratics()), "problem must have test_accuracy"),
+        (dict(every=0), "every must be"),
+        (dict(images=1), "images must be"),
+    ],
+)
 def test_accuracy_refuses(arguments, error):
     problem = CIFAR10Net(channels=(2,), root=generated_images(40, 20, side=8))
     with pytest.raises((TypeError, ValueError), match=error):

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from gradbuffer.contracts import Loss, MetaBatch, Problem, Rule, as_loss, as_problem, as_rule, part_of
+from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
 from gradbuffer.training.evolution import PES
 from gradbuffer.training.imitation import Demonstration, imitation_gradient
 from gradbuffer.training.meta_gradients import Autograd, Replay
-from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
 from gradbuffer.unrolling import Coordinates, trained
 from meta_training import compare, evaluate, meta_gradient, meta_train
 from optimizees import MNISTNet, Quadratics
@@ -57,7 +57,11 @@ class Tensors(Rule, nn.Module):
             assert grad.shape == params[name].shape and loss.shape == grad.shape[:1]
             own = [-1] + [1] * (grad.dim() - 1)
             size = (grad.flatten(1).square().mean(1) + 1e-3).sqrt().view(own)
-            updates[name] = self.weight[0] * grad / size + self.weight[1] * params[name] + self.weight[2] * (loss / (1 + loss)).view(own) * grad / (size * (1 + step))
+            updates[name] = (
+                self.weight[0] * grad / size
+                + self.weight[1] * params[name]
+                + self.weight[2] * (loss / (1 + loss)).view(own) * grad / (size * (1 + step))
+            )
         return updates, {name: state[name] + 1 for name in state}
 
 
@@ -84,7 +88,9 @@ def batches(small_mnist):
 @pytest.mark.parametrize("objective", ["sum", "log", lambda losses: losses.clamp(max=2.0) + losses.sqrt()])
 def test_replay_equals_autograd(batches, net, second_order, objective):
     for batch in batches:
-        found, expected = (windows(net, batch, method(second_order=second_order, objective=objective)) for method in (Replay, Autograd))
+        found, expected = (
+            windows(net, batch, method(second_order=second_order, objective=objective)) for method in (Replay, Autograd)
+        )
         for one, other in zip(found, expected):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
@@ -112,7 +118,12 @@ def test_a_share_of_the_coordinates_of_a_network_that_reads(batches, monkeypatch
     monkeypatch.setattr("gradbuffer.unrolling.SMALLEST_SHARE", 1)
     net, batch = Reader(), batches[0]
     exact = windows(net, batch, "replay", 1)[0]
-    draws = torch.stack([windows(net, batch, Replay(replay_fraction=0.5), 1, generator=torch.Generator().manual_seed(k))[0] for k in range(400)])
+    draws = torch.stack(
+        [
+            windows(net, batch, Replay(replay_fraction=0.5), 1, generator=torch.Generator().manual_seed(k))[0]
+            for k in range(400)
+        ]
+    )
     error = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - exact).abs() < 4 * error).all() and (error > 0).all()
 
@@ -124,9 +135,12 @@ def test_networks_that_read_are_evaluated_and_imitate(net, batches):
     batch = batches[0]
     state = as_rule(net, Coordinates(batch.params)).init_state(12)
     before = {name: parameter.clone() for name, parameter in net.named_parameters()}
+    first = None
     for _ in range(60):
-        grads, info = imitation_gradient(net, batch, Demonstration(torch.optim.SGD, {"lr": 0.01}, batch.params), state, unroll=5)
-        first = info.imitation if _ == 0 else first
+        grads, info = imitation_gradient(
+            net, batch, Demonstration(torch.optim.SGD, {"lr": 0.01}, batch.params), state, unroll=5
+        )
+        first = info.imitation if first is None else first
         with torch.no_grad():
             for name, parameter in net.named_parameters():
                 parameter -= 0.02 * grads[name] / (grads[name].norm() + 1e-9) * info.imitation.clamp(max=0.1)
@@ -141,8 +155,13 @@ class Lines(Problem):
 
     def sample(self, meta_batch, generator=None):
         slope = torch.randn(meta_batch, 3, generator=generator, dtype=torch.float64)
-        start = {"a": torch.ones(meta_batch, 3, dtype=torch.float64), "b": torch.ones(meta_batch, 2, 2, dtype=torch.float64)}
-        return MetaBatch(start, lambda params, step: ((params["a"] - slope) ** 2).sum(1) + params["b"].square().sum((1, 2)))
+        start = {
+            "a": torch.ones(meta_batch, 3, dtype=torch.float64),
+            "b": torch.ones(meta_batch, 2, 2, dtype=torch.float64),
+        }
+        return MetaBatch(
+            start, lambda params, step: ((params["a"] - slope) ** 2).sum(1) + params["b"].square().sum((1, 2))
+        )
 
 
 class Untyped:
@@ -153,7 +172,9 @@ class Untyped:
 
 
 @pytest.mark.parametrize("per_function", [False, True])
-@pytest.mark.parametrize("net", [Reader(), Tensors(), MLPOptimizer((2,), lr=0.01).double(), CoordinatewiseLSTM(2, 1).double()])
+@pytest.mark.parametrize(
+    "net", [Reader(), Tensors(), MLPOptimizer((2,), lr=0.01).double(), CoordinatewiseLSTM(2, 1).double()]
+)
 def test_perturbations_of_every_function_are_those_of_each_alone(net, per_function):
     """One window: the estimate is the mean of those of single functions with the same perturbations."""
     batch, torch_generator = Lines().sample(3, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
@@ -180,7 +201,11 @@ def test_perturbations_of_every_function_are_those_of_each_alone(net, per_functi
 
 
 def test_perturbations_that_are_held():
-    net, batch, method = CoordinatewiseLSTM(2, 1).double(), Lines().sample(2, torch.Generator().manual_seed(0)), PES(hold=True)
+    net, batch, method = (
+        CoordinatewiseLSTM(2, 1).double(),
+        Lines().sample(2, torch.Generator().manual_seed(0)),
+        PES(hold=True),
+    )
     state, params, seen = net.init_state(14), batch.params, []
     for k in range(3):
         _, info = meta_gradient(net, batch, params, state, 3 * k, 3, method)
@@ -194,10 +219,14 @@ def test_meta_training_of_a_users_own(tmp_path):
     ends = []
     for problem in (Lines(), Untyped()):
         net = Reader()
-        history = meta_train(net, problem, steps=10, unroll=5, meta_batch=2, iterations=6, progress=False, validation_functions=3)
+        history = meta_train(
+            net, problem, steps=10, unroll=5, meta_batch=2, iterations=6, progress=False, validation_functions=3
+        )
         ends.append((net.weight.detach().clone(), history.meta_loss))
     assert torch.equal(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
-    options = dict(steps=10, unroll=5, meta_batch=2, iterations=7, progress=False, validation_functions=3, validation_every=1)
+    options = dict(
+        steps=10, unroll=5, meta_batch=2, iterations=7, progress=False, validation_functions=3, validation_every=1
+    )
     whole, halves = Tensors(), Tensors()
     meta_train(whole, Lines(), **options)
 
@@ -234,25 +263,42 @@ def test_other_meta_optimizers_and_schedules():
         return 0.5**iteration
 
     net = Reader()
-    history = meta_train(net, Lines(), steps=5, unroll=5, meta_batch=2, iterations=3, progress=False, meta_optimizer=momentum, schedule=halve)
+    history = meta_train(
+        net,
+        Lines(),
+        steps=5,
+        unroll=5,
+        meta_batch=2,
+        iterations=3,
+        progress=False,
+        meta_optimizer=momentum,
+        schedule=halve,
+    )
     assert history.lr == [1e-4, 5e-5, 2.5e-5] and seen == [(0, 3), (1, 3), (2, 3)]
     for option in (dict(lr=0.1, meta_optimizer=momentum), dict(warmup=3, schedule=halve)):
         with pytest.raises(ValueError, match="is for the default"):
             meta_train(Reader(), Lines(), **option)
 
 
-@pytest.mark.parametrize("make, error, message", [
-    (lambda: as_problem(3), TypeError, "problem must have sample.* got int"),
-    (lambda: as_loss(3), TypeError, "loss must be a function of .* got 3"),
-    (lambda: as_rule(nn.Linear(1, 1)), TypeError, "net must be a learned optimizer, .* got Linear"),
-    (lambda: meta_train(Reader(), Lines(), bogus=3), TypeError, r"unexpected keyword arguments \['bogus'\]"),
-    (lambda: meta_train(Reader(), Lines(), method=Replay(), second_order=True), ValueError, "second_order must stand in method="),
-    (lambda: meta_train(Reader(), Lines(), weights=[1.0]), ValueError, r"weights must have shape \(21,\)"),
-    (lambda: meta_train(Reader(), Lines(), horizon=3), TypeError, "horizon must be"),
-    (lambda: meta_train(Reader(), Lines(), schedule=3), TypeError, "schedule must be a function"),
-    (lambda: meta_train(Reader(), Lines(), objective="product"), ValueError, "objective must be .* got 'product'"),
-    (lambda: meta_train(Reader(), Lines(), on_mismatch="never", checkpoint="x"), ValueError, "on_mismatch must be"),
-])
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: as_problem(3), TypeError, "problem must have sample.* got int"),
+        (lambda: as_loss(3), TypeError, "loss must be a function of .* got 3"),
+        (lambda: as_rule(nn.Linear(1, 1)), TypeError, "net must be a learned optimizer, .* got Linear"),
+        (lambda: meta_train(Reader(), Lines(), bogus=3), TypeError, r"unexpected keyword arguments \['bogus'\]"),
+        (
+            lambda: meta_train(Reader(), Lines(), method=Replay(), second_order=True),
+            ValueError,
+            "second_order must stand in method=",
+        ),
+        (lambda: meta_train(Reader(), Lines(), weights=[1.0]), ValueError, r"weights must have shape \(21,\)"),
+        (lambda: meta_train(Reader(), Lines(), horizon=3), TypeError, "horizon must be"),
+        (lambda: meta_train(Reader(), Lines(), schedule=3), TypeError, "schedule must be a function"),
+        (lambda: meta_train(Reader(), Lines(), objective="product"), ValueError, "objective must be .* got 'product'"),
+        (lambda: meta_train(Reader(), Lines(), on_mismatch="never", checkpoint="x"), ValueError, "on_mismatch must be"),
+    ],
+)
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
@@ -268,8 +314,16 @@ def test_a_checkpoint_of_another_run_is_replaced_if_wanted(tmp_path):
 
 
 def test_defaults_of_a_loss():
-    loss, params = as_loss(lambda params, step: params["x"].square().sum(1) * (step + 1)), {"x": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
-    assert isinstance(loss, Loss) and not loss.divisible and loss.compiled({}) is None and loss.with_gradient(params, 0) is None
+    loss, params = (
+        as_loss(lambda params, step: params["x"].square().sum(1) * (step + 1)),
+        {"x": torch.tensor([[1.0, 2.0], [3.0, 4.0]])},
+    )
+    assert (
+        isinstance(loss, Loss)
+        and not loss.divisible
+        and loss.compiled({}) is None
+        and loss.with_gradient(params, 0) is None
+    )
     losses, gradient = Coordinates(params).losses_and_gradient(loss, Coordinates(params).join(params), 1)
     assert losses.tolist() == [10.0, 50.0] and gradient.tolist() == [4.0, 8.0, 12.0, 16.0]
     with pytest.raises(ValueError, match="can be captured if .* got function"):

@@ -5,15 +5,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import meta_training
 from gradbuffer.checks import NonFiniteError, check_finite, values_unchecked
-from gradbuffer.training.cuda_graphs import CapturedWindow
 from gradbuffer.data.cifar10 import generated_images
+from gradbuffer.nests import map_tensors, tensors_in
+from gradbuffer.training.cuda_graphs import CapturedWindow
 from gradbuffer.training.meta_gradients import meta_gradient
 from meta_training import meta_train
 from optimizees import CIFAR10Net, ConvexTerms, MetaBatch, Mirrored, MNISTNet, Quadratics, RandomScaling
 from optimizers import CoordinatewiseLSTM, RNNProp
-from gradbuffer.nests import map_tensors, tensors_in
 
 
 class Recorder(TorchDispatchMode):
@@ -63,14 +62,24 @@ CASES = {
     "quadratics": (lambda root: Quadratics(dim=4, dtype=torch.float64), lambda: CoordinatewiseLSTM(hidden_size=5)),
     "one": (lambda root: Quadratics(dim=4, dtype=torch.float64), lambda: CoordinatewiseLSTM(hidden_size=5)),
     "odd": (lambda root: Quadratics(dim=4, dtype=torch.float64), lambda: CoordinatewiseLSTM(hidden_size=5, odd=True)),
-    "mnist": (lambda root: MNISTNet((3,), batch_size=5, root=root, dtype=torch.float64),
-              lambda: CoordinatewiseLSTM(hidden_size=5, preprocess="log_sign", output_scale=0.1)),
-    "rnnprop": (lambda root: MNISTNet((3,), "relu", batch_size=5, root=root, dtype=torch.float64),
-                lambda: RNNProp(hidden_size=5)),
-    "varied": (lambda root: Mirrored(ConvexTerms(RandomScaling(Quadratics(dim=4, dtype=torch.float64), 1.0), dim=3)),
-               lambda: CoordinatewiseLSTM(hidden_size=5)),
-    "convolutions": (lambda root: CIFAR10Net(4, channels=(2,), fc_size=3, root=generated_images(40, 20, side=4), dtype=torch.float64),
-                     lambda: CoordinatewiseLSTM(hidden_size=5, preprocess="log_sign", output_scale=0.1)),
+    "mnist": (
+        lambda root: MNISTNet((3,), batch_size=5, root=root, dtype=torch.float64),
+        lambda: CoordinatewiseLSTM(hidden_size=5, preprocess="log_sign", output_scale=0.1),
+    ),
+    "rnnprop": (
+        lambda root: MNISTNet((3,), "relu", batch_size=5, root=root, dtype=torch.float64),
+        lambda: RNNProp(hidden_size=5),
+    ),
+    "varied": (
+        lambda root: Mirrored(ConvexTerms(RandomScaling(Quadratics(dim=4, dtype=torch.float64), 1.0), dim=3)),
+        lambda: CoordinatewiseLSTM(hidden_size=5),
+    ),
+    "convolutions": (
+        lambda root: CIFAR10Net(
+            4, channels=(2,), fc_size=3, root=generated_images(40, 20, side=4), dtype=torch.float64
+        ),
+        lambda: CoordinatewiseLSTM(hidden_size=5, preprocess="log_sign", output_scale=0.1),
+    ),
 }
 
 
@@ -194,13 +203,24 @@ def test_meta_training(plain, tiny_mnist, monkeypatch):
         captures.append(arguments)
         return CapturedWindow(*arguments, record=recorded)
 
-    monkeypatch.setattr(meta_training, "CapturedWindow", capture)
+    monkeypatch.setattr("gradbuffer.training.run.CapturedWindow", capture)
     problem, weights, histories = MNISTNet((), batch_size=(2, 9), root=tiny_mnist, dtype=torch.float64), [], []
     for graph in (False, True):
         torch.manual_seed(3)
         net = CoordinatewiseLSTM(hidden_size=3, preprocess="log_sign", output_scale=0.1).double()
-        histories.append(meta_train(net, problem, steps=4, unroll=2, meta_batch=2, iterations=12, validation_functions=2,
-                                    cuda_graph=graph, progress=False))
+        histories.append(
+            meta_train(
+                net,
+                problem,
+                steps=4,
+                unroll=2,
+                meta_batch=2,
+                iterations=12,
+                validation_functions=2,
+                cuda_graph=graph,
+                progress=False,
+            )
+        )
         weights.append(net.state_dict())
     torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
     assert histories[0].meta_loss == pytest.approx(histories[1].meta_loss, rel=1e-10)

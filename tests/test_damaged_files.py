@@ -14,22 +14,22 @@ import pytest
 import torch
 from conftest import write_art, write_cifar10, write_cifar10_pickles, write_mnist
 
+import optimizers
 from gradbuffer.data import art as art_data
 from gradbuffer.data import cifar10 as cifar_data
 from gradbuffer.data import mnist as mnist_data
-import optimizers
+from gradbuffer.nests import named_leaves
 from gradbuffer.training.checkpoints import read_checkpoint
 from meta_training import meta_train
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, load_optimizer
-from gradbuffer.nests import named_leaves
 
 DAMAGES = 60  # of each file, where no time is given
 
 
 def a_bit(content, chance):
     place = chance.randrange(len(content))
-    return content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1:]
+    return content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1 :]
 
 
 def a_span(content, chance):
@@ -45,8 +45,8 @@ def replaced(content, chance, by):
 DAMAGE = [
     a_bit,
     lambda content, chance: a_bit(a_bit(a_bit(content, chance), chance), chance),
-    lambda content, chance: content[:chance.randrange(len(content))],
-    lambda content, chance: content[chance.randrange(len(content)):],
+    lambda content, chance: content[: chance.randrange(len(content))],
+    lambda content, chance: content[chance.randrange(len(content)) :],
     lambda content, chance: content + content[slice(*a_span(content, chance))],
     lambda content, chance: replaced(content, chance, lambda span: b""),
     lambda content, chance: replaced(content, chance, lambda span: span + span),
@@ -60,9 +60,14 @@ DAMAGE = [
 def same(found, content):
     found, content = named_leaves(found), named_leaves(content)
     return found.keys() == content.keys() and all(
-        type(found[name]) is type(leaf) and (torch.equal(found[name], leaf) if isinstance(leaf, torch.Tensor) else
-                                             found[name] == leaf or found[name] != found[name] and leaf != leaf)
-        for name, leaf in content.items())
+        type(found[name]) is type(leaf)
+        and (
+            torch.equal(found[name], leaf)
+            if isinstance(leaf, torch.Tensor)
+            else found[name] == leaf or found[name] != found[name] and leaf != leaf
+        )
+        for name, leaf in content.items()
+    )
 
 
 def attack(path, read, same=same):
@@ -121,7 +126,9 @@ def test_mnist_plain(tmp_path, offline):
     root = write_mnist(tmp_path, train=40, test=20, side=4, compress=False)
 
     def fits(data, right):
-        return [part.shape for part in data[1:]] == [part.shape for part in right[1:]] and 0 <= data[1].min() <= data[1].max() <= 1
+        return [part.shape for part in data[1:]] == [part.shape for part in right[1:]] and 0 <= data[1].min() <= data[
+            1
+        ].max() <= 1
 
     attack(root / "MNIST" / "raw" / "train-images-idx3-ubyte", lambda: mnist_data._load.__wrapped__(root), fits)
 
@@ -136,8 +143,13 @@ def test_cifar10_pickles(tmp_path):
     root = write_cifar10_pickles(tmp_path)
 
     def fits(splits, right):
-        return all(images.dtype == torch.uint8 and images.shape[1:] == (3, 32, 32) and len(images) == len(labels)
-                   and 0 <= labels.min() <= labels.max() <= 9 for images, labels in splits)
+        return all(
+            images.dtype == torch.uint8
+            and images.shape[1:] == (3, 32, 32)
+            and len(images) == len(labels)
+            and 0 <= labels.min() <= labels.max() <= 9
+            for images, labels in splits
+        )
 
     attack(root / "cifar-10-batches-py" / "data_batch_3", lambda: cifar_data.read_splits(root), fits)
 
@@ -150,7 +162,14 @@ def test_neural_art(form, tmp_path):
 
     def fits(art, right):
         number = len(art.images)
-        return (art.images.shape[1:] == right.images.shape[1:] and art.name == f"{number:,} photographs"
-                and (number == 3 or form == "tar" and all((image == right.images).flatten(1).all(1).any() for image in art.images)))
+        return (
+            art.images.shape[1:] == right.images.shape[1:]
+            and art.name == f"{number:,} photographs"
+            and (
+                number == 3
+                or form == "tar"
+                and all((image == right.images).flatten(1).all(1).any() for image in art.images)
+            )
+        )
 
     attack(path, lambda: art_data._contents.__wrapped__(root, "train", 20), fits)

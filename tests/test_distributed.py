@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from optimizees import MetaBatch, MNISTNet, Quadratics
-from gradbuffer.training.ranks import Ranks
 from gradbuffer.contracts import part_of
+from gradbuffer.training.ranks import Ranks
+from optimizees import MetaBatch, MNISTNet, Quadratics
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,7 +20,8 @@ import torch
 from torch import distributed
 from gradbuffer.contracts import as_problem
 from gradbuffer.training.options import training_of
-from meta_training import Run, meta_train
+from gradbuffer.training.run import Run
+from meta_training import meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM
 
@@ -190,9 +191,21 @@ def environment():
 
 
 def torchrun(processes, *command, timeout=200):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                           str(processes), *map(str, command)], env=environment(), capture_output=True, text=True,
-                          timeout=timeout)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            *map(str, command),
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def run_job(folder, what):
@@ -200,8 +213,9 @@ def run_job(folder, what):
 
     root, script = write_mnist(folder / "tiny", side=8), folder / "job.py"
     script.write_text(JOB)
-    run = subprocess.run([sys.executable, script, root, folder, what], env=environment(), capture_output=True, text=True,
-                         timeout=200)
+    run = subprocess.run(
+        [sys.executable, script, root, folder, what], env=environment(), capture_output=True, text=True, timeout=200
+    )
     assert run.returncode == 0, run.stderr
 
 
@@ -210,8 +224,10 @@ def results(tmp_path_factory):
     """What one process made, and each of two."""
     folder = tmp_path_factory.mktemp("jobs")
     run_job(folder, "equal")
-    return {size: [torch.load(folder / str(size) / f"rank{rank}", weights_only=True) for rank in range(size)]
-            for size in (1, 2)}
+    return {
+        size: [torch.load(folder / str(size) / f"rank{rank}", weights_only=True) for rank in range(size)]
+        for size in (1, 2)
+    }
 
 
 @pytest.mark.parametrize("name", ["quadratics", "whole", "mnist"])
@@ -249,7 +265,10 @@ def test_a_window_that_fails_on_one_rank_is_skipped_on_all(results):
     (one,), many = results[1], results[2]
     for result in many:
         assert [k for k, _ in result["failing"]["skipped"]] == [4] == [k for k, _ in one["failing"]["skipped"]]
-        assert "on rank 1, " in result["failing"]["skipped"][0][1] and "on rank 0" not in result["failing"]["skipped"][0][1]
+        assert (
+            "on rank 1, " in result["failing"]["skipped"][0][1]
+            and "on rank 0" not in result["failing"]["skipped"][0][1]
+        )
         for key, weight in one["failing"]["weights"].items():
             torch.testing.assert_close(result["failing"]["weights"][key], weight, rtol=1e-8, atol=1e-10)
         assert "stopped at iteration 4: on rank 1, " in result["message"]

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from gradbuffer.training.evolution import Pairs, Perceptrons, signal_to_noise
 from gradbuffer.kernels.numba_mlp_windows import PerceptronWindows
 from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
+from gradbuffer.training.evolution import Pairs, Perceptrons, signal_to_noise
 
 
 class Windows:
@@ -52,7 +52,9 @@ def test_what_a_pair_shares():
         noise = call["weights"][::2] - 1
         assert len(noise.unique(dim=0)) == 6 and 0.001 < noise.std() < 0.03  # one of its own for each pair, sigma 0.01
         begun = call["first_steps"] == 0
-        assert torch.equal(call["params"][begun][::2], call["params"][begun][1::2]) and (call["state"][begun] == 0).all()
+        assert (
+            torch.equal(call["params"][begun][::2], call["params"][begun][1::2]) and (call["state"][begun] == 0).all()
+        )
         assert call["lr"].shape == (12, 10) and (call["lr"] >= 0).all() and call["lr"].max() <= 3e-2
         assert 1e-3 <= call["gradient_scales"].min() and call["gradient_scales"].max() <= 1e3
 
@@ -121,11 +123,15 @@ def test_signal_to_noise():
     assert signal_to_noise(noise + 1) == pytest.approx((400 + 1) ** 0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(pairs=0), "pairs must be at least 1"), (dict(sigma=0), "sigma must be a positive number"),
-    (dict(lengths=(5, 2)), r"lengths must be the least and the most, above 0, got \(5, 2\)"),
-    (dict(rates=(0, 1)), "rates must be the least and the most"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(pairs=0), "pairs must be at least 1"),
+        (dict(sigma=0), "sigma must be a positive number"),
+        (dict(lengths=(5, 2)), r"lengths must be the least and the most, above 0, got \(5, 2\)"),
+        (dict(rates=(0, 1)), "rates must be the least and the most"),
+    ],
+)
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)

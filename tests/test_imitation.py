@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from gradbuffer.evaluation import evaluate, evaluate_baseline
-from gradbuffer.training.imitation import Demonstration, Teacher, imitation_gradient
 from gradbuffer.nets.torch_optim import LearnedOptimizer
+from gradbuffer.training.imitation import Demonstration, Teacher, imitation_gradient
 from meta_training import meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, RNNProp
@@ -84,8 +84,10 @@ def test_the_gradient_equals_autograds(student, name):
         (params,), state = info.params.values(), info.state
         torch.testing.assert_close(params, theta, rtol=1e-12, atol=0)
         assert not params.requires_grad and info.losses.shape == (5, 3)
-    once, heavier = (imitation_gradient(net, batch, Demonstration(*teacher, batch.params), net.init_state(12), 0, 5,
-                                        weight)[0] for weight in (1.0, 3.0))
+    once, heavier = (
+        imitation_gradient(net, batch, Demonstration(*teacher, batch.params), net.init_state(12), 0, 5, weight)[0]
+        for weight in (1.0, 3.0)
+    )
     for key, grad in once.items():
         torch.testing.assert_close(heavier[key], 3 * grad)
 
@@ -104,8 +106,7 @@ def test_the_teacher_goes_its_own_way(name):
         again = Demonstration(*teacher, batch.params)
         again.go_on(info.params, demonstration.state_dict())
         demonstration = again
-    curves = (evaluate(learned, problem, 12, 4) if name == "learned" else
-              evaluate_baseline(*teacher, problem, 12, 4))
+    curves = evaluate(learned, problem, 12, 4) if name == "learned" else evaluate_baseline(*teacher, problem, 12, 4)
     torch.testing.assert_close(torch.cat(losses).T, curves)
     assert all(torch.equal(tensor, params[key]) for key, tensor in batch.params.items())  # not changed
 
@@ -129,8 +130,21 @@ def test_a_share_of_the_coordinates_is_an_unbiased_estimate(tiny_mnist, monkeypa
 def test_a_student_approaches_its_teacher():
     teacher, problem = (torch.optim.Adam, {"lr": 0.1}), Quadratics(dim=2)
     net = RNNProp(8)
-    history = meta_train(net, problem, 10, 5, meta_batch=16, iterations=150, lr=0.02, warmup=5, teacher=teacher,
-                         imitation=1.0, validation_functions=4, progress=False, validation_every=150)
+    history = meta_train(
+        net,
+        problem,
+        10,
+        5,
+        meta_batch=16,
+        iterations=150,
+        lr=0.02,
+        warmup=5,
+        teacher=teacher,
+        imitation=1.0,
+        validation_functions=4,
+        progress=False,
+        validation_every=150,
+    )
     losses = [loss for _, loss in history.imitation]
     assert [iteration for iteration, _ in history.imitation] == list(range(150))
     assert sum(losses[-10:]) < 0.1 * sum(losses[:10])
@@ -141,8 +155,18 @@ def test_a_student_approaches_its_teacher():
 def test_a_share_of_the_draws_imitates():
     def run(**arguments):
         torch.manual_seed(0)
-        return meta_train(CoordinatewiseLSTM(3, 1), Quadratics(dim=2), 20, 10, meta_batch=2, iterations=40,
-                          progress=False, validation_functions=2, validation_every=40, **arguments)
+        return meta_train(
+            CoordinatewiseLSTM(3, 1),
+            Quadratics(dim=2),
+            20,
+            10,
+            meta_batch=2,
+            iterations=40,
+            progress=False,
+            validation_functions=2,
+            validation_every=40,
+            **arguments,
+        )
 
     teacher = CoordinatewiseLSTM(3, 1)
     before = [parameter.clone() for parameter in teacher.parameters()]
@@ -167,8 +191,13 @@ def test_a_diverging_teacher_is_told():
 
 
 def train(net=None, **arguments):
-    return meta_train(net or CoordinatewiseLSTM(hidden_size=2), Quadratics(dim=2), progress=False,
-                      validation_functions=2, **{"iterations": 1, "meta_batch": 2, **arguments})
+    return meta_train(
+        net or CoordinatewiseLSTM(hidden_size=2),
+        Quadratics(dim=2),
+        progress=False,
+        validation_functions=2,
+        **{"iterations": 1, "meta_batch": 2, **arguments},
+    )
 
 
 def own_teacher():
@@ -184,25 +213,36 @@ def window(**arguments):
     return imitation_gradient(Scale().double(), batch, Demonstration(*ADAM, batch.params), (), **arguments)
 
 
-@pytest.mark.parametrize("call, error, message", [
-    (lambda: train(imitation=0.3), ValueError, "imitation needs a teacher, got imitation=0.3"),
-    (lambda: train(teacher=ADAM), ValueError, r"imitation must be a number in \(0, 1\] where .* got 0.0"),
-    (lambda: train(teacher=ADAM, imitation=1.1), ValueError, r"imitation must be a number in \(0, 1\] .* got 1.1"),
-    (lambda: train(teacher=ADAM, imitation=True), ValueError, "imitation must be a number .* got True"),
-    (lambda: train(teacher=ADAM, imitation=0.3, imitation_weight=0), ValueError, "imitation_weight must be a positive"),
-    (own_teacher, ValueError, "teacher must be another optimizer than net"),
-    (lambda: train(teacher="adam", imitation=0.3), TypeError, "teacher must be .* got 'adam'"),
-    (lambda: train(teacher=nn.Linear(1, 1), imitation=0.3), TypeError, "teacher must be .* got Linear"),
-    (lambda: train(teacher=(nn.Linear, {}), imitation=0.3), TypeError, r"teacher\[0\] must be a class of torch.optim"),
-    (lambda: train(teacher=(torch.optim.Adam, 0.1), imitation=0.3), TypeError, r"teacher\[1\] must be .* got 0.1"),
-    (lambda: train(teacher=(torch.optim.LBFGS, {}), imitation=0.3), ValueError, "LBFGS needs a closure"),
-    (lambda: train(teacher=(torch.optim.Adam, {"lr": -1.0}), imitation=0.3), ValueError, "Invalid learning rate"),
-    (lambda: train(teacher=ADAM, imitation=1.0, method="bptt"), ValueError, "method must be .* got 'bptt'"),
-    (lambda: window(unroll=0), ValueError, "unroll must be at least 1, got 0"),
-    (lambda: window(step=-1), ValueError, "step must be at least 0, got -1"),
-    (lambda: window(weight=-1.0), ValueError, "weight must be a positive number, got -1.0"),
-    (lambda: window(replay_fraction=0.5), ValueError, "replay_fraction=0.5 needs"),
-])
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: train(imitation=0.3), ValueError, "imitation needs a teacher, got imitation=0.3"),
+        (lambda: train(teacher=ADAM), ValueError, r"imitation must be a number in \(0, 1\] where .* got 0.0"),
+        (lambda: train(teacher=ADAM, imitation=1.1), ValueError, r"imitation must be a number in \(0, 1\] .* got 1.1"),
+        (lambda: train(teacher=ADAM, imitation=True), ValueError, "imitation must be a number .* got True"),
+        (
+            lambda: train(teacher=ADAM, imitation=0.3, imitation_weight=0),
+            ValueError,
+            "imitation_weight must be a positive",
+        ),
+        (own_teacher, ValueError, "teacher must be another optimizer than net"),
+        (lambda: train(teacher="adam", imitation=0.3), TypeError, "teacher must be .* got 'adam'"),
+        (lambda: train(teacher=nn.Linear(1, 1), imitation=0.3), TypeError, "teacher must be .* got Linear"),
+        (
+            lambda: train(teacher=(nn.Linear, {}), imitation=0.3),
+            TypeError,
+            r"teacher\[0\] must be a class of torch.optim",
+        ),
+        (lambda: train(teacher=(torch.optim.Adam, 0.1), imitation=0.3), TypeError, r"teacher\[1\] must be .* got 0.1"),
+        (lambda: train(teacher=(torch.optim.LBFGS, {}), imitation=0.3), ValueError, "LBFGS needs a closure"),
+        (lambda: train(teacher=(torch.optim.Adam, {"lr": -1.0}), imitation=0.3), ValueError, "Invalid learning rate"),
+        (lambda: train(teacher=ADAM, imitation=1.0, method="bptt"), ValueError, "method must be .* got 'bptt'"),
+        (lambda: window(unroll=0), ValueError, "unroll must be at least 1, got 0"),
+        (lambda: window(step=-1), ValueError, "step must be at least 0, got -1"),
+        (lambda: window(weight=-1.0), ValueError, "weight must be a positive number, got -1.0"),
+        (lambda: window(replay_fraction=0.5), ValueError, "replay_fraction=0.5 needs"),
+    ],
+)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
@@ -215,6 +255,12 @@ def test_the_description_tells_teachers_apart():
     torch.manual_seed(0)
     one, other = CoordinatewiseLSTM(2), CoordinatewiseLSTM(2)
     torch.manual_seed(0)
-    texts = [describe(one), describe(other), describe(ADAM), describe((torch.optim.Adam, {"lr": 0.2})),
-             describe(ADAM, 0.3, 1.0), describe(ADAM, 0.5, 2.0)]
+    texts = [
+        describe(one),
+        describe(other),
+        describe(ADAM),
+        describe((torch.optim.Adam, {"lr": 0.2})),
+        describe(ADAM, 0.3, 1.0),
+        describe(ADAM, 0.5, 2.0),
+    ]
     assert len(set(texts)) == 6 and describe(CoordinatewiseLSTM(2)) == texts[0]

@@ -25,7 +25,9 @@ def without(monkeypatch, package):
 def test_the_first_kind_without_reasons_runs(monkeypatch):
     monkeypatch.setenv("L2O_KERNELS", "torch")
     assert kernels_for(WEIGHT) is TorchLSTM
-    assert kernels_for(WEIGHT.to("meta"), "step") is TorchLSTM and kernels_for(WEIGHT.to("meta"), "replay") is LSTMKernels
+    assert (
+        kernels_for(WEIGHT.to("meta"), "step") is TorchLSTM and kernels_for(WEIGHT.to("meta"), "replay") is LSTMKernels
+    )
     monkeypatch.setenv("L2O_KERNELS", "plain")
     assert kernels_for(WEIGHT) is LSTMKernels
     monkeypatch.delenv("L2O_KERNELS")
@@ -34,7 +36,9 @@ def test_the_first_kind_without_reasons_runs(monkeypatch):
 
 
 def test_where_numba_runs_if_it_is_there(monkeypatch):
-    numba_lstm = pytest.importorskip("gradbuffer.kernels.numba_lstm", reason="numba is not installed", exc_type=ImportError)
+    numba_lstm = pytest.importorskip(
+        "gradbuffer.kernels.numba_lstm", reason="numba is not installed", exc_type=ImportError
+    )
     monkeypatch.delenv("L2O_KERNELS", raising=False)
     assert kernels_for(WEIGHT) is kernels_for(WEIGHT.double(), "step_back", squash=True) is numba_lstm.NumbaLSTM
     assert kernels_for(WEIGHT, "step", state=torch.bfloat16) is numba_lstm.NumbaLSTM
@@ -65,10 +69,14 @@ def test_explain(monkeypatch):
 
 
 def test_no_kind_is_imported_before_it_is_asked():
-    code = "import sys, optimizers, torch; from gradbuffer.kernels.choice import kernels_for; " \
-           "kernels_for(torch.zeros(1, 20, device='meta')); print([name for name in ('numba', 'triton') if name in sys.modules])"
+    code = (
+        "import sys, optimizers, torch; from gradbuffer.kernels.choice import kernels_for; "
+        "kernels_for(torch.zeros(1, 20, device='meta')); print([name for name in ('numba', 'triton') if name in sys.modules])"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "L2O_KERNELS"}
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stdout == "[]\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["plain", "torch", "numba"])
@@ -98,12 +106,17 @@ def test_every_kind_does_what_the_plain_one_does(name, squash, monkeypatch):
         pytest.importorskip("numba", reason="numba is not installed")
     monkeypatch.setattr("gradbuffer.kernels.interface.REPLAY_BLOCK", 17)
     lstm, output = torch.nn.LSTM(2, 5, 2, dtype=torch.float64), (torch.randn(5).double(), torch.randn(()).double())
-    features, state, adjoint = torch.randn(3, 2, 40).double(), torch.randn(2, 2, 5, 40).double(), torch.randn(3, 40).double()
+    features, state, adjoint = (
+        torch.randn(3, 2, 40).double(),
+        torch.randn(2, 2, 5, 40).double(),
+        torch.randn(3, 40).double(),
+    )
     results = []
     for kind in ("plain", name):
         kernels, pulled = load(KINDS[kind].place)(lstm, *output), torch.zeros_like(features)
-        layers, *rest = kernels.replay(lambda a, b: features[..., a:b], *state, adjoint, squash,
-                                       lambda a, b, part: pulled[..., a:b].copy_(part))
+        layers, *rest = kernels.replay(
+            lambda a, b: features[..., a:b], *state, adjoint, squash, lambda a, b, part: pulled[..., a:b].copy_(part)
+        )
         after = torch.ones(2, 2, 5, 40).double()
         back, more, *others = kernels.step_back(features[0], *state, adjoint[0], *after, squash)
         results.append([*sum(map(list, layers + more), []), *rest, *others, pulled, back, after])

@@ -21,7 +21,9 @@ def close(found, expected, tolerance=1e-9):
     found, expected = tensors_in(found), tensors_in(expected)
     assert len(found) == len(expected)
     for one, other in zip(found, expected):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * (1e-3 + float(other.abs().max()) if other.numel() else 0))
+        torch.testing.assert_close(
+            one, other, rtol=tolerance, atol=tolerance * (1e-3 + float(other.abs().max()) if other.numel() else 0)
+        )
 
 
 def window(net, batch, method="replay", params=None, state=None, **options):
@@ -41,7 +43,10 @@ def test_replay_equals_autograd(network, problem, second_order, small_mnist):
     net, batch = make_net(network), make_batch(problem, small_mnist)
     (grads, info), (expected, reference) = (window(net, batch, method(second_order)) for method in (Replay, Autograd))
     close((grads, info.losses, info.params), (expected, reference.losses, reference.params))
-    assert any(grad.abs().sum() > 0 for grad in grads.values()) or (network, problem in VECTORS) == ("MLP, orthogonal", True)
+    assert any(grad.abs().sum() > 0 for grad in grads.values()) or (network, problem in VECTORS) == (
+        "MLP, orthogonal",
+        True,
+    )
     grads, info = window(net, batch, Replay(second_order), info.params, info.state)
     expected, reference = window(net, batch, Autograd(second_order), reference.params, reference.state)
     close((grads, info.losses, info.params), (expected, reference.losses, reference.params))
@@ -74,7 +79,10 @@ def test_a_tape_changes_nothing(network, problem, small_mnist):
     adjoint = torch.randn(STEPS, len(theta), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     read = {} if without.read is None else {"read": without.read}
     tape = {} if with_tape.tape is None else {"tape": with_tape.tape}
-    close(rule.replay(with_tape.gradients[:-1], state, adjoint, **tape, **read), rule.replay(without.gradients[:-1], state, adjoint, **read))
+    close(
+        rule.replay(with_tape.gradients[:-1], state, adjoint, **tape, **read),
+        rule.replay(without.gradients[:-1], state, adjoint, **read),
+    )
 
 
 @every_network
@@ -88,7 +96,9 @@ def test_every_kind_of_kernels_gives_the_same(network, problem, kernels, small_m
     monkeypatch.setenv("L2O_KERNELS", kernels)
     net = make_net(network)
     grads, info = window(net, batch)
-    close((grads, info.losses, info.params, info.state), (expected, reference.losses, reference.params, reference.state))
+    close(
+        (grads, info.losses, info.params, info.state), (expected, reference.losses, reference.params, reference.state)
+    )
     close(window(net, batch, Replay(second_order=True))[0], second)
 
 
@@ -104,11 +114,23 @@ def test_saved_equals_loaded(network, tmp_path):
 
 @every_network
 @pytest.mark.parametrize("problem", ["perceptrons"])
-@pytest.mark.parametrize("options", [dict(method="replay"), dict(method="pes", per_function=True, hold=True), dict(second_order=True)],
-                         ids=["replay", "pes", "second order"])
+@pytest.mark.parametrize(
+    "options",
+    [dict(method="replay"), dict(method="pes", per_function=True, hold=True), dict(second_order=True)],
+    ids=["replay", "pes", "second order"],
+)
 def test_resumed_equals_uninterrupted(network, problem, options, small_mnist, tmp_path):
     problem = PROBLEMS[problem](small_mnist)
-    options = dict(steps=6, unroll=3, meta_batch=2, iterations=4, progress=False, validation_functions=2, validation_every=2, **options)
+    options = dict(
+        steps=6,
+        unroll=3,
+        meta_batch=2,
+        iterations=4,
+        progress=False,
+        validation_functions=2,
+        validation_every=2,
+        **options,
+    )
     whole = make_net(network)
     history = meta_train(whole, problem, **options)
 
@@ -123,5 +145,9 @@ def test_resumed_equals_uninterrupted(network, problem, options, small_mnist, tm
     again = meta_train(resumed, problem, **options, checkpoint=path, checkpoint_every=1)
     assert again.meta_loss == history.meta_loss and again.validation == history.validation
     assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
-    assert any(not torch.equal(*pair) for pair in zip(whole.state_dict().values(), make_net(network).state_dict().values())) or \
-        history.best_iteration == 0
+    assert (
+        any(
+            not torch.equal(*pair) for pair in zip(whole.state_dict().values(), make_net(network).state_dict().values())
+        )
+        or history.best_iteration == 0
+    )

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler
 
-from gradbuffer.nets import vectors
 from gradbuffer.evaluation import evaluate
+from gradbuffer.nets import vectors
 from gradbuffer.nets.torch_optim import check_step
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, LearnedOptimizer, NonFiniteError, load_optimizer
@@ -105,8 +105,14 @@ def lstm(hidden_size=4, **options):
     return CoordinatewiseLSTM(hidden_size, preprocess="log_sign", output_scale=0.1, **options)
 
 
-NETS = {"lstm": lstm, "adam": AdamRule, "history": TwoGradientsBack, "joint": NormalizedDescent, "plain": Plain,
-        **{kind: lambda kind=kind: CountingInPlace(kind) for kind in ("number", "tensor", "row")}}
+NETS = {
+    "lstm": lstm,
+    "adam": AdamRule,
+    "history": TwoGradientsBack,
+    "joint": NormalizedDescent,
+    "plain": Plain,
+    **{kind: lambda kind=kind: CountingInPlace(kind) for kind in ("number", "tensor", "row")},
+}
 
 
 # An optimizee ---------------------------------------------------------------------------------------------------------
@@ -141,9 +147,14 @@ def values(net):
 
 
 def two_groups(net, first, second, **options):
-    return LearnedOptimizer([{"params": net[0].parameters(), "net": first},
-                             {"params": net[2].parameters(), "net": second, "lr": 0.5, "weight_decay": 0.1}],
-                            None, **options)
+    return LearnedOptimizer(
+        [
+            {"params": net[0].parameters(), "net": first},
+            {"params": net[2].parameters(), "net": second, "lr": 0.5, "weight_decay": 0.1},
+        ],
+        None,
+        **options,
+    )
 
 
 # What it computes -----------------------------------------------------------------------------------------------------
@@ -266,14 +277,23 @@ def test_parameters_of_another_dtype_than_the_network(dtype):
 def test_bfloat16_state_takes_half_the_memory():
     """And only of what is large: moments and counters, with one number per coordinate, keep their precision."""
     parameter = nn.Parameter(torch.randn(1000))
-    whole, half = (LearnedOptimizer([nn.Parameter(parameter.detach().clone())], lstm(20), state_dtype=dtype)
-                   for dtype in (None, torch.bfloat16))
+    whole, half = (
+        LearnedOptimizer([nn.Parameter(parameter.detach().clone())], lstm(20), state_dtype=dtype)
+        for dtype in (None, torch.bfloat16)
+    )
     for optimizer in (whole, half):
         for step in range(5):
             optimizer.param_groups[0]["params"][0].grad = torch.linspace(-1, 1, 1000) * (step + 1)
             optimizer.step()
-    sizes, moved = zip(*((sum(part.nbytes for state in optimizer.state.values() for part in state.values()),
-                          optimizer.param_groups[0]["params"][0]) for optimizer in (whole, half)))
+    sizes, moved = zip(
+        *(
+            (
+                sum(part.nbytes for state in optimizer.state.values() for part in state.values()),
+                optimizer.param_groups[0]["params"][0],
+            )
+            for optimizer in (whole, half)
+        )
+    )
     assert sizes == (4 * 80 * 1000, 2 * 80 * 1000)
     torch.testing.assert_close(*moved, rtol=0.02, atol=0.02)
     parameter.grad = torch.ones(1000)
@@ -285,8 +305,10 @@ def test_bfloat16_state_takes_half_the_memory():
 def test_groups_have_their_own_network_lr_and_decay():
     net, twin = model(), model()
     optimizer = two_groups(net, lstm(), AdamRule())
-    alone = [LearnedOptimizer(twin[0].parameters(), lstm()),
-             LearnedOptimizer(twin[2].parameters(), AdamRule(), lr=0.5, weight_decay=0.1)]
+    alone = [
+        LearnedOptimizer(twin[0].parameters(), lstm()),
+        LearnedOptimizer(twin[2].parameters(), AdamRule(), lr=0.5, weight_decay=0.1),
+    ]
     x, y = data()
     for _ in range(4):
         train(net, optimizer, 1)
@@ -347,7 +369,11 @@ class Decaying(nn.Module):
 def test_a_network_may_read_parameters_and_time(coordinatewise, monkeypatch):
     monkeypatch.setitem(vectors.CHUNK, "cpu", 4)
     params = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, dtype=torch.float64))]
-    optimizer, expected, sums = LearnedOptimizer(params, Decaying(coordinatewise), lr=0.5), torch.ones(3), torch.zeros(3)
+    optimizer, expected, sums = (
+        LearnedOptimizer(params, Decaying(coordinatewise), lr=0.5),
+        torch.ones(3),
+        torch.zeros(3),
+    )
     for step in range(3):
         for parameter in params:
             parameter.grad = torch.full_like(parameter, 2)
@@ -366,7 +392,9 @@ def test_a_network_may_read_parameters_and_time(coordinatewise, monkeypatch):
 def test_a_network_that_reads_the_loss_is_refused():
     net = Decaying(True)
     net.reads = {"loss"}
-    with pytest.raises(ValueError, match=r"Decaying must read params and step at most, beside gradients, got \['loss'\]"):
+    with pytest.raises(
+        ValueError, match=r"Decaying must read params and step at most, beside gradients, got \['loss'\]"
+    ):
         LearnedOptimizer(model().parameters(), net)
 
 
@@ -463,8 +491,12 @@ def test_memory_layout_does_not_matter():
     """Transposed, strided and channels-last parameters move like contiguous ones, in place."""
     start, grad = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     results = []
-    for arrange in (lambda t: t.clone(), lambda t: t.clone(memory_format=torch.channels_last),
-                    lambda t: t.mT.contiguous().mT, lambda t: torch.stack([t, t], -1)[..., 0]):
+    for arrange in (
+        lambda t: t.clone(),
+        lambda t: t.clone(memory_format=torch.channels_last),
+        lambda t: t.mT.contiguous().mT,
+        lambda t: torch.stack([t, t], -1)[..., 0],
+    ):
         parameter = nn.Parameter(arrange(start))
         parameter.grad = arrange(grad)
         stride, place = parameter.stride(), parameter.data_ptr()
@@ -566,6 +598,7 @@ def saved_and_loaded(state_dict):
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
 def test_resumed_equals_uninterrupted(kind, dtype, state_dtype):
     """To the bit, over two groups, one of them with that network, and a scheduler; through a file."""
+
     def setup():
         net = model()
         if kind in ("lstm", "adam", "plain"):
@@ -593,20 +626,31 @@ def test_a_state_dict_holds_tensors_and_numbers():
     optimizer.register_state_dict_post_hook(lambda _, packed: seen.append(packed["param_groups"][0].keys()))
     train(net, optimizer, 1)
     packed = optimizer.state_dict()
-    assert set(packed["param_groups"][1]) == {"params", "net", "lr", "weight_decay", "maximize", "state_dtype"} == set(seen[0])
+    assert (
+        set(packed["param_groups"][1])
+        == {"params", "net", "lr", "weight_decay", "maximize", "state_dtype"}
+        == set(seen[0])
+    )
     assert packed["param_groups"][1]["params"] == [2, 3]
     assert {name: tuple(part.shape) for name, part in packed["state"][0].items()} == {
-        "state.0": (2, 4, 15), "state.1": (2, 4, 15)}
+        "state.0": (2, 4, 15),
+        "state.1": (2, 4, 15),
+    }
     assert {name: tuple(part.shape) for name, part in packed["state"][3].items()} == {
-        "state.step": (), "state.moments.0": (2,), "state.moments.1": (2,)}
+        "state.step": (),
+        "state.moments.0": (2,),
+        "state.moments.1": (2,),
+    }
     assert optimizer.param_groups[0]["net"] is not None  # the optimizer's own groups are whole
     torch.testing.assert_close(saved_and_loaded(packed), packed, rtol=0, atol=0)
 
 
 def test_loading_copies_and_keeps_network_and_state_dtype():
     net, twin = model(), model()
-    first, second = LearnedOptimizer(net.parameters(), lstm(), lr=0.5), LearnedOptimizer(
-        twin.parameters(), lstm(), state_dtype=torch.bfloat16)
+    first, second = (
+        LearnedOptimizer(net.parameters(), lstm(), lr=0.5),
+        LearnedOptimizer(twin.parameters(), lstm(), state_dtype=torch.bfloat16),
+    )
     train(net, first, 2)
     network, seen = second.param_groups[0]["net"], []
     second.register_load_state_dict_pre_hook(lambda _, packed: seen.append(len(packed["state"])))
@@ -630,8 +674,14 @@ def test_a_state_dict_that_does_not_fit_changes_nothing():
     optimizer = LearnedOptimizer(net.parameters(), lstm())
     train(net, optimizer, 2)
     kept = copy.deepcopy(optimizer.state_dict())
-    adam, wider, joint = (kind(net.parameters()) for kind in (
-        torch.optim.Adam, lambda p: LearnedOptimizer(p, lstm(5)), lambda p: LearnedOptimizer(p, NormalizedDescent())))
+    adam, wider, joint = (
+        kind(net.parameters())
+        for kind in (
+            torch.optim.Adam,
+            lambda p: LearnedOptimizer(p, lstm(5)),
+            lambda p: LearnedOptimizer(p, NormalizedDescent()),
+        )
+    )
     for other in (adam, wider, joint):
         train(net, other, 1)
         with pytest.raises(ValueError, match="the state of parameter 0 of group 0 must have the parts .* got"):
@@ -677,12 +727,26 @@ def test_add_param_group():
 # Around the optimizer -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule, factors", [
-    (lambda opt: lr_scheduler.StepLR(opt, step_size=2, gamma=0.5), [1, 1, 0.5, 0.5, 0.25]),
-    (lambda opt: lr_scheduler.LambdaLR(opt, lambda epoch: 1 / (1 + epoch)), [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]),
-    (lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=0.8, total_steps=5, pct_start=0.4, anneal_strategy="linear",
-                                         cycle_momentum=False, div_factor=4, final_div_factor=4), [1 / 4, 1, 11 / 16, 3 / 8, 1 / 16]),
-])
+@pytest.mark.parametrize(
+    "schedule, factors",
+    [
+        (lambda opt: lr_scheduler.StepLR(opt, step_size=2, gamma=0.5), [1, 1, 0.5, 0.5, 0.25]),
+        (lambda opt: lr_scheduler.LambdaLR(opt, lambda epoch: 1 / (1 + epoch)), [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]),
+        (
+            lambda opt: lr_scheduler.OneCycleLR(
+                opt,
+                max_lr=0.8,
+                total_steps=5,
+                pct_start=0.4,
+                anneal_strategy="linear",
+                cycle_momentum=False,
+                div_factor=4,
+                final_div_factor=4,
+            ),
+            [1 / 4, 1, 11 / 16, 3 / 8, 1 / 16],
+        ),
+    ],
+)
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_schedulers_scale_the_updates(schedule, factors, tensor_lr):
     """Gradient descent shows the factor: the parameter moves by lr × -0.1 × 1."""
@@ -708,8 +772,10 @@ def test_momentum_cycles_are_refused_by_the_scheduler():
 def test_hooks_run():
     net, calls = model(), []
     optimizer = LearnedOptimizer(net.parameters(), lstm())
-    hooks = [optimizer.register_step_pre_hook(lambda *_: calls.append("before")),
-             optimizer.register_step_post_hook(lambda *_: calls.append("after"))]
+    hooks = [
+        optimizer.register_step_pre_hook(lambda *_: calls.append("before")),
+        optimizer.register_step_post_hook(lambda *_: calls.append("after")),
+    ]
     train(net, optimizer, 2)
     for hook in hooks:
         hook.remove()
@@ -767,7 +833,7 @@ def measured_memory(kind, steps):
         return tensors, tracemalloc.get_traced_memory()[0]
 
     tracemalloc.start()
-    return [run() for _ in range(6)]
+    return [run() for _ in range(12)]
 
 
 @pytest.mark.parametrize("kind", ["lstm", "joint"])
@@ -780,8 +846,12 @@ def test_memory_does_not_grow(kind):
     steps, here = 2000 if os.environ.get("L2O_FULL") else 200, Path(__file__).resolve()
     code = f"import {here.stem} as tests; print(tests.measured_memory({kind!r}, {steps}))"
     paths = os.pathsep.join([str(here.parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env={**os.environ, "PYTHONPATH": paths},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     tensors, traced = zip(*ast.literal_eval(done.stdout.splitlines()[-1]))
     assert min(after - before for before, after in zip(tensors, tensors[1:])) <= 0
@@ -800,8 +870,11 @@ def ddp_worker(rank, folder):
     for shared in (False, True):
         net = nn.parallel.DistributedDataParallel(model(torch.float64, seed=1 + rank))  # DDP makes them equal
         network = lstm().double()
-        optimizer = (ZeroRedundancyOptimizer(net.parameters(), LearnedOptimizer, net=network) if shared
-                     else LearnedOptimizer(net.parameters(), network))
+        optimizer = (
+            ZeroRedundancyOptimizer(net.parameters(), LearnedOptimizer, net=network)
+            if shared
+            else LearnedOptimizer(net.parameters(), network)
+        )
         for _ in range(3):
             optimizer.zero_grad()
             F.mse_loss(net(x[mine]), y[mine]).backward()
@@ -847,8 +920,9 @@ def test_cuda_parameters_with_a_network_on_the_cpu():
 
 def database():
     pytest.importorskip("expecttest", reason="torch.testing._internal needs the package expecttest")
-    return pytest.importorskip("torch.testing._internal.common_optimizers",
-                               reason="this torch is installed without its optimizer database")
+    return pytest.importorskip(
+        "torch.testing._internal.common_optimizers", reason="this torch is installed without its optimizer database"
+    )
 
 
 def test_errors_that_torch_expects_of_every_optimizer():
@@ -926,23 +1000,26 @@ class WrongLeaf(Plain):
         return "zeros"
 
 
-@pytest.mark.parametrize("options, error, message", [
-    ({"net": 3}, TypeError, "net must be a learned optimizer, an nn.Module with init_state, got int"),
-    ({"net": NoState()}, TypeError, "got NoState"),
-    ({"net": None}, TypeError, "got NoneType"),
-    ({"net": WrongAxis()}, ValueError, r"WrongAxis must have the coordinates as its last axis .* got \(2, 7\)"),
-    ({"net": WrongLeaf()}, TypeError, "state of WrongLeaf must be a tensor or a number, got str"),
-    ({"lr": -1}, ValueError, "lr must be a number of at least 0, got -1"),
-    ({"lr": math.nan}, ValueError, "lr must be a number of at least 0, got nan"),
-    ({"lr": "fast"}, TypeError, "lr must be a number of at least 0, got 'fast'"),
-    ({"lr": True}, TypeError, "lr must be a number"),
-    ({"weight_decay": -0.1}, ValueError, "weight_decay must be a number of at least 0, got -0.1"),
-    ({"weight_decay": None}, TypeError, "weight_decay must be a number of at least 0, got None"),
-    ({"maximize": 1}, TypeError, "maximize must be True or False, got 1"),
-    ({"state_dtype": torch.int8}, ValueError, "state_dtype must be None or one of .*bfloat16.* got torch.int8"),
-    ({"foreach": True}, (TypeError, ValueError), "foreach"),
-    ({"capturable": True}, (TypeError, ValueError), "capturable"),
-])
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"net": 3}, TypeError, "net must be a learned optimizer, an nn.Module with init_state, got int"),
+        ({"net": NoState()}, TypeError, "got NoState"),
+        ({"net": None}, TypeError, "got NoneType"),
+        ({"net": WrongAxis()}, ValueError, r"WrongAxis must have the coordinates as its last axis .* got \(2, 7\)"),
+        ({"net": WrongLeaf()}, TypeError, "state of WrongLeaf must be a tensor or a number, got str"),
+        ({"lr": -1}, ValueError, "lr must be a number of at least 0, got -1"),
+        ({"lr": math.nan}, ValueError, "lr must be a number of at least 0, got nan"),
+        ({"lr": "fast"}, TypeError, "lr must be a number of at least 0, got 'fast'"),
+        ({"lr": True}, TypeError, "lr must be a number"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay must be a number of at least 0, got -0.1"),
+        ({"weight_decay": None}, TypeError, "weight_decay must be a number of at least 0, got None"),
+        ({"maximize": 1}, TypeError, "maximize must be True or False, got 1"),
+        ({"state_dtype": torch.int8}, ValueError, "state_dtype must be None or one of .*bfloat16.* got torch.int8"),
+        ({"foreach": True}, (TypeError, ValueError), "foreach"),
+        ({"capturable": True}, (TypeError, ValueError), "capturable"),
+    ],
+)
 def test_bad_arguments(options, error, message):
     params = model().parameters()
     with pytest.raises(error, match=message):
@@ -969,12 +1046,15 @@ class Careless(Plain):
         return self.update(grad), state if self.state is None else self.state
 
 
-@pytest.mark.parametrize("net, message", [
-    (Careless(update=lambda grad: grad.mean()), r"Careless must return an update \(3,\), got \(\)"),
-    (Careless(update=lambda grad: None), r"got NoneType"),
-    (Careless(state={"v": torch.zeros(3)}), "Careless must return a state like the one it got"),
-    (Careless(state={"m": torch.zeros(2)}), "Careless must return a state like the one it got"),
-])
+@pytest.mark.parametrize(
+    "net, message",
+    [
+        (Careless(update=lambda grad: grad.mean()), r"Careless must return an update \(3,\), got \(\)"),
+        (Careless(update=lambda grad: None), r"got NoneType"),
+        (Careless(state={"v": torch.zeros(3)}), "Careless must return a state like the one it got"),
+        (Careless(state={"m": torch.zeros(2)}), "Careless must return a state like the one it got"),
+    ],
+)
 def test_networks_that_break_the_agreement(net, message):
     parameter = nn.Parameter(torch.zeros(3))
     optimizer = LearnedOptimizer([parameter], net)

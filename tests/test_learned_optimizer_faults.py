@@ -8,14 +8,14 @@ import torch
 from test_learned_optimizer import AdamRule, NormalizedDescent, TwoGradientsBack, lstm, model, train, values
 from torch import nn
 
+from gradbuffer.contracts import as_loss
 from gradbuffer.evaluation import evaluate
 from gradbuffer.nests import Snapshot, joined_by_form
 from gradbuffer.nets.torch_optim import check_step
+from gradbuffer.unrolling import Coordinates
 from meta_training import meta_gradient
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, LearnedOptimizer, NormalizedLSTM, RNNProp
-from gradbuffer.contracts import as_loss
-from gradbuffer.unrolling import Coordinates
 
 # Weights that change, whoever writes them -----------------------------------------------------------------------------
 
@@ -61,8 +61,17 @@ def by_another_memory_layout(net):
     net.output.weight.data = torch.stack([net.output.weight.data * 2] * 2, -1)[..., 0]  # not contiguous
 
 
-WRITERS = [by_fused_adam, by_data, by_numpy, by_a_view_of_another_tensor, by_vector_to_parameters, by_assignment, by_swap,
-           by_a_new_parameter, by_another_memory_layout]
+WRITERS = [
+    by_fused_adam,
+    by_data,
+    by_numpy,
+    by_a_view_of_another_tensor,
+    by_vector_to_parameters,
+    by_assignment,
+    by_swap,
+    by_a_new_parameter,
+    by_another_memory_layout,
+]
 
 
 def fresh(net):
@@ -86,7 +95,9 @@ def test_evaluate_and_meta_gradient_see_every_change(write, kernels, monkeypatch
     after, twin = evaluate(net, problem, steps=4, num_functions=2), fresh(net)
     assert not torch.equal(after, before)
     torch.testing.assert_close(after, evaluate(twin, problem, steps=4, num_functions=2), rtol=0, atol=0)
-    grads, expected = (meta_gradient(each, batch, batch.params, each.init_state(6), unroll=3)[0] for each in (net, twin))
+    grads, expected = (
+        meta_gradient(each, batch, batch.params, each.init_state(6), unroll=3)[0] for each in (net, twin)
+    )
     torch.testing.assert_close(grads, expected, rtol=0, atol=0)
 
 
@@ -166,7 +177,9 @@ def test_a_parameter_that_shrank_is_refused(kind):
     optimizer.step()
     parameter.data, parameter.grad = parameter.data[:3], torch.ones(3)
     kept, before = copy.deepcopy(optimizer.state_dict()), [parameter.detach().clone(), other.detach().clone()]
-    with pytest.raises(ValueError, match="parameter 0 of group 1 must keep .* has 3 coordinates now, and .*4.* instead of .*3"):
+    with pytest.raises(
+        ValueError, match="parameter 0 of group 1 must keep .* has 3 coordinates now, and .*4.* instead of .*3"
+    ):
         optimizer.step()
     torch.testing.assert_close(optimizer.state_dict(), kept, rtol=0, atol=0)
     assert torch.equal(parameter, before[0]) and torch.equal(other, before[1])
@@ -200,7 +213,10 @@ class SmallestSoFar(nn.Module):
 def test_a_state_that_begins_with_infinities_may_hold_them():
     parameters = [nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer = LearnedOptimizer(parameters, SmallestSoFar())
-    saved = {"state": {0: {"state": torch.tensor([math.inf, 1.0])}}, "param_groups": optimizer.state_dict()["param_groups"]}
+    saved = {
+        "state": {0: {"state": torch.tensor([math.inf, 1.0])}},
+        "param_groups": optimizer.state_dict()["param_groups"],
+    }
     optimizer.load_state_dict(saved)
     assert optimizer.state[parameters[0]]["state"].tolist() == [math.inf, 1.0]
 
@@ -313,7 +329,10 @@ def test_a_name_or_a_class_instead_of_a_network():
 def test_a_loss_that_does_not_depend_on_the_parameters():
     coordinates, theta = Coordinates({"a": torch.ones(2, 3)}), torch.ones(6)
     other = torch.ones(2, requires_grad=True)
-    for loss in (lambda params, step: torch.ones(2), lambda params, step: other * 2,
-                 lambda params, step: params["a"].detach().sum(1)):
+    for loss in (
+        lambda params, step: torch.ones(2),
+        lambda params, step: other * 2,
+        lambda params, step: params["a"].detach().sum(1),
+    ):
         with pytest.raises(ValueError, match="loss must depend on the parameters .*'a'"):
             coordinates.losses_and_gradient(as_loss(loss), theta, 0)

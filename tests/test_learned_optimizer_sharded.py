@@ -154,8 +154,13 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     (folder / "job.py").write_text(JOB)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(folder / "job.py"), str(folder)], env=environment, capture_output=True, text=True,
-                          timeout=300)
+    done = subprocess.run(
+        [sys.executable, str(folder / "job.py"), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"rank{rank}") for rank in (0, 1)]
 
@@ -168,8 +173,13 @@ def test_fsdp_trains_as_one_process(results, kind):
 
 def test_a_gradient_that_is_not_finite_on_one_process_stops_all(results):
     messages = [result["fsdp"]["not finite"][0] for result in results]
-    assert messages[0] == "NonFiniteError: a gradient must be finite, but another process found that its part of one is not"
-    assert messages[1].startswith("NonFiniteError: the gradient of parameter 0 of group 0 must be finite, but holds nan")
+    assert (
+        messages[0]
+        == "NonFiniteError: a gradient must be finite, but another process found that its part of one is not"
+    )
+    assert messages[1].startswith(
+        "NonFiniteError: the gradient of parameter 0 of group 0 must be finite, but holds nan"
+    )
     for result in results:
         torch.testing.assert_close(result["fsdp"]["not finite"][1], result["fsdp"]["plain"][0], rtol=0, atol=0)
 
@@ -188,8 +198,13 @@ def test_networks_that_need_all_coordinates_are_refused(results):
     for result in results:
         for name, net in (("gac", "LSTMWithGAC"), ("counting", "Counting"), ("mlp", "MLPOptimizer")):
             message = result["fsdp"][name]
-            assert message.startswith("ValueError: parameter 0 of group 0 is a DTensor") and message.endswith(f"got {net}")
-        assert "ZeroRedundancyOptimizer would show it in each process a part of the parameters only" in result["zero"]["gac"]
+            assert message.startswith("ValueError: parameter 0 of group 0 is a DTensor") and message.endswith(
+                f"got {net}"
+            )
+        assert (
+            "ZeroRedundancyOptimizer would show it in each process a part of the parameters only"
+            in result["zero"]["gac"]
+        )
 
 
 @pytest.mark.parametrize("kind", ["network", "tensorwise"])

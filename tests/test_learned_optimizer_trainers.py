@@ -54,8 +54,10 @@ def by_hand(batches, accumulate=1):
 
 def batches(size, epochs):
     rows = samples()
-    return [{key: torch.stack([row[key] for row in rows[start:start + size]]) for key in rows[0]}
-            for start in range(0, len(rows), size)] * epochs
+    return [
+        {key: torch.stack([row[key] for row in rows[start : start + size]]) for key in rows[0]}
+        for start in range(0, len(rows), size)
+    ] * epochs
 
 
 # Hugging Face's Trainer -----------------------------------------------------------------------------------------------
@@ -68,9 +70,19 @@ def trainer_of(transformers, folder, epochs, accumulate=1):
 
     model = Regression()
     arguments = transformers.TrainingArguments(
-        str(folder), per_device_train_batch_size=4, gradient_accumulation_steps=accumulate, num_train_epochs=epochs, max_grad_norm=0,
-        save_strategy="steps", save_steps=4, report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no",
-        dataloader_pin_memory=False)
+        str(folder),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=accumulate,
+        num_train_epochs=epochs,
+        max_grad_norm=0,
+        save_strategy="steps",
+        save_steps=4,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+        dataloader_pin_memory=False,
+    )
     optimizer = optimizer_of(model)
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     return InOrder(model, arguments, train_dataset=samples(), optimizers=(optimizer, constant)), model
@@ -151,9 +163,16 @@ def test_lightning(accumulate, tmp_path):
 
     def fit(epochs, **options):
         module = Module()
-        trainer = lightning.Trainer(accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False,
-                                    enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=accumulate,
-                                    default_root_dir=str(tmp_path))
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            max_epochs=epochs,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accumulate_grad_batches=accumulate,
+            default_root_dir=str(tmp_path),
+        )
         trainer.fit(module, torch.utils.data.DataLoader(samples(), batch_size=4), **options)
         return trainer, module.model
 

@@ -10,7 +10,7 @@ import torch
 from gradbuffer.nets.readings import log_sign
 
 numba = pytest.importorskip("numba", reason="the kernels are compiled by numba")
-from gradbuffer.kernels import numba_loops, numba_lstm  # noqa: E402
+from gradbuffer.kernels import numba_compiler, numba_loops, numba_lstm, numba_tape  # noqa: E402
 from gradbuffer.kernels.llvm_blocks import LANES, ROWS, STREAM  # noqa: E402
 from gradbuffer.kernels.numba_threads import parallel_for, pieces_of  # noqa: E402
 from gradbuffer.unrolling import replay_by_autograd  # noqa: E402
@@ -22,7 +22,20 @@ from optimizers import CoordinatewiseLSTM, NormalizedLSTM, RNNProp  # noqa: E402
 def test_log_sign_of_every_scale(dtype, tolerance, p):
     edge, info = math.exp(-p), torch.finfo(dtype)
     sizes = 10 ** torch.empty(5000, dtype=torch.float64).uniform_(-38, 38, generator=torch.Generator().manual_seed(0))
-    special = [0.0, edge, edge * 0.999, edge * 1.001, 0.5, 0.5**0.5, 2**0.5, 1.0, 1 - info.eps, 2.0, info.max, info.tiny]
+    special = [
+        0.0,
+        edge,
+        edge * 0.999,
+        edge * 1.001,
+        0.5,
+        0.5**0.5,
+        2**0.5,
+        1.0,
+        1 - info.eps,
+        2.0,
+        info.max,
+        info.tiny,
+    ]
     grads = torch.cat([sizes, torch.tensor(special, dtype=torch.float64)]).to(dtype)
     grads = torch.cat([grads, -grads])
     width = len(grads)
@@ -71,7 +84,10 @@ def test_kernels_do_not_pass_over_what_a_subclass_reads(preprocess, monkeypatch)
 def steps_and_replays(net, N, steps, threads=1):
     """Replays with and without what the steps have kept, as pairs of dicts; the tape; and what has to be unchanged."""
     grads, adjoint = torch.randn(2, steps, N, dtype=torch.float64)
-    state = tuple(0.3 * torch.randn(part.shape, dtype=torch.float64) for part in net.init_state(N)[:2]) + net.init_state(N)[2:]
+    state = (
+        tuple(0.3 * torch.randn(part.shape, dtype=torch.float64) for part in net.init_state(N)[:2])
+        + net.init_state(N)[2:]
+    )
     before, here = tuple(part.clone() for part in state), tuple(part.clone() for part in state)
     torch.set_num_threads(threads)
     with torch.no_grad():
@@ -84,10 +100,19 @@ def steps_and_replays(net, N, steps, threads=1):
     return kept, net.replay(grads, state, adjoint), tape
 
 
-@pytest.mark.parametrize("net", [
-    CoordinatewiseLSTM(), CoordinatewiseLSTM(5, 3, "log_sign", output_scale=0.1), CoordinatewiseLSTM(3, 1),
-    RNNProp(), NormalizedLSTM(hidden_size=7)])
-@pytest.mark.parametrize("N, tiles, threads", [(1, 10, 1), (150, 100, 2), (333, 12, 2), (333, 27, 1), (333, 11, 1), (333, 10, 2)])
+@pytest.mark.parametrize(
+    "net",
+    [
+        CoordinatewiseLSTM(),
+        CoordinatewiseLSTM(5, 3, "log_sign", output_scale=0.1),
+        CoordinatewiseLSTM(3, 1),
+        RNNProp(),
+        NormalizedLSTM(hidden_size=7),
+    ],
+)
+@pytest.mark.parametrize(
+    "N, tiles, threads", [(1, 10, 1), (150, 100, 2), (333, 12, 2), (333, 27, 1), (333, 11, 1), (333, 10, 2)]
+)
 def test_replay_with_what_the_steps_have_kept(net, N, tiles, threads, monkeypatch, threads_as_before):
     """Gates of all tiles, of some, of all in the upper layers and some in the lower ones, of too few to be worth it."""
     monkeypatch.setenv("L2O_KERNELS", "numba")
@@ -95,7 +120,7 @@ def test_replay_with_what_the_steps_have_kept(net, N, tiles, threads, monkeypatc
     monkeypatch.setattr(numba_lstm, "STEP_CHUNK", 16 * 9)
     net, steps = copy.deepcopy(net).double(), 7
     whole, layers, row = -(-N // LANES), net.num_layers, net.hidden_size * LANES * 8
-    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", (tiles * steps * 4 + 2 * whole * layers) * row)  # gates; the state
+    monkeypatch.setattr(numba_tape, "TAPE_BYTES", (tiles * steps * 4 + 2 * whole * layers) * row)  # gates; the state
     kept, plain, tape = steps_and_replays(net, N, steps, threads)
     expected = [max(0, min(whole, tiles - whole * above)) for above in reversed(range(layers))]
     assert tape.shares.tolist() == (expected if tiles >= whole / 2 else [0] * layers)
@@ -108,7 +133,7 @@ def test_replay_with_what_the_steps_have_kept(net, N, tiles, threads, monkeypatc
 def test_where_a_state_lies_and_what_is_fetched_change_nothing(states, cache, monkeypatch, threads_as_before):
     """A state that is too large stays in rows; the next tile's gates are fetched ahead where the cache is large enough."""
     monkeypatch.setenv("L2O_KERNELS", "numba")
-    monkeypatch.setattr(numba_lstm, "STATE_BYTES", states)
+    monkeypatch.setattr(numba_tape, "STATE_BYTES", states)
     monkeypatch.setattr(numba_lstm, "CACHE", cache)
     net = CoordinatewiseLSTM(preprocess="log_sign").double()
     assert bool(net.recorder(net.init_state(150), 5)[2].state.size) == bool(states)
@@ -148,18 +173,20 @@ def test_bfloat16_is_rounded_as_torch_does(dtype):
     N, tiles = len(values), -(-len(values) // LANES)
     tiled, stored = torch.zeros(tiles * LANES, dtype=dtype), torch.zeros(N + 2, dtype=torch.bfloat16)
     tiled[:N], expected = values, values.to(torch.bfloat16)
-    numba_loops.store(tiled.numpy(), LANES, 1, N, numba_lstm.array(stored), 1, 0, LANES)
+    numba_loops.store(tiled.numpy(), LANES, 1, N, numba_tape.array(stored), 1, 0, LANES)
     torch.testing.assert_close(stored[1:-1], expected, rtol=0, atol=0, equal_nan=True)
     assert stored[0] == stored[-1] == 0
     back = torch.full_like(tiled, math.nan)
-    numba_loops.load(numba_lstm.array(stored), 1, 0, LANES, 1, N, back.numpy(), 0, LANES)
+    numba_loops.load(numba_tape.array(stored), 1, 0, LANES, 1, N, back.numpy(), 0, LANES)
     torch.testing.assert_close(back[:N], expected.to(dtype), rtol=0, atol=0, equal_nan=True)
     assert not back[N:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("N, start, stop", [(1, 0, 1), (100, 17, 90), (5000, 100, 4903)])
-@pytest.mark.parametrize("net", [CoordinatewiseLSTM(preprocess="log_sign"), CoordinatewiseLSTM(3, 1), RNNProp(hidden_size=5)])
+@pytest.mark.parametrize(
+    "net", [CoordinatewiseLSTM(preprocess="log_sign"), CoordinatewiseLSTM(3, 1), RNNProp(hidden_size=5)]
+)
 def test_a_state_in_bfloat16_is_renewed_where_it_lies(net, N, start, stop, dtype, monkeypatch):
     """As if it were taken out, computed with, and rounded."""
     monkeypatch.setenv("L2O_KERNELS", "numba")
@@ -195,7 +222,10 @@ def test_what_was_kept_under_other_weights_is_not_used(monkeypatch):
             step(grads[0])
         for parameter in net.parameters():
             parameter *= 2
-    found, expected = net.replay(grads, net.init_state(40), grads, tape=tape), net.replay(grads, net.init_state(40), grads)
+    found, expected = (
+        net.replay(grads, net.init_state(40), grads, tape=tape),
+        net.replay(grads, net.init_state(40), grads),
+    )
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -215,13 +245,22 @@ def test_windows_at_the_same_time_have_tapes_of_their_own(monkeypatch):
     assert net.recorder(state, 3)[2].gates.ctypes.data == memory  # the next window uses what the last one left
 
 
-@pytest.mark.parametrize("length, most, threads, expected", [
-    (128, 10, 2, [(0, 128)]), (129, 1000, 2, [(0, 129)]), (256, 1000, 2, [(0, 128), (128, 256)]),
-    (1000, 1000, 1, [(0, 1000)]), (1000, 336, 2, [(0, 256), (256, 512), (512, 768), (768, 1000)]),
-    (1000, 336, 1, [(0, 336), (336, 672), (672, 1000)])])
+@pytest.mark.parametrize(
+    "length, most, threads, expected",
+    [
+        (128, 10, 2, [(0, 128)]),
+        (129, 1000, 2, [(0, 129)]),
+        (256, 1000, 2, [(0, 128), (128, 256)]),
+        (1000, 1000, 1, [(0, 1000)]),
+        (1000, 336, 2, [(0, 256), (256, 512), (512, 768), (768, 1000)]),
+        (1000, 336, 1, [(0, 336), (336, 672), (672, 1000)]),
+    ],
+)
 def test_pieces_in_which_threads_work(length, most, threads, expected, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert pieces_of(length, most) == parallel_for(lambda start, stop: (start, stop), pieces_of(length, most)) == expected
+    assert (
+        pieces_of(length, most) == parallel_for(lambda start, stop: (start, stop), pieces_of(length, most)) == expected
+    )
 
 
 def test_compiled_code_is_kept_by_what_is_in_its_sources(tmp_path):
@@ -229,24 +268,28 @@ def test_compiled_code_is_kept_by_what_is_in_its_sources(tmp_path):
     files = [tmp_path / name for name in ("one.py", "two.py")]
     for file in files:
         file.write_text("x = 1\n")
-    before = numba_loops.digest(files)
-    assert before == numba_loops.digest(files)
+    before = numba_compiler.digest(files)
+    assert before == numba_compiler.digest(files)
     files[1].write_text("x = 2\n")
-    assert before != numba_loops.digest(files)
-    assert {"llvm_vectors.py", "llvm_blocks.py", "numba_loops.py", "numba_windows.py"} <= {file.name for file in numba_loops.sources()}
+    assert before != numba_compiler.digest(files)
+    assert {"llvm_vectors.py", "llvm_blocks.py", "numba_loops.py", "numba_windows.py"} <= {
+        file.name for file in numba_compiler.sources()
+    }
 
-    @numba_loops.compiled
+    @numba_compiler.compiled
     def double(x):
         return 2 * x
 
     assert double(3.0) == 6
-    assert list(Path(double.stats.cache_path).glob(f"*double-{numba_loops.digest(numba_loops.sources())}*.nbi"))
+    assert list(Path(double.stats.cache_path).glob(f"*double-{numba_compiler.digest(numba_compiler.sources())}*.nbi"))
 
 
 @pytest.mark.parametrize("rows", [*range(1, 30), 40, 80])
 def test_products_of_any_number_of_rows(rows):
     width, count, lanes = 9, 7, LANES
-    weight, x, out, bias = (torch.randn(*shape).numpy() for shape in ((rows, width), (count, lanes), (rows, lanes), (rows, 1)))
+    weight, x, out, bias = (
+        torch.randn(*shape).numpy() for shape in ((rows, width), (count, lanes), (rows, lanes), (rows, 1))
+    )
     product, sums = weight[:, :count].astype("f8") @ x, out.copy()
     blocks, fours, singles = numba_loops.shared_rows(rows)
     assert ROWS * blocks + 4 * fours + singles == rows and singles < 4
@@ -269,7 +312,12 @@ def test_a_cell_with_gates_of_any_size(units, dtype, tolerance):
     cell = (10 ** torch.empty(units, LANES).uniform_(-3, 3, generator=seed)).to(dtype)
     i, f, g, o = (gate[:, None] for gate in z.double().unbind(1))
     c = i.sigmoid() * g.tanh() + f.sigmoid() * cell.double()
-    expected = c, o.sigmoid() * c.tanh(), c.tanh(), torch.stack([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], 1)[..., 0]
+    expected = (
+        c,
+        o.sigmoid() * c.tanh(),
+        c.tanh(),
+        torch.stack([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], 1)[..., 0],
+    )
     bias = (z.double() * torch.tensor([-1, -1, -2, -1]) / math.log(2)).to(dtype).reshape(-1).numpy()
     weight, x, results = torch.zeros(4 * units, dtype=dtype).numpy(), torch.zeros(LANES, dtype=dtype).numpy(), []
     for keep in (0, 1, STREAM):
@@ -278,7 +326,9 @@ def test_a_cell_with_gates_of_any_size(units, dtype, tolerance):
         arrays = [part.view(-1).numpy() for part in (sums, cell, new, hidden, sums if keep == 1 else kept, tanhs)]
         numba_loops.run_cell(units, weight, 1, bias, 1, x, *arrays[:4], keep, *arrays[4:])
         results.append((new, hidden))
-        parts = (new, hidden, tanhs, (sums if keep == 1 else kept).view(units, 4, -1)[..., 3]) if keep else (new, hidden)
+        parts = (
+            (new, hidden, tanhs, (sums if keep == 1 else kept).view(units, 4, -1)[..., 3]) if keep else (new, hidden)
+        )
         for part, there in zip(parts, expected):
             scale = there.abs().clamp(min=1)
             torch.testing.assert_close(part.double() / scale, there / scale, rtol=0, atol=tolerance, equal_nan=True)

@@ -38,13 +38,21 @@ def on_device(test):
     return pytest.mark.skipif(why_not is not None, reason=why_not or "")(test)
 
 
-@pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="in the interpreter already" if INTERPRETED else
-                    "needs triton: pip install triton")
+@pytest.mark.skipif(
+    not INSTALLED or INTERPRETED,
+    reason="in the interpreter already" if INTERPRETED else "needs triton: pip install triton",
+)
 def test_cases_pass_in_the_interpreter():
     here = Path(__file__).resolve()
     command = [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", str(here)]
-    run = subprocess.run(command, cwd=here.parents[1], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True,
-                         text=True, timeout=300)
+    run = subprocess.run(
+        command,
+        cwd=here.parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped)", run.stdout)}
     assert run.returncode == 0 and counts["passed"] > 20 and counts["skipped"] == 2, run.stdout + run.stderr
 
@@ -73,8 +81,9 @@ def small_blocks(monkeypatch):
 @on_device
 @pytest.mark.parametrize("layers, hidden", [(1, 20), (2, 20), (3, 5), (2, 32)])
 @pytest.mark.parametrize("inputs", [1, 2])
-@pytest.mark.parametrize("N, dtype", [(1, torch.float32), (15, torch.float64), (17, torch.float32),
-                                      (37, torch.float64)])
+@pytest.mark.parametrize(
+    "N, dtype", [(1, torch.float32), (15, torch.float64), (17, torch.float32), (37, torch.float64)]
+)
 def test_step(small_blocks, layers, hidden, inputs, N, dtype):
     weights = lstm(inputs, hidden, layers, dtype)
     shapes = (N,), (layers, hidden, N), (layers, hidden, N)
@@ -112,8 +121,13 @@ def test_log_sign_at_all_scales():
 
 
 REPLAYS = [  # layers, hidden, inputs, N, T, dtype: blocks of 16, three programs
-    (2, 20, 2, 17, 3, torch.float32), (3, 5, 1, 15, 3, torch.float32), (1, 32, 1, 1, 1, torch.float32),
-    (1, 20, 2, 16, 20, torch.float64), (2, 20, 1, 53, 1, torch.float64), (2, 16, 3, 5, 2, torch.float64)]
+    (2, 20, 2, 17, 3, torch.float32),
+    (3, 5, 1, 15, 3, torch.float32),
+    (1, 32, 1, 1, 1, torch.float32),
+    (1, 20, 2, 16, 20, torch.float64),
+    (2, 20, 1, 53, 1, torch.float64),
+    (2, 16, 3, 5, 2, torch.float64),
+]
 
 
 def replay_case(layers, hidden, inputs, N, T, dtype):
@@ -131,7 +145,9 @@ def flat(gradients):
 @pytest.mark.parametrize("case", REPLAYS)
 def test_replay(small_blocks, case):
     weights, *recorded = replay_case(*case)
-    close(flat(TritonLSTM(*weights).replay(*recorded)), flat(TorchLSTM(*weights).replay(*recorded)), TOLERANCE[case[-1]])
+    close(
+        flat(TritonLSTM(*weights).replay(*recorded)), flat(TorchLSTM(*weights).replay(*recorded)), TOLERANCE[case[-1]]
+    )
 
 
 @on_device
@@ -142,12 +158,15 @@ def test_replay_in_chunks(small_blocks, monkeypatch):
 
 
 @on_device
-@pytest.mark.parametrize("precision, least, most", [("ieee", 0, 1e-5), ("tf32x3", 0, 1e-5), ("tf32", 1e-5, 1e-2),
-                                                    ("bf16", 1e-3, 5e-2)])
+@pytest.mark.parametrize(
+    "precision, least, most", [("ieee", 0, 1e-5), ("tf32x3", 0, 1e-5), ("tf32", 1e-5, 1e-2), ("bf16", 1e-3, 5e-2)]
+)
 def test_precisions(precision, least, most):
     """They are what their names say: those of tensor cores are off by as much as their rounding, and no more."""
     weights, *recorded = replay_case(2, 20, 2, 30, 2, torch.float32)
-    expected, found = (flat(kernels.replay(*recorded)) for kernels in (TorchLSTM(*weights), TritonLSTM(*weights, precision)))
+    expected, found = (
+        flat(kernels.replay(*recorded)) for kernels in (TorchLSTM(*weights), TritonLSTM(*weights, precision))
+    )
     close(found, expected, most)
     assert (found[0] - expected[0]).norm() >= least * expected[0].norm()
 
@@ -169,15 +188,19 @@ def test_the_optimizers_run_on_them(monkeypatch):
 
 
 @on_device
-@pytest.mark.parametrize("make", [lambda: CoordinatewiseLSTM(5, preprocess="log_sign"), lambda: RNNProp(5), lambda: NormalizedLSTM(5)])
+@pytest.mark.parametrize(
+    "make", [lambda: CoordinatewiseLSTM(5, preprocess="log_sign"), lambda: RNNProp(5), lambda: NormalizedLSTM(5)]
+)
 @pytest.mark.parametrize("second_order", [False, True])
 def test_what_has_no_kernel_here_is_done_by_others(make, second_order, monkeypatch):
     """A step back, the replay of a squashed output, derivatives by the features."""
     monkeypatch.setenv("L2O_KERNELS", "triton")
     net, batch = make().double().to(DEVICE), Quadratics(3, torch.float64, device=DEVICE).sample(2)
     state = net.init_state(6)
-    found, expected = (meta_gradient(net, batch, batch.params, state, unroll=3, second_order=second_order, method=method)[0]
-                       for method in ("replay", "autograd"))
+    found, expected = (
+        meta_gradient(net, batch, batch.params, state, unroll=3, second_order=second_order, method=method)[0]
+        for method in ("replay", "autograd")
+    )
     close(found.values(), expected.values(), 1e-10)
     assert "step: triton\n" in explain(net) and "not triton: has no kernel for it" in explain(net)
 
@@ -206,14 +229,18 @@ def test_cuda_uses_them_where_asked(monkeypatch):
 def test_padded_weights(inputs, hidden, layers):
     """A gate from the padded weights is that from the packed ones, and the padding comes off again."""
     sizes = [inputs] + [hidden] * (layers - 1)
-    packed = PackedWeights([(w.detach(), u.detach(), (b + c).detach())
-                            for w, u, b, c in lstm(inputs, hidden, layers, torch.float64, "cpu")[0].all_weights])
+    packed = PackedWeights(
+        [
+            (w.detach(), u.detach(), (b + c).detach())
+            for w, u, b, c in lstm(inputs, hidden, layers, torch.float64, "cpu")[0].all_weights
+        ]
+    )
     padded = triton_lstm.PaddedWeights(packed, torch.zeros(hidden).double())
     for size, below, weight in zip(sizes, padded.below, packed.weights):
         assert below > size and below & (below - 1) == 0
         x, h, one = torch.randn(size).double(), torch.randn(hidden).double(), torch.ones(1).double()
         row = torch.zeros(below + padded.sizes["UNITS"]).double()
-        row[:size], row[size], row[below:below + hidden] = x, 1, h
+        row[:size], row[size], row[below : below + hidden] = x, 1, h
         gates = row @ padded.pad(weight, below)
         torch.testing.assert_close(gates[:, :hidden].flatten(), weight @ torch.cat([x, h, one]))
         assert not gates[:, hidden:].any()
@@ -234,7 +261,7 @@ def test_errors(monkeypatch):
     monkeypatch.setattr(triton_lstm, "kernels", type("Installed", (), {"INTERPRETED": True}))
     with pytest.raises(ValueError, match="precision must be None or one of .* got 'half'"):
         TritonLSTM(*weights, precision="half")
-    with pytest.raises(ValueError, match='must be "ieee" for torch.float64, got \'bf16\''):
+    with pytest.raises(ValueError, match="must be \"ieee\" for torch.float64, got 'bf16'"):
         TritonLSTM(*lstm(2, 20, 2, torch.float64, "cpu"), precision="bf16")
     with pytest.raises(ValueError, match="log_sign with p=10.0 makes two features, the network reads 1"):
         TritonLSTM(*lstm(1, 20, 2, device="cpu")).step(lambda a, b: features, *state, p=10.0)

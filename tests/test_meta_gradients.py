@@ -6,11 +6,10 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from gradbuffer.training.meta_gradients import meta_gradient
-from gradbuffer.unrolling import replay_by_autograd
+from gradbuffer.unrolling import Coordinates, replay_by_autograd
 from meta_training import evaluate, meta_train
 from optimizees import MetaBatch, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, NormalizedLSTM, RNNProp, start_as_momentum
-from gradbuffer.unrolling import Coordinates
 
 
 def generator(seed=0):
@@ -22,11 +21,15 @@ def coordinates_of(batch):
 
 
 def problems(root):
-    return {"quadratics": (Quadratics(dtype=torch.float64), CoordinatewiseLSTM().double()),
-            "mnist": (MNISTNet((20,), root=root, dtype=torch.float64),
-                      CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.01).double()),
-            "rnnprop": (MNISTNet((20,), root=root, dtype=torch.float64), RNNProp(output_scale=0.01).double()),
-            "normalized": (Quadratics(dim=4, dtype=torch.float64), NormalizedLSTM(num_layers=2).double())}
+    return {
+        "quadratics": (Quadratics(dtype=torch.float64), CoordinatewiseLSTM().double()),
+        "mnist": (
+            MNISTNet((20,), root=root, dtype=torch.float64),
+            CoordinatewiseLSTM(preprocess="log_sign", output_scale=0.01).double(),
+        ),
+        "rnnprop": (MNISTNet((20,), root=root, dtype=torch.float64), RNNProp(output_scale=0.01).double()),
+        "normalized": (Quadratics(dim=4, dtype=torch.float64), NormalizedLSTM(num_layers=2).double()),
+    }
 
 
 def relative(one, other):
@@ -41,6 +44,7 @@ def test_replay_equals_autograd_across_windows(name, unroll, tiny_mnist):
     problem, net = problems(tiny_mnist)[name]
     batch = problem.sample(3, generator())
     params, state = batch.params, net.init_state(coordinates_of(batch))
+    last = None
     for window in range(3):
         replayed, info = meta_gradient(net, batch, params, state, window * unroll, unroll)
         traced, reference = meta_gradient(net, batch, params, state, window * unroll, unroll, "autograd")
@@ -140,9 +144,12 @@ def test_log_of_an_exponential_is_what_was_there_before(method):
     batch = Quadratics(dim=2, dtype=torch.float64).sample(3, generator())
     exponential = MetaBatch(batch.params, lambda params, step: batch.loss(params, step).mul(0.1).exp())
     tenth = MetaBatch(batch.params, lambda params, step: batch.loss(params, step).mul(0.1))
-    (one, _), (two, _) = (meta_gradient(Drift(), problem, batch.params, (), unroll=5, method=method, objective=objective,
-                                        generator=generator())
-                          for problem, objective in ((exponential, "log"), (tenth, "sum")))
+    (one, _), (two, _) = (
+        meta_gradient(
+            Drift(), problem, batch.params, (), unroll=5, method=method, objective=objective, generator=generator()
+        )
+        for problem, objective in ((exponential, "log"), (tenth, "sum"))
+    )
     assert relative(one, two) < 1e-10
 
 
@@ -150,7 +157,9 @@ def test_log_needs_positive_losses():
     batch = MetaBatch({"x": torch.ones(2, 2)}, lambda params, step: params["x"].sum(1) * torch.tensor([1.0, -1.0]))
     net = CoordinatewiseLSTM()
     for method in ("replay", "autograd"):
-        with pytest.raises(NonFiniteError, match='loss of function 1 at step 0 is -2.0, and objective="log" needs a pos'):
+        with pytest.raises(
+            NonFiniteError, match='loss of function 1 at step 0 is -2.0, and objective="log" needs a pos'
+        ):
             meta_gradient(net, batch, batch.params, net.init_state(4), unroll=2, objective="log", method=method)
 
 
@@ -163,7 +172,9 @@ def test_replay_equals_autograd_at_full_size(small_mnist):
     assert relative(one, two) < 1e-10
 
 
-@pytest.mark.parametrize("method, second_order", [("replay", False), ("replay", True), ("autograd", False), ("autograd", True)])
+@pytest.mark.parametrize(
+    "method, second_order", [("replay", False), ("replay", True), ("autograd", False), ("autograd", True)]
+)
 def test_meta_gradient_against_finite_differences(method, second_order):
     """gradcheck of the unrolled meta-loss. Constant gradients (a linear loss) make all three exact."""
     net = CoordinatewiseLSTM(hidden_size=3, num_layers=2).double()
@@ -205,7 +216,10 @@ def check_meta_gradient(net, loss, method, second_order):
 
 def test_partial_replay_is_unbiased(monkeypatch):
     monkeypatch.setattr("gradbuffer.unrolling.SMALLEST_SHARE", 3)
-    net, batch = CoordinatewiseLSTM(hidden_size=4).double(), Quadratics(dim=6, dtype=torch.float64).sample(2, generator())
+    net, batch = (
+        CoordinatewiseLSTM(hidden_size=4).double(),
+        Quadratics(dim=6, dtype=torch.float64).sample(2, generator()),
+    )
     state, draws = net.init_state(12), []
     arguments = dict(params=batch.params, state=state, unroll=3)
     whole = torch.cat([grad.flatten() for grad in meta_gradient(net, batch, **arguments)[0].values()])
@@ -249,7 +263,9 @@ def test_a_users_own_optimizer_and_problem():
     class Bowl:
         def sample(self, meta_batch, generator=None):
             center = torch.randn(meta_batch, 2, 3, generator=generator, dtype=torch.float64)
-            return MetaBatch({"x": torch.zeros_like(center)}, lambda params, step: (params["x"] - center).square().sum((1, 2)))
+            return MetaBatch(
+                {"x": torch.zeros_like(center)}, lambda params, step: (params["x"] - center).square().sum((1, 2))
+            )
 
     net, batch = LearnedRate(), Bowl().sample(4, generator())
     state = net.init_state(24)

@@ -376,7 +376,9 @@ def test_what_torch_takes_off_a_layer_is_a_parameter_again(put, layer):
     net.update_params(0.01, source_params=[torch.ones_like(p) for p in net.parameters()])
     expected = net(X).detach()
     if put.startswith("old"):
-        {"weight": nn.utils.remove_weight_norm, "spectral": nn.utils.remove_spectral_norm}[put[4:].split("_")[0]](net[0])
+        {"weight": nn.utils.remove_weight_norm, "spectral": nn.utils.remove_spectral_norm}[put[4:].split("_")[0]](
+            net[0]
+        )
     elif put == "prune":
         prune.remove(net[0], "weight")
     else:

@@ -10,8 +10,16 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt  # noqa: E402
 
-from meta_plots import (plot_curves, plot_history, plot_sizes, plot_tuning, plot_updates, sizes_table,  # noqa: E402
-                        stretches_table, summary_table)
+from meta_plots import (  # noqa: E402
+    plot_curves,
+    plot_history,
+    plot_sizes,
+    plot_tuning,
+    plot_updates,
+    sizes_table,
+    stretches_table,
+    summary_table,
+)
 from meta_training import History, TunedBaseline  # noqa: E402
 from optimizers import CoordinatewiseLSTM  # noqa: E402
 
@@ -36,7 +44,19 @@ def test_curves_show_means_and_bands(curves):
 
 
 def test_no_two_optimizers_look_the_same():
-    names = ["start", "LSTM", "LSTM, 25 cells", "LSTM+GAC", "NTM-BFGS", "SGD", "SGD + momentum", "NAG", "Adam", "RMSprop", "L-BFGS"]
+    names = [
+        "start",
+        "LSTM",
+        "LSTM, 25 cells",
+        "LSTM+GAC",
+        "NTM-BFGS",
+        "SGD",
+        "SGD + momentum",
+        "NAG",
+        "Adam",
+        "RMSprop",
+        "L-BFGS",
+    ]
     axes = plot_curves({name: torch.rand(4, 5) + 0.5 for name in names}, "many")
     colors = [matplotlib.colors.to_hex(line.get_color()) for line in axes.get_lines()]
     plt.close("all")
@@ -77,9 +97,12 @@ def test_stretches_by_hand():
     accuracy = {name: torch.tensor([0.25, 0.75]) for name in curves}
     stretches = {"the first 2": slice(2), "the last": slice(-1, None)}
     rows = stretches_table(curves, stretches, tuned, {"accuracy": accuracy}).splitlines()
-    assert rows == ["| optimizer | learning rate | the first 2 | the last | accuracy |", "| --- | --- | --- | --- | --- |",
-                    "| LSTM |  | 3.500 ± 0.500 | 2.000 ± 1.000 | 0.500 ± 0.250 |",
-                    "| NAG | 0.25 | 1.000 ± 0.000 | 1.000 ± 0.000 | 0.500 ± 0.250 |"]
+    assert rows == [
+        "| optimizer | learning rate | the first 2 | the last | accuracy |",
+        "| --- | --- | --- | --- | --- |",
+        "| LSTM |  | 3.500 ± 0.500 | 2.000 ± 1.000 | 0.500 ± 0.250 |",
+        "| NAG | 0.25 | 1.000 ± 0.000 | 1.000 ± 0.000 | 0.500 ± 0.250 |",
+    ]
     assert stretches_table({"LSTM": curves["LSTM"][:1]}, stretches).splitlines()[-1] == "| LSTM | 3.000 | 1.000 |"
 
 
@@ -122,8 +145,12 @@ def test_sizes_that_diverge_or_reach_below_zero():
 def test_sizes_by_hand():
     finals = {(20, 20): {"LSTM": torch.tensor([1.0, 3.0])}, (20,): {"LSTM": torch.tensor([0.5])}}
     rows = sizes_table(finals).splitlines()
-    assert rows == ["| layers × units | LSTM |", "| --- | --- |", "| 1 × 20 | 0.500 ± 0.000 |",
-                    "| 2 × 20 | 2.000 ± 1.000 |"]
+    assert rows == [
+        "| layers × units | LSTM |",
+        "| --- | --- |",
+        "| 1 × 20 | 0.500 ± 0.000 |",
+        "| 2 × 20 | 2.000 ± 1.000 |",
+    ]
 
 
 @pytest.mark.parametrize("hidden", [(20, 10), (), 20])
@@ -148,8 +175,9 @@ def test_history_marks_what_was_kept():
 
 
 def test_history_shows_gradients_update_sizes_and_skips():
-    history = History([3.0, math.nan, 1.0], [1.0, math.nan, 2.0], [0.1] * 3, [(3, 20.0)], 3, 20.0,
-                      [0.5, math.nan, 0.25], [(1, "NaN")])
+    history = History(
+        [3.0, math.nan, 1.0], [1.0, math.nan, 2.0], [0.1] * 3, [(3, 20.0)], 3, 20.0, [0.5, math.nan, 0.25], [(1, "NaN")]
+    )
     upper = plot_history(history, "training")
     assert [text.get_text() for text in upper.get_legend().get_texts()] == ["skipped: 1"]
     assert list(upper.get_lines()[1].get_xdata()) == [2]
@@ -162,8 +190,13 @@ def test_history_shows_gradients_update_sizes_and_skips():
 
 def test_updates_are_those_of_the_optimizers():
     net, gradients = CoordinatewiseLSTM(hidden_size=4), torch.tensor([1.0, -0.5, 0.25, 0.5])
-    axes = plot_updates(net, "an optimizer", gradients, steps=(1, 3), baselines={"SGD": (torch.optim.SGD, {}),
-                                                                              "Adam": (torch.optim.Adam, {})})
+    axes = plot_updates(
+        net,
+        "an optimizer",
+        gradients,
+        steps=(1, 3),
+        baselines={"SGD": (torch.optim.SGD, {}), "Adam": (torch.optim.Adam, {})},
+    )
     assert [ax.get_title() for ax in axes] == ["an optimizer", "at step 1", "at step 3"]
     learned, sgd, adam = (torch.as_tensor(line.get_ydata()) for line in axes[0].get_lines()[:3])
     state, expected = net.init_state(1), []

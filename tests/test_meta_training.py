@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import meta_training
 from meta_training import evaluate, evaluate_baseline, meta_gradient, meta_train, tune_baseline
 from optimizees import MetaBatch, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError
@@ -19,8 +18,9 @@ def generator(seed=0):
 def test_training_improves_and_keeps_the_best():
     net = CoordinatewiseLSTM()
     untrained = evaluate(net, Quadratics(), 20, 64, seed=5).sum(1).mean()
-    history = meta_train(net, Quadratics(), 20, 10, meta_batch=16, iterations=100, lr=0.01, warmup=5,
-                         validation_every=10, progress=False)
+    history = meta_train(
+        net, Quadratics(), 20, 10, meta_batch=16, iterations=100, lr=0.01, warmup=5, validation_every=10, progress=False
+    )
     assert evaluate(net, Quadratics(), 20, 64, seed=5).sum(1).mean() < 0.8 * untrained
     assert len(history.meta_loss) == len(history.grad_norm) == len(history.lr) == 100
     assert len(history.validation) == 10
@@ -44,10 +44,25 @@ def test_same_seed_same_run():
 
 def test_schedule_and_clipping(monkeypatch):
     norms = []
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: norms.append(
-        torch.stack([parameter.grad.norm() for parameter in adam.param_groups[0]["params"]]).norm().item()))
-    history = meta_train(CoordinatewiseLSTM(), Quadratics(), 20, 10, meta_batch=4, iterations=40, lr=0.1, warmup=10,
-                         clip=0.5, progress=False)
+    monkeypatch.setattr(
+        torch.optim.Adam,
+        "step",
+        lambda adam: norms.append(
+            torch.stack([parameter.grad.norm() for parameter in adam.param_groups[0]["params"]]).norm().item()
+        ),
+    )
+    history = meta_train(
+        CoordinatewiseLSTM(),
+        Quadratics(),
+        20,
+        10,
+        meta_batch=4,
+        iterations=40,
+        lr=0.1,
+        warmup=10,
+        clip=0.5,
+        progress=False,
+    )
     assert all(norm <= 0.5 * 1.0001 for norm in norms) and max(history.grad_norm) > 0.5
     assert history.lr.index(max(history.lr)) in (9, 10, 11) and history.lr[-1] < 0.001 and max(history.lr) <= 0.1
 
@@ -93,8 +108,22 @@ class Sometimes:
 def small_run(problem, **arguments):
     torch.manual_seed(0)
     net = CoordinatewiseLSTM(hidden_size=3)
-    return net, meta_train(net, problem, **{**dict(steps=20, unroll=10, meta_batch=2, iterations=10, progress=False,
-                                                   validation_every=5, validation_functions=3), **arguments})
+    return net, meta_train(
+        net,
+        problem,
+        **{
+            **dict(
+                steps=20,
+                unroll=10,
+                meta_batch=2,
+                iterations=10,
+                progress=False,
+                validation_every=5,
+                validation_functions=3,
+            ),
+            **arguments,
+        },
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -139,7 +168,9 @@ def test_interrupted_returns_the_best_so_far(tmp_path):
             raise KeyboardInterrupt
 
     net, whole = small_run(Quadratics(dim=2))
-    with pytest.warns(UserWarning, match="interrupted at iteration 7 of 10; the optimizer is the best so far, of iteration 5"):
+    with pytest.warns(
+        UserWarning, match="interrupted at iteration 7 of 10; the optimizer is the best so far, of iteration 5"
+    ):
         stopped, history = small_run(Quadratics(dim=2), callback=interrupt, checkpoint=tmp_path / "run")
     assert history.interrupted and not whole.interrupted and len(history.meta_loss) == 7
     assert history.best_iteration == 5 and history.meta_loss == whole.meta_loss[:7]
@@ -160,8 +191,20 @@ def test_the_average_of_the_weights_is_kept():
         trail.append(weights)
 
     net = CoordinatewiseLSTM(hidden_size=3)
-    history = meta_train(net, Quadratics(dim=2), 20, 5, meta_batch=2, iterations=5, lr=0.3, validation_every=5, averaging=0.05,
-                         validation_functions=3, callback=follow, progress=False)
+    history = meta_train(
+        net,
+        Quadratics(dim=2),
+        20,
+        5,
+        meta_batch=2,
+        iterations=5,
+        lr=0.3,
+        validation_every=5,
+        averaging=0.05,
+        validation_functions=3,
+        callback=follow,
+        progress=False,
+    )
     assert history.best_iteration == 5 and len(trail) == 5
     for kept, wanted, last in zip(net.parameters(), average, trail[-1]):
         torch.testing.assert_close(kept.detach(), wanted)
@@ -182,12 +225,15 @@ def test_update_size_is_relative_to_the_parameters():
         def forward(self, grad, state):
             return -self.rate * grad, state
 
-    history = meta_train(Step(), Sometimes((), from_step=100), 2, 1, meta_batch=1, iterations=1, validation_functions=1,
-                         progress=False)
+    history = meta_train(
+        Step(), Sometimes((), from_step=100), 2, 1, meta_batch=1, iterations=1, validation_functions=1, progress=False
+    )
     scale = torch.rand(1, 2, generator=generator()) + 0.5
     change = 0.2 * scale.square()
     assert history.update_size == [pytest.approx((change.norm() / 2**0.5).item())]
-    history = meta_train(Step(), Quadratics(dim=2), 2, 1, meta_batch=1, iterations=1, validation_functions=1, progress=False)
+    history = meta_train(
+        Step(), Quadratics(dim=2), 2, 1, meta_batch=1, iterations=1, validation_functions=1, progress=False
+    )
     assert history.update_size == [pytest.approx(1.0)]  # from θ = 0
 
 
@@ -212,15 +258,33 @@ def test_horizons_are_drawn():
 
     assert lengths() == [4] * 15
     drawn = lengths(horizons=(1, 3))
-    assert set(drawn) == {1, 2, 3} and sum(drawn) == 60 and drawn == lengths(horizons=(1, 3)) != lengths(horizons=(1, 3), seed=1)
+    assert (
+        set(drawn) == {1, 2, 3}
+        and sum(drawn) == 60
+        and drawn == lengths(horizons=(1, 3)) != lengths(horizons=(1, 3), seed=1)
+    )
     assert lengths(horizons=lambda iteration, generator: 1 + iteration // 10)[:12] == [1] * 10 + [2] * 2
 
 
 @pytest.mark.parametrize("averaging", [0.0, 0.5])
 def test_a_curriculum_goes_on_from_the_best_weights_of_each_stage(averaging, monkeypatch):
-    scores = iter([5.0, 4.0, 6.0, 4.5,  # 10 steps: the second stays the best for two validations
-                   9.0, 9.5, 8.0, 8.0, math.inf,  # 20 steps, the first with those weights; the third is the best
-                   30.0, 31.0, 29.0, 32.0])  # 40 steps: the last, whatever the scores
+    scores = iter(
+        [
+            5.0,
+            4.0,
+            6.0,
+            4.5,  # 10 steps: the second stays the best for two validations
+            9.0,
+            9.5,
+            8.0,
+            8.0,
+            math.inf,  # 20 steps, the first with those weights; the third is the best
+            30.0,
+            31.0,
+            29.0,
+            32.0,
+        ]
+    )  # 40 steps: the last, whatever the scores
     scored, horizons = [], []
 
     def score(net, problem, steps, functions, seed):
@@ -238,9 +302,16 @@ def test_a_curriculum_goes_on_from_the_best_weights_of_each_stage(averaging, mon
 
             return batch._replace(loss=loss)
 
-    monkeypatch.setattr(meta_training, "evaluate", score)
-    net, history = small_run(Longest(dim=2), steps=40, curriculum=(10, 20), patience=2, averaging=averaging,
-                             iterations=22, validation_every=2)
+    monkeypatch.setattr("gradbuffer.training.run.evaluate", score)
+    net, history = small_run(
+        Longest(dim=2),
+        steps=40,
+        curriculum=(10, 20),
+        patience=2,
+        averaging=averaging,
+        iterations=22,
+        validation_every=2,
+    )
     assert history.stages == [(0, 10), (8, 20), (16, 40)]
     assert [steps for steps, _ in scored] == [10] * 4 + [20] * 5 + [40] * 4
     assert [at for at, _ in history.validation] == [2, 4, 6, 8, 8, 10, 12, 14, 16, 16, 18, 20, 22]
@@ -258,8 +329,9 @@ def test_a_curriculum_goes_on_from_the_best_weights_of_each_stage(averaging, mon
 def test_a_curriculum_that_ends_early_and_one_that_diverges():
     _, history = small_run(Quadratics(dim=2), curriculum=(10,), patience=10)
     assert history.stages == [(0, 10)] and all(score < math.inf for _, score in history.validation)
-    _, history = small_run(DivergentValidation(dim=2), curriculum=(10,), patience=1, skip_non_finite=1,
-                           validation_every=3)
+    _, history = small_run(
+        DivergentValidation(dim=2), curriculum=(10,), patience=1, skip_non_finite=1, validation_every=3
+    )
     assert history.stages == [(0, 10), (3, 20)] and history.best_iteration == 3
     assert [at for at, _ in history.validation] == [3, 3, 6, 9, 10]
     _, history = small_run(DivergentValidation(dim=2), curriculum=(10,), patience=2, skip_non_finite=1)
@@ -281,63 +353,74 @@ def window(**arguments):
 
 
 def train(**arguments):
-    return meta_train(CoordinatewiseLSTM(hidden_size=2), Quadratics(dim=2), progress=False,
-                      **{"iterations": 1, **arguments})
+    return meta_train(
+        CoordinatewiseLSTM(hidden_size=2), Quadratics(dim=2), progress=False, **{"iterations": 1, **arguments}
+    )
 
 
-@pytest.mark.parametrize("call, error, message", [
-    (lambda: window(unroll=0), ValueError, "unroll must be at least 1, got 0"),
-    (lambda: window(step=-1), ValueError, "step must be at least 0, got -1"),
-    (lambda: window(method="bptt"), ValueError, "method must be .* got 'bptt'"),
-    (lambda: window(replay_fraction=0), ValueError, "replay_fraction must be a number in .* got 0"),
-    (lambda: window(replay_fraction=0.5, method="autograd"), ValueError, "replay_fraction=0.5 needs method"),
-    (lambda: window(second_order=True, replay_fraction=0.5), ValueError, "replay_fraction=0.5 needs"),
-    (lambda: train(averaging=1), ValueError, r"averaging must be a number in \[0, 1\), got 1"),
-    (lambda: window(adjoint_bound=1.0), ValueError, 'adjoint_bound=1.0 needs method="replay", second_order=True'),
-    (lambda: window(adjoint_bound=0), ValueError, "adjoint_bound must be a positive number, got 0"),
-    (lambda: window(weights=[1.0] * 20), ValueError, r"weights must have shape \(21,\)"),
-    (lambda: window(params=[1]), TypeError, "params must be a dict"),
-    (lambda: window(params={"a": torch.zeros(2), "b": torch.zeros(3)}), ValueError, r"params\['b'\] is \(3,\)"),
-    (lambda: window(state=CoordinatewiseLSTM(hidden_size=2).init_state(5)), ValueError, "state's hidden must have"),
-    (lambda: train(unroll=30), ValueError, "unroll must divide steps, got unroll=30 and steps=100"),
-    (lambda: train(unroll=200), ValueError, "unroll must divide steps"),
-    (lambda: train(iterations=0), ValueError, "iterations must be at least 1, got 0"),
-    (lambda: train(lr=0.0), ValueError, "lr must be a positive number, got 0.0"),
-    (lambda: train(clip=-1), ValueError, "clip must be a positive number, got -1"),
-    (lambda: window(objective="product"), ValueError, "objective must be .* got 'product'"),
-    (lambda: train(horizons=3), ValueError, "horizons must be None, .* got 3"),
-    (lambda: train(horizons=(0, 3)), ValueError, r"horizons\[0\] must be at least 1, got 0"),
-    (lambda: train(horizons=(4, 3)), ValueError, r"horizons\[1\] must be at least 4, got 3"),
-    (lambda: train(horizons=lambda iteration, generator: 0), ValueError, "horizons must be at least 1, got 0"),
-    (lambda: train(curriculum=(20,), horizons=(1, 3)), ValueError, r"curriculum=\(20,\) needs horizons=None"),
-    (lambda: train(curriculum=20), ValueError, "curriculum must be None or a tuple of horizons, .* got 20"),
-    (lambda: train(curriculum=()), ValueError, r"curriculum must be None or .* got \(\)"),
-    (lambda: train(curriculum=(20, 0)), ValueError, r"curriculum\[1\] must be at least 1, got 0"),
-    (lambda: train(curriculum=(20.0,)), TypeError, r"curriculum\[0\] must be an int, got 20.0"),
-    (lambda: train(curriculum=(20, 50)), ValueError, r"multiples of unroll=20 below steps=100, got \(20, 50\)"),
-    (lambda: train(curriculum=(40, 20)), ValueError, "curriculum must be increasing"),
-    (lambda: train(curriculum=(20, 100)), ValueError, "below steps=100"),
-    (lambda: train(curriculum=(20,), patience=0), ValueError, "patience must be at least 1, got 0"),
-    (lambda: train(sigma=0.1), ValueError, "sigma is for method pes, got method replay"),
-    (lambda: train(pairs=2, method="autograd"), ValueError, "pairs is for method pes, got method autograd"),
-    (lambda: train(patience=5), ValueError, "patience needs curriculum"),
-    (lambda: train(imitation_weight=2.0), ValueError, "imitation_weight needs teacher"),
-    (lambda: train(teacher=(torch.optim.SGD, {"lr": 0.1}), imitation=1.0, second_order=True), ValueError,
-     "second_order has no effect with imitation 1.0"),
-    (lambda: train(teacher=(torch.optim.SGD, {"lr": 0.1}), imitation=1.0, objective="log"), ValueError, "objective has no effect"),
-    (lambda: train(skip_non_finite=-1), ValueError, "skip_non_finite must be at least 0, got -1"),
-    (lambda: train(checkpoint_every=-2), ValueError, "checkpoint_every must be at least 1, got -2"),
-    (lambda: train(meta_batch=1.5), TypeError, "meta_batch must be an int, got 1.5"),
-    (lambda: meta_train(nn.Linear(1, 1), Quadratics()), TypeError, "net must be a learned optimizer.*got Linear"),
-    (lambda: meta_train(CoordinatewiseLSTM(), "quadratics"), TypeError, "problem must have sample"),
-    (lambda: evaluate(CoordinatewiseLSTM(), Quadratics(), steps=0), ValueError, "steps must be at least 1, got 0"),
-    (lambda: evaluate(CoordinatewiseLSTM(), Quadratics(), num_functions=-2), ValueError, "num_functions must be"),
-    (lambda: evaluate_baseline("Adam", {"lr": 1}, Quadratics()), TypeError, "optimizer must be a class"),
-    (lambda: evaluate_baseline(torch.optim.LBFGS, {}, Quadratics()), ValueError, "LBFGS needs a closure"),
-    (lambda: evaluate_baseline(torch.optim.Adam, 0.1, Quadratics()), TypeError, "options must be a dict"),
-    (lambda: tune_baseline(torch.optim.Adam, Quadratics(), [0.1]), ValueError, "lrs must be at least three"),
-    (lambda: tune_baseline(torch.optim.Adam, Quadratics(), [-1, 0.1, 1]), ValueError, "lrs must be at least three"),
-])
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: window(unroll=0), ValueError, "unroll must be at least 1, got 0"),
+        (lambda: window(step=-1), ValueError, "step must be at least 0, got -1"),
+        (lambda: window(method="bptt"), ValueError, "method must be .* got 'bptt'"),
+        (lambda: window(replay_fraction=0), ValueError, "replay_fraction must be a number in .* got 0"),
+        (lambda: window(replay_fraction=0.5, method="autograd"), ValueError, "replay_fraction=0.5 needs method"),
+        (lambda: window(second_order=True, replay_fraction=0.5), ValueError, "replay_fraction=0.5 needs"),
+        (lambda: train(averaging=1), ValueError, r"averaging must be a number in \[0, 1\), got 1"),
+        (lambda: window(adjoint_bound=1.0), ValueError, 'adjoint_bound=1.0 needs method="replay", second_order=True'),
+        (lambda: window(adjoint_bound=0), ValueError, "adjoint_bound must be a positive number, got 0"),
+        (lambda: window(weights=[1.0] * 20), ValueError, r"weights must have shape \(21,\)"),
+        (lambda: window(params=[1]), TypeError, "params must be a dict"),
+        (lambda: window(params={"a": torch.zeros(2), "b": torch.zeros(3)}), ValueError, r"params\['b'\] is \(3,\)"),
+        (lambda: window(state=CoordinatewiseLSTM(hidden_size=2).init_state(5)), ValueError, "state's hidden must have"),
+        (lambda: train(unroll=30), ValueError, "unroll must divide steps, got unroll=30 and steps=100"),
+        (lambda: train(unroll=200), ValueError, "unroll must divide steps"),
+        (lambda: train(iterations=0), ValueError, "iterations must be at least 1, got 0"),
+        (lambda: train(lr=0.0), ValueError, "lr must be a positive number, got 0.0"),
+        (lambda: train(clip=-1), ValueError, "clip must be a positive number, got -1"),
+        (lambda: window(objective="product"), ValueError, "objective must be .* got 'product'"),
+        (lambda: train(horizons=3), ValueError, "horizons must be None, .* got 3"),
+        (lambda: train(horizons=(0, 3)), ValueError, r"horizons\[0\] must be at least 1, got 0"),
+        (lambda: train(horizons=(4, 3)), ValueError, r"horizons\[1\] must be at least 4, got 3"),
+        (lambda: train(horizons=lambda iteration, generator: 0), ValueError, "horizons must be at least 1, got 0"),
+        (lambda: train(curriculum=(20,), horizons=(1, 3)), ValueError, r"curriculum=\(20,\) needs horizons=None"),
+        (lambda: train(curriculum=20), ValueError, "curriculum must be None or a tuple of horizons, .* got 20"),
+        (lambda: train(curriculum=()), ValueError, r"curriculum must be None or .* got \(\)"),
+        (lambda: train(curriculum=(20, 0)), ValueError, r"curriculum\[1\] must be at least 1, got 0"),
+        (lambda: train(curriculum=(20.0,)), TypeError, r"curriculum\[0\] must be an int, got 20.0"),
+        (lambda: train(curriculum=(20, 50)), ValueError, r"multiples of unroll=20 below steps=100, got \(20, 50\)"),
+        (lambda: train(curriculum=(40, 20)), ValueError, "curriculum must be increasing"),
+        (lambda: train(curriculum=(20, 100)), ValueError, "below steps=100"),
+        (lambda: train(curriculum=(20,), patience=0), ValueError, "patience must be at least 1, got 0"),
+        (lambda: train(sigma=0.1), ValueError, "sigma is for method pes, got method replay"),
+        (lambda: train(pairs=2, method="autograd"), ValueError, "pairs is for method pes, got method autograd"),
+        (lambda: train(patience=5), ValueError, "patience needs curriculum"),
+        (lambda: train(imitation_weight=2.0), ValueError, "imitation_weight needs teacher"),
+        (
+            lambda: train(teacher=(torch.optim.SGD, {"lr": 0.1}), imitation=1.0, second_order=True),
+            ValueError,
+            "second_order has no effect with imitation 1.0",
+        ),
+        (
+            lambda: train(teacher=(torch.optim.SGD, {"lr": 0.1}), imitation=1.0, objective="log"),
+            ValueError,
+            "objective has no effect",
+        ),
+        (lambda: train(skip_non_finite=-1), ValueError, "skip_non_finite must be at least 0, got -1"),
+        (lambda: train(checkpoint_every=-2), ValueError, "checkpoint_every must be at least 1, got -2"),
+        (lambda: train(meta_batch=1.5), TypeError, "meta_batch must be an int, got 1.5"),
+        (lambda: meta_train(nn.Linear(1, 1), Quadratics()), TypeError, "net must be a learned optimizer.*got Linear"),
+        (lambda: meta_train(CoordinatewiseLSTM(), "quadratics"), TypeError, "problem must have sample"),
+        (lambda: evaluate(CoordinatewiseLSTM(), Quadratics(), steps=0), ValueError, "steps must be at least 1, got 0"),
+        (lambda: evaluate(CoordinatewiseLSTM(), Quadratics(), num_functions=-2), ValueError, "num_functions must be"),
+        (lambda: evaluate_baseline("Adam", {"lr": 1}, Quadratics()), TypeError, "optimizer must be a class"),
+        (lambda: evaluate_baseline(torch.optim.LBFGS, {}, Quadratics()), ValueError, "LBFGS needs a closure"),
+        (lambda: evaluate_baseline(torch.optim.Adam, 0.1, Quadratics()), TypeError, "options must be a dict"),
+        (lambda: tune_baseline(torch.optim.Adam, Quadratics(), [0.1]), ValueError, "lrs must be at least three"),
+        (lambda: tune_baseline(torch.optim.Adam, Quadratics(), [-1, 0.1, 1]), ValueError, "lrs must be at least three"),
+    ],
+)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()

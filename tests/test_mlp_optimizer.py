@@ -13,15 +13,25 @@ SHAPES = {"matrix": (5, 4), "bias": (7,), "scalar": (), "one": (1,), "convolutio
 
 def functions(count=3, dtype=torch.float64, shapes=SHAPES, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(count, *shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
+    return {
+        name: torch.randn(count, *shape, generator=generator, dtype=torch.float64).to(dtype)
+        for name, shape in shapes.items()
+    }
 
 
 def run(net, params, steps=4, lr=0.1, weights=None, scale=0.1):
     """Parameters after some steps on made-up gradients, and the last updates and state."""
     state = net.init_state(params)
     for t in range(steps):
-        grads = {name: scale * value for name, value in functions(len(params[next(iter(params))]), seed=t + 1,
-                 dtype=params[next(iter(params))].dtype, shapes={n: v.shape[1:] for n, v in params.items()}).items()}
+        grads = {
+            name: scale * value
+            for name, value in functions(
+                len(params[next(iter(params))]),
+                seed=t + 1,
+                dtype=params[next(iter(params))].dtype,
+                shapes={n: v.shape[1:] for n, v in params.items()},
+            ).items()
+        }
         updates, state = net(grads, state, params=params, lr=lr, step=t, weights=weights)
         params = {name: params[name] + updates[name] for name in params}
     return params, updates, state
@@ -39,12 +49,26 @@ def written_out(net, gradients, theta):
             c[k] = decay * c[k] + (1 - decay) * (g * g + 1e-30).mean(0)
         v = 0.95 * v + 0.05 * g * g
     root, ones = 1 / np.sqrt(v + 1e-8), np.ones(shape)
-    factor = [1 / np.sqrt(np.maximum(r[k] / (r[k].mean() + 1e-9), 1e-9))[:, None] / np.sqrt(np.maximum(c[k], 1e-9))
-              for k in range(3)]
-    features = [g, np.clip(g, -0.1, 0.1), theta, *m, v, *(m * root), root, g * root, *(g * factor[k] for k in range(3)),
-                *(r[k][:, None] * ones for k in range(3)), *(c[k] * ones for k in range(3)),
-                *((r[k] + 1e-8)[:, None] ** -0.5 * ones for k in range(3)), *((c[k] + 1e-8) ** -0.5 * ones for k in range(3)),
-                *(m[k] * factor[k] for k in range(3))]
+    factor = [
+        1 / np.sqrt(np.maximum(r[k] / (r[k].mean() + 1e-9), 1e-9))[:, None] / np.sqrt(np.maximum(c[k], 1e-9))
+        for k in range(3)
+    ]
+    features = [
+        g,
+        np.clip(g, -0.1, 0.1),
+        theta,
+        *m,
+        v,
+        *(m * root),
+        root,
+        g * root,
+        *(g * factor[k] for k in range(3)),
+        *(r[k][:, None] * ones for k in range(3)),
+        *(c[k] * ones for k in range(3)),
+        *((r[k] + 1e-8)[:, None] ** -0.5 * ones for k in range(3)),
+        *((c[k] + 1e-8) ** -0.5 * ones for k in range(3)),
+        *(m[k] * factor[k] for k in range(3)),
+    ]
     hidden = np.stack([x / np.sqrt((x * x).mean() + 1e-9) for x in features], -1)
     layers = [part.detach().double().numpy() for part in net.layers.values()]
     for l in range(0, len(layers), 2):
@@ -61,18 +85,32 @@ def test_direction_is_as_written_out():
     state = net.init_state(params)
     for g in gradients:
         updates, state = net({"w": torch.tensor(g)[None]}, state, params=params, lr=1.0)
-    np.testing.assert_allclose(-updates["w"][0].detach().numpy(), written_out(net, gradients, theta), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        -updates["w"][0].detach().numpy(), written_out(net, gradients, theta), rtol=0, atol=1e-12
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"variant": "small_fc"}, {"vectors": "adamw"}, {"orthogonalize": True},
-                                     {"weight_decay": 0.1, "hidden_sizes": (3,)}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"variant": "small_fc"},
+        {"vectors": "adamw"},
+        {"orthogonalize": True},
+        {"weight_decay": 0.1, "hidden_sizes": (3,)},
+    ],
+    ids=str,
+)
 def test_functions_do_not_read_each_other(options):
     net, params = MLPOptimizer(**options).double(), functions()
     together, _, _ = run(net, params)
     for b in range(3):
-        state, alone = net.init_state({n: p[b:b + 1] for n, p in params.items()}), {n: p[b:b + 1] for n, p in params.items()}
+        state, alone = (
+            net.init_state({n: p[b : b + 1] for n, p in params.items()}),
+            {n: p[b : b + 1] for n, p in params.items()},
+        )
         for t in range(4):
-            grads = {name: 0.1 * value[b:b + 1] for name, value in functions(seed=t + 1).items()}
+            grads = {name: 0.1 * value[b : b + 1] for name, value in functions(seed=t + 1).items()}
             updates, state = net(grads, state, params=alone, lr=0.1, step=t)
             alone = {name: alone[name] + updates[name] for name in alone}
         for name in params:
@@ -95,7 +133,10 @@ def test_weights_and_rates_for_each_function():
 @pytest.mark.parametrize("options", [{}, {"variant": "small_fc"}, {"orthogonalize": True}], ids=str)
 def test_gradient_by_the_weights(options):
     net = MLPOptimizer(hidden_sizes=(3,), **options).double()
-    params, flat = functions(2, shapes={"w": (3, 2), "b": (3,)}), torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    params, flat = (
+        functions(2, shapes={"w": (3, 2), "b": (3,)}),
+        torch.nn.utils.parameters_to_vector(net.parameters()).detach(),
+    )
 
     def end(weights):
         return torch.cat([value.flatten() for value in run(net, params, 2, weights=weights, scale=1.0)[0].values()])
@@ -150,8 +191,20 @@ def test_one_element_moves_by_the_rate():
             torch.testing.assert_close(value, torch.full_like(value, -0.03), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("shape, axes", [((), None), ((5,), None), ((1, 7), (0, 1)), ((2, 5, 3), (1, 2)), ((3, 3, 3), (0, 1)),
-                                         ((3, 2, 3), (0, 2)), ((4, 1, 3), (0, 2)), ((2, 3, 7, 7), (0, 1)), ((2, 1, 5, 5, 5), (0, 1))])
+@pytest.mark.parametrize(
+    "shape, axes",
+    [
+        ((), None),
+        ((5,), None),
+        ((1, 7), (0, 1)),
+        ((2, 5, 3), (1, 2)),
+        ((3, 3, 3), (0, 1)),
+        ((3, 2, 3), (0, 2)),
+        ((4, 1, 3), (0, 2)),
+        ((2, 3, 7, 7), (0, 1)),
+        ((2, 1, 5, 5, 5), (0, 1)),
+    ],
+)
 def test_matrix_axes(shape, axes):
     assert matrix_axes(shape) == axes
 
@@ -165,15 +218,20 @@ def test_convolution_reads_kernel_positions_alike():
     torch.testing.assert_close(state["w"]["columns"][:, 2], 0.001 * squares.mean((1, 3, 4)))
     torch.testing.assert_close(state["cube"]["rows"][:, 0], 0.1 * grads["cube"].square().mean((1, 3)))
     turned = {name: {"w": lambda x: x.transpose(-1, -2), "cube": lambda x: x.movedim(-3, -1)}[name] for name in params}
-    others, _ = net({n: turned[n](g) for n, g in grads.items()},
-                    net.init_state({n: turned[n](p) for n, p in params.items()}),
-                    params={n: turned[n](p) for n, p in params.items()})
+    others, _ = net(
+        {n: turned[n](g) for n, g in grads.items()},
+        net.init_state({n: turned[n](p) for n, p in params.items()}),
+        params={n: turned[n](p) for n, p in params.items()},
+    )
     for name in params:  # where the kernel's positions stand does not matter, nor where the smallest axis does
         torch.testing.assert_close(others[name], turned[name](updates[name]))
 
 
 def test_adamw_for_vectors_is_torchs():
-    net, params = MLPOptimizer(vectors="adamw", weight_decay=0.01).double(), functions(1, shapes={"bias": (7,), "scalar": ()})
+    net, params = (
+        MLPOptimizer(vectors="adamw", weight_decay=0.01).double(),
+        functions(1, shapes={"bias": (7,), "scalar": ()}),
+    )
     ours, _, _ = run(net, params, 6, lr=0.001)
     theirs = {name: value.clone().requires_grad_() for name, value in params.items()}
     optimizer = torch.optim.AdamW(theirs.values(), lr=0.02, betas=(0.9, 0.95), weight_decay=0.01)
@@ -196,7 +254,10 @@ def test_weight_decay_is_decoupled():
 
 
 def test_orthogonalized_matrices():
-    net, params = MLPOptimizer(orthogonalize=True).double(), functions(shapes={"wide": (4, 9), "tall": (6, 2, 1, 2), "bias": (3,)})
+    net, params = (
+        MLPOptimizer(orthogonalize=True).double(),
+        functions(shapes={"wide": (4, 9), "tall": (6, 2, 1, 2), "bias": (3,)}),
+    )
     plain = MLPOptimizer().double()
     plain.load_state_dict(net.state_dict())
     grads = functions(shapes={n: p.shape[1:] for n, p in params.items()}, seed=1)
@@ -231,7 +292,9 @@ def test_small_fc_reads_the_time_and_has_a_magnitude():
 def test_large_gradients_are_clipped():
     net, params = MLPOptimizer().double(), functions(1)
     state = net.init_state(params)
-    a, b = (net({n: torch.full_like(p, size) for n, p in params.items()}, state, params=params)[0] for size in (1e3, 1e7))
+    a, b = (
+        net({n: torch.full_like(p, size) for n, p in params.items()}, state, params=params)[0] for size in (1e3, 1e7)
+    )
     for name in params:
         assert torch.equal(a[name], b[name])
 
@@ -255,11 +318,20 @@ def test_config_rebuilds_it():
     assert torch.equal(default["matrix"], given["matrix"])
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"hidden_sizes": ()}, "hidden_sizes"), ({"hidden_sizes": 8}, "hidden_sizes"), ({"hidden_sizes": (0,)}, "hidden_sizes"),
-    ({"variant": "celo2"}, "variant"), ({"vectors": "adam"}, "vectors"), ({"orthogonalize": 5}, "orthogonalize"),
-    ({"orthogonalize": True, "variant": "small_fc"}, "orthogonalize"), ({"weight_decay": -1.0}, "weight_decay"),
-    ({"lr": 0.0}, "lr")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"hidden_sizes": ()}, "hidden_sizes"),
+        ({"hidden_sizes": 8}, "hidden_sizes"),
+        ({"hidden_sizes": (0,)}, "hidden_sizes"),
+        ({"variant": "celo2"}, "variant"),
+        ({"vectors": "adam"}, "vectors"),
+        ({"orthogonalize": 5}, "orthogonalize"),
+        ({"orthogonalize": True, "variant": "small_fc"}, "orthogonalize"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"lr": 0.0}, "lr"),
+    ],
+)
 def test_arguments_are_checked(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         MLPOptimizer(**options)
@@ -268,10 +340,12 @@ def test_arguments_are_checked(options, message):
 def test_what_is_given_is_checked():
     net, params = MLPOptimizer(), functions(dtype=torch.float32)
     state = net.init_state(params)
-    for change, message in (({"grads": {"bias": params["bias"]}}, "grads must have the names"),
-                            ({"state": {}}, "state must have the names"),
-                            ({"weights": torch.zeros(7)}, "weights must be"),
-                            ({"grads": {**params, "bias": params["bias"][:, :2]}}, "grads\\['bias'\\]")):
+    for change, message in (
+        ({"grads": {"bias": params["bias"]}}, "grads must have the names"),
+        ({"state": {}}, "state must have the names"),
+        ({"weights": torch.zeros(7)}, "weights must be"),
+        ({"grads": {**params, "bias": params["bias"][:, :2]}}, "grads\\['bias'\\]"),
+    ):
         given = {"grads": params, "state": state, "params": params, **change}
         with pytest.raises(ValueError, match=message):
             net(given.pop("grads"), given.pop("state"), **given)

@@ -43,8 +43,15 @@ def test_truncated_gzip_names_the_file_and_changes_nothing(small_mnist, offline)
     assert path.read_bytes() == content and not offline
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content + b"x",
-                                    lambda content: b"PK" + content[2:], lambda content: b""])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1],
+        lambda content: content + b"x",
+        lambda content: b"PK" + content[2:],
+        lambda content: b"",
+    ],
+)
 def test_damaged_idx_names_the_file(small_mnist, offline, damage):
     path = small_mnist / "MNIST/raw/t10k-labels-idx1-ubyte.gz"
     path.write_bytes(gzip.compress(damage(gzip.decompress(path.read_bytes()))))

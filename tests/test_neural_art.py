@@ -13,10 +13,10 @@ from torch import nn
 from gradbuffer.data import art as art_data
 from gradbuffer.data.art import generated_textures, load_contents, load_style
 from gradbuffer.evaluation import evaluate, evaluate_baseline, evaluate_lbfgs, minimize_lbfgs
-from gradbuffer.training.meta_gradients import meta_gradient
 from gradbuffer.problems import neural_art, vgg
 from gradbuffer.problems.neural_art import NeuralArt
 from gradbuffer.problems.vgg import VGGFeatures, from_pixels, to_pixels
+from gradbuffer.training.meta_gradients import meta_gradient
 from gradbuffer.unrolling import Coordinates
 from meta_training import meta_train
 from optimizees import Quadratics
@@ -28,9 +28,19 @@ def generator(seed=0):
 
 
 def small(root, **options):
-    return NeuralArt(**{"split": "test", "size": 16, "root": root, "network": "vgg11", "weights": "random",
-                        "content_layer": "relu2_1", "style_layers": ("relu1_1", "relu2_1"), "dtype": torch.float64,
-                        **options})
+    return NeuralArt(
+        **{
+            "split": "test",
+            "size": 16,
+            "root": root,
+            "network": "vgg11",
+            "weights": "random",
+            "content_layer": "relu2_1",
+            "style_layers": ("relu1_1", "relu2_1"),
+            "dtype": torch.float64,
+            **options,
+        }
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -62,13 +72,29 @@ def plain_loss(problem, image, content):
     content_term = nn.functional.mse_loss(network(image[None]), network(content[None]))
     pairs = zip(gram_matrices(image[None]), gram_matrices(problem.style_image[None]))
     style_term = sum(nn.functional.mse_loss(own, painted) for own, painted in pairs) / 2
-    rough = nn.functional.mse_loss(image[:, 1:], image[:, :-1]) + nn.functional.mse_loss(image[..., 1:], image[..., :-1])
-    return (problem.options["alpha"] * content_term + problem.options["beta"] * style_term
-            + problem.options["gamma"] * rough) * image[0].numel() / 256
+    rough = nn.functional.mse_loss(image[:, 1:], image[:, :-1]) + nn.functional.mse_loss(
+        image[..., 1:], image[..., :-1]
+    )
+    return (
+        (
+            problem.options["alpha"] * content_term
+            + problem.options["beta"] * style_term
+            + problem.options["gamma"] * rough
+        )
+        * image[0].numel()
+        / 256
+    )
 
 
-@pytest.mark.parametrize("weights", [dict(alpha=1.0, beta=0.0, gamma=0.0), dict(alpha=0.0, beta=2.0, gamma=0.0),
-                                     dict(alpha=0.0, beta=0.0, gamma=3.0), dict(alpha=0.7, beta=5.0, gamma=0.2)])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        dict(alpha=1.0, beta=0.0, gamma=0.0),
+        dict(alpha=0.0, beta=2.0, gamma=0.0),
+        dict(alpha=0.0, beta=0.0, gamma=3.0),
+        dict(alpha=0.7, beta=5.0, gamma=0.2),
+    ],
+)
 def test_losses_and_gradients_equal_a_plain_computation(small_art, weights):
     problem = small(small_art, size=20, **weights)
     batch = problem.sample(3, generator())
@@ -107,7 +133,9 @@ def test_functions_are_independent_and_parts_are_the_whole(small_art):
     part = whole.part(1, 3)
     assert torch.equal(part.params["image"], whole.params["image"][1:3])
     torch.testing.assert_close(part.loss({"image": images[1:3]}, 0), losses[1:3], rtol=1e-12, atol=0)
-    torch.testing.assert_close(part.loss.of(part.loss.tensors(0))({"image": images[1:3]}, 0), losses[1:3], rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        part.loss.of(part.loss.tensors(0))({"image": images[1:3]}, 0), losses[1:3], rtol=1e-12, atol=0
+    )
 
 
 def test_a_larger_image_has_gradients_of_the_same_size(small_art):
@@ -192,8 +220,10 @@ def test_images_are_cut_to_their_middle_and_averaged(tmp_path):
 
 
 def test_without_images_textures_stand_in_and_say_so(tmp_path):
-    with (pytest.warns(UserWarning, match="no contents for Neural Art under .*content.tar.*L2O_DATA"),
-          pytest.warns(UserWarning, match="no styles for Neural Art")):
+    with (
+        pytest.warns(UserWarning, match="no contents for Neural Art under .*content.tar.*L2O_DATA"),
+        pytest.warns(UserWarning, match="no styles for Neural Art"),
+    ):
         problem = small(tmp_path)
     assert "generated textures" in problem.name and 'a generated style "starry_night"' in problem.name
     with pytest.warns(UserWarning, match="no styles for Neural Art"):
@@ -224,8 +254,10 @@ def test_weights_of_torchvision_in_their_own_places(monkeypatch, network):
     letter = {"vgg11": "A", "vgg16": "D"}[network]
     torch.manual_seed(1)
     layers = models.make_layers(models.cfgs[letter], batch_norm=False)[:12]
-    state = {f"features.{name}": tensor for name, tensor in
-             models.make_layers(models.cfgs[letter], batch_norm=False).state_dict().items()}
+    state = {
+        f"features.{name}": tensor
+        for name, tensor in models.make_layers(models.cfgs[letter], batch_norm=False).state_dict().items()
+    }
     state |= {f"features.{name}": tensor for name, tensor in layers.state_dict().items()}
     monkeypatch.undo()
     vgg.scaled_convolutions.cache_clear()
@@ -280,8 +312,17 @@ def test_pixels_there_and_back():
 def test_training_and_evaluation_take_it_as_any_problem(small_art):
     problem = small(small_art, split="train", dtype=torch.float32)
     net = CoordinatewiseLSTM(hidden_size=4, preprocess="log_sign")
-    history = meta_train(net, problem, steps=4, unroll=2, iterations=2, meta_batch=2, validation_functions=2,
-                         replay_fraction=0.25, progress=False)
+    history = meta_train(
+        net,
+        problem,
+        steps=4,
+        unroll=2,
+        iterations=2,
+        meta_batch=2,
+        validation_functions=2,
+        replay_fraction=0.25,
+        progress=False,
+    )
     assert len(history.meta_loss) == 2 and history.validation
     test = problem.with_split("test")
     learned = evaluate(net, test, steps=4, num_functions=4)
@@ -297,8 +338,9 @@ def test_replay_equals_autograd(small_art):
     net = CoordinatewiseLSTM(hidden_size=3, preprocess="log_sign").double()
     batch = small(small_art).sample(2, generator())
     state = net.init_state(Coordinates(batch.params).join(batch.params).numel())
-    replay, autograd = (meta_gradient(net, batch, batch.params, state, unroll=3, method=method)[0]
-                        for method in ("replay", "autograd"))
+    replay, autograd = (
+        meta_gradient(net, batch, batch.params, state, unroll=3, method=method)[0] for method in ("replay", "autograd")
+    )
     for name, grad in replay.items():
         torch.testing.assert_close(grad, autograd[name], rtol=1e-7, atol=1e-10)
 
@@ -313,18 +355,21 @@ def test_lbfgs_minimizes_each_function_and_gives_where():
         minimize_lbfgs(batch._replace(part=None), 3)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(split="holdout"), 'split must be "train", "validation" or "test", got \'holdout\''),
-    (dict(size=8), "size must be at least 16, got 8"),
-    (dict(size=24), "20×20 pixels, too small for images of 24×24"),
-    (dict(start="style"), 'start must be "content" or "noise"'),
-    (dict(network="resnet18"), r"network must be one of \['vgg11'.*got 'resnet18'"),
-    (dict(weights="mine"), 'weights must be "auto", "imagenet" or "random"'),
-    (dict(content_layer="relu1_2"), "layers of vgg11 must be of .*got 'relu1_2'"),
-    (dict(style_layers=()), "style_layers must be a tuple of at least one"),
-    (dict(beta=-1), "beta must be a finite number, at least 0, got -1"),
-    (dict(style="mona_lisa"), r"style must be one of \['candy', 'starry_night'\].*'mona_lisa'"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(split="holdout"), 'split must be "train", "validation" or "test", got \'holdout\''),
+        (dict(size=8), "size must be at least 16, got 8"),
+        (dict(size=24), "20×20 pixels, too small for images of 24×24"),
+        (dict(start="style"), 'start must be "content" or "noise"'),
+        (dict(network="resnet18"), r"network must be one of \['vgg11'.*got 'resnet18'"),
+        (dict(weights="mine"), 'weights must be "auto", "imagenet" or "random"'),
+        (dict(content_layer="relu1_2"), "layers of vgg11 must be of .*got 'relu1_2'"),
+        (dict(style_layers=()), "style_layers must be a tuple of at least one"),
+        (dict(beta=-1), "beta must be a finite number, at least 0, got -1"),
+        (dict(style="mona_lisa"), r"style must be one of \['candy', 'starry_night'\].*'mona_lisa'"),
+    ],
+)
 def test_bad_input(small_art, options, message):
     with pytest.raises(ValueError, match=message):
         small(small_art, **options)
@@ -342,19 +387,37 @@ def test_bad_types(small_art):
 def damage_header(path):
     content = path.read_bytes()
     place = content.index(b"train/2.png")
-    path.write_bytes(content[:place] + b"T" + content[place + 1:])
+    path.write_bytes(content[:place] + b"T" + content[place + 1 :])
 
 
-@pytest.mark.parametrize("form, damage, message", [
-    ("folder", lambda folder: (folder / "test/1.png").write_bytes(b"no image"), "1.png in .* is truncated or corrupt"),
-    ("folder", lambda folder: (folder / "test/1.png").write_bytes(huge_picture()), "1.png in .* DecompressionBombError"),
-    ("tar", lambda folder: (folder / "content.tar").write_bytes(bytes(10240)), "content.tar holds no images"),
-    ("tar", lambda folder: damage_header(folder / "content.tar"), "content.tar is truncated or corrupt"),
-    ("folder", lambda folder: (folder / "test").rename(folder / "other"), "holds no images in test or test_20"),
-    ("tar", lambda folder: (folder / "content.tar").write_bytes(b"no archive"), "content.tar is truncated or corrupt"),
-    ("tar", lambda folder: (folder / "content.tar").write_bytes((folder / "content.tar").read_bytes()[:1200]),
-     "content.tar is truncated or corrupt"),
-])
+@pytest.mark.parametrize(
+    "form, damage, message",
+    [
+        (
+            "folder",
+            lambda folder: (folder / "test/1.png").write_bytes(b"no image"),
+            "1.png in .* is truncated or corrupt",
+        ),
+        (
+            "folder",
+            lambda folder: (folder / "test/1.png").write_bytes(huge_picture()),
+            "1.png in .* DecompressionBombError",
+        ),
+        ("tar", lambda folder: (folder / "content.tar").write_bytes(bytes(10240)), "content.tar holds no images"),
+        ("tar", lambda folder: damage_header(folder / "content.tar"), "content.tar is truncated or corrupt"),
+        ("folder", lambda folder: (folder / "test").rename(folder / "other"), "holds no images in test or test_20"),
+        (
+            "tar",
+            lambda folder: (folder / "content.tar").write_bytes(b"no archive"),
+            "content.tar is truncated or corrupt",
+        ),
+        (
+            "tar",
+            lambda folder: (folder / "content.tar").write_bytes((folder / "content.tar").read_bytes()[:1200]),
+            "content.tar is truncated or corrupt",
+        ),
+    ],
+)
 def test_damaged_files_are_named(tmp_path, form, damage, message):
     damage(write_art(tmp_path, form) / "neural_art")
     with pytest.raises(ValueError, match=message):

@@ -23,8 +23,12 @@ def outputs(notebook):
 
 
 def text_of(notebook):
-    return "\n".join(output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
-                     + str(output.get("data", {}).get("text/markdown", "")) for output in outputs(notebook))
+    return "\n".join(
+        output.get("text", "")
+        + str(output.get("data", {}).get("text/plain", ""))
+        + str(output.get("data", {}).get("text/markdown", ""))
+        for output in outputs(notebook)
+    )
 
 
 def execute(*names, namespace):
@@ -42,8 +46,9 @@ def test_runs_top_to_bottom(tmp_path, monkeypatch, small_mnist):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     shutil.copy(NOTEBOOK, tmp_path)
     notebook = nbformat.read(tmp_path / NOTEBOOK.name, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3",
-                   resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     figures = sum("image/png" in output.get("data", {}) for output in outputs(notebook))
     assert figures == 13 and "scale 'smoke'" in text_of(notebook) and "shipped" not in text_of(notebook)
     tables = re.findall(r"\| LSTM[^|]*\| [\d.]+ ± [\d.]+ \|", text_of(notebook))
@@ -53,7 +58,8 @@ def test_runs_top_to_bottom(tmp_path, monkeypatch, small_mnist):
     assert len(sizes) == 4  # one and two layers of two sizes, for two learned optimizers and four baselines
     runs = ("mnist_from_nag", "mnist", "quadratics_odd", "quadratics")
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted(
-        f"{run}_smoke.{kind}" for run in runs for kind in ("run", "safetensors"))
+        f"{run}_smoke.{kind}" for run in runs for kind in ("run", "safetensors")
+    )
 
 
 def test_is_committed_with_the_outputs_of_a_paper_run():
@@ -100,10 +106,12 @@ def test_starts_from_shipped_weights(tmp_path, monkeypatch, capsys, small_mnist,
     execute("20", "24", namespace=space)
     trained = [missing] if missing else []
     assert len(drawn) == len(trained)  # one history for each that was trained here
-    runs = {"quadratics": ("quadratics", on_quadratics, "LSTM", CoordinatewiseLSTM()),
-            "quadratics_odd": ("quadratics", on_quadratics, "LSTM, odd, exact", CoordinatewiseLSTM(odd=True)),
-            "mnist": ("mnist", space["nets"], "LSTM", space["untrained"]),
-            "mnist_from_nag": ("mnist", space["nets"], "LSTM from NAG", space["untrained"])}
+    runs = {
+        "quadratics": ("quadratics", on_quadratics, "LSTM", CoordinatewiseLSTM()),
+        "quadratics_odd": ("quadratics", on_quadratics, "LSTM, odd, exact", CoordinatewiseLSTM(odd=True)),
+        "mnist": ("mnist", space["nets"], "LSTM", space["untrained"]),
+        "mnist_from_nag": ("mnist", space["nets"], "LSTM from NAG", space["untrained"]),
+    }
     said = capsys.readouterr().out
     assert said.count("No meta-training here, so no curves of it.") == len(runs) - len(trained)
     for run, (problem, nets, name, same_kind) in runs.items():

@@ -5,11 +5,28 @@ import math
 import pytest
 import torch
 
-from gradbuffer.kernels.numba_mlp import BLOCK, WORTHWHILE, TensorSteps
+from gradbuffer.kernels.numba_mlp import WORTHWHILE, TensorSteps
+from gradbuffer.kernels.numba_mlp_loops import BLOCK
 from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
 
-SHAPES = [(), (1,), (7,), (33,), (3, 5), (1, 17), (40, 1), (1, 1), (16, 32), (4, 3, 3, 3), (6, 4, 1, 1), (8, 1, 5, 5), (2, 3, 2, 2, 2),
-          (2, 5, 3), (5, 2, 7), (6, 5, 2)]
+SHAPES = [
+    (),
+    (1,),
+    (7,),
+    (33,),
+    (3, 5),
+    (1, 17),
+    (40, 1),
+    (1, 1),
+    (16, 32),
+    (4, 3, 3, 3),
+    (6, 4, 1, 1),
+    (8, 1, 5, 5),
+    (2, 3, 2, 2, 2),
+    (2, 5, 3),
+    (5, 2, 7),
+    (6, 5, 2),
+]
 
 
 def network(dtype, **options):
@@ -79,7 +96,9 @@ def test_steps_of_several_tensors(threads, threads_as_before):
         compiled.steps(params, [grad.float() for grad in grads], states, lr=0.01)
 
 
-@pytest.mark.parametrize("laid", [lambda x: x.mT.contiguous().mT, lambda x: x.contiguous(memory_format=torch.channels_last)])
+@pytest.mark.parametrize(
+    "laid", [lambda x: x.mT.contiguous().mT, lambda x: x.contiguous(memory_format=torch.channels_last)]
+)
 def test_tensors_that_do_not_lie_in_one_piece(laid):
     shape = (6, 4, 3, 3)
     assert not laid(torch.zeros(shape)).is_contiguous()
@@ -139,10 +158,20 @@ def test_a_nan_stays_in_its_tensor():
     assert param.isnan().all()
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"param": torch.zeros(5, 4)}, "grad must have the shape"), ({"grad": torch.zeros(4, 5, dtype=torch.float64)}, "grad must be of"),
-    ({"state": {}}, "state must have"),
-    ({"state": alone(MLPOptimizer(), torch.zeros(4, 5)) | {"v": torch.zeros(4, 5).bfloat16()}}, "v must be of torch.float32"), ({"lr": -1.0}, "lr must be"), ({"lr": math.nan}, "lr must be")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"param": torch.zeros(5, 4)}, "grad must have the shape"),
+        ({"grad": torch.zeros(4, 5, dtype=torch.float64)}, "grad must be of"),
+        ({"state": {}}, "state must have"),
+        (
+            {"state": alone(MLPOptimizer(), torch.zeros(4, 5)) | {"v": torch.zeros(4, 5).bfloat16()}},
+            "v must be of torch.float32",
+        ),
+        ({"lr": -1.0}, "lr must be"),
+        ({"lr": math.nan}, "lr must be"),
+    ],
+)
 def test_what_is_given_is_checked(change, message):
     net = MLPOptimizer()
     given = dict(param=torch.zeros(4, 5), grad=torch.zeros(4, 5), state=alone(net, torch.zeros(4, 5)), lr=0.01) | change
@@ -150,9 +179,14 @@ def test_what_is_given_is_checked(change, message):
         TensorSteps(net).step(**given)
 
 
-@pytest.mark.parametrize("net, dtype, message", [(torch.nn.Linear(2, 2), torch.float32, "net must be"),
-                                                 (MLPOptimizer(orthogonalize=True), torch.float32, "net must have"),
-                                                 (MLPOptimizer(), torch.bfloat16, "dtype must be")])
+@pytest.mark.parametrize(
+    "net, dtype, message",
+    [
+        (torch.nn.Linear(2, 2), torch.float32, "net must be"),
+        (MLPOptimizer(orthogonalize=True), torch.float32, "net must have"),
+        (MLPOptimizer(), torch.bfloat16, "dtype must be"),
+    ],
+)
 def test_arguments_are_checked(net, dtype, message):
     with pytest.raises((TypeError, ValueError), match=message):
         TensorSteps(net, dtype)

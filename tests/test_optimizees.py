@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from gradbuffer.contracts import as_loss
-from gradbuffer.training.meta_gradients import meta_gradient
 from gradbuffer.problems import variations
+from gradbuffer.training.meta_gradients import meta_gradient
 from gradbuffer.unrolling import Coordinates
 from optimizees import ConvexTerms, MetaBatch, Mirrored, Mixture, MNISTNet, Quadratics, RandomScaling
 
@@ -32,11 +32,14 @@ def test_quadratics_know_their_gradient(functions):
     batch = Quadratics(dim=3, dtype=torch.float64).sample(functions, generator())
     coordinates, theta = Coordinates(batch.params), torch.randn(3 * functions, dtype=torch.float64)
     losses, gradient = coordinates.losses_and_gradient(batch.loss, theta, 0)
-    expected, by_autograd = coordinates.losses_and_gradient(as_loss(lambda params, step: batch.loss(params, step)), theta, 0)
+    expected, by_autograd = coordinates.losses_and_gradient(
+        as_loss(lambda params, step: batch.loss(params, step)), theta, 0
+    )
     torch.testing.assert_close((losses, gradient), (expected, by_autograd), rtol=1e-13, atol=0)
-    part, own = batch.part(functions // 2, functions), theta.view(functions, 3)[functions // 2:]
-    torch.testing.assert_close(part.loss.with_gradient({"theta": own}, 0)[1]["theta"].flatten(),
-                               gradient[functions // 2 * 3:])
+    part, own = batch.part(functions // 2, functions), theta.view(functions, 3)[functions // 2 :]
+    torch.testing.assert_close(
+        part.loss.with_gradient({"theta": own}, 0)[1]["theta"].flatten(), gradient[functions // 2 * 3 :]
+    )
 
 
 @pytest.mark.parametrize("hidden_sizes", [(), (20,), (7, 5)])
@@ -59,7 +62,9 @@ def test_network_equals_torch_modules(tiny_mnist, hidden_sizes, activation):
 @pytest.mark.parametrize("hidden_sizes", [(), (20,), (7, 5)])
 @pytest.mark.parametrize("activation", ["sigmoid", "relu", "tanh"])
 def test_network_knows_its_gradient(tiny_mnist, hidden_sizes, activation):
-    batch = MNISTNet(hidden_sizes, activation, batch_size=16, root=tiny_mnist, dtype=torch.float64).sample(3, generator())
+    batch = MNISTNet(hidden_sizes, activation, batch_size=16, root=tiny_mnist, dtype=torch.float64).sample(
+        3, generator()
+    )
     coordinates = Coordinates(batch.params)
     theta = coordinates.join(batch.params)
     theta = theta + torch.randn(theta.shape, generator=generator(), dtype=torch.float64)
@@ -91,8 +96,10 @@ def test_each_meta_batch_draws_its_batch_size(tiny_mnist):
         sizes.append(labels.shape[1])
         assert images.shape[:2] == labels.shape == (2, sizes[-1])
     assert min(sizes) == 2 and max(sizes) <= 32 and 0.4 < sum(size <= 8 for size in sizes) / 200 < 0.6
-    torch.testing.assert_close(batch.part(1, 2).loss({name: tensor[1:] for name, tensor in batch.params.items()}, 3),
-                               batch.loss(batch.params, 3)[1:])
+    torch.testing.assert_close(
+        batch.part(1, 2).loss({name: tensor[1:] for name, tensor in batch.params.items()}, 3),
+        batch.loss(batch.params, 3)[1:],
+    )
     again = problem.with_split("train").sample(2, generator())
     assert again.loss.minibatch(0)[1].shape[1] == sizes[0]
     fixed = MNISTNet((), batch_size=8, root=tiny_mnist).sample(2, generator())
@@ -199,7 +206,10 @@ def test_mirrored_pairs_cancel_what_a_drift_does():
 
 
 def test_convex_terms_are_beside_the_problem():
-    plain, batch = Quadratics(dim=4).sample(3, generator()), ConvexTerms(Quadratics(dim=4), dim=6).sample(3, generator())
+    plain, batch = (
+        Quadratics(dim=4).sample(3, generator()),
+        ConvexTerms(Quadratics(dim=4), dim=6).sample(3, generator()),
+    )
     theta, x = torch.randn(3, 4), torch.zeros(3, 6, requires_grad=True)
     difference = batch.loss({"theta": theta, "convex": x}, 0) - plain.loss({"theta": theta}, 0)
     (gradient,) = torch.autograd.grad(difference.sum(), x)
@@ -214,20 +224,29 @@ def test_parts_of_variations_have_the_same_losses(first, last):
     batch = problem.sample(6, generator())
     params = {name: torch.randn_like(tensor) for name, tensor in batch.params.items()}
     part = batch.part(first, last)
-    torch.testing.assert_close(part.loss({name: tensor[first:last] for name, tensor in params.items()}, 0),
-                               batch.loss(params, 0)[first:last])
+    torch.testing.assert_close(
+        part.loss({name: tensor[first:last] for name, tensor in params.items()}, 0), batch.loss(params, 0)[first:last]
+    )
     assert all(torch.equal(part.params[name], tensor[first:last]) for name, tensor in batch.params.items())
 
 
-VARIATIONS = [lambda problem: RandomScaling(problem, 1.0, signs=True), Mirrored, ConvexTerms,
-              lambda problem: Mirrored(ConvexTerms(RandomScaling(Mirrored(problem), 1.0), dim=3))]
+VARIATIONS = [
+    lambda problem: RandomScaling(problem, 1.0, signs=True),
+    Mirrored,
+    ConvexTerms,
+    lambda problem: Mirrored(ConvexTerms(RandomScaling(Mirrored(problem), 1.0), dim=3)),
+]
 
 
 @pytest.mark.parametrize("vary", VARIATIONS)
 @pytest.mark.parametrize("kind", ["quadratics", "networks", "a user's own"])
 def test_variations_pass_on_what_a_loss_knows(vary, kind, tiny_mnist):
     """Its gradient, its parts, what it reads."""
-    plain = MNISTNet((5,), root=tiny_mnist, batch_size=4, dtype=torch.float64) if kind == "networks" else Quadratics(4, torch.float64)
+    plain = (
+        MNISTNet((5,), root=tiny_mnist, batch_size=4, dtype=torch.float64)
+        if kind == "networks"
+        else Quadratics(4, torch.float64)
+    )
 
     class Own:
         def sample(self, meta_batch, generator=None):
@@ -250,9 +269,13 @@ def test_variations_pass_on_what_a_loss_knows(vary, kind, tiny_mnist):
         own = batch.loss.of(tuple(batch.loss.tensors(5)))
         torch.testing.assert_close(own(coordinates.split(theta), 99), expected[0], rtol=1e-12, atol=0)
         part = batch.loss.part(0, 3).part(1, 3)
-        torch.testing.assert_close(part({name: tensor[1:3] for name, tensor in coordinates.split(theta).items()}, 5), expected[0][1:3])
+        torch.testing.assert_close(
+            part({name: tensor[1:3] for name, tensor in coordinates.split(theta).items()}, 5), expected[0][1:3]
+        )
     part = batch.part(1, 3).loss
-    torch.testing.assert_close(part({name: tensor[1:3] for name, tensor in coordinates.split(theta).items()}, 5), expected[0][1:3])
+    torch.testing.assert_close(
+        part({name: tensor[1:3] for name, tensor in coordinates.split(theta).items()}, 5), expected[0][1:3]
+    )
 
 
 def test_variations_of_a_loss_without_parts():
@@ -288,19 +311,25 @@ def test_a_mixture_draws_families_by_their_weights():
     two = Mixture(mixture.problems, families=2)
     drawn = {tuple(batch.params["theta"].shape[1] for batch in two.sample(2, draw)) for _ in range(50)}
     assert drawn == {(1, 2), (1, 3), (2, 3)}
-    assert [batch.params["theta"].shape for batch in two.sample(2, generator(3))] == \
-        [batch.params["theta"].shape for batch in two.sample(2, generator(3))]
+    assert [batch.params["theta"].shape for batch in two.sample(2, generator(3))] == [
+        batch.params["theta"].shape for batch in two.sample(2, generator(3))
+    ]
     assert len(two.validation_problem().sample(1)) == 3
 
 
 def test_variations_of_a_mixture():
     mixed = Mirrored(RandomScaling(Mixture([Quadratics(2), Mixture([ConvexTerms(Quadratics(3), dim=5)])])))
     batches = mixed.sample(4, generator())
-    assert [{name: tuple(tensor.shape) for name, tensor in batch.params.items()} for batch in batches] == \
-        [{"theta": (4, 2)}, {"theta": (4, 3), "convex": (4, 5)}]
+    assert [{name: tuple(tensor.shape) for name, tensor in batch.params.items()} for batch in batches] == [
+        {"theta": (4, 2)},
+        {"theta": (4, 3), "convex": (4, 5)},
+    ]
     assert all(batch.loss(batch.params, 0).shape == (4,) for batch in batches)
     assert [problem.name for problem in mixed.problems][0] == "Quadratics, 2 dimensions, randomly scaled, mirrored"
-    assert [problem.name for problem in mixed.validation_problem().problems] == ["Quadratics, 2 dimensions", "Quadratics, 3 dimensions"]
+    assert [problem.name for problem in mixed.validation_problem().problems] == [
+        "Quadratics, 2 dimensions",
+        "Quadratics, 3 dimensions",
+    ]
 
 
 def test_variations_validate_on_the_problem_itself(tiny_mnist):
@@ -310,7 +339,11 @@ def test_variations_validate_on_the_problem_itself(tiny_mnist):
 
 
 BAD = [
-    (lambda root: RandomScaling("quadratics"), TypeError, r"problem must have sample\(meta_batch, generator\), got str"),
+    (
+        lambda root: RandomScaling("quadratics"),
+        TypeError,
+        r"problem must have sample\(meta_batch, generator\), got str",
+    ),
     (lambda root: RandomScaling(Quadratics(), radius=-1), ValueError, r"radius must be a number in \[0, 20\], got -1"),
     (lambda root: Mirrored(Quadratics()).sample(3), ValueError, "meta_batch must be even for mirrored pairs, got 3"),
     (lambda root: ConvexTerms(Quadratics(), dim=0), ValueError, "dim must be at least 1, got 0"),
@@ -318,11 +351,27 @@ BAD = [
     (lambda root: Mixture([]), TypeError, r"problems must be a list of at least one problem, got \[\]"),
     (lambda root: Mixture(Quadratics()), TypeError, "problems must be a list of at least one problem, got <"),
     (lambda root: Mixture([Quadratics(), 3]), TypeError, r"problem must have sample\(meta_batch, generator\), got int"),
-    (lambda root: Mixture([Quadratics()] * 2, [1]), ValueError, "weights have an effect only with families, got families=None"),
-    (lambda root: Mixture([Quadratics()] * 2, [1], 1), ValueError, r"weights must be 2 positive numbers, one .* got \[1\]"),
+    (
+        lambda root: Mixture([Quadratics()] * 2, [1]),
+        ValueError,
+        "weights have an effect only with families, got families=None",
+    ),
+    (
+        lambda root: Mixture([Quadratics()] * 2, [1], 1),
+        ValueError,
+        r"weights must be 2 positive numbers, one .* got \[1\]",
+    ),
     (lambda root: Mixture([Quadratics()] * 2, [1, 0], 1), ValueError, r"weights\[1\] must be a positive number, got 0"),
-    (lambda root: Mixture([Quadratics()] * 2, families=2), ValueError, "families must be None, .* below their number, 2, got 2"),
-    (lambda root: Mixture([Quadratics(), Quadratics(device="meta")]), ValueError, r"on one device, got \['cpu', 'meta'\]"),
+    (
+        lambda root: Mixture([Quadratics()] * 2, families=2),
+        ValueError,
+        "families must be None, .* below their number, 2, got 2",
+    ),
+    (
+        lambda root: Mixture([Quadratics(), Quadratics(device="meta")]),
+        ValueError,
+        r"on one device, got \['cpu', 'meta'\]",
+    ),
     (lambda root: Quadratics(dim=0), ValueError, "dim must be at least 1, got 0"),
     (lambda root: Quadratics(dim=2.5), TypeError, "dim must be an int, got 2.5"),
     (lambda root: Quadratics(dtype=torch.int64), TypeError, "dtype must be a floating-point"),
@@ -335,8 +384,11 @@ BAD = [
     (lambda root: MNISTNet(split="all", root=root), ValueError, "split must be .*'all'"),
     (lambda root: MNISTNet(side=5, root=root), ValueError, "side must be None or a divisor of 8, got 5"),
     (lambda root: MNISTNet(init_std=-1, root=root), ValueError, "init_std must be .* got -1"),
-    (lambda root: MNISTNet(root=root).sample(1).loss(MNISTNet(root=root).sample(1).params, -1), ValueError,
-     "step must be at least 0, got -1"),
+    (
+        lambda root: MNISTNet(root=root).sample(1).loss(MNISTNet(root=root).sample(1).params, -1),
+        ValueError,
+        "step must be at least 0, got -1",
+    ),
 ]
 
 

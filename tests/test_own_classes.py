@@ -97,18 +97,58 @@ def test_what_cannot_be_written(mine):
 
 def test_the_command_line(mine):
     def run(*words):
-        program = [sys.executable, ROOT / "meta_training.py", *words, "--problem", "mine_of_a_user:Bowls", "--problem-options", '{"dim": 2}',
-                   "--network", "mine_of_a_user:Rate", "--quiet", "--device", "cpu"]
+        program = [
+            sys.executable,
+            ROOT / "meta_training.py",
+            *words,
+            "--problem",
+            "mine_of_a_user:Bowls",
+            "--problem-options",
+            '{"dim": 2}',
+            "--network",
+            "mine_of_a_user:Rate",
+            "--quiet",
+            "--device",
+            "cpu",
+        ]
         done = subprocess.run(list(map(str, program)), env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run("train", "--network-options", '{"rate": 0.02}', "--output", "own.safetensors", "--iterations", "30", "--lr", "0.02", "--meta-batch", "4",
-        "--steps", "20", "--unroll", "10", "--history", "history.json")
+    run(
+        "train",
+        "--network-options",
+        '{"rate": 0.02}',
+        "--output",
+        "own.safetensors",
+        "--iterations",
+        "30",
+        "--lr",
+        "0.02",
+        "--meta-batch",
+        "4",
+        "--steps",
+        "20",
+        "--unroll",
+        "10",
+        "--history",
+        "history.json",
+    )
     history = json.loads(Path("history.json").read_text())
     assert history["validation"][-1][1] < 0.9 * history["validation"][0][1]
     assert "own" in run("evaluate", "own.safetensors", "--functions", "5")
-    table = run("compare", "own.safetensors", "--functions", "5", "--steps", "10", "--tuning-functions", "3", "--baselines", "SGD")
+    table = run(
+        "compare",
+        "own.safetensors",
+        "--functions",
+        "5",
+        "--steps",
+        "10",
+        "--tuning-functions",
+        "3",
+        "--baselines",
+        "SGD",
+    )
     assert "own" in table and "SGD" in table and "bowls" in table
     run("train", "--start", "own.safetensors", "--output", "finer.safetensors", "--iterations", "2")
     assert load_optimizer("finer.safetensors", mine).rate.item() != 0

@@ -1,5 +1,6 @@
 """The wheel: what it holds, and that it works from anywhere, beside a user's own files."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -10,7 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOORS = {"gradbuffer", "meta_module.py", "meta_plots.py", "meta_training.py", "optimizees.py", "optimizers.py", "resnet_meta.py"}
+DOORS = {
+    "gradbuffer",
+    "meta_module.py",
+    "meta_plots.py",
+    "meta_training.py",
+    "optimizees.py",
+    "optimizers.py",
+    "resnet_meta.py",
+}
 TAKEN = ("gradbuffer", "pyproject.toml", "README.md", "LICENSE", "requirements.txt")
 MINE = """
 import checkpoints, comparison, optimizers  # the user's own, beside this script
@@ -50,7 +59,9 @@ def run(installed, folder, *command):
     """Run a program in a folder, with the installed library and the packages of this environment, and nothing of the clone."""
     paths = os.pathsep.join(map(str, (installed, sysconfig.get_paths()["purelib"])))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""}
-    result = subprocess.run(list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -75,7 +86,20 @@ def test_files_of_the_users_own_do_no_harm(installed, tmp_path):
 
 def test_the_console_script(installed, tmp_path):
     (script,) = (installed / "bin").glob("gradbuffer*")
-    printed = run(installed, tmp_path, sys.executable, script, "evaluate", "quadratics", "--functions", "4", "--steps", "20", "--device", "cpu")
+    printed = run(
+        installed,
+        tmp_path,
+        sys.executable,
+        script,
+        "evaluate",
+        "quadratics",
+        "--functions",
+        "4",
+        "--steps",
+        "20",
+        "--device",
+        "cpu",
+    )
     assert "| quadratics | " in printed
 
 
@@ -85,3 +109,20 @@ def test_packages_are_all_listed():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     there = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "gradbuffer").rglob("__init__.py")}
     assert set(listed) == there
+
+
+def test_the_package_imports_no_door():
+    """So a user's own optimizers.py beside his script does no harm. The command line alone does: it is a program."""
+    doors = {Path(door).stem for door in DOORS} - {"gradbuffer"}
+    for path in sorted((ROOT / "gradbuffer").rglob("*.py")):
+        if {"command_line", "runs"} & {*path.parts}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+            assert not doors & {name.split(".")[0] for name in names}, path

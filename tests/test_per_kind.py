@@ -9,13 +9,13 @@ from safetensors import safe_open
 from torch import nn
 
 import optimizers
-from gradbuffer.nets import per_kind
 from gradbuffer.data.cifar10 import generated_images
+from gradbuffer.nets import per_kind
 from gradbuffer.training.meta_gradients import meta_gradient
+from gradbuffer.unrolling import Coordinates
 from meta_training import evaluate, meta_train
 from optimizees import CIFAR10Net, MetaBatch
 from optimizers import CoordinatewiseLSTM, LearnedOptimizer, PerKind, RNNProp, load_optimizer, save_optimizer
-from gradbuffer.unrolling import Coordinates
 
 
 def problem(dtype=torch.float64):
@@ -45,8 +45,9 @@ class Interleaved:
     """Kinds that do not lie in a row: Σ (a b + c)² over the coordinates."""
 
     def sample(self, meta_batch, generator=None):
-        start = {name: torch.rand(meta_batch, 3, generator=generator, dtype=torch.float64)
-                 for name in ("b1", "a1", "b2")}
+        start = {
+            name: torch.rand(meta_batch, 3, generator=generator, dtype=torch.float64) for name in ("b1", "a1", "b2")
+        }
         return MetaBatch(start, lambda params, step: (params["b1"] * params["a1"] + params["b2"]).square().sum(1))
 
 
@@ -56,10 +57,12 @@ def small_steps():
 
 def choices():
     own, unused = {"a*": "first", "b*": "second"}, {"b": small_steps(), "none": RNNProp(2)}
-    return {"cifar": (PerKind(networks()), problem()),
-            "odd": (PerKind({"conv": CoordinatewiseLSTM(10, odd=True), "fc": RNNProp(4, 1)}), problem()),
-            "a user's own": (PerKind({"first": OwnOptimizer(), "second": small_steps()}, own), Interleaved()),
-            "an unused kind": (PerKind(unused, lambda name: "b"), Interleaved())}
+    return {
+        "cifar": (PerKind(networks()), problem()),
+        "odd": (PerKind({"conv": CoordinatewiseLSTM(10, odd=True), "fc": RNNProp(4, 1)}), problem()),
+        "a user's own": (PerKind({"first": OwnOptimizer(), "second": small_steps()}, own), Interleaved()),
+        "an unused kind": (PerKind(unused, lambda name: "b"), Interleaved()),
+    }
 
 
 @pytest.mark.parametrize("name", choices())
@@ -108,18 +111,39 @@ def test_the_bound_optimizer_has_the_same_weights():
     assert all(name == other and one is two for (name, one), (other, two) in pairs)
 
 
-@pytest.mark.parametrize("options", [{}, {"second_order": True}, {"method": "pes"}, {"averaging": 0.5},
-                                     {"teacher": (torch.optim.SGD, {"lr": 0.1}), "imitation": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"second_order": True},
+        {"method": "pes"},
+        {"averaging": 0.5},
+        {"teacher": (torch.optim.SGD, {"lr": 0.1}), "imitation": 0.5},
+    ],
+)
 def test_meta_training_and_evaluation(tmp_path, options):
     net, functions = PerKind(networks()), problem(torch.float32)
     before, twin = copy.deepcopy(net.state_dict()), copy.deepcopy(net)
-    common = dict(steps=8, unroll=2, meta_batch=2, lr=0.01, warmup=0, validation_functions=2, validation_every=6,
-                  checkpoint_every=1, progress=False, **options)
+    common = dict(
+        steps=8,
+        unroll=2,
+        meta_batch=2,
+        lr=0.01,
+        warmup=0,
+        validation_functions=2,
+        validation_every=6,
+        checkpoint_every=1,
+        progress=False,
+        **options,
+    )
     history = meta_train(net, functions, iterations=6, **common)
     assert len(history.validation) == 1 and all(map(torch.isfinite, torch.tensor(history.meta_loss)))
     if history.best_iteration:
-        assert all(not torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items()
-                   if name.endswith("weight_ih_l0"))
+        assert all(
+            not torch.equal(tensor, before[name])
+            for name, tensor in net.state_dict().items()
+            if name.endswith("weight_ih_l0")
+        )
     losses = evaluate(net, functions, steps=5, num_functions=3)
     assert losses.shape == (3, 5) and torch.isfinite(losses).all()
 
@@ -206,10 +230,16 @@ BAD = [
     (lambda: PerKind({"a": LSTM}, lambda name: 3).kind_of("x"), ValueError, r"kinds \['a'\], got 3 for 'x'"),
     (lambda: PerKind({"a": LSTM}).bind({"a": 3}), TypeError, "coordinates must be unrolling.Coordinates, got dict"),
     (lambda: PerKind({"a": LSTM}).init_state(3), TypeError, r"must know how the parameters lie.*net.bind\("),
-    (lambda: PerKind({"a": LSTM}).bind(Coordinates({"a": torch.zeros(2, 3)})).init_state(5), ValueError,
-     "bound to 6 coordinates, got 5"),
-    (lambda: meta_gradient(PerKind({"a": LSTM}), MetaBatch({}, None), {}, None, replay_fraction=0.5), ValueError,
-     "a network with coordinatewise = True"),
+    (
+        lambda: PerKind({"a": LSTM}).bind(Coordinates({"a": torch.zeros(2, 3)})).init_state(5),
+        ValueError,
+        "bound to 6 coordinates, got 5",
+    ),
+    (
+        lambda: meta_gradient(PerKind({"a": LSTM}), MetaBatch({}, None), {}, None, replay_fraction=0.5),
+        ValueError,
+        "a network with coordinatewise = True",
+    ),
 ]
 
 

@@ -5,17 +5,18 @@ import threading
 
 import pytest
 import torch
-
 from conftest import write_mnist
-from gradbuffer.training.meta_gradients import meta_gradient
+
+from gradbuffer.contracts import as_loss
+from gradbuffer.nests import tensors_in
 from gradbuffer.problems.images import Minibatches
+from gradbuffer.training.meta_gradients import meta_gradient
+from gradbuffer.unrolling import Coordinates
 from optimizees import MNISTNet, PerceptronLoss, Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, NormalizedLSTM, RNNProp
-from gradbuffer.nests import tensors_in
-from gradbuffer.contracts import as_loss
-from gradbuffer.unrolling import Coordinates
 
 numba_lstm = pytest.importorskip("gradbuffer.kernels.numba_lstm", reason="numba is not installed", exc_type=ImportError)
+numba_tape = pytest.importorskip("gradbuffer.kernels.numba_tape", exc_type=ImportError)
 from gradbuffer.kernels.numba_threads import threads_here  # noqa: E402
 
 
@@ -50,10 +51,14 @@ def close(found, expected, tolerance):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("activation", ["sigmoid", "relu", "tanh"])
-@pytest.mark.parametrize("hidden, batch, side", [((20,), 128, None), ((), 16, 3), ((7, 5), 1, None), ((3,), 17, 2),
-                                                 ((33, 17, 2), 300, 3), ((1,), 15, 1)])
+@pytest.mark.parametrize(
+    "hidden, batch, side",
+    [((20,), 128, None), ((), 16, 3), ((7, 5), 1, None), ((3,), 17, 2), ((33, 17, 2), 300, 3), ((1,), 15, 1)],
+)
 @pytest.mark.parametrize("functions", [1, 3])
-def test_losses_and_gradients_are_the_plain_ones(small_mnist, dtype, tolerance, activation, hidden, batch, side, functions):
+def test_losses_and_gradients_are_the_plain_ones(
+    small_mnist, dtype, tolerance, activation, hidden, batch, side, functions
+):
     given, coordinates, theta = networks(small_mnist, functions, dtype, hidden, batch, activation=activation, side=side)
     before = theta.clone()
     losses, gradient = given.loss.with_vector_gradient(theta, coordinates.shapes, 5)
@@ -92,7 +97,9 @@ def test_other_layouts_and_precisions_are_not_compiled(small_mnist):
     assert given.loss.with_vector_gradient(theta.float(), coordinates.shapes, 0) is None
     other = given.loss.of(given.loss.tensors(4))  # minibatches that nobody can choose
     assert other.with_vector_gradient(theta, coordinates.shapes, 0) is None
-    close(coordinates.losses_and_gradient(other, theta, 0), coordinates.losses_and_gradient(given.loss, theta, 4), 1e-12)
+    close(
+        coordinates.losses_and_gradient(other, theta, 0), coordinates.losses_and_gradient(given.loss, theta, 4), 1e-12
+    )
     split = coordinates.split(theta)
     there = {name: split[name] for name in turned}
     turned = Coordinates(there)
@@ -112,7 +119,9 @@ def stepwise(net, loss, *rest):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("updates", [1, 2, 7])
-@pytest.mark.parametrize("net", [CoordinatewiseLSTM(), CoordinatewiseLSTM(5, 3, "log_sign", output_scale=0.1), RNNProp(3)])
+@pytest.mark.parametrize(
+    "net", [CoordinatewiseLSTM(), CoordinatewiseLSTM(5, 3, "log_sign", output_scale=0.1), RNNProp(3)]
+)
 @pytest.mark.parametrize("functions, threads", [(1, 1), (3, 1), (2, 2)])
 def test_windows_equal_single_steps(small_mnist, dtype, tolerance, updates, net, functions, threads, threads_as_before):
     """The RNNProp and two threads go step by step here too, the former with the plain optimizee's losses."""
@@ -144,8 +153,10 @@ def test_a_gradient_that_is_not_finite(small_mnist):
 
 
 def problems(root):
-    return {"networks": MNISTNet((3,), batch_size=8, root=root, side=3, dtype=torch.float64),
-            "quadratics": Quadratics(7, torch.float64)}
+    return {
+        "networks": MNISTNet((3,), batch_size=8, root=root, side=3, dtype=torch.float64),
+        "quadratics": Quadratics(7, torch.float64),
+    }
 
 
 @pytest.mark.parametrize("problem", ["networks", "quadratics"])
@@ -154,7 +165,9 @@ def problems(root):
 @pytest.mark.parametrize("objective", ["sum", "log"])
 def test_parts_are_the_whole(small_mnist, problem, net, threads, functions, objective, monkeypatch, threads_as_before):
     net, batch = net.double(), problems(small_mnist)[problem].sample(functions, seeded())
-    start = meta_gradient(net, batch, batch.params, net.init_state(sum(map(torch.numel, batch.params.values()))), unroll=3)[1]
+    start = meta_gradient(
+        net, batch, batch.params, net.init_state(sum(map(torch.numel, batch.params.values()))), unroll=3
+    )[1]
     given = tensors_in([start.params, start.state])
     before = [tensor.clone() for tensor in given]
     torch.set_num_threads(threads)
@@ -164,10 +177,17 @@ def test_parts_are_the_whole(small_mnist, problem, net, threads, functions, obje
 
     grads, info = window()
     size = sum(map(torch.numel, batch.params.values())) // functions
-    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", 2 * size * net.num_layers * 5 * (4 * 6 + 2) * 8)  # of two functions' gates and states
+    monkeypatch.setattr(
+        numba_tape, "TAPE_BYTES", 2 * size * net.num_layers * 5 * (4 * 6 + 2) * 8
+    )  # of two functions' gates and states
     spans, in_parts = [], numba_lstm.NumbaLSTM.in_parts
-    monkeypatch.setattr(numba_lstm.NumbaLSTM, "in_parts", lambda self, work, *rest: in_parts(
-        self, lambda *span: spans.append((*span, threads_here())) or work(*span), *rest))
+    monkeypatch.setattr(
+        numba_lstm.NumbaLSTM,
+        "in_parts",
+        lambda self, work, *rest: in_parts(
+            self, lambda *span: spans.append((*span, threads_here())) or work(*span), *rest
+        ),
+    )
     parted, parted_info = window()
     expected = {(1, 5): [(0, 1), (1, 3), (3, 5)], (2, 5): [(0, 1), (1, 2), (2, 3), (3, 5)], (2, 2): [(0, 2)]}
     assert sorted(spans) == [(*span, 2 if threads == functions else 1) for span in expected[threads, functions]]
@@ -177,16 +197,30 @@ def test_parts_are_the_whole(small_mnist, problem, net, threads, functions, obje
     assert threads_here() == threads
 
 
-@pytest.mark.parametrize("functions, size, steps, threads, expected", [
-    (8, 1000, 20, 1, 1), (8, 16000, 20, 1, 8), (8, 16000, 20, 2, 8), (8, 8000, 20, 1, 4), (8, 8000, 20, 2, 4),
-    (7, 16000, 20, 2, 7), (3, 16000, 20, 2, 3), (1, 16000, 20, 2, 1), (1, 16000, 20, 1, 1),
-    (8, 16000, 40, 1, 8),  # the upper layer's gates of one
-    (8, 16000, 100, 1, 1), (2, 16000, 20, 8, 1), (5, 16000, 20, 4, 1), (8, 16000, 20, 4, 8),
-    (16, 16000, 20, 16, 1)])  # too little room for each thread
+@pytest.mark.parametrize(
+    "functions, size, steps, threads, expected",
+    [
+        (8, 1000, 20, 1, 1),
+        (8, 16000, 20, 1, 8),
+        (8, 16000, 20, 2, 8),
+        (8, 8000, 20, 1, 4),
+        (8, 8000, 20, 2, 4),
+        (7, 16000, 20, 2, 7),
+        (3, 16000, 20, 2, 3),
+        (1, 16000, 20, 2, 1),
+        (1, 16000, 20, 1, 1),
+        (8, 16000, 40, 1, 8),  # the upper layer's gates of one
+        (8, 16000, 100, 1, 1),
+        (2, 16000, 20, 8, 1),
+        (5, 16000, 20, 4, 1),
+        (8, 16000, 20, 4, 8),
+        (16, 16000, 20, 16, 1),
+    ],
+)  # too little room for each thread
 def test_how_many_parts(functions, size, steps, threads, expected, monkeypatch):
     kernels = CoordinatewiseLSTM().kernels()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", 210 << 20)
+    monkeypatch.setattr(numba_tape, "TAPE_BYTES", 210 << 20)
     parts = kernels.in_parts(lambda first, last: (first, last), functions, size, steps)
     assert len(parts) == expected
     assert [number for first, last in parts for number in range(first, last)] == list(range(functions))
@@ -195,8 +229,8 @@ def test_how_many_parts(functions, size, steps, threads, expected, monkeypatch):
 def test_windows_of_several_threads_keep_their_tapes(monkeypatch, threads_as_before):
     kernels, both = CoordinatewiseLSTM().kernels(), threading.Barrier(2)
     torch.set_num_threads(2)
-    monkeypatch.setattr(numba_lstm.GateTape, "spare", [])
-    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", 30 * 2 * 20 * (4 * 20 + 2) * 4 * 2)
+    monkeypatch.setattr(numba_tape.GateTape, "spare", [])
+    monkeypatch.setattr(numba_tape, "TAPE_BYTES", 30 * 2 * 20 * (4 * 20 + 2) * 4 * 2)
 
     def work(first, last):
         tape = kernels.tape(30 * (last - first), 20)
@@ -207,7 +241,7 @@ def test_windows_of_several_threads_keep_their_tapes(monkeypatch, threads_as_bef
         return memory
 
     first = kernels.in_parts(work, 4, 30, 20)
-    assert len(set(first)) == 2 == len(numba_lstm.GateTape.spare)
+    assert len(set(first)) == 2 == len(numba_tape.GateTape.spare)
     assert set(kernels.in_parts(work, 4, 30, 20)) == set(first)
 
 
@@ -217,7 +251,7 @@ def test_a_failure_in_one_part(monkeypatch, threads_as_before):
     broken["theta"][3, 0] = math.inf
     expected = meta_gradient(net, batch, batch.params, state)[0]
     torch.set_num_threads(2)
-    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", 30 * 2 * 20 * (4 * 20 + 2) * 4 * 2)
+    monkeypatch.setattr(numba_tape, "TAPE_BYTES", 30 * 2 * 20 * (4 * 20 + 2) * 4 * 2)
     with pytest.raises(NonFiniteError):
         meta_gradient(net, batch, broken, state)
     found = meta_gradient(net, batch, batch.params, state)[0]
@@ -226,7 +260,7 @@ def test_a_failure_in_one_part(monkeypatch, threads_as_before):
 
 def test_a_loss_that_was_replaced_is_not_taken_in_parts(small_mnist, monkeypatch):
     """The meta-batch's own `part` would not know of it."""
-    monkeypatch.setattr(numba_lstm, "TAPE_BYTES", 1 << 16)
+    monkeypatch.setattr(numba_tape, "TAPE_BYTES", 1 << 16)
     net, batch = CoordinatewiseLSTM(5).double(), problems(small_mnist)["networks"].sample(3, seeded())
     state = net.init_state(sum(map(torch.numel, batch.params.values())))
 
@@ -234,8 +268,10 @@ def test_a_loss_that_was_replaced_is_not_taken_in_parts(small_mnist, monkeypatch
         return batch.loss(params, step) + sum(tensor.flatten(1).square().sum(1) for tensor in params.values())
 
     changed = batch._replace(loss=with_decay)
-    found, expected = (meta_gradient(net, changed, batch.params, state, unroll=4, method=method)[0]
-                       for method in ("replay", "autograd"))
+    found, expected = (
+        meta_gradient(net, changed, batch.params, state, unroll=4, method=method)[0]
+        for method in ("replay", "autograd")
+    )
     close(list(found.values()), list(expected.values()), 1e-10)
 
 
@@ -265,7 +301,9 @@ def test_minibatches_do_not_mind_other_threads():
     class Disturbed(Minibatches):
         """Another thread asks for another chunk each time that this one has drawn its own."""
 
-        drawn = property(lambda self: self.others, lambda self, value: self.__dict__.update(others=(99, torch.zeros(32, 2, 4))))
+        drawn = property(
+            lambda self: self.others, lambda self, value: self.__dict__.update(others=(99, torch.zeros(32, 2, 4)))
+        )
 
     plain, disturbed = (kind(5, (2, 4), 1000, torch.device("cpu")) for kind in (Minibatches, Disturbed))
     assert all(torch.equal(plain(step), disturbed(step)) for step in (0, 31, 32, 3))

@@ -32,8 +32,9 @@ def bowl(curvature=1.0):
 def windows(net, batch, unroll, count, generator, **options):
     params, state, total = batch.params, net.init_state(1), 0
     for window in range(count):
-        grads, info = meta_gradient(net, batch, params, state, window * unroll, unroll, "pes", sigma=0.01,
-                                    generator=generator, **options)
+        grads, info = meta_gradient(
+            net, batch, params, state, window * unroll, unroll, "pes", sigma=0.01, generator=generator, **options
+        )
         params, state, total = info.params, info.state, total + grads["rate"]
     return total, info
 
@@ -93,8 +94,9 @@ def test_it_trains():
             return MetaBatch(start, lambda params, step: params["x"].square().sum(1))
 
     net = Rate(0.01)
-    history = meta_train(net, Bowls(), steps=20, unroll=5, meta_batch=4, iterations=120, lr=0.02, method="pes",
-                         warmup=0, progress=False)
+    history = meta_train(
+        net, Bowls(), steps=20, unroll=5, meta_batch=4, iterations=120, lr=0.02, method="pes", warmup=0, progress=False
+    )
     assert history.best_validation < 0.3 * history.validation[0][1] and 0.2 < net.rate < 0.8
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from gradbuffer import unrolling
+from gradbuffer.contracts import as_loss
 from gradbuffer.training.meta_gradients import meta_gradient
+from gradbuffer.unrolling import Coordinates
 from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, NonFiniteError, NormalizedLSTM
-from gradbuffer.contracts import as_loss
-from gradbuffer.unrolling import Coordinates
 
 numba = pytest.importorskip("numba", reason="windows of quadratics are compiled by numba")
 
@@ -26,7 +26,9 @@ def window(net, problem, functions, seed=0):
     batch = problem.sample(functions, generator)
     coordinates = Coordinates(batch.params)
     theta = torch.randn(functions * problem.dim, generator=generator, dtype=problem.dtype)
-    state = tuple(torch.rand(part.shape, generator=generator, dtype=problem.dtype) - 0.5 for part in net.init_state(len(theta)))
+    state = tuple(
+        torch.rand(part.shape, generator=generator, dtype=problem.dtype) - 0.5 for part in net.init_state(len(theta))
+    )
     return net, batch.loss, coordinates, theta, state, 3, 7, False
 
 
@@ -47,8 +49,15 @@ def close(found, expected, tolerance):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("dim, functions", [(10, 1), (1, 1), (1, 17), (3, 5), (10, 16), (10, 131), (33, 2)])
-@pytest.mark.parametrize("options", [{}, dict(preprocess="log_sign", output_scale=0.1), dict(hidden_size=3, num_layers=1),
-                                     dict(hidden_size=5, num_layers=3, output_scale=-0.3, preprocess="log_sign", odd=True)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(preprocess="log_sign", output_scale=0.1),
+        dict(hidden_size=3, num_layers=1),
+        dict(hidden_size=5, num_layers=3, output_scale=-0.3, preprocess="log_sign", odd=True),
+    ],
+)
 def test_windows_equal_single_steps(dtype, tolerance, dim, functions, options):
     given = window(CoordinatewiseLSTM(**options).to(dtype), Quadratics(dim, dtype), functions)
     theta, state = given[3].clone(), [part.clone() for part in given[4]]

@@ -2,19 +2,28 @@
 
 import pytest
 import torch
-
 from conftest import write_mnist
+
 from gradbuffer.nets.readings import READINGS, Readings
 from gradbuffer.unrolling import Coordinates
 from meta_training import meta_gradient
 from optimizees import MNISTNet, Quadratics
-from optimizers import CoordinatewiseLSTM, LearnedOptimizer, LSTMWithGAC, load_optimizer, save_optimizer, start_as_coordinatewise
+from optimizers import (
+    CoordinatewiseLSTM,
+    LearnedOptimizer,
+    LSTMWithGAC,
+    load_optimizer,
+    save_optimizer,
+    start_as_coordinatewise,
+)
 
 
 @pytest.fixture
 def third(monkeypatch):
     """A user's own: three readings, the last one even."""
-    monkeypatch.setitem(READINGS, "third", Readings(lambda grad, p: torch.stack([grad**3, grad / p, grad.abs()], -2), (-1, -1, 1)))
+    monkeypatch.setitem(
+        READINGS, "third", Readings(lambda grad, p: torch.stack([grad**3, grad / p, grad.abs()], -2), (-1, -1, 1))
+    )
     return "third"
 
 
@@ -60,12 +69,18 @@ def test_steps_and_replays(third, kernels, name):
 @pytest.mark.parametrize("functions", ["quadratics", "networks"])
 def test_windows(third, kernels, name, second_order, functions, tmp_path):
     """Compiled ones where there are such, and single steps."""
-    problems = {"quadratics": lambda: Quadratics(4, torch.float64),
-                "networks": lambda: MNISTNet((3,), batch_size=8, root=write_mnist(tmp_path / "mnist", side=6), dtype=torch.float64)}
+    problems = {
+        "quadratics": lambda: Quadratics(4, torch.float64),
+        "networks": lambda: MNISTNet(
+            (3,), batch_size=8, root=write_mnist(tmp_path / "mnist", side=6), dtype=torch.float64
+        ),
+    }
     batch, net = problems[functions]().sample(2, torch.Generator().manual_seed(0)), network(name)
     state = net.init_state(sum(tensor.numel() for tensor in batch.params.values()))
-    (found, info), (expected, reference) = (meta_gradient(net, batch, batch.params, state, unroll=5, method=method,
-                                                          second_order=second_order) for method in ("replay", "autograd"))
+    (found, info), (expected, reference) = (
+        meta_gradient(net, batch, batch.params, state, unroll=5, method=method, second_order=second_order)
+        for method in ("replay", "autograd")
+    )
     close(info.losses, reference.losses)
     for key in expected:
         assert (found[key] - expected[key]).norm() <= 1e-10 * expected[key].norm()
@@ -80,7 +95,9 @@ def test_networks_that_share_read_the_same(third, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("make", [network, lambda name, odd: LSTMWithGAC(10, shared=2, preprocess=name, odd=odd).double()])
+@pytest.mark.parametrize(
+    "make", [network, lambda name, odd: LSTMWithGAC(10, shared=2, preprocess=name, odd=odd).double()]
+)
 def test_odd_networks(third, name, make):
     net, grad = make(name, odd=True), torch.randn(7, dtype=torch.float64)
     update, opposite = net(grad, net.init_state(7))[0], net(-grad, net.init_state(7))[0]
@@ -95,7 +112,9 @@ def test_a_sharing_network_starts_as_one_that_reads_something_new(third, monkeyp
     bound = net.bind(Coordinates({"theta": torch.zeros(2, 3)}))
     close(bound(grad, bound.init_state(6))[0], plain(grad, plain.init_state(6))[0])
     monkeypatch.setitem(READINGS, "odd", Readings(lambda grad, p: grad.unsqueeze(-2), (-1,)))
-    with pytest.raises(ValueError, match="net must read something that does not change sign with the gradient, 'odd' has nothing such"):
+    with pytest.raises(
+        ValueError, match="net must read something that does not change sign with the gradient, 'odd' has nothing such"
+    ):
         start_as_coordinatewise(LSTMWithGAC(7, shared=2, preprocess="odd", p=4.0, output_scale=0.1), network("odd"))
 
 

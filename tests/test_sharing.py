@@ -8,15 +8,24 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
+from gradbuffer.nests import map_tensors, tensors_in
 from gradbuffer.nets import sharing
+from gradbuffer.nets.sharing import LowRankMemory
 from gradbuffer.training.meta_gradients import meta_gradient
+from gradbuffer.unrolling import Coordinates
 from meta_training import evaluate, meta_train
 from optimizees import MetaBatch, Quadratics
-from optimizers import (CoordinatewiseLSTM, LearnedOptimizer, LSTMWithGAC, NonFiniteError, NTMBFGS, PerKind,
-                        load_optimizer, save_optimizer, start_as_coordinatewise)
-from gradbuffer.nets.sharing import LowRankMemory
-from gradbuffer.nests import map_tensors, tensors_in
-from gradbuffer.unrolling import Coordinates
+from optimizers import (
+    NTMBFGS,
+    CoordinatewiseLSTM,
+    LearnedOptimizer,
+    LSTMWithGAC,
+    NonFiniteError,
+    PerKind,
+    load_optimizer,
+    save_optimizer,
+    start_as_coordinatewise,
+)
 
 NETWORKS = {
     "gac": lambda **more: LSTMWithGAC(4, 2, 2, **more),
@@ -70,8 +79,10 @@ def written_out(net, gradients):
     heads, pairs, updates = net.read_heads if ntm else 0, [], []
     brought = [[0.0] * n for _ in range(heads)]
     for gradient in gradients.tolist():
-        inputs = [torch.tensor([*readings_of(net, g), *(head[i] for head in brought)], dtype=torch.float64)
-                  for i, g in enumerate(gradient)]
+        inputs = [
+            torch.tensor([*readings_of(net, g), *(head[i] for head in brought)], dtype=torch.float64)
+            for i, g in enumerate(gradient)
+        ]
         for layer, (w, u, b, c) in enumerate(net.lstm.all_weights):
             out, memory = [], []
             for i in range(n):
@@ -87,7 +98,7 @@ def written_out(net, gradients):
         if ntm:
             vectors = torch.stack([net.heads.weight @ top + net.heads.bias for top in out], 1)  # (heads, n)
             M = torch.eye(n, dtype=torch.float64)
-            for a, b in pairs[-net.rank:]:
+            for a, b in pairs[-net.rank :]:
                 M = M + torch.outer(a, b) / n
             brought = [(M @ r).tolist() for r in vectors[:heads]]
             lefts, rights = vectors[heads:].tanh().chunk(2)
@@ -122,6 +133,7 @@ def test_several_functions_of_several_tensors_against_a_loop(name):
     with torch.no_grad():
         updates, _ = run(net.bind(coordinates), gradients)
         for b in range(3):
+
             def own(vectors):
                 parts = [coordinates.split(vector) for vector in vectors]
                 return torch.stack([torch.cat([part["weight"][b].flatten(), part["bias"][b]]) for part in parts])
@@ -288,7 +300,7 @@ def test_gradcheck_of_a_step(name):
     names = [name for name, _ in net.named_parameters()]
 
     def step(grad, *tensors):
-        parts, weights = iter(tensors[:len(tensors) - len(names)]), tensors[-len(names):]
+        parts, weights = iter(tensors[: len(tensors) - len(names)]), tensors[-len(names) :]
         given = map_tensors(lambda _: next(parts), nest)
         update, after = torch.func.functional_call(net, dict(zip(names, weights)), (grad, given))
         return update, *tensors_in(after)
@@ -323,11 +335,12 @@ def test_a_meta_batch_is_its_functions_one_by_one(name):
     whole, info = meta_gradient(net, batch, batch.params, net.bind(Coordinates(batch.params)).init_state(24), unroll=4)
     total = {parameter: 0 for parameter in whole}
     for b in range(3):
-        def loss(params, step, b=b):
-            every = {key: torch.cat([batch.params[key][:b], params[key], batch.params[key][b + 1:]]) for key in params}
-            return batch.loss(every, step)[b:b + 1]
 
-        start = {key: tensor[b:b + 1] for key, tensor in batch.params.items()}
+        def loss(params, step, b=b):
+            every = {key: torch.cat([batch.params[key][:b], params[key], batch.params[key][b + 1 :]]) for key in params}
+            return batch.loss(every, step)[b : b + 1]
+
+        start = {key: tensor[b : b + 1] for key, tensor in batch.params.items()}
         grads, own = meta_gradient(net, MetaBatch(start, loss), start, net.init_state(8), unroll=4)
         torch.testing.assert_close(own.losses[:, 0], info.losses[:, b], rtol=1e-12, atol=0)
         total = {parameter: total[parameter] + grad / 3 for parameter, grad in grads.items()}
@@ -342,19 +355,49 @@ def test_meta_training_lowers_the_loss(name):
     net = {"gac": LSTMWithGAC, "ntm": NTMBFGS}[name](8, 1, 3)
     problem, options = Quadratics(5), dict(steps=20, num_functions=64, seed=9)
     before = evaluate(net, problem, **options).sum(1).mean()
-    meta_train(net, problem, steps=20, unroll=10, meta_batch=16, iterations=60, lr=0.02, clip=30.0, warmup=5,
-               validation_functions=32, validation_every=20, progress=False)
+    meta_train(
+        net,
+        problem,
+        steps=20,
+        unroll=10,
+        meta_batch=16,
+        iterations=60,
+        lr=0.02,
+        clip=30.0,
+        warmup=5,
+        validation_functions=32,
+        validation_every=20,
+        progress=False,
+    )
     assert evaluate(net, problem, **options).sum(1).mean() < 0.7 * before
 
 
 @pytest.mark.parametrize("name", ["gac", "ntm"])
-@pytest.mark.parametrize("options", [{}, {"second_order": True}, {"method": "pes", "pairs": 2},
-                                     {"teacher": (torch.optim.SGD, {"lr": 0.01}), "imitation": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"second_order": True},
+        {"method": "pes", "pairs": 2},
+        {"teacher": (torch.optim.SGD, {"lr": 0.01}), "imitation": 0.5},
+    ],
+)
 def test_a_run_goes_on_from_its_checkpoint(tmp_path, name, options):
     net = NETWORKS[name](output_scale=0.1)
     twin, start = copy.deepcopy(net), copy.deepcopy(net)
-    common = dict(steps=8, unroll=2, meta_batch=2, iterations=6, lr=0.01, warmup=0, validation_functions=2,
-                  validation_every=6, checkpoint_every=1, progress=False, **options)
+    common = dict(
+        steps=8,
+        unroll=2,
+        meta_batch=2,
+        iterations=6,
+        lr=0.01,
+        warmup=0,
+        validation_functions=2,
+        validation_every=6,
+        checkpoint_every=1,
+        progress=False,
+        **options,
+    )
     history = meta_train(net, Quadratics(3), **common)
     assert all(map(torch.isfinite, torch.tensor(history.meta_loss)))
 
@@ -475,14 +518,20 @@ BAD = [
     (lambda: start(LSTMWithGAC(20, shared=5)), ValueError, "2 layers of 20 cells, as plain.* got 2 of 15 and 5 shared"),
     (lambda: start(LSTMWithGAC(25, 1)), ValueError, "2 layers of 20 cells.* got 1 of 20"),
     (lambda: start(LSTMWithGAC(25, preprocess="log_sign")), ValueError, "must read 'with_log_size', got 'log_sign'"),
-    (lambda: start(LSTMWithGAC(25, preprocess="log_sign", p=3), CoordinatewiseLSTM(preprocess="log_sign")), ValueError,
-     "net must read 'log_sign' with p=10.0, got 'log_sign' with p=3"),
+    (
+        lambda: start(LSTMWithGAC(25, preprocess="log_sign", p=3), CoordinatewiseLSTM(preprocess="log_sign")),
+        ValueError,
+        "net must read 'log_sign' with p=10.0, got 'log_sign' with p=3",
+    ),
     (lambda: start(reading(output_scale=0.1)), ValueError, "scale=1.0 .* got output_scale=0.1 and odd=False"),
     (lambda: start(reading(odd=True)), ValueError, "be odd only if it is, got output_scale=1.0 and odd=True"),
     (lambda: LSTMWithGAC().bind({"a": 3}), TypeError, "coordinates must be unrolling.Coordinates, got dict"),
     (lambda: LSTMWithGAC().init_state(0), ValueError, "num_coordinates must be at least 1, got 0"),
-    (lambda: NTMBFGS().bind(Coordinates({"a": torch.zeros(2, 3)})).init_state(5), ValueError,
-     "this NTMBFGS is bound to 6 coordinates, got 5"),
+    (
+        lambda: NTMBFGS().bind(Coordinates({"a": torch.zeros(2, 3)})).init_state(5),
+        ValueError,
+        "this NTMBFGS is bound to 6 coordinates, got 5",
+    ),
     (lambda: bad_step([1.0]), TypeError, "grad must be a tensor, got list"),
     (lambda: bad_step(torch.zeros(1, 3)), ValueError, r"grad must have shape \(N,\) with N ≥ 1, got \(1, 3\)"),
     (lambda: bad_step(torch.zeros(4)), ValueError, r"state must be init_state's, with tensors of shapes \[\(1, 2, 4\)"),
@@ -490,10 +539,16 @@ BAD = [
     (lambda: bad_step(torch.zeros(3).double()), ValueError, "grad is torch.float64 on cpu, the network torch.float32"),
     (lambda: bad_step(torch.tensor([0.0, float("nan"), 1.0])), NonFiniteError, "grad must be finite.*coordinate 1"),
     (lambda: PerKind({"a": LSTMWithGAC()}), TypeError, "is a LSTMWithGAC, which can't be one of several"),
-    (lambda: meta_gradient(LSTMWithGAC(), MetaBatch({}, None), {}, None, replay_fraction=0.5), ValueError,
-     "a network with coordinatewise = True"),
-    (lambda: meta_gradient(NTMBFGS(), MetaBatch({}, None), {}, None, second_order=True, adjoint_bound=2), ValueError,
-     "a network with coordinatewise = True"),
+    (
+        lambda: meta_gradient(LSTMWithGAC(), MetaBatch({}, None), {}, None, replay_fraction=0.5),
+        ValueError,
+        "a network with coordinatewise = True",
+    ),
+    (
+        lambda: meta_gradient(NTMBFGS(), MetaBatch({}, None), {}, None, second_order=True, adjoint_bound=2),
+        ValueError,
+        "a network with coordinatewise = True",
+    ),
 ]
 
 

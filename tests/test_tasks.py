@@ -10,8 +10,8 @@ import torch
 from conftest import write_cifar10, write_mnist
 from torch import nn
 
-from gradbuffer.problems import races, tasks
 from gradbuffer.nets.mlp import MLPOptimizer
+from gradbuffer.problems import races, tasks
 from gradbuffer.problems.races import Contestant, Race, final, race, smoothed, speed, speed_against, summary, train
 from gradbuffer.problems.tasks import GENERALIZATION, TASKS, Task
 
@@ -115,7 +115,9 @@ class Slope(nn.Module):
 SLOPE = Task(Slope, lambda generator: None, lambda model, _: model.weight, "made up", "")
 BOWL = Task(Slope, lambda generator: None, lambda model, _: model.weight.square(), "made up", "")
 # The loss is finite, its gradient is not.
-CUSP = Task(Slope, lambda generator: None, lambda model, _: (model.weight - model.weight.detach()).sqrt(), "made up", "")
+CUSP = Task(
+    Slope, lambda generator: None, lambda model, _: (model.weight - model.weight.detach()).sqrt(), "made up", ""
+)
 
 
 def sgd(centre, schedule="constant", **options):
@@ -127,8 +129,10 @@ def raced(contestant, task=SLOPE, steps=100):
 
 
 def test_schedules():
-    constant, cosine = (train(SLOPE, lambda params: torch.optim.SGD(params, lr=1.0), 100, 0, schedule)
-                        for schedule in ("constant", "cosine"))
+    constant, cosine = (
+        train(SLOPE, lambda params: torch.optim.SGD(params, lr=1.0), 100, 0, schedule)
+        for schedule in ("constant", "cosine")
+    )
     assert torch.equal(constant, 1000.0 - torch.arange(100.0))
     factors = 0.5 * (1 + torch.cos(math.pi * torch.arange(100) / 100))
     assert torch.allclose(cosine[1:], 1000.0 - factors.cumsum(0)[:-1])
@@ -183,7 +187,9 @@ def test_the_best_rate_is_raced():
 def test_contestants_start_and_draw_alike():
     contestants = {"slow": sgd(1e-9), "also slow": sgd(1e-9, momentum=0.9)}
     slow, also = race({"": TASKS["ill-conditioned"]}, contestants, rates=1, steps=5, seeds=[0, 1])[""].values()
-    assert torch.allclose(slow.curves, also.curves, rtol=1e-5) and not torch.allclose(slow.curves[0], slow.curves[1], rtol=1e-2)
+    assert torch.allclose(slow.curves, also.curves, rtol=1e-5) and not torch.allclose(
+        slow.curves[0], slow.curves[1], rtol=1e-2
+    )
 
 
 def test_failures_are_counted():
@@ -264,11 +270,32 @@ def test_the_command_races_weights_of_a_file(command, tmp_path):
     weights = torch.nn.utils.parameters_to_vector(MLPOptimizer().parameters()).detach()
     torch.save({"averaged": weights, "k": 3}, tmp_path / "weights.pt")
     table, figure = tmp_path / "table.md", tmp_path / "figure.png"
-    text = command("--net", tmp_path / "weights.pt", "--steps", 6, "--seeds", 2, "--rates", 2, "--tasks", "ill-conditioned",
-                   "factorization", "--table", table, "--figure", figure)
+    text = command(
+        "--net",
+        tmp_path / "weights.pt",
+        "--steps",
+        6,
+        "--seeds",
+        2,
+        "--rates",
+        2,
+        "--tasks",
+        "ill-conditioned",
+        "factorization",
+        "--table",
+        table,
+        "--figure",
+        figure,
+    )
     assert text.strip() == table.read_text(encoding="utf-8").strip() and figure.read_bytes().startswith(b"\x89PNG")
-    for part in ("learned against AdamW, cosine", "learned against start", "start against Adam, constant", "geometric mean",
-                 "of 4 trainings: learned: ", "NAG, cosine"):
+    for part in (
+        "learned against AdamW, cosine",
+        "learned against start",
+        "start against Adam, constant",
+        "geometric mean",
+        "of 4 trainings: learned: ",
+        "NAG, cosine",
+    ):
         assert part in text
     torch.save({"weights": weights[:-1]}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"--net must hold \(329,\) weights of an MLPOptimizer\(\), got \(328,\)"):
@@ -277,8 +304,20 @@ def test_the_command_races_weights_of_a_file(command, tmp_path):
 
 @pytest.mark.parametrize("net", ["start", "general"])
 def test_the_command_races_starts_and_names(command, net):
-    text = command("--net", net, "--steps", 4, "--seeds", 1, "--rates", 1, "--tasks", "ill-conditioned", "--contestants",
-                   "AdamW, cosine")
+    text = command(
+        "--net",
+        net,
+        "--steps",
+        4,
+        "--seeds",
+        1,
+        "--rates",
+        1,
+        "--tasks",
+        "ill-conditioned",
+        "--contestants",
+        "AdamW, cosine",
+    )
     name = "start" if net == "start" else "learned"
     head = next(line for line in text.splitlines() if line.startswith("| task"))
     assert head == f"| task | {name} | AdamW, cosine |" and "| ill-conditioned | " in text

@@ -17,21 +17,37 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from optimizers import LearnedOptimizer
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs the package expecttest")
-database = pytest.importorskip("torch.testing._internal.common_optimizers",
-                               reason="this torch is installed without its optimizer database")
+database = pytest.importorskip(
+    "torch.testing._internal.common_optimizers", reason="this torch is installed without its optimizer database"
+)
 
 
 def inputs(device, dtype=None):
     """As torch's functions of that kind: the options that tests run through."""
-    more = [("default", {}), ("lr", {"lr": 0.1}), ("tensor lr", {"lr": torch.tensor(0.1)}), ("weight_decay", {"weight_decay": 0.1}),
-            ("maximize", {"maximize": True, "weight_decay": 0.1}), ("bfloat16 state", {"state_dtype": torch.bfloat16})]
-    return [database.OptimizerInput(params=None, kwargs={"net": net(), **options}, desc=f"{net.__name__}, {name}")
-            for net in (lstm, AdamRule, NormalizedDescent, mlp, small_fc, Signs) for name, options in more
-            if "state_dtype" not in options or net in (lstm, AdamRule, NormalizedDescent)]  # tensorwise ones have none
+    more = [
+        ("default", {}),
+        ("lr", {"lr": 0.1}),
+        ("tensor lr", {"lr": torch.tensor(0.1)}),
+        ("weight_decay", {"weight_decay": 0.1}),
+        ("maximize", {"maximize": True, "weight_decay": 0.1}),
+        ("bfloat16 state", {"state_dtype": torch.bfloat16}),
+    ]
+    return [
+        database.OptimizerInput(params=None, kwargs={"net": net(), **options}, desc=f"{net.__name__}, {name}")
+        for net in (lstm, AdamRule, NormalizedDescent, mlp, small_fc, Signs)
+        for name, options in more
+        if "state_dtype" not in options or net in (lstm, AdamRule, NormalizedDescent)
+    ]  # tensorwise ones have none
 
 
-INFO = database.OptimizerInfo(LearnedOptimizer, optim_inputs_func=inputs, supported_impls=(), supports_sparse=True,
-                              supports_complex=False, optim_error_inputs_func=database.get_error_inputs_for_all_optims)
+INFO = database.OptimizerInfo(
+    LearnedOptimizer,
+    optim_inputs_func=inputs,
+    supported_impls=(),
+    supports_sparse=True,
+    supports_complex=False,
+    optim_error_inputs_func=database.get_error_inputs_for_all_optims,
+)
 every_input = pytest.mark.parametrize("given", INFO.optim_inputs_func("cpu"), ids=lambda given: given.desc)
 
 
@@ -46,6 +62,7 @@ def closure_of(optimizer, params):
         loss = (params[0] @ torch.ones(3, dtype=params[0].dtype) + params[1]).square().sum()
         loss.backward()
         return loss
+
     return closure
 
 
@@ -111,8 +128,10 @@ def test_a_step_returns_what_its_closure_does(given):
     closure = closure_of(optimizer, params)
     optimizer.register_step_pre_hook(lambda *_: order.append("pre"))
     optimizer.register_step_post_hook(lambda *_: order.append("post"))
-    handles = [register_optimizer_step_pre_hook(lambda *_: order.append("global pre")),
-               register_optimizer_step_post_hook(lambda *_: order.append("global post"))]
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: order.append("global pre")),
+        register_optimizer_step_post_hook(lambda *_: order.append("global post")),
+    ]
     try:
         loss = optimizer.step(lambda: order.append("closure") or closure())
     finally:

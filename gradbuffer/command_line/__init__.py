@@ -20,16 +20,24 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from gradbuffer.training.checkpoints import read_start
 from gradbuffer.checks import CLASS, ON, NonFiniteError, named_class, refuse_without_effect
-from gradbuffer.contracts import on_device
 from gradbuffer.command_line import arguments
 from gradbuffer.command_line.arguments import DEFAULTS, KINDS, MEASURED, OWN, SHARING, flag, json_dict
+from gradbuffer.contracts import on_device
+from gradbuffer.files import write_whole
+from gradbuffer.training.checkpoints import read_start
 from meta_training import BASELINES, compare, evaluate, meta_train, tune_baselines
 from optimizees import CIFAR10Net, Mirrored, MNISTNet, Quadratics, RandomScaling
-from optimizers import (CoordinatewiseLSTM, NormalizedLSTM, PerKind, RNNProp, load_optimizer,
-                        save_optimizer, start_as_adam, start_as_momentum)
-from gradbuffer.files import write_whole
+from optimizers import (
+    CoordinatewiseLSTM,
+    NormalizedLSTM,
+    PerKind,
+    RNNProp,
+    load_optimizer,
+    save_optimizer,
+    start_as_adam,
+    start_as_momentum,
+)
 
 __all__ = ["flag", "json_dict", "main", "make_parser"]
 FIGURE_FORMATS = (".pdf", ".png", ".svg")
@@ -41,8 +49,11 @@ NEEDS = (  # see `gradbuffer.checks.refuse_without_effect`
     ("hidden activation side", "problem", ("mnist",)),
     ("batch_size data", "problem", ("mnist", "cifar10")),
     ("classes held_out channels fc_size per_kind", "problem", ("cifar10",)),
-    ("per_kind network_options units layers shared preprocess odd output_scale start_as_nag sign_lr sign_fade start_as_adam betas fade",
-     "start", (None,)),
+    (
+        "per_kind network_options units layers shared preprocess odd output_scale start_as_nag sign_lr sign_fade start_as_adam betas fade",
+        "start",
+        (None,),
+    ),
     ("start_as_nag sign_lr sign_fade", "network", ("lstm",)),
     ("start_as_adam betas fade", "network", ("normalized",)),
     ("shared", "network", tuple(SHARING)),
@@ -56,7 +67,11 @@ NEEDS = (  # see `gradbuffer.checks.refuse_without_effect`
     ("horizons", "curriculum", (None,)),
     ("imitation teacher_lr imitation_weight", "teacher", ON),
     ("teacher", "imitation", ON),
-    ("method second_order objective adjoint_bound cuda_graph", "imitation", range(1)),  # where all is imitation there is no meta-loss
+    (
+        "method second_order objective adjoint_bound cuda_graph",
+        "imitation",
+        range(1),
+    ),  # where all is imitation there is no meta-loss
     ("adjoint_bound", "second_order", (True,)),
 )
 FILES = ("output", "history", "figure", "updates", "table", "checkpoint", "tensorboard")  # what commands write
@@ -102,7 +117,13 @@ def main(arguments=None):
 
 def needs_all_coordinates(options):
     """Hessian products, graphs, perturbations, averages and networks of a user's own do."""
-    return options.second_order or options.cuda_graph or options.method != "replay" or options.network in SHARING or ":" in options.network
+    return (
+        options.second_order
+        or options.cuda_graph
+        or options.method != "replay"
+        or options.network in SHARING
+        or ":" in options.network
+    )
 
 
 def failed(error, status):
@@ -125,7 +146,9 @@ def run_train(options):
     device = join_processes(options.device)
     torch.manual_seed(options.seed)
     net, problem = make_net(options), make_problem(options, "train", device)
-    begun = read_start(checkpoint) if first and options.keep_of_start else None  # a resumed run's --start may have been replaced
+    begun = (
+        read_start(checkpoint) if first and options.keep_of_start else None
+    )  # a resumed run's --start may have been replaced
     begun = begun or {name: tensor.clone() for name, tensor in net.state_dict().items()}
     if not 0 <= options.keep_of_start < 1:
         raise ValueError(f"--keep-of-start must be in [0, 1), got {options.keep_of_start}")
@@ -139,9 +162,18 @@ def run_train(options):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "meta-training was interrupted")  # it is said below
         try:
-            history = meta_train(net, problem, device=device, teacher=make_teacher(options),
-                                 checkpoint=checkpoint, checkpoint_every=options.checkpoint_every, on_mismatch=options.on_mismatch,
-                                 callback=scalars, progress=not options.quiet, **settings)
+            history = meta_train(
+                net,
+                problem,
+                device=device,
+                teacher=make_teacher(options),
+                checkpoint=checkpoint,
+                checkpoint_every=options.checkpoint_every,
+                on_mismatch=options.on_mismatch,
+                callback=scalars,
+                progress=not options.quiet,
+                **settings,
+            )
         finally:
             if scalars:
                 scalars.close()
@@ -152,33 +184,50 @@ def run_train(options):
         return 130
     if options.keep_of_start:
         trained = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
-        net.load_state_dict({name: torch.lerp(tensor, begun[name], options.keep_of_start) for name, tensor in trained.items()})
+        net.load_state_dict(
+            {name: torch.lerp(tensor, begun[name], options.keep_of_start) for name, tensor in trained.items()}
+        )
         settings |= dict(keep_of_start=options.keep_of_start)
     if options.teacher:
         settings |= dict(teacher=options.teacher, teacher_lr=options.teacher_lr)
-    save_optimizer(net, options.output, problem=problem.name, seed=options.seed, iteration=history.best_iteration,
-                   validation=history.best_validation, settings=settings)
+    save_optimizer(
+        net,
+        options.output,
+        problem=problem.name,
+        seed=options.seed,
+        iteration=history.best_iteration,
+        validation=history.best_validation,
+        settings=settings,
+    )
     if options.history:
         standard = json.loads(json.dumps(asdict(history)), parse_constant=lambda constant: None)  # JSON has no NaN
         write_whole(options.history, json.dumps(standard).encode())
     if options.figure:
         write_figure(options.figure, lambda plots: plots.plot_history(history, f"Meta-training on {problem.name}"))
     if history.interrupted:
-        print(f"interrupted after {len(history.meta_loss)} of {options.iterations} iterations; the best optimizer so "
-              f"far (iteration {history.best_iteration}) is in {options.output}. The same command goes on from "
-              f"{checkpoint}", file=sys.stderr)
+        print(
+            f"interrupted after {len(history.meta_loss)} of {options.iterations} iterations; the best optimizer so "
+            f"far (iteration {history.best_iteration}) is in {options.output}. The same command goes on from "
+            f"{checkpoint}",
+            file=sys.stderr,
+        )
         return 130
     checkpoint.unlink(missing_ok=True)
     skipped = f"; {len(history.skipped)} windows skipped" if history.skipped else ""
     steps = history.stages[-1][1] if history.stages else options.steps
-    print(f"{options.output}: validation score {history.best_validation:.4g} (sum of the loss over {steps} steps) "
-          f"at iteration {history.best_iteration}{skipped}")
+    print(
+        f"{options.output}: validation score {history.best_validation:.4g} (sum of the loss over {steps} steps) "
+        f"at iteration {history.best_iteration}{skipped}"
+    )
     return 0
 
 
 def run_evaluate(options):
     refuse_existing(options, "figure", "table", "updates")
-    problem, (name, net) = make_problem(options, "test", options.device), *load_nets([options.net], options.network).items()
+    problem, (name, net) = (
+        make_problem(options, "test", options.device),
+        *load_nets([options.net], options.network).items(),
+    )
     net.to(options.device)
     losses = evaluate(net, problem, options.steps, options.functions, options.seed)
     if options.updates:
@@ -192,9 +241,15 @@ def run_compare(options):
     for net in nets.values():
         net.to(options.device)
     baselines = {name: BASELINES[name] for name in options.baselines}
-    tuned = tune_baselines(make_problem(options, "validation", options.device), options.steps, options.tuning_functions,
-                           seed=options.seed + 1, baselines=baselines, device=options.device,
-                           progress=not options.quiet)
+    tuned = tune_baselines(
+        make_problem(options, "validation", options.device),
+        options.steps,
+        options.tuning_functions,
+        seed=options.seed + 1,
+        baselines=baselines,
+        device=options.device,
+        progress=not options.quiet,
+    )
     curves = compare(nets, tuned, test, options.steps, options.functions, options.seed, progress=not options.quiet)
     return show(curves, test, options)
 
@@ -226,10 +281,18 @@ def make_problem(options, split, device):
         raise ValueError(f"--batch-size must be {some} with --problem {options.problem}, got {options.batch_size}")
     batch_size = options.batch_size[0] if len(options.batch_size) == 1 else tuple(options.batch_size)
     if options.problem == "cifar10":
-        return CIFAR10Net(batch_size, split, chosen_labels(options), options.channels, options.fc_size,
-                          options.data, device=device)
-    return MNISTNet(options.hidden, options.activation, batch_size, split, options.data,
-                    side=vars(options).get("side"), device=device)
+        return CIFAR10Net(
+            batch_size, split, chosen_labels(options), options.channels, options.fc_size, options.data, device=device
+        )
+    return MNISTNet(
+        options.hidden,
+        options.activation,
+        batch_size,
+        split,
+        options.data,
+        side=vars(options).get("side"),
+        device=device,
+    )
 
 
 def chosen_labels(options):
@@ -263,8 +326,9 @@ def check_device(name):
     try:
         torch.zeros(1, device=name).item()
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"--device must be cpu, or cuda where there is a GPU, got {name!r}: "
-                         f"{str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"--device must be cpu, or cuda where there is a GPU, got {name!r}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def make_net(options):
@@ -293,10 +357,17 @@ def make_one_net(options, place=0):
         net = NormalizedLSTM(options.units, options.layers, odd=options.odd, **given)
         return net if options.start_as_adam is None else start_as_adam(net, options.start_as_adam)
     if options.network in SHARING:
-        return SHARING[options.network](options.units, options.layers, options.shared, preprocess,
-                                        output_scale=options.output_scale, odd=options.odd)
-    net = CoordinatewiseLSTM(options.units, options.layers, preprocess, output_scale=options.output_scale,
-                             odd=options.odd)
+        return SHARING[options.network](
+            options.units,
+            options.layers,
+            options.shared,
+            preprocess,
+            output_scale=options.output_scale,
+            odd=options.odd,
+        )
+    net = CoordinatewiseLSTM(
+        options.units, options.layers, preprocess, output_scale=options.output_scale, odd=options.odd
+    )
     if options.start_as_nag is not None:
         lr, sign_lr = (given[place % len(given)] for given in (options.start_as_nag, options.sign_lr))
         start_as_momentum(net, lr, sign_lr=sign_lr, sign_fade=options.sign_fade)
@@ -344,15 +415,20 @@ class Scalars:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError("--tensorboard needs the package tensorboard (pip install tensorboard): "
-                             f"{error}") from error
+            raise ValueError(
+                f"--tensorboard needs the package tensorboard (pip install tensorboard): {error}"
+            ) from error
         self.start, self.writer = (lambda iteration: SummaryWriter(folder, purge_step=iteration)), None
 
     def __call__(self, iteration, history):
         self.writer = self.writer or self.start(iteration)
-        values = {"meta-loss": history.meta_loss[-1], "meta-gradient norm": history.grad_norm[-1],
-                  "meta-learning rate": history.lr[-1], "update size": history.update_size[-1],
-                  "skipped windows": len(history.skipped)}
+        values = {
+            "meta-loss": history.meta_loss[-1],
+            "meta-gradient norm": history.grad_norm[-1],
+            "meta-learning rate": history.lr[-1],
+            "update size": history.update_size[-1],
+            "skipped windows": len(history.skipped),
+        }
         if history.validation and history.validation[-1][0] == iteration:
             values["validation"] = history.validation[-1][1]
         for name, value in values.items():

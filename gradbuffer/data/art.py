@@ -109,8 +109,11 @@ def _style(root, style, size):
 
 
 def announce(kind, root, form):
-    warnings.warn(f"there are no {kind} for Neural Art under {root}; using generated textures instead. Put images into "
-                  f"{root / 'neural_art'} ({form}), or name their root in L2O_DATA.", stacklevel=4)
+    warnings.warn(
+        f"there are no {kind} for Neural Art under {root}; using generated textures instead. Put images into "
+        f"{root / 'neural_art'} ({form}), or name their root in L2O_DATA.",
+        stacklevel=4,
+    )
 
 
 def open_source(folder, kind):

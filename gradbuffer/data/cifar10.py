@@ -38,13 +38,19 @@ class ColorImages(NamedTuple):
 def check_color_images(data):
     """Raise unless `ColorImages` hold what their fields say: all images square and of one size."""
     side = data.train_images.shape[-1]
-    for split, images, labels in (("train", data.train_images, data.train_labels), ("test", data.test_images, data.test_labels)):
+    for split, images, labels in (
+        ("train", data.train_images, data.train_labels),
+        ("test", data.test_images, data.test_labels),
+    ):
         if images.dtype != torch.uint8 or labels.dtype != torch.int64:
-            raise TypeError(f"{split}_images must be uint8 tensors with int64 labels, got {images.dtype} and "
-                            f"{labels.dtype}")
+            raise TypeError(
+                f"{split}_images must be uint8 tensors with int64 labels, got {images.dtype} and {labels.dtype}"
+            )
         if images.shape != (len(labels), 3, side, side) or labels.dim() != 1 or not len(labels):
-            raise ValueError(f"{split}_images must be (n, 3, {side}, {side}) with n labels, got {tuple(images.shape)} "
-                             f"with {len(labels)} labels")
+            raise ValueError(
+                f"{split}_images must be (n, 3, {side}, {side}) with n labels, got {tuple(images.shape)} "
+                f"with {len(labels)} labels"
+            )
         if not 0 <= labels.min() <= labels.max() <= 9:
             raise ValueError(f"{split}_labels must be 0 … 9, got {labels.min()} … {labels.max()}")
 
@@ -78,17 +84,24 @@ def load_cifar10(root=None):
 
 @functools.lru_cache(maxsize=4)
 def _load(root):
-    splits = find_or_download(read_splits, root, "CIFAR-10", PICKLED,
-                              f"using generated images instead. Put the pickled batches into {root / PICKLED}, or images "
-                              f"into {root / 'cifar10' / 'train'}/<class>/<number>.jpg and the like for test (or train.zip and "
-                              "test.zip with these)")
+    splits = find_or_download(
+        read_splits,
+        root,
+        "CIFAR-10",
+        PICKLED,
+        f"using generated images instead. Put the pickled batches into {root / PICKLED}, or images "
+        f"into {root / 'cifar10' / 'train'}/<class>/<number>.jpg and the like for test (or train.zip and "
+        "test.zip with these)",
+    )
     if splits is None:
         stand_in = generated_images()
         return stand_in._replace(name=f"{stand_in.name} (CIFAR-10 not found)")
     (train_images, train_labels), (test_images, test_labels) = splits
     if train_images.shape[1:] != test_images.shape[1:]:
-        raise ValueError(f"the images of {root} must all be of one size, got {tuple(train_images.shape[2:])} to train "
-                         f"on and {tuple(test_images.shape[2:])} to test on")
+        raise ValueError(
+            f"the images of {root} must all be of one size, got {tuple(train_images.shape[2:])} to train "
+            f"on and {tuple(test_images.shape[2:])} to test on"
+        )
     count = len(train_labels)
     name = "CIFAR-10" if count == 50_000 else f"CIFAR-10 (a part: {count:,} images)"
     return ColorImages(name, *shuffled(train_images, train_labels), *shuffled(test_images, test_labels))
@@ -104,14 +117,17 @@ def read_splits(root):
     """[(images, labels)] of "train" and "test" from the files under root; None if there are none."""
     if (root / PICKLED).is_dir():
         return [read_pickles(root / PICKLED, names) for names in PICKLES.values()]
-    sources = {split: [source for source in (root / "cifar10" / split, root / "cifar10" / f"{split}.zip")
-                       if source.exists()] for split in ("train", "test")}
+    sources = {
+        split: [source for source in (root / "cifar10" / split, root / "cifar10" / f"{split}.zip") if source.exists()]
+        for split in ("train", "test")
+    }
     if not any(sources.values()):
         return None
     for split, found in sources.items():
         if not found:
-            raise ValueError(f"{root / 'cifar10'} holds a part of CIFAR-10 only: the folder {split} (or {split}.zip) "
-                             "is missing")
+            raise ValueError(
+                f"{root / 'cifar10'} holds a part of CIFAR-10 only: the folder {split} (or {split}.zip) is missing"
+            )
     return [read_images(*found[:1]) for found in sources.values()]
 
 
@@ -147,8 +163,9 @@ def read_pickle(path):
     except Exception as error:  # whatever damage may lead the unpickler to
         raise ValueError(f"{path} is truncated or corrupt: {type(error).__name__}: {error}") from error
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072 or labels.shape != pixels.shape[:1]:
-        raise ValueError(f"{path} must hold bytes (n, 3072) and n labels, got {pixels.dtype} {pixels.shape} and "
-                         f"{labels.shape}")
+        raise ValueError(
+            f"{path} must hold bytes (n, 3072) and n labels, got {pixels.dtype} {pixels.shape} and {labels.shape}"
+        )
     if not len(labels) or labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() <= 9:
         raise ValueError(f"{path} must hold labels 0 … 9, got {np.unique(labels)[:20].tolist()}")
     return torch.from_numpy(pixels.copy()).view(-1, 3, 32, 32), torch.from_numpy(labels.astype(np.int64))
@@ -181,16 +198,20 @@ def labelled(source, readers):
     found = {path.parent.name for path in paths}
     if found != set(CIFAR10_CLASSES):
         missing, other = sorted(set(CIFAR10_CLASSES) - found), sorted(found - set(CIFAR10_CLASSES))
-        raise ValueError(f"{source} must hold images of CIFAR-10's ten classes, <class>/<number>.jpg; "
-                         f"missing: {missing}, not known: {other}")
+        raise ValueError(
+            f"{source} must hold images of CIFAR-10's ten classes, <class>/<number>.jpg; "
+            f"missing: {missing}, not known: {other}"
+        )
     images = None
     for place, path in enumerate(paths):
         pixels = np.asarray(decode(source, path, readers[path]))
         if images is None:
             images = torch.empty(len(paths), *pixels.shape, dtype=torch.uint8)
         if pixels.shape != images.shape[1:] or pixels.shape[0] != pixels.shape[1]:
-            raise ValueError(f"{path} in {source} is {pixels.shape[1]}×{pixels.shape[0]} pixels; images must be square "
-                             f"and all of one size, the first is {images.shape[2]}×{images.shape[1]}")
+            raise ValueError(
+                f"{path} in {source} is {pixels.shape[1]}×{pixels.shape[0]} pixels; images must be square "
+                f"and all of one size, the first is {images.shape[2]}×{images.shape[1]}"
+            )
         images[place] = torch.from_numpy(pixels.copy())
     labels = torch.tensor([CIFAR10_CLASSES.index(path.parent.name) for path in paths])
     return images.permute(0, 3, 1, 2).contiguous(), labels

@@ -61,22 +61,32 @@ def load_mnist(root=None):
 
 @functools.lru_cache(maxsize=4)
 def _load(root):
-    files = find_or_download(find_files, root, "MNIST", RAW,
-                             "using scikit-learn's handwritten digits (8×8 pixels) instead. Put the four IDX files into "
-                             f"{root / RAW}")
+    files = find_or_download(
+        find_files,
+        root,
+        "MNIST",
+        RAW,
+        f"using scikit-learn's handwritten digits (8×8 pixels) instead. Put the four IDX files into {root / RAW}",
+    )
     if not files:
         return load_digits()
     tensors = []
     for split in ("train", "test"):
         images, labels = (read_idx(files[name]) for name in FILES[split])
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or labels.max() > 9:
-            raise ValueError(f"{files[FILES[split][0]]} and {files[FILES[split][1]]} do not fit each other: "
-                             f"shapes {images.shape} and {labels.shape}, labels up to {labels.max()}")
+            raise ValueError(
+                f"{files[FILES[split][0]]} and {files[FILES[split][1]]} do not fit each other: "
+                f"shapes {images.shape} and {labels.shape}, labels up to {labels.max()}"
+            )
         if len(tensors) and images[0].size != tensors[0].shape[1]:
-            raise ValueError(f"{files[FILES[split][0]]} must hold images of the size that those to train on have, "
-                             f"{tensors[0].shape[1]} pixels, got {images.shape[1]}×{images.shape[2]}")
-        tensors += [torch.from_numpy(images.reshape(len(images), -1)).float().div_(255),
-                    torch.from_numpy(labels).long()]
+            raise ValueError(
+                f"{files[FILES[split][0]]} must hold images of the size that those to train on have, "
+                f"{tensors[0].shape[1]} pixels, got {images.shape[1]}×{images.shape[2]}"
+            )
+        tensors += [
+            torch.from_numpy(images.reshape(len(images), -1)).float().div_(255),
+            torch.from_numpy(labels).long(),
+        ]
     return ImageData("MNIST", *tensors)
 
 
@@ -105,7 +115,7 @@ def read_idx(path):
     if len(content) < 4 or content[:3] != b"\0\0\x08" or not 1 <= content[3] <= 4:
         raise ValueError(f"{path} is not an IDX file of bytes: it starts with {content[:4]!r}")
     dims = content[3]
-    shape = tuple(int.from_bytes(content[4 + 4 * k:8 + 4 * k], "big") for k in range(dims))
+    shape = tuple(int.from_bytes(content[4 + 4 * k : 8 + 4 * k], "big") for k in range(dims))
     expected, held = math.prod(shape), len(content) - 4 - 4 * dims
     if held != expected or expected == 0:
         raise ValueError(f"{path} is truncated or corrupt: its header says {expected} bytes of data, it holds {held}")
@@ -120,5 +130,6 @@ def load_digits():
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
     images = torch.from_numpy(digits.data).float().div_(16)[order]
     labels = torch.from_numpy(digits.target).long()[order]
-    return ImageData("scikit-learn digits 8×8 (MNIST not found)", images[:1400], labels[:1400], images[1400:],
-                     labels[1400:])
+    return ImageData(
+        "scikit-learn digits 8×8 (MNIST not found)", images[:1400], labels[:1400], images[1400:], labels[1400:]
+    )

@@ -46,8 +46,11 @@ def find_or_download(find, root, dataset, folder, instead):
             fetch(root, dataset, folder)
             found = find(root)
         except (ImportError, OSError, RuntimeError) as error:
-            warnings.warn(f"{dataset} is not under {root} and could not be downloaded ({error}); {instead}, or name their "
-                          "root in L2O_DATA.", stacklevel=4)
+            warnings.warn(
+                f"{dataset} is not under {root} and could not be downloaded ({error}); {instead}, or name their "
+                "root in L2O_DATA.",
+                stacklevel=4,
+            )
     return found
 
 
@@ -57,8 +60,10 @@ def fetch(root, dataset, folder):
         root.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=root, prefix=f".{dataset.lower()}-download-")
     except OSError as error:
-        raise ValueError(f"the data root {root} holds no {dataset} and can't be written to ({error}): name another by "
-                         "the argument root or the environment variable L2O_DATA") from error
+        raise ValueError(
+            f"the data root {root} holds no {dataset} and can't be written to ({error}): name another by "
+            "the argument root or the environment variable L2O_DATA"
+        ) from error
     with scratch:
         from torchvision import datasets
 
@@ -80,5 +85,6 @@ def decode(source, path, read):
         with Image.open(io.BytesIO(read())) as image:
             return image.convert("RGB")
     except Exception as error:  # an encrypted member of a zip, a picture too large, whatever damage may lead to
-        raise ValueError(f"{path} in {source} is truncated or corrupt, or cannot be read: {type(error).__name__}: "
-                         f"{error}") from error
+        raise ValueError(
+            f"{path} in {source} is truncated or corrupt, or cannot be read: {type(error).__name__}: {error}"
+        ) from error

@@ -5,8 +5,8 @@ against a piece of work, the ones after it are asked. "auto", the default, is "n
 """
 
 import functools
-import importlib
 import os
+import pkgutil
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -47,14 +47,18 @@ def kernels_for(weight: torch.Tensor, work: str = "step", **needs) -> type[LSTMK
         if not refuse(name, weight, work, needs):
             return load(KINDS[name].place)
     reasons = {name: reasons_against(name, weight, work, **needs) for name in kinds_allowed()}
-    raise ValueError(f"no kernels do a {work} with {needs} for a weight {tuple(weight.shape)} of {weight.dtype} on "
-                     f"{weight.device}: {reasons}")
+    raise ValueError(
+        f"no kernels do a {work} with {needs} for a weight {tuple(weight.shape)} of {weight.dtype} on "
+        f"{weight.device}: {reasons}"
+    )
 
 
 def reasons_against(name: str, weight: torch.Tensor, work: str, **needs) -> list[str]:
     """Why the kernels of that name do not do this; empty where they do. Arguments as of `kernels_for`."""
     if name not in kinds_allowed():
-        return ["L2O_KERNELS=triton must ask for it" if name == "triton" else f"L2O_KERNELS={asked_for()} asks for another"]
+        return [
+            "L2O_KERNELS=triton must ask for it" if name == "triton" else f"L2O_KERNELS={asked_for()} asks for another"
+        ]
     return refuse(name, weight, work, needs)
 
 
@@ -65,7 +69,9 @@ def refuse(name, weight, work, needs):
         return [f"runs on {' and '.join(kind.devices)}, the network is on {weight.device}"]
     if kind.needs and not is_installed(kind.needs):
         if asked_for() == name:
-            raise ImportError(f"L2O_KERNELS={name} needs {kind.needs}, which is not installed: pip install {kind.needs}")
+            raise ImportError(
+                f"L2O_KERNELS={name} needs {kind.needs}, which is not installed: pip install {kind.needs}"
+            )
         return [f"{kind.needs} is not installed: pip install {kind.needs}"]
     return load(kind.place).reasons_against(weight, work, **needs)
 
@@ -90,7 +96,7 @@ def kinds_allowed():
     """The names of `KINDS` from the one that is asked for on."""
     wanted = asked_for()
     if wanted not in ORDERS:
-        raise ValueError(f'L2O_KERNELS must be one of {", ".join(ORDERS)}, got {wanted!r}')
+        raise ValueError(f"L2O_KERNELS must be one of {', '.join(ORDERS)}, got {wanted!r}")
     return ORDERS[wanted]
 
 
@@ -106,5 +112,4 @@ def is_installed(package):
 @functools.cache
 def load(place: str) -> type[LSTMKernels]:
     """The class of a "module:class", imported."""
-    module, name = place.split(":")
-    return getattr(importlib.import_module(module), name)
+    return pkgutil.resolve_name(place)

@@ -24,11 +24,20 @@ class LSTMKernels:
         output_weight: (H,), output_bias: () – the output is output_weight · h + output_bias. No graph.
     """
 
-    reads_log_sign: frozenset = frozenset()  # the pieces of work that read gradients and do `log_sign` themselves, given p
+    reads_log_sign: frozenset = (
+        frozenset()
+    )  # the pieces of work that read gradients and do `log_sign` themselves, given p
 
     @classmethod
-    def reasons_against(cls, weight: torch.Tensor, work: str, *, state: torch.dtype | None = None, squash: bool = False,
-                        inputs: bool = False) -> list[str]:
+    def reasons_against(
+        cls,
+        weight: torch.Tensor,
+        work: str,
+        *,
+        state: torch.dtype | None = None,
+        squash: bool = False,
+        inputs: bool = False,
+    ) -> list[str]:
         """Why these kernels do not do a piece of work; empty where they do.
 
         Args:
@@ -43,7 +52,9 @@ class LSTMKernels:
         self.lstm, self.output_weight, self.output_bias = lstm, output_weight, output_bias
         self.hidden, self.inputs, self.layers = lstm.hidden_size, lstm.input_size, lstm.num_layers
 
-    def step(self, features: Callable, hidden: torch.Tensor, cells: torch.Tensor, inplace: bool = False, p: float = 0.0):
+    def step(
+        self, features: Callable, hidden: torch.Tensor, cells: torch.Tensor, inplace: bool = False, p: float = 0.0
+    ):
         """One step of all coordinates.
 
         Args:
@@ -59,7 +70,9 @@ class LSTMKernels:
             outputs, *new = self.run(features(0, hidden.shape[-1])[None], hidden, cells)
         return outputs[0], *([old.copy_(part) for old, part in zip((hidden, cells), new)] if inplace else new)
 
-    def stepper(self, hidden: torch.Tensor, cells: torch.Tensor, new: tuple | None = None, p: float = 0.0, tape=None) -> Callable:
+    def stepper(
+        self, hidden: torch.Tensor, cells: torch.Tensor, new: tuple | None = None, p: float = 0.0, tape=None
+    ) -> Callable:
         """A function that does `step` for features, and returns the outputs (N,), which its next call may overwrite.
 
         The first step reads that state, and each writes the next one to `new`, hidden and cells like those given; without it
@@ -82,8 +95,17 @@ class LSTMKernels:
         """Room for what so many steps compute and their replay would else compute again; None where nothing is kept."""
         return None
 
-    def replay(self, features: Callable, hidden: torch.Tensor, cells: torch.Tensor, adjoint: torch.Tensor, squash: bool = False,
-               pull_inputs: Callable | None = None, p: float = 0.0, tape=None):
+    def replay(
+        self,
+        features: Callable,
+        hidden: torch.Tensor,
+        cells: torch.Tensor,
+        adjoint: torch.Tensor,
+        squash: bool = False,
+        pull_inputs: Callable | None = None,
+        p: float = 0.0,
+        tape=None,
+    ):
         """Gradient of Σ_t ⟨adjoint_t, output_t⟩ with respect to the weights, over recorded inputs.
 
         Args:
@@ -100,15 +122,30 @@ class LSTMKernels:
         total = None
         for start in range(0, adjoint.shape[1], REPLAY_BLOCK):
             block = slice(start, start + REPLAY_BLOCK)
-            dfeatures, _, *parts = self.by_autograd(features(start, min(block.stop, adjoint.shape[1])), hidden[..., block],
-                                                    cells[..., block], adjoint[:, block], None, squash, pull_inputs is not None)
+            dfeatures, _, *parts = self.by_autograd(
+                features(start, min(block.stop, adjoint.shape[1])),
+                hidden[..., block],
+                cells[..., block],
+                adjoint[:, block],
+                None,
+                squash,
+                pull_inputs is not None,
+            )
             if pull_inputs:
                 pull_inputs(start, start + dfeatures.shape[-1], dfeatures)
             total = parts if total is None else add_gradients(total, parts)
         return tuple(total)
 
-    def step_back(self, features: torch.Tensor, hidden: torch.Tensor, cells: torch.Tensor, adjoint: torch.Tensor,
-                  dhidden: torch.Tensor, dcells: torch.Tensor, squash: bool = False):
+    def step_back(
+        self,
+        features: torch.Tensor,
+        hidden: torch.Tensor,
+        cells: torch.Tensor,
+        adjoint: torch.Tensor,
+        dhidden: torch.Tensor,
+        dcells: torch.Tensor,
+        squash: bool = False,
+    ):
         """Backpropagation through one step of all coordinates, which is run again for it.
 
         Args:
@@ -120,7 +157,9 @@ class LSTMKernels:
         Returns:
             its derivative by the features (inputs, N), and gradients as of `replay`.
         """
-        dfeatures, before, *parts = self.by_autograd(features[None], hidden, cells, adjoint[None], (dhidden, dcells), squash, True)
+        dfeatures, before, *parts = self.by_autograd(
+            features[None], hidden, cells, adjoint[None], (dhidden, dcells), squash, True
+        )
         for old, new in zip((dhidden, dcells), before):
             old.copy_(new)
         return dfeatures[0], *parts
@@ -130,8 +169,17 @@ class LSTMKernels:
         is their windows of so many steps and the replays of these. All are one part unless another way is faster."""
         return [work(0, functions)]
 
-    def window(self, data, theta: torch.Tensor, hidden: torch.Tensor, cells: torch.Tensor, step: int, updates: int, p: float,
-               keep: bool):
+    def window(
+        self,
+        data,
+        theta: torch.Tensor,
+        hidden: torch.Tensor,
+        cells: torch.Tensor,
+        step: int,
+        updates: int,
+        p: float,
+        keep: bool,
+    ):
         """A whole window in one compiled loop, of functions that are known by what their loss declares.
 
         Args:
@@ -163,9 +211,16 @@ class LSTMKernels:
     def by_autograd(self, features, hidden, cells, adjoint, ends, squash, inputs):
         """The derivatives by the features (if asked), by the state before, and the gradients as of `replay`. ends: the
         derivatives by the state after the last step, or None for zeros."""
-        given = [tensor.detach().requires_grad_(wanted) for tensor, wanted in
-                 ((features, inputs), (hidden, ends is not None), (cells, ends is not None), (self.output_weight, True),
-                  (self.output_bias, True))]
+        given = [
+            tensor.detach().requires_grad_(wanted)
+            for tensor, wanted in (
+                (features, inputs),
+                (hidden, ends is not None),
+                (cells, ends is not None),
+                (self.output_weight, True),
+                (self.output_bias, True),
+            )
+        ]
         plain = LSTMKernels(self.lstm, *given[3:])
         outputs, *after = plain.run(*given[:3])
         layers = [layer[:3] for layer in self.lstm.all_weights]
@@ -175,8 +230,10 @@ class LSTMKernels:
         if ends is not None:
             heads, pulls = heads + after, pulls + list(ends)
         found = dict(zip(map(id, wanted), torch.autograd.grad(heads, wanted, pulls)))
-        dfeatures, dhidden, dcells, doutput, dbias, *rest = (found.get(id(tensor), torch.zeros_like(tensor)) for tensor in asked)
-        return dfeatures, (dhidden, dcells), [rest[k:k + 3] for k in range(0, len(rest), 3)], doutput, dbias
+        dfeatures, dhidden, dcells, doutput, dbias, *rest = (
+            found.get(id(tensor), torch.zeros_like(tensor)) for tensor in asked
+        )
+        return dfeatures, (dhidden, dcells), [rest[k : k + 3] for k in range(0, len(rest), 3)], doutput, dbias
 
 
 def add_gradients(one, other):

@@ -14,9 +14,25 @@ from numba.extending import intrinsic
 
 from gradbuffer.kernels.llvm_vectors import INDEX, LANES, REGISTER, REGISTERS, TO_POWERS, Vectors
 
-__all__ = ["LANES", "OUTER", "OUTER_OF_ONE_ROW", "REGISTER", "ROWS", "STREAM", "add_outer_blocks", "add_product_blocks",
-           "affine_blocks", "cell_again_units", "cell_back_units", "cell_units", "copy_numbers", "copy_rows", "fetch_rows",
-           "gather_columns", "log_sign_row"]
+__all__ = [
+    "LANES",
+    "OUTER",
+    "OUTER_OF_ONE_ROW",
+    "REGISTER",
+    "ROWS",
+    "STREAM",
+    "add_outer_blocks",
+    "add_product_blocks",
+    "affine_blocks",
+    "cell_again_units",
+    "cell_back_units",
+    "cell_units",
+    "copy_numbers",
+    "copy_rows",
+    "fetch_rows",
+    "gather_columns",
+    "log_sign_row",
+]
 
 TOGETHER = 2  # vectors of a row, at most, that are in registers at once
 ROWS = 8 if REGISTERS == 32 else 5  # of a block of a product: with so many sums the multiplications hardly wait
@@ -57,7 +73,7 @@ def products(vectors, rows, blocks, weight, width, count, x, out, first, column_
         weights = vectors.at(weight, builder.mul(row, width))
         target = vectors.at(out, builder.mul(row, ir.Constant(INDEX, LANES)))
         for start in range(0, len(vectors.places), TOGETHER):
-            places = vectors.places[start:start + TOGETHER]
+            places = vectors.places[start : start + TOGETHER]
             spots = [vectors.at(target, r * LANES + place) for r in range(rows) for place in places]
             totals = block_product(vectors, weights, rows, *apart, count, x, places, first(row, spots))
             for total, spot in zip(totals, spots):
@@ -79,8 +95,17 @@ def add_product_blocks(typing, rows, blocks, weight, width, count, x, out):
     def generate(context, builder, signature, values):
         vectors = Vectors(context, builder, weight.dtype)
         w, source, target = vectors.pointers([values[k] for k in (2, 5, 6)], arrays)
-        products(vectors, R, values[1], w, values[3], values[4], source, target,
-                 lambda _, spots: list(map(vectors.load, spots)))
+        products(
+            vectors,
+            R,
+            values[1],
+            w,
+            values[3],
+            values[4],
+            source,
+            target,
+            lambda _, spots: list(map(vectors.load, spots)),
+        )
         return context.get_dummy_value()
 
     return types.void(rows, types.intp, weight, types.intp, types.intp, x, out), generate
@@ -141,8 +166,10 @@ def cell_units(typing, units, sums, cell, new_cell, hidden, keep, gates, tanhs):
     def generate(context, builder, signature, values):
         vectors = Vectors(context, builder, sums.dtype)
         ys, old, new, out, kept, kept_tanhs = vectors.pointers([*values[1:5], *values[6:]], arrays)
-        keeping, near, beyond = (builder.icmp_signed(sign, values[5], ir.Constant(INDEX, bound))
-                                 for sign, bound in (("!=", 0), ("==", 1), ("==", STREAM)))
+        keeping, near, beyond = (
+            builder.icmp_signed(sign, values[5], ir.Constant(INDEX, bound))
+            for sign, bound in (("!=", 0), ("==", 1), ("==", STREAM))
+        )
         of, times, one, two = Units(vectors), vectors.times, vectors.constant(1.0), vectors.constant(2.0)
 
         def cells(unit, _):
@@ -215,8 +242,12 @@ def cell_back_units(typing, units, gates, cell, tanhs, dhidden, dcell, slopes):
             for rows, here in of.spots(unit):
                 (i, f, g, o), (c, t, above, ahead) = of.load_gates(rows, kept), of.load(here, old, kept_tanhs, dh, dc)
                 ahead = vectors.add_product(ahead, times(above, o), vectors.tanh_slope(t))
-                changes = (times(times(ahead, g), vectors.sigmoid_slope(i)), times(times(ahead, c), vectors.sigmoid_slope(f)),
-                           times(times(ahead, i), vectors.tanh_slope(g)), times(times(above, t), vectors.sigmoid_slope(o)))
+                changes = (
+                    times(times(ahead, g), vectors.sigmoid_slope(i)),
+                    times(times(ahead, c), vectors.sigmoid_slope(f)),
+                    times(times(ahead, i), vectors.tanh_slope(g)),
+                    times(times(above, t), vectors.sigmoid_slope(o)),
+                )
                 of.store(here, (times(ahead, f), dc))
                 for change, row in zip(changes, rows):
                     of.store(row, (change, out))
@@ -255,18 +286,19 @@ def add_outer_blocks(typing, rows, columns, row_blocks, column_blocks, y, y_step
                     for place in vectors.places:
                         b = [vectors.load(vectors.at(b_t, k * LANES + place)) for k in range(K)]
                         a = [vectors.load(vectors.at(a_t, r * LANES + place)) for r in range(R)]
-                        alone = [vectors.plus(total, part) for total, part in zip(totals[R * K:], a)]
-                        totals = [vectors.add_product(totals[r * K + k], a[r], b[k])
-                                  for r in range(R) for k in range(K)] + alone
+                        row_sums = [vectors.plus(total, part) for total, part in zip(totals[R * K :], a)]
+                        totals = [
+                            vectors.add_product(totals[r * K + k], a[r], b[k]) for r in range(R) for k in range(K)
+                        ] + row_sums
                     return totals
 
                 totals = vectors.loop(many, [zero] * (R * K + with_rows), add)
                 number = builder.add(builder.mul(row, across), column)
-                vectors.add_sums(totals[:R * K], vectors.at(target, builder.mul(number, ir.Constant(INDEX, R * K))))
-                return totals[R * K:]
+                vectors.add_sums(totals[: R * K], vectors.at(target, builder.mul(number, ir.Constant(INDEX, R * K))))
+                return totals[R * K :]
 
-            alone = block(ir.Constant(INDEX, 0), R)
-            vectors.add_sums(alone, vectors.at(row_target, builder.mul(row, ir.Constant(INDEX, R))))
+            row_sums = block(ir.Constant(INDEX, 0), R)
+            vectors.add_sums(row_sums, vectors.at(row_target, builder.mul(row, ir.Constant(INDEX, R))))
             others = builder.sub(across, ir.Constant(INDEX, 1))
             with builder.if_then(builder.icmp_signed(">", others, ir.Constant(INDEX, 0))):
                 vectors.loop(others, [], lambda number, _: block(builder.add(number, ir.Constant(INDEX, 1)), 0))
@@ -275,8 +307,9 @@ def add_outer_blocks(typing, rows, columns, row_blocks, column_blocks, y, y_step
         vectors.loop(values[2], [], rows_of_blocks)
         return context.get_dummy_value()
 
-    return types.void(rows, columns, types.intp, types.intp, y, types.intp, x, types.intp, types.intp, total,
-                      row_total), generate
+    return types.void(
+        rows, columns, types.intp, types.intp, y, types.intp, x, types.intp, types.intp, total, row_total
+    ), generate
 
 
 @intrinsic
@@ -284,10 +317,13 @@ def log_sign_row(typing, p, least, steepest, rows):
     """`readings.log_sign` of the numbers in the second row of rows (2, LANES), not NaN: its two parts become the rows.
 
     least is e^-p, steepest e^p."""
+
     def generate(context, builder, signature, values):
         vectors = Vectors(context, builder, rows.dtype)
         (start,) = vectors.pointers(values[3:], [rows])
-        p, least, steepest = (vectors.spread(context.cast(builder, value, types.float64, rows.dtype)) for value in values[:3])
+        p, least, steepest = (
+            vectors.spread(context.cast(builder, value, types.float64, rows.dtype)) for value in values[:3]
+        )
         for place in vectors.places:
             sizes, signs = vectors.at(start, place), vectors.at(start, LANES + place)
             grad = vectors.load(signs)
@@ -303,8 +339,11 @@ def log_sign_row(typing, p, least, steepest, rows):
 def copy_between(source, out):
     """The numbers' dtype, and what of `Vectors` loads from one array and stores to the other: either may be bfloat16."""
     number = out.dtype if source.dtype == BFLOAT16 else source.dtype
-    return (number, Vectors.load_bfloat16 if source.dtype == BFLOAT16 else Vectors.load,
-            Vectors.store_bfloat16 if out.dtype == BFLOAT16 else Vectors.store)
+    return (
+        number,
+        Vectors.load_bfloat16 if source.dtype == BFLOAT16 else Vectors.load,
+        Vectors.store_bfloat16 if out.dtype == BFLOAT16 else Vectors.store,
+    )
 
 
 @intrinsic
@@ -366,8 +405,10 @@ def gather_columns(typing, source, row, index, count, out):
         origin, numbers, target = vectors.pointers([values[k] for k in (0, 2, 4)], arrays)
         blocks = builder.udiv(values[3], ir.Constant(INDEX, vectors.length))
         for place in vectors.places:
-            rows = [vectors.at(origin, builder.mul(values[1], builder.load(vectors.at(numbers, place + j))))
-                    for j in range(vectors.length)]
+            rows = [
+                vectors.at(origin, builder.mul(values[1], builder.load(vectors.at(numbers, place + j))))
+                for j in range(vectors.length)
+            ]
 
             def block(number, _):
                 first = builder.mul(number, ir.Constant(INDEX, vectors.length))
@@ -388,6 +429,7 @@ def fetch_rows(typing, rows, tiles, source, source_row):
     """Have source[r · source_row + j], r < rows and j < tiles · LANES, brought near while something else is computed.
 
     Neither rows nor tiles is 0."""
+
     def generate(context, builder, signature, values):
         vectors = Vectors(context, builder, source.dtype)
         (origin,), byte, number = vectors.pointers([values[2]], [source]), ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -400,9 +442,13 @@ def fetch_rows(typing, rows, tiles, source, source_row):
 
             def tile(k, _):
                 here = vectors.at(start, builder.mul(k, ir.Constant(INDEX, LANES)))
-                for place in range(0, LANES, line):  # where rows begin within a line, the one before has brought that line
+                for place in range(
+                    0, LANES, line
+                ):  # where rows begin within a line, the one before has brought that line
                     last = builder.bitcast(vectors.at(here, place + line - 1), byte)
-                    builder.call(fetch, [last, *(ir.Constant(number, how) for how in (0, 2, 1))])  # to be read; not nearest; data
+                    builder.call(
+                        fetch, [last, *(ir.Constant(number, how) for how in (0, 2, 1))]
+                    )  # to be read; not nearest; data
                 return []
 
             return vectors.loop(values[1], [], tile)

@@ -1,7 +1,8 @@
 """What a small learned optimizer does with a tensor's coordinates, in a processor's registers, for loops that numba compiles.
 
 The three passes of `gradbuffer.nets.mlp.MLPOptimizer` (variant "celo") over a tensor, and the activations of a perceptron. A
-tensor is a matrix (rows, columns) in one piece; one with fewer than two axes is a single row. m and v may be of bfloat16, as int16. Each intrinsic is called from
+tensor is a matrix (rows, columns) in one piece; one with fewer than two axes is a single row. m and v may be of
+bfloat16, as int16. Each intrinsic is called from
 compiled functions only and checks nothing. Rows need not be multiples of a vector: the last vector of a row is masked.
 
 `H` of an intrinsic is a tuple of tuples, as long as each hidden layer is wide: so the sizes are known when it is compiled.
@@ -16,7 +17,17 @@ from numba.extending import intrinsic
 
 from gradbuffer.kernels.llvm_vectors import INDEX, LANES, NUMBERS, Vectors
 
-__all__ = ["FACTORED", "OF_MATRIX", "OF_VECTOR", "READ", "activate_rows", "direct_rows", "exp_rows", "factor_rows", "read_rows"]
+__all__ = [
+    "FACTORED",
+    "OF_MATRIX",
+    "OF_VECTOR",
+    "READ",
+    "activate_rows",
+    "direct_rows",
+    "exp_rows",
+    "factor_rows",
+    "read_rows",
+]
 
 BFLOAT16 = types.int16  # as what numba is given it
 DECAYS = (0.9, 0.99, 0.999)
@@ -24,7 +35,10 @@ SECOND = 0.95
 BOUND, CLIP = 1000.0, 0.1
 TINY = 1e-30  # averages below it become 0: numbers that are not normal take a processor a hundred times as long
 READ, FACTORED = 13, 6  # sums that `read_rows` and `factor_rows` add to
-OF_MATRIX, OF_VECTOR = 18, 13  # features of one coordinate for which `direct_rows` has weights: all but rows' and columns'
+OF_MATRIX, OF_VECTOR = (
+    18,
+    13,
+)  # features of one coordinate for which `direct_rows` has weights: all but rows' and columns'
 SIGMOID, RELU, TANH = 0, 1, 2  # activations; the next one is SiLU
 
 
@@ -40,7 +54,9 @@ class Rows(Vectors):
         kind = f"i{of.element.width}" if isinstance(of.element, ir.IntType) else f"f{8 * self.bytes}"
         full = f"llvm.{name}.v{self.length}{kind}" + ".p0" * any(argument.type.is_pointer for argument in arguments)
         function = ir.FunctionType(result, [argument.type for argument in arguments])
-        return self.builder.call(self.builder.module.globals.get(full) or ir.Function(self.builder.module, function, full), arguments)
+        return self.builder.call(
+            self.builder.module.globals.get(full) or ir.Function(self.builder.module, function, full), arguments
+        )
 
     def masked_load(self, of, size, pointer):
         pointer = self.builder.bitcast(pointer, of.as_pointer())
@@ -49,7 +65,9 @@ class Rows(Vectors):
 
     def masked_store(self, size, value, pointer):
         pointer = self.builder.bitcast(pointer, value.type.as_pointer())
-        self.intrinsic("masked.store", value.type, ir.VoidType(), [value, pointer, ir.Constant(ir.IntType(32), size), self.mask])
+        self.intrinsic(
+            "masked.store", value.type, ir.VoidType(), [value, pointer, ir.Constant(ir.IntType(32), size), self.mask]
+        )
 
     def load(self, pointer):
         return super().load(pointer) if self.mask is None else self.masked_load(self.type, self.bytes, pointer)
@@ -78,9 +96,9 @@ class Rows(Vectors):
             self.store_bfloat16(value, pointer)
         else:
             halves, _, _ = self.halves_and_floats()
-            room = cgutils.alloca_once(self.builder, halves)
-            self.store_bfloat16(value, room)
-            self.masked_store(2, self.builder.load(room, align=2), pointer)
+            place = cgutils.alloca_once(self.builder, halves)
+            self.store_bfloat16(value, place)
+            self.masked_store(2, self.builder.load(place, align=2), pointer)
 
     def counted(self, value):
         """The value where a place counts, else 0."""
@@ -109,7 +127,9 @@ class Rows(Vectors):
         while size > 1:
             size //= 2
             places = [j + size if j < size else j for j in range(self.length)]
-            moved = self.builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(positions, self.length), places))
+            moved = self.builder.shuffle_vector(
+                vector, vector, ir.Constant(ir.VectorType(positions, self.length), places)
+            )
             vector = self.builder.fadd(vector, moved)
         return self.builder.extract_element(vector, ir.Constant(positions, 0))
 
@@ -119,14 +139,19 @@ class Rows(Vectors):
         whole, rest = builder.udiv(columns, length), builder.urem(columns, length)
         zero = ir.Constant(INDEX, 0)
         before = totals
-        totals = self.when(builder.icmp_unsigned(">", whole, zero), before,
-                           lambda: self.loop(whole, before, lambda k, sums: body(builder.mul(k, length), sums)))
+        totals = self.when(
+            builder.icmp_unsigned(">", whole, zero),
+            before,
+            lambda: self.loop(whole, before, lambda k, sums: body(builder.mul(k, length), sums)),
+        )
 
         def masked():
             places, number = ir.VectorType(INDEX, self.length), ir.IntType(32)
             undefined = ir.Constant(places, ir.Undefined)
             first = builder.insert_element(undefined, rest, ir.Constant(number, 0))
-            all_rest = builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(number, self.length), [0] * self.length))
+            all_rest = builder.shuffle_vector(
+                first, undefined, ir.Constant(ir.VectorType(number, self.length), [0] * self.length)
+            )
             self.mask = builder.icmp_unsigned("<", ir.Constant(places, list(range(self.length))), all_rest)
             result = body(builder.mul(whole, length), totals)
             self.mask = None
@@ -180,7 +205,10 @@ def read_rows(typing, matrix, rows, columns, grad, theta, moments, apart, second
                 g = v.at_least_and_most(v.load(here(g_at)), -BOUND, BOUND)
                 squared = v.times(g, g)
                 features = [v.at_least_and_most(g, -CLIP, CLIP), v.load(here(p_at))]
-                ms = [v.without_tiny(v.average(v.load_from(moments, here(m)), g, decay)) for m, decay in zip(m_ats, DECAYS)]
+                ms = [
+                    v.without_tiny(v.average(v.load_from(moments, here(m)), g, decay))
+                    for m, decay in zip(m_ats, DECAYS)
+                ]
                 for m, pointer in zip(ms, m_ats):
                     v.store_to(moments, m, here(pointer))
                 averaged = v.without_tiny(v.average(v.load_from(second, here(v_at)), squared, SECOND))
@@ -201,8 +229,9 @@ def read_rows(typing, matrix, rows, columns, grad, theta, moments, apart, second
         v.add_sums(v.loop(values[1], [zero] * (READ - is_matrix), row), t_at)
         return context.get_dummy_value()
 
-    return types.void(matrix, types.intp, types.intp, grad, theta, moments, types.intp, second, row_squares, column_squares,
-                      totals), generate
+    return types.void(
+        matrix, types.intp, types.intp, grad, theta, moments, types.intp, second, row_squares, column_squares, totals
+    ), generate
 
 
 @intrinsic
@@ -243,12 +272,32 @@ def factor_rows(typing, rows, columns, all_rows, grad, moments, apart, row_facto
         v.add_sums(v.loop(values[0], [zero] * FACTORED, row), t_at)
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp, types.intp, grad, moments, types.intp, row_factors, column_factors, totals), generate
+    return types.void(
+        types.intp, types.intp, types.intp, grad, moments, types.intp, row_factors, column_factors, totals
+    ), generate
 
 
 @intrinsic(prefer_literal=True)
-def direct_rows(typing, H, matrix, rows, columns, all_rows, grad, theta, moments, apart, second, row_factors, column_factors,
-                row_terms, column_terms, weights, out, total):
+def direct_rows(
+    typing,
+    H,
+    matrix,
+    rows,
+    columns,
+    all_rows,
+    grad,
+    theta,
+    moments,
+    apart,
+    second,
+    row_factors,
+    column_factors,
+    row_terms,
+    column_terms,
+    weights,
+    out,
+    total,
+):
     """out = what the perceptron puts out for each coordinate of some rows; total (1,), in float64, += the sum of its squares.
 
     H: the hidden layers' sizes, as the module says. weights, flat: of the first layer (features, H[0]), each feature's divided
@@ -293,12 +342,24 @@ def direct_rows(typing, H, matrix, rows, columns, all_rows, grad, theta, moments
                 ms = [here(v.at(m_at, times_k(apart, k)), moments) for k in range(3)]
                 averaged = here(v_at, second)
                 root = v.inverse_root(v.plus(averaged, v.constant(1e-8)))
-                features = [g, v.at_least_and_most(g, -CLIP, CLIP), here(p_at), *ms, averaged, *(v.times(m, root) for m in ms),
-                            root, v.times(g, root)]
+                features = [
+                    g,
+                    v.at_least_and_most(g, -CLIP, CLIP),
+                    here(p_at),
+                    *ms,
+                    averaged,
+                    *(v.times(m, root) for m in ms),
+                    root,
+                    v.times(g, root),
+                ]
                 if is_matrix:
-                    both = [v.times(v.spread(factor), v.load(v.at(c_at, times_k(count, k), j)))
-                            for k, factor in enumerate(factors)]
-                    features += [v.times(g, factor) for factor in both] + [v.times(m, factor) for m, factor in zip(ms, both)]
+                    both = [
+                        v.times(v.spread(factor), v.load(v.at(c_at, times_k(count, k), j)))
+                        for k, factor in enumerate(factors)
+                    ]
+                    features += [v.times(g, factor) for factor in both] + [
+                        v.times(m, factor) for m, factor in zip(ms, both)
+                    ]
                 else:
                     features.append(v.times(g, v.inverse_root(v.at_least(averaged, 1e-9))))
                 for number, x in enumerate(features):
@@ -319,8 +380,25 @@ def direct_rows(typing, H, matrix, rows, columns, all_rows, grad, theta, moments
         v.add_sums(v.loop(values[2], [v.constant(0.0)], row), t_at)
         return context.get_dummy_value()
 
-    return types.void(H, matrix, types.intp, types.intp, types.intp, grad, theta, moments, types.intp, second, row_factors,
-                      column_factors, row_terms, column_terms, weights, out, total), generate
+    return types.void(
+        H,
+        matrix,
+        types.intp,
+        types.intp,
+        types.intp,
+        grad,
+        theta,
+        moments,
+        types.intp,
+        second,
+        row_factors,
+        column_factors,
+        row_terms,
+        column_terms,
+        weights,
+        out,
+        total,
+    ), generate
 
 
 def power(vectors, y):
@@ -329,7 +407,7 @@ def power(vectors, y):
     It rounds by adding: the function that holds it must be compiled so that sums stay in their order."""
     builder, (fraction, _, number, polynomial) = vectors.builder, NUMBERS[vectors.bytes == 4]
     bits, most = ir.VectorType(ir.IntType(number), vectors.length), 126.0 if vectors.bytes == 4 else 1022.0
-    shift = vectors.constant(1.5 * 2.0**fraction + 2**(number - fraction - 2) - 1)
+    shift = vectors.constant(1.5 * 2.0**fraction + 2 ** (number - fraction - 2) - 1)
     y = vectors.at_least_and_most(y, -most, most)
     shifted = builder.fadd(y, shift)  # its last bits are those of 2^n's exponent
     r, p = builder.fsub(y, builder.fsub(shifted, shift)), vectors.constant(polynomial[0])
@@ -342,6 +420,7 @@ def power(vectors, y):
 @intrinsic
 def exp_rows(typing, rows, x, least, out):
     """out = exp(x - least) for rows of LANES columns, `least` being one row; rows is not 0."""
+
     def generate(context, builder, signature, values):
         v = Vectors(context, builder, x.dtype)
         x_at, least_at, out_at = v.pointers(values[1:], [x, least, out])
@@ -362,6 +441,7 @@ def exp_rows(typing, rows, x, least, out):
 @intrinsic(prefer_literal=True)
 def activate_rows(typing, kind, rows, x, slopes):
     """x becomes its activation, and slopes its derivative, for rows of LANES columns; rows is not 0. kind: a literal."""
+
     def generate(context, builder, signature, values):
         v = Vectors(context, builder, x.dtype)
         x_at, slopes_at = v.pointers(values[2:], [x, slopes])

@@ -8,7 +8,7 @@ import math
 from llvmlite import binding, ir
 from numba import types
 
-__all__ = ["INDEX", "LANES", "REGISTER", "REGISTERS", "TO_POWERS", "Vectors"]
+__all__ = ["INDEX", "LANES", "NUMBERS", "REGISTER", "REGISTERS", "TO_POWERS", "Vectors"]
 
 LANES = 16  # columns
 INDEX = ir.IntType(64)
@@ -26,8 +26,10 @@ REGISTER, REGISTERS = registers()
 
 # By whether numbers are float32: a fraction's bits; how large y may be for the product of three 1 + 2^y to be a number; bits
 # in all; factors of the polynomial that is 2^r for |r| ≤ 1/2 (to 3e-7, relative, and 4e-16), that of the highest power first.
-NUMBERS = {True: (23, 40.0, 32, (1.3300451e-3, 9.6697018e-3, 5.5505592e-2, 2.4022281e-1, 6.9314718e-1, 1.0)),
-           False: (52, 330.0, 64, [math.log(2)**k / math.factorial(k) for k in range(13, -1, -1)])}
+NUMBERS = {
+    True: (23, 40.0, 32, (1.3300451e-3, 9.6697018e-3, 5.5505592e-2, 2.4022281e-1, 6.9314718e-1, 1.0)),
+    False: (52, 330.0, 64, [math.log(2) ** k / math.factorial(k) for k in range(13, -1, -1)]),
+}
 # Likewise: the bits of √½; the last power of the series in `log` (which is then right to 4e-9, relative, and 1e-17).
 LOGARITHMS = {True: (0x3F3504F3, 9), False: (0x3FE6A09E667F3BCD, 21)}
 TO_POWERS = -2 / math.log(2)  # tanh x = 2 / (1 + 2^y) - 1 for y so many times x
@@ -47,7 +49,9 @@ class Vectors:
     def pointers(self, arrays, kinds):
         if any(kind.layout != "C" for kind in kinds):
             raise TypeError(f"arrays must be in one piece, got {kinds}")
-        return [self.context.make_array(kind)(self.context, self.builder, array).data for array, kind in zip(arrays, kinds)]
+        return [
+            self.context.make_array(kind)(self.context, self.builder, array).data for array, kind in zip(arrays, kinds)
+        ]
 
     def at(self, pointer, *terms):
         """pointer + the sum of the terms, each an int or LLVM's."""
@@ -78,7 +82,9 @@ class Vectors:
         """Rounded to the nearest, of two to the even one, as torch does it."""
         builder, (halves, bits, floats) = self.builder, self.halves_and_floats()
         value = value if floats == self.type else builder.fptrunc(value, floats)
-        sixteen, one, below_half, a_nan = (ir.Constant(bits, [number] * self.length) for number in (16, 1, 0x7FFF, 0x7FC0))
+        sixteen, one, below_half, a_nan = (
+            ir.Constant(bits, [number] * self.length) for number in (16, 1, 0x7FFF, 0x7FC0)
+        )
         whole = builder.bitcast(value, bits)
         rounded = builder.add(builder.add(whole, below_half), builder.and_(builder.lshr(whole, sixteen), one))
         upper = builder.select(builder.fcmp_unordered("uno", value, value), a_nan, builder.lshr(rounded, sixteen))
@@ -120,7 +126,7 @@ class Vectors:
         """1 + 2^y; beyond ±`widest` as there. 2^y is 2^n 2^r with |r| ≤ 1/2, the latter a polynomial."""
         fraction, widest, number, polynomial = NUMBERS[self.scalar == ir.FloatType()]
         bits = ir.VectorType(ir.IntType(number), self.length)
-        shift = self.constant(1.5 * 2.0**fraction + 2**(number - fraction - 2) - 1)
+        shift = self.constant(1.5 * 2.0**fraction + 2 ** (number - fraction - 2) - 1)
         y = self.at_least_and_most(y, -widest, widest)
         shifted = self.builder.fadd(y, shift)  # its last bits are those of 2^n's exponent
         r, p = self.builder.fsub(y, self.builder.fsub(shifted, shift)), self.constant(polynomial[0])
@@ -177,14 +183,16 @@ class Vectors:
 
     def sums(self, several):
         """As many vectors as a vector has places -> one vector of their sums."""
-        order = self.fold([[number] * self.length for number in range(self.length)],
-                            lambda a, b, first, _: [(a + b)[place] for place in first])  # which one's sum comes where
+        order = self.fold(
+            [[number] * self.length for number in range(self.length)],
+            lambda a, b, first, _: [(a + b)[place] for place in first],
+        )  # which one's sum comes where
         return self.fold([several[order.index(number)] for number in range(self.length)], self.add_halves)
 
     def add_sums(self, several, pointer):
         """The sum of each vector is added to what is in float64 at the pointer, one after the other."""
         for start in range(0, len(several), self.length):
-            some = several[start:start + self.length]
+            some = several[start : start + self.length]
             sums = self.sums(some + [self.constant(0.0)] * (self.length - len(some)))
             wide = ir.VectorType(ir.DoubleType(), len(some))
             if len(some) < self.length:
@@ -229,8 +237,14 @@ class Vectors:
         for half in range(2):
             a = [start + half * size // 2 + j for start in range(0, self.length, size) for j in range(size // 2)]
             chunk = len(a) if size > self.quarter else self.quarter // 2
-            results.append([place + shift for start in range(0, len(a), chunk) for shift in (0, self.length)
-                            for place in a[start:start + chunk]])
+            results.append(
+                [
+                    place + shift
+                    for start in range(0, len(a), chunk)
+                    for shift in (0, self.length)
+                    for place in a[start : start + chunk]
+                ]
+            )
         return results
 
     # ------------------------------------------------------------------------------------------------------------

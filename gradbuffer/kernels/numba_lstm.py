@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from gradbuffer.kernels.interface import LSTMKernels
-from gradbuffer.kernels.llvm_blocks import LANES, OUTER, OUTER_OF_ONE_ROW, REGISTER, ROWS
-from gradbuffer.kernels.numba_loops import MORE_TILES, run_replay, run_step, shared_rows
-from gradbuffer.kernels.numba_threads import buffer, parallel_for, pieces_of, threads_here, windows_at_once
+from gradbuffer.kernels.llvm_blocks import LANES, OUTER, OUTER_OF_ONE_ROW, ROWS
+from gradbuffer.kernels.numba_loops import MORE_TILES, run_replay, shared_rows, step_all
+from gradbuffer.kernels.numba_tape import WORTHWHILE, GateTape, array, as_rows, flat, in_rows, most_bytes
+from gradbuffer.kernels.numba_threads import buffer, parallel_for, pieces_of, threads_here
+from gradbuffer.kernels.numba_windows import record_window
 
-__all__ = ["GateTape", "NumbaLSTM", "array", "as_rows", "in_blocks"]
+__all__ = ["NumbaLSTM", "in_blocks"]
 
 
 def level_2_cache():
@@ -28,11 +30,10 @@ def level_2_cache():
         return 1 << 20
 
 
-STEP_CHUNK = 1024 * LANES  # columns of which the inputs lie in memory at once; with gradients as they are, there are none
+STEP_CHUNK = (
+    1024 * LANES
+)  # columns of which the inputs lie in memory at once; with gradients as they are, there are none
 REPLAY_CHUNK = 5120 * LANES  # columns times steps, of which the inputs lie in memory at once
-TAPE_BYTES = 208 << 20  # of a `GateTape`: all of 20 steps of the paper's network on MNIST
-STATE_BYTES = 48 << 20  # of the state on it, at most: larger ones lie as they do elsewhere
-WORTHWHILE = 0.5  # share of the top layer's tiles for which a tape must have room: for less it has none
 CACHE = level_2_cache()
 
 
@@ -65,9 +66,11 @@ class NumbaLSTM(LSTMKernels):
         order, self.place = order_of_rows(H)
         weights = np.zeros((len(layers), 4 * H, most), kind)
         for l, (w, u, _) in enumerate(layers):
-            weights[l, :, :w.shape[1] + H] = np.concatenate([w.numpy(), u.numpy()], 1)[order]
+            weights[l, :, : w.shape[1] + H] = np.concatenate([w.numpy(), u.numpy()], 1)[order]
         scales = (np.repeat([-1, -1, -2, -1], H) / np.log(2))[order]
-        self.weights = (scales[:, None] * weights).astype(kind).reshape(len(layers), -1).take(in_blocks(4 * H, most), axis=1)
+        self.weights = (
+            (scales[:, None] * weights).astype(kind).reshape(len(layers), -1).take(in_blocks(4 * H, most), axis=1)
+        )
         self.biases = (scales * np.stack([bias.numpy()[order] for _, _, bias in layers])).astype(kind)
         self.transposed = weights.transpose(0, 2, 1).reshape(len(layers), -1)
         self.output = np.append(output_weight.numpy(), output_bias.numpy()).astype(kind)  # (H + 1,)
@@ -76,7 +79,11 @@ class NumbaLSTM(LSTMKernels):
     def step(self, features, hidden, cells, inplace=False, p=0.0):
         """As of `LSTMKernels`. The state may be of bfloat16, each of its numbers then rounded after the step."""
         there = inplace and in_rows(hidden, cells)
-        new = (hidden, cells) if there else tuple(torch.empty(hidden.shape, dtype=self.dtype, device="cpu") for _ in range(2))
+        new = (
+            (hidden, cells)
+            if there
+            else tuple(torch.empty(hidden.shape, dtype=self.dtype, device="cpu") for _ in range(2))
+        )
         outputs = self.steps_where_they_lie(hidden, cells, new, p, None)(features)
         if inplace and not there:
             new = hidden.copy_(new[0]), cells.copy_(new[1])
@@ -102,8 +109,22 @@ class NumbaLSTM(LSTMKernels):
             after = end if done == steps - 1 else between
 
             def work(start, stop):
-                run_step(*self.packed, float(p), array(features(start, stop)), start, *before, start, stop, out, *after,
-                         self.scratch(1, MORE_TILES), gates, shares, done, steps)
+                step_all(
+                    *self.packed,
+                    float(p),
+                    array(features(start, stop)),
+                    start,
+                    *before,
+                    start,
+                    stop,
+                    out,
+                    *after,
+                    self.scratch(1, MORE_TILES),
+                    gates,
+                    shares,
+                    done,
+                    steps,
+                )
 
             parallel_for(work, pieces_of(N, N if p else STEP_CHUNK))
             before, done = after, done + 1 if tape else 0
@@ -124,8 +145,24 @@ class NumbaLSTM(LSTMKernels):
             inputs, sums, scratch = features(start, stop), self.zero_sums(), self.scratch(len(adjoint))
             dfeatures = torch.empty(inputs.shape if pull_inputs else (1, 1, 0), dtype=self.dtype, device="cpu")
             ahead = 2 * (scratch.nbytes + next_tile) <= CACHE
-            run_replay(self.weights, self.transposed, self.biases, self.output, squash, float(p), array(inputs), start, *before,
-                       start, stop, array(dfeatures), none, none, *sums, scratch, *kept, ahead)
+            run_replay(
+                *self.packed,
+                self.transposed,
+                squash,
+                float(p),
+                array(inputs),
+                start,
+                *before,
+                start,
+                stop,
+                array(dfeatures),
+                none,
+                none,
+                *sums,
+                scratch,
+                *kept,
+                ahead,
+            )
             if pull_inputs:
                 pull_inputs(start, stop, dfeatures)
             return sums
@@ -142,8 +179,21 @@ class NumbaLSTM(LSTMKernels):
 
         def work(start, stop):
             sums = self.zero_sums()
-            run_replay(self.weights, self.transposed, self.biases, self.output, squash, 0.0, *before, start, stop,
-                       array(dfeatures[None]), *adjoints, *sums, self.scratch(1), *self.gates_on(None), False)
+            run_replay(
+                *self.packed,
+                self.transposed,
+                squash,
+                0.0,
+                *before,
+                start,
+                stop,
+                array(dfeatures[None]),
+                *adjoints,
+                *sums,
+                self.scratch(1),
+                *self.gates_on(None),
+                False,
+            )
             return sums
 
         gradients = self.gradients(parallel_for(work, pieces_of(N, REPLAY_CHUNK)))
@@ -155,22 +205,27 @@ class NumbaLSTM(LSTMKernels):
     def in_parts(self, work, functions, size, steps):
         """As many functions go together as a tape has room for, if it has for one. With several threads each part is one
         thread's alone; without enough functions for that, all go together."""
-        gates, state = 4 * steps * self.hidden * self.weights.itemsize, 2 * self.layers * self.hidden * self.weights.itemsize
+        gates, state = (
+            4 * steps * self.hidden * self.weights.itemsize,
+            2 * self.layers * self.hidden * self.weights.itemsize,
+        )
         many, room = threads_here(), most_bytes(threads_here())  # gates: of a coordinate and one layer
-        at_once = (room // (self.layers * gates + state) // size or int(room >= (state + WORTHWHILE * gates) * size)
-                   or functions)
+        at_once = (
+            room // (self.layers * gates + state) // size
+            or int(room >= (state + WORTHWHILE * gates) * size)
+            or functions
+        )
         parts = -(-functions // at_once)
         turns = -(-parts // many)
         if parts > 1:
             parts = min(turns * many, functions)
         if parts < 0.75 * turns * many:  # too many threads would have nothing to do
             parts = 1
-        return parallel_for(work, [(functions * k // parts, functions * (k + 1) // parts) for k in range(parts)],
-                            single_threaded=True)
+        return parallel_for(
+            work, [(functions * k // parts, functions * (k + 1) // parts) for k in range(parts)], single_threaded=True
+        )
 
     def window(self, data, theta, hidden, cells, step, updates, p, keep):
-        from gradbuffer.kernels.numba_windows import record_window  # which imports this module
-
         return record_window(data, self, theta, (hidden, cells), step, updates, p, keep)
 
     # Internals --------------------------------------------------------------------------------------------------------
@@ -182,8 +237,19 @@ class NumbaLSTM(LSTMKernels):
     def scratch(self, steps, tiles=1):
         """This thread's buffer for tiles of that many steps: the last one again if it is large enough."""
         layers, H, inputs = self.layers, self.hidden, self.inputs
-        count = tiles * LANES * ((steps + layers) * (inputs + layers * H) + (6 * steps + 1) * layers * H + steps
-                                 + 2 * layers * H + inputs + 1 + OUTER_OF_ONE_ROW)  # see `split_scratch`; blocks read beyond
+        count = (
+            tiles
+            * LANES
+            * (
+                (steps + layers) * (inputs + layers * H)
+                + (6 * steps + 1) * layers * H
+                + steps
+                + 2 * layers * H
+                + inputs
+                + 1
+                + OUTER_OF_ONE_ROW
+            )
+        )  # see `split_scratch`; blocks read beyond
         return buffer("scratch", count, self.dtype)
 
     def zero_sums(self):
@@ -199,63 +265,15 @@ class NumbaLSTM(LSTMKernels):
         for l, (values, bias) in enumerate(zip(blocked, biases)):
             width = H if l else self.inputs
             across = -(-(width + H) // OUTER)
-            weight = values[:H * across * 4 * OUTER].reshape(H, across, 4, OUTER).transpose(0, 2, 1, 3).reshape(4 * H, -1)
-            parts = weight[:, :width], weight[:, width:width + H], bias
+            weight = (
+                values[: H * across * 4 * OUTER].reshape(H, across, 4, OUTER).transpose(0, 2, 1, 3).reshape(4 * H, -1)
+            )
+            parts = weight[:, :width], weight[:, width : width + H], bias
             layers.append([self.tensor(part[self.place]) for part in parts])
-        return layers, self.tensor(output[1:1 + H]), self.tensor(output[:1])[0]
+        return layers, self.tensor(output[1 : 1 + H]), self.tensor(output[:1])[0]
 
     def tensor(self, sums):
         return torch.from_numpy(sums.astype(self.weights.dtype))
-
-
-class GateTape:
-    """Memory for what a window's steps compute and its replay would else compute again, their gates; and for the state between
-    steps, tile by tile, since rows that lie far apart are slow to read and write.
-
-    The state comes first, then the gates of as many tiles as fit, the top layer's first, whose products are larger.
-    `shares` says for how many tiles of each layer there is room. The memory is kept for the next window, since new memory
-    costs as much time as it saves.
-    """
-
-    spare = []  # what the last window left, if it is not in use
-
-    def __init__(self, kernels: NumbaLSTM, coordinates: int, steps: int, with_state: bool = True):
-        layers, H, size = kernels.layers, kernels.hidden, kernels.weights.itemsize
-        self.kernels, self.steps, self.shares = kernels, steps, np.zeros(layers, np.int64)
-        self.strides, tiles = np.array([H * LANES, LANES, layers * H * LANES]), -(-coordinates // LANES)
-        state, gates = 2 * tiles * layers * H * LANES, 4 * steps * H * LANES  # numbers; of a layer of a tile
-        state = state if with_state and steps > 1 and state * size <= STATE_BYTES else 0
-        fit = (most_bytes(windows_at_once()) - state * size) // (gates * size)
-        if fit >= WORTHWHILE * tiles:
-            for l in reversed(range(layers)):
-                self.shares[l] = min(tiles, fit - self.shares.sum())
-        needed = (state + int(self.shares.sum()) * gates) * size
-        try:
-            self.memory = GateTape.spare.pop()
-        except IndexError:
-            self.memory = allocate_aligned(0)
-        if len(self.memory) < needed:
-            self.memory = None  # not both at once
-            self.memory = allocate_aligned(needed)
-        numbers = self.memory[:needed].view(kernels.weights.dtype)
-        self.state, self.gates = numbers[:state].reshape(2, state // 2), numbers[state:]
-
-    def release(self):
-        """The next window may have the memory."""
-        GateTape.spare[windows_at_once() - 1:] = [self.memory]
-        self.memory = self.gates = self.state = None
-
-
-def most_bytes(windows):
-    """Of a `GateTape`, at most, where so many windows run at once."""
-    return min(TAPE_BYTES, 4 * TAPE_BYTES // windows)
-
-
-def allocate_aligned(size):
-    """Bytes, the first at a multiple of what a vector takes."""
-    memory = np.empty(size + REGISTER, np.uint8)
-    start = -memory.ctypes.data % REGISTER
-    return memory[start:start + size]
 
 
 @functools.cache
@@ -272,30 +290,3 @@ def in_blocks(rows: int, width: int):
     blocks, _, _ = shared_rows(rows)
     parts = zip(np.split(np.arange(rows * width).reshape(rows, width), [blocks * ROWS]), (ROWS, 4))
     return np.concatenate([part.reshape(-1, size, width).swapaxes(1, 2).ravel() for part, size in parts])
-
-
-def flat(hidden, cells):
-    """What compiled functions are told of a state (layers, H, N): arrays in one piece, and the strides of layers, rows, tiles."""
-    return hidden.reshape(-1), cells.reshape(-1), np.array([hidden[0].size, hidden.shape[2], LANES])
-
-
-def in_rows(*parts):
-    """Whether a state's tensors (layers, H, N) are those of whole ones, or of the same stretch of their coordinates."""
-    strides = parts[0].stride()
-    return strides[2] == 1 and strides[0] == parts[0].shape[1] * strides[1] and all(part.stride() == strides for part in parts)
-
-
-def as_rows(hidden: torch.Tensor, cells: torch.Tensor):
-    """`flat` for tensors, of the memory itself where that is `in_rows`."""
-    if not in_rows(hidden, cells):
-        return flat(array(hidden), array(cells))
-    layer, row, _ = hidden.stride()
-    size = (len(hidden) - 1) * layer + (hidden.shape[1] - 1) * row + hidden.shape[2]
-    numbers = (array(part.as_strided((size,), (1,))) for part in (hidden, cells))
-    return *numbers, np.array([layer, row, LANES])
-
-
-def array(tensor: torch.Tensor):
-    """A numpy array of the same memory, or a copy if that is not in one piece. bfloat16 as int16."""
-    tensor = (tensor.detach() if tensor.requires_grad else tensor).contiguous()
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

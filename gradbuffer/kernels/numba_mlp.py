@@ -2,7 +2,8 @@
 
 `gradbuffer.nets.mlp.MLPOptimizer` (variant "celo", without Newton-Schulz) is the plain version, which this one is tested against.
 Here features go from a processor's registers straight into the first hidden layer. Those that are the same along a row or a column
-are added up once for it. A tensor is gone through four times: its averages and all sums over it; sums that need the rows' and columns' averages; the
+are added up once for it. A tensor is gone through four times: its averages and all sums over it;
+sums that need the rows' and columns' averages; the
 network's output; the update. Threads share the rows of large tensors.
 """
 
@@ -11,15 +12,24 @@ import math
 import numpy as np
 import torch
 
-from gradbuffer.kernels.llvm_mlp import FACTORED, OF_MATRIX, OF_VECTOR, READ, direct_rows, factor_rows, read_rows
-from gradbuffer.nets.mlp import MLPOptimizer, as_matrix, from_matrix, matrix_axes
-from gradbuffer.kernels.numba_loops import compiled
+from gradbuffer.contracts import Rule
+from gradbuffer.kernels.llvm_mlp import FACTORED, OF_MATRIX, READ
+from gradbuffer.kernels.matrices import as_matrix, from_matrix, matrix_axes
+from gradbuffer.kernels.numba_mlp_loops import (
+    after_factors,
+    after_reading,
+    direct_part,
+    factor_part,
+    move,
+    read_part,
+    step_adamw,
+    step_matrix,
+    step_vector,
+)
 from gradbuffer.kernels.numba_threads import buffer, parallel_for, threads_here
 
 __all__ = ["TOTALS", "TensorSteps", "check_net", "numbers_of_scratch", "step_adamw", "step_matrix", "step_vector"]
 
-FEATURES = 30
-BLOCK = 1 << 14  # coordinates
 WORTHWHILE = 1 << 15  # coordinates of a matrix from which on threads share it
 TOTALS = READ + FACTORED + 1  # sums over a tensor, in float64
 
@@ -44,7 +54,12 @@ class TensorSteps:
         check_net(net)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-        self.dtype, self.hidden, self.decay, self.adamw = dtype, net.hidden_sizes, net.weight_decay, net.vectors == "adamw"
+        self.dtype, self.hidden, self.decay, self.adamw = (
+            dtype,
+            net.hidden_sizes,
+            net.weight_decay,
+            net.vectors == "adamw",
+        )
         self.weights = torch.nn.utils.parameters_to_vector(net.parameters()).detach().to("cpu", dtype).numpy()
         self.shape = tuple((0,) * size for size in self.hidden)
 
@@ -80,25 +95,41 @@ class TensorSteps:
         if not param.numel():
             return
         with torch.no_grad():
-            laid = {name: in_one_piece(tensor, axes if name in ("grad", "param", "m", "v") else None, name == "m" and axes)
-                    for name, tensor in {"param": param, "grad": grad, **state}.items()}
-            theta, grads, *own = ((flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
-                                  for flat in laid.values())
+            laid = {
+                name: in_one_piece(tensor, axes if name in ("grad", "param", "m", "v") else None, name == "m" and axes)
+                for name, tensor in {"param": param, "grad": grad, **state}.items()
+            }
+            theta, grads, *own = (
+                (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy() for flat in laid.values()
+            )
             if axes:
                 self._step_matrix(shape[axes[0]], shape[axes[1]], grads, theta, *own, float(lr))
             elif self.adamw:
                 step_adamw(grads, theta, *own, float(lr), self.decay)
             else:
                 scratch = buffer("mlp scratch", numbers_of_scratch(self.hidden, 1, 1), self.dtype)
-                step_vector(self.shape, grads, theta, *own, self.weights, float(lr), self.decay,
-                            buffer("mlp out", theta.size, self.dtype), scratch, np.empty(TOTALS))
+                step_vector(
+                    self.shape,
+                    grads,
+                    theta,
+                    *own,
+                    self.weights,
+                    float(lr),
+                    self.decay,
+                    buffer("mlp out", theta.size, self.dtype),
+                    scratch,
+                    np.empty(TOTALS),
+                )
             if not param.is_inference():
                 torch.autograd.graph.increment_version(param)  # numba's writes would go unnoticed by autograd
             for name, tensor in {"param": param, **state}.items():
                 if laid[name].data_ptr() != tensor.data_ptr():
                     several = name == "m" and axes
-                    tensor.copy_(from_matrix(laid[name].reshape(3 if several else 1, -1), (3 if several else 1, *shape), axes)
-                                 .reshape(tensor.shape))
+                    tensor.copy_(
+                        from_matrix(
+                            laid[name].reshape(3 if several else 1, -1), (3 if several else 1, *shape), axes
+                        ).reshape(tensor.shape)
+                    )
 
     def steps(self, params, grads, states, lr):
         """`step` for each of several tensors: threads take one after the other, and share those that are much of the whole.
@@ -111,7 +142,9 @@ class TensorSteps:
             TypeError, ValueError: lengths differ, or as of `step`; then other tensors than the faulty one may have moved.
         """
         if not len(params) == len(grads) == len(states):
-            raise ValueError(f"params, grads and states must be equally many, got {len(params)}, {len(grads)} and {len(states)}")
+            raise ValueError(
+                f"params, grads and states must be equally many, got {len(params)}, {len(grads)} and {len(states)}"
+            )
         large = sum(param.numel() for param in params) // (2 * threads_here())
         order = sorted(range(len(params)), key=lambda k: -params[k].numel())
 
@@ -119,7 +152,7 @@ class TensorSteps:
             self.step(params[k], grads[k], states[k], lr)
 
         small = [(k,) for k in order if threads_here() > 1 and params[k].numel() <= large]
-        for k in order[:len(order) - len(small)]:
+        for k in order[: len(order) - len(small)]:
             work(k)
         if small:
             parallel_for(work, small, single_threaded=True)
@@ -130,26 +163,34 @@ class TensorSteps:
         scratch = buffer("mlp scratch", numbers_of_scratch(self.hidden, rows, width), self.dtype)
         out, totals = buffer("mlp out", count, self.dtype), np.zeros((threads, TOTALS))
         if threads == 1 or count < WORTHWHILE:
-            step_matrix(H, rows, columns, others, grad, theta, m, v, r, c, self.weights, lr, self.decay, out, scratch, totals[0])
+            step_matrix(
+                H, rows, columns, others, grad, theta, m, v, r, c, self.weights, lr, self.decay, out, scratch, totals[0]
+            )
             return
         spans = [(k, rows * k // threads, rows * (k + 1) // threads) for k in range(threads)]
         squares = np.zeros((threads, width), theta.dtype)
-        parallel_for(lambda k, a, b: read_part(H, a, b, rows, width, grad, theta, m, v, scratch, squares[k], totals[k]), spans)
+        parallel_for(
+            lambda k, a, b: read_part(H, a, b, rows, width, grad, theta, m, v, scratch, squares[k], totals[k]), spans
+        )
         if not after_reading(H, rows, columns, others, grad, r, c, scratch, squares.sum(0), totals.sum(0)):
             return
         parallel_for(lambda k, a, b: factor_part(H, a, b, rows, width, grad, m, scratch, totals[k]), spans)
         after_factors(H, rows, columns, others, r, c, self.weights, scratch, totals.sum(0))
-        parallel_for(lambda k, a, b: direct_part(H, a, b, rows, width, grad, theta, m, v, scratch, out, totals[k]), spans)
+        parallel_for(
+            lambda k, a, b: direct_part(H, a, b, rows, width, grad, theta, m, v, scratch, out, totals[k]), spans
+        )
         total = totals.sum(0)[READ + FACTORED]
         parallel_for(lambda _, a, b: move(theta, out, a * width, b * width, total, lr, self.decay), spans)
 
 
 def check_net(net):
     """Raise unless the compiled step is that of this network."""
-    if not isinstance(net, MLPOptimizer):
+    if not isinstance(net, Rule) or "orthogonalize" not in net.arguments:
         raise TypeError(f"net must be an MLPOptimizer, got {type(net).__name__}")
     if net.variant != "celo" or net.orthogonalize:
-        raise ValueError(f'net must have variant "celo" and orthogonalize False, got {net.variant!r} and {net.orthogonalize}')
+        raise ValueError(
+            f'net must have variant "celo" and orthogonalize False, got {net.variant!r} and {net.orthogonalize}'
+        )
 
 
 def in_one_piece(tensor, axes, several):
@@ -161,255 +202,3 @@ def numbers_of_scratch(hidden, rows, width):
     """How many numbers `step_matrix` and `step_vector` write into for a tensor (rows, width) beside its update."""
     layers = sum((a + 1) * b for a, b in zip(hidden, (*hidden[1:], 1)))
     return (rows + width) * (7 + hidden[0]) + OF_MATRIX * hidden[0] + layers
-
-
-@compiled
-def inverse_size(total, count):
-    """1 over the root mean square."""
-    return 1 / math.sqrt(total / count + 1e-9)
-
-
-@compiled
-def part(scratch, start, length):
-    return scratch[start:start + length], start + length
-
-
-@compiled
-def is_zero(numbers):
-    for k in range(len(numbers)):
-        if numbers[k] != 0:
-            return False
-    return True
-
-
-@compiled
-def advance_factored(r, rows, squares, others, count):
-    """r (3, rows), averages of the means of g² over `count` coordinates; squares (rows · others,) holds the sums."""
-    kind = r.dtype.type
-    for k in range(3):
-        decay = kind(0.9) if k == 0 else kind(0.99) if k == 1 else kind(0.999)
-        for i in range(rows):
-            total = kind(0)
-            for o in range(others):
-                total += squares[i * others + o]
-            r[k * rows + i] = decay * r[k * rows + i] + (1 - decay) * (total / kind(count) + kind(1e-30))
-
-
-@compiled
-def factors_and_roots(r, rows, others, over_mean, factors, roots):
-    """factors (3, rows · others): 1 / √max(r_k, 1e-9), of r_k over its mean if so; roots likewise: 1 / √(r_k + 1e-8)."""
-    kind, width = r.dtype.type, rows * others
-    for k in range(3):
-        scale = kind(1)
-        if over_mean:
-            mean = kind(0)
-            for i in range(rows):
-                mean += r[k * rows + i]
-            scale = 1 / (mean / kind(rows) + kind(1e-9))
-        if others == 1:
-            for i in range(rows):
-                x = r[k * rows + i]
-                y = x * scale
-                factors[k * rows + i] = 1 / math.sqrt(y if y > kind(1e-9) else kind(1e-9))
-                roots[k * rows + i] = 1 / math.sqrt(x + kind(1e-8))
-        else:
-            for i in range(rows):
-                x = r[k * rows + i]
-                y = x * scale
-                factor, root = 1 / math.sqrt(y if y > kind(1e-9) else kind(1e-9)), 1 / math.sqrt(x + kind(1e-8))
-                for o in range(others):
-                    factors[k * width + i * others + o] = factor
-                    roots[k * width + i * others + o] = root
-
-
-@compiled
-def inverse_size_of(x, start, count):
-    total = x.dtype.type(0)
-    for i in range(start, start + count):
-        total += x[i] * x[i]
-    return x.dtype.type(inverse_size(total, count))
-
-
-@compiled
-def terms(r, roots, rows, others, w, H, first, with_bias, out):
-    """out (H, rows · others): what r_k and 1 / √(r_k + 1e-8), over their sizes, add to each unit of the first layer.
-
-    Their weights in w (30, H) begin at rows `first` and first + 6; the layer's bias is added if so.
-    """
-    width = rows * others
-    s0, s1, s2 = (inverse_size_of(r, 0, rows), inverse_size_of(r, rows, rows), inverse_size_of(r, 2 * rows, rows))
-    t0, t1, t2 = (inverse_size_of(roots, 0, width), inverse_size_of(roots, width, width),
-                  inverse_size_of(roots, 2 * width, width))
-    for u in range(H):
-        bias = w[FEATURES * H + u] if with_bias else w.dtype.type(0)
-        a0, a1, a2 = w[first * H + u] * s0, w[(first + 1) * H + u] * s1, w[(first + 2) * H + u] * s2
-        b0, b1, b2 = w[(first + 6) * H + u] * t0, w[(first + 7) * H + u] * t1, w[(first + 8) * H + u] * t2
-        own = out[u * width:(u + 1) * width]
-        if others == 1:
-            for i in range(rows):
-                own[i] = (bias + a0 * r[i] + a1 * r[rows + i] + a2 * r[2 * rows + i] + b0 * roots[i] + b1 * roots[width + i]
-                          + b2 * roots[2 * width + i])
-        else:
-            for i in range(rows):
-                for j in range(i * others, (i + 1) * others):
-                    own[j] = (bias + a0 * r[i] + a1 * r[rows + i] + a2 * r[2 * rows + i] + b0 * roots[j] + b1 * roots[width + j]
-                              + b2 * roots[2 * width + j])
-
-
-@compiled
-def pack(w, H, totals, count, matrix, packed):
-    """The weights as `direct_rows` reads them: of the first layer those of single coordinates, over their features' sizes."""
-    kind = w.dtype.type
-    for f in range(12):
-        scale = kind(inverse_size(totals[f], count))
-        for u in range(H):
-            packed[f * H + u] = w[f * H + u] * scale
-    features = OF_MATRIX if matrix else OF_VECTOR
-    if matrix:
-        for k in range(FACTORED):
-            feature, scale = (12 + k if k < 3 else 24 + k), kind(inverse_size(totals[READ + k], count))
-            for u in range(H):
-                packed[(12 + k) * H + u] = w[feature * H + u] * scale
-    else:  # three times the same feature
-        scale = kind(inverse_size(totals[12], count))
-        for u in range(H):
-            packed[12 * H + u] = (w[12 * H + u] + w[13 * H + u] + w[14 * H + u]) * scale
-    packed, w = packed[features * H:], w[(FEATURES + 1) * H:]
-    for k in range(len(w)):
-        packed[k] = w[k]
-
-
-@compiled
-def move(theta, out, first, last, total, lr, decay):
-    """theta -= lr · (out over its root mean square + decay · theta), from `first` to `last` - 1."""
-    kind = theta.dtype.type
-    factor, keep = kind(lr * inverse_size(total, len(theta))), kind(1 - lr * decay)
-    for k in range(first, last):
-        theta[k] = keep * theta[k] - factor * out[k]
-
-
-@compiled
-def split_scratch(scratch, units, rows, width):
-    """What passes over a matrix share: sums of g² of rows and columns; factors and roots of both; what they add to the first
-    layer; the packed weights."""
-    row_squares, at = part(scratch, 0, rows)
-    column_squares, at = part(scratch, at, width)
-    row_factors, at = part(scratch, at, 3 * rows)
-    row_roots, at = part(scratch, at, 3 * rows)
-    column_factors, at = part(scratch, at, 3 * width)
-    column_roots, at = part(scratch, at, 3 * width)
-    row_terms, at = part(scratch, at, units * rows)
-    column_terms, at = part(scratch, at, units * width)
-    return (row_squares, column_squares, row_factors, row_roots, column_factors, column_roots, row_terms, column_terms,
-            scratch[at:])
-
-
-@compiled
-def rows_at_once(width):
-    """So many that sums over them are taken in the numbers' own dtype, before they go to float64."""
-    return max(BLOCK // width, 1)
-
-
-@compiled
-def read_part(H, first, last, rows, width, grad, theta, m, v, scratch, column_squares, totals):
-    """`read_rows` for rows first … last - 1 of a matrix; column_squares may be others than the scratch's."""
-    row_squares, some = split_scratch(scratch, len(H[0]), rows, width)[0], rows_at_once(width)
-    for i in range(first, last, some):
-        at = i * width
-        read_rows(1, min(some, last - i), width, grad[at:], theta[at:], m[at:], rows * width, v[at:], row_squares[i:], column_squares,
-                  totals)
-
-
-@compiled
-def after_reading(H, rows, columns, others, grad, r, c, scratch, column_squares, totals):
-    """The rows' and columns' averages and factors; whether the tensor moves."""
-    width = columns * others
-    row_squares, _, row_factors, row_roots, column_factors, column_roots, _, _, _ = split_scratch(scratch, len(H[0]), rows, width)
-    advance_factored(r, rows, row_squares, 1, width)
-    advance_factored(c, columns, column_squares, others, rows * others)
-    if totals[0] == 0 and is_zero(grad):
-        return False
-    factors_and_roots(r, rows, 1, True, row_factors, row_roots)
-    factors_and_roots(c, columns, others, False, column_factors, column_roots)
-    return True
-
-
-@compiled
-def factor_part(H, first, last, rows, width, grad, m, scratch, totals):
-    """`factor_rows` for rows first … last - 1."""
-    _, _, row_factors, _, column_factors, _, _, _, _ = split_scratch(scratch, len(H[0]), rows, width)
-    some = rows_at_once(width)
-    for i in range(first, last, some):
-        at = i * width
-        factor_rows(min(some, last - i), width, rows, grad[at:], m[at:], rows * width, row_factors[i:], column_factors, totals[READ:])
-
-
-@compiled
-def after_factors(H, rows, columns, others, r, c, w, scratch, totals):
-    """What the perceptron reads of rows and columns, and its weights over the features' sizes."""
-    width, units = columns * others, len(H[0])
-    _, _, _, row_roots, _, column_roots, row_terms, column_terms, packed = split_scratch(scratch, units, rows, width)
-    terms(r, row_roots, rows, 1, w, units, 15, True, row_terms)
-    terms(c, column_roots, columns, others, w, units, 18, False, column_terms)
-    pack(w, units, totals, rows * width, True, packed)
-
-
-@compiled
-def direct_part(H, first, last, rows, width, grad, theta, m, v, scratch, out, totals):
-    """`direct_rows` for rows first … last - 1."""
-    _, _, row_factors, _, column_factors, _, row_terms, column_terms, packed = split_scratch(scratch, len(H[0]), rows, width)
-    some = rows_at_once(width)
-    for i in range(first, last, some):
-        at = i * width
-        direct_rows(H, 1, min(some, last - i), width, rows, grad[at:], theta[at:], m[at:], rows * width, v[at:], row_factors[i:],
-                    column_factors, row_terms[i:], column_terms, packed, out[at:], totals[READ + FACTORED:])
-
-
-@compiled
-def step_matrix(H, rows, columns, others, grad, theta, m, v, r, c, w, lr, decay, out, scratch, totals):
-    """One step of a tensor (rows, columns · others), theta and the state overwritten; out is of its size, too.
-
-    H: sizes of the hidden layers, as `llvm_mlp` says; w: all weights in the order of `MLPOptimizer.parameters()`.
-    totals (TOTALS,) is of float64.
-    """
-    width = columns * others
-    column_squares = split_scratch(scratch, len(H[0]), rows, width)[1]
-    totals[:], column_squares[:] = 0, 0
-    read_part(H, 0, rows, rows, width, grad, theta, m, v, scratch, column_squares, totals)
-    if not after_reading(H, rows, columns, others, grad, r, c, scratch, column_squares, totals):
-        return
-    factor_part(H, 0, rows, rows, width, grad, m, scratch, totals)
-    after_factors(H, rows, columns, others, r, c, w, scratch, totals)
-    direct_part(H, 0, rows, rows, width, grad, theta, m, v, scratch, out, totals)
-    move(theta, out, 0, len(theta), totals[READ + FACTORED], lr, decay)
-
-
-@compiled
-def step_vector(H, grad, theta, m, v, w, lr, decay, out, scratch, totals):
-    """`step_matrix` for a tensor with fewer than two axes."""
-    units, count = len(H[0]), len(theta)
-    totals[:] = 0
-    read_rows(0, 1, count, grad, theta, m, count, v, scratch, scratch, totals)
-    if totals[0] == 0 and is_zero(grad):
-        return
-    pack(w, units, totals, count, False, scratch)
-    direct_rows(H, 0, 1, count, 1, grad, theta, m, count, v, scratch, scratch, w[FEATURES * units:], scratch, scratch, out,
-                totals[READ + FACTORED:])
-    move(theta, out, 0, count, totals[READ + FACTORED], lr, decay)
-
-
-@compiled
-def step_adamw(grad, theta, m, v, steps, lr, decay):
-    """AdamW(0.9, 0.95) at 20 · lr, for a tensor with fewer than two axes; steps (1,) are those done before."""
-    kind = theta.dtype.type
-    steps[0] += 1
-    done = float(steps[0])
-    moves, rate, keep = not is_zero(grad), kind(20 * lr / (1 - 0.9**done)), kind(1 - 20 * lr * decay)
-    root, first, second = kind(1 / math.sqrt(1 - 0.95**done)), kind(0.9), kind(0.95)
-    for k in range(len(theta)):
-        g = grad[k]
-        g = kind(1000) if g > kind(1000) else kind(-1000) if g < kind(-1000) else g
-        m[k] = first * m[k] + (1 - first) * g
-        v[k] = second * v[k] + (1 - second) * g * g
-        if moves:
-            theta[k] = keep * theta[k] - rate * m[k] / (math.sqrt(v[k]) * root + kind(1e-8))

@@ -13,18 +13,17 @@ import numpy as np
 import torch
 
 from gradbuffer.checks import check_count, check_positive_number
-from gradbuffer.kernels.llvm_blocks import LANES, OUTER, add_outer_blocks
-from gradbuffer.kernels.llvm_mlp import activate_rows, exp_rows
-from gradbuffer.kernels.numba_loops import add_product, compiled, in_order
+from gradbuffer.kernels.llvm_blocks import LANES, OUTER
+from gradbuffer.kernels.numba_compiler import compiled
 from gradbuffer.kernels.numba_mlp import TOTALS, check_net, numbers_of_scratch, step_adamw, step_matrix, step_vector
+from gradbuffer.kernels.numba_mlp_gradients import draw, value_and_gradient
 from gradbuffer.kernels.numba_threads import buffer, parallel_for, threads_here
-from gradbuffer.kernels.numba_windows import IMAGE_TILES, gather
+from gradbuffer.kernels.numba_windows import IMAGE_TILES
 
 __all__ = ["ACTIVATIONS", "LOSSES", "PerceptronWindows", "minibatches"]
 
 ACTIVATIONS = "sigmoid", "relu", "tanh", "silu"  # in compiled code by their numbers
 LOSSES = "cross_entropy", "mse"
-CROSS_ENTROPY = 0
 PIECES = 4  # for each thread: cores that do other work, too, then take fewer
 
 
@@ -61,8 +60,11 @@ class PerceptronWindows:
             raise ValueError(f"sizes must be the inputs, any hidden layers and the outputs, got {sizes!r}")
         for size in sizes:
             check_count(sizes=size)
-        for name, value, accepted in (("activation", activation, ACTIVATIONS), ("loss", loss, LOSSES),
-                                      ("dtype", dtype, (torch.float32, torch.float64))):
+        for name, value, accepted in (
+            ("activation", activation, ACTIVATIONS),
+            ("loss", loss, LOSSES),
+            ("dtype", dtype, (torch.float32, torch.float64)),
+        ):
             if value not in accepted:
                 raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
         self.sizes, self.activation, self.loss, self.dtype = tuple(sizes), activation, loss, dtype
@@ -109,8 +111,11 @@ class PerceptronWindows:
 
     def flatten_state(self, state):
         """The state of an `MLPOptimizer`, its tensors in the order of the parameters -> a new (B, num_state)."""
-        parts = [own[name].detach().to(self.dtype).reshape(len(own[name]), -1)
-                 for own, shapes in zip(state.values(), self.state_shapes(), strict=True) for name in shapes]
+        parts = [
+            own[name].detach().to(self.dtype).reshape(len(own[name]), -1)
+            for own, shapes in zip(state.values(), self.state_shapes(), strict=True)
+            for name in shapes
+        ]
         return torch.cat(parts, 1)
 
     def unflatten_state(self, state, names=None):
@@ -120,23 +125,35 @@ class PerceptronWindows:
             result[name] = {}
             for part, shape in shapes.items():
                 count = math.prod(shape)
-                result[name][part] = state[:, at:at + count].reshape(len(state), *shape)
+                result[name][part] = state[:, at : at + count].reshape(len(state), *shape)
                 at += count
         return result
 
-    def run(self, weights, params, state, inputs, targets, *, lr, index=None, steps=None, batch=None, seeds=None, first_steps=0,
-            clip=None, gradient_scales=1.0):
-        """A window: so many steps of all particles. `params` and `state` are overwritten with its end.
+    def run(
+        self,
+        weights,
+        particles,
+        data,
+        *,
+        lr,
+        index=None,
+        steps=None,
+        batch=None,
+        seeds=None,
+        first_steps=0,
+        clip=None,
+        gradient_scales=1.0,
+    ):
+        """A window: so many steps of all particles, which are overwritten with its end.
 
         Which examples a step reads is said by `index`, or drawn, with repetition, from a particle's seed and the number of the
         step: so particles with the same seed read the same, and however a run is cut into windows it reads the same.
 
         Args:
             weights: (W,) or (B, W), one set for each particle, in the order of `net.parameters()`.
-            params: (B, num_params), state: (B, num_state), in one piece and of this dtype; changed.
-            inputs: (examples, sizes[0]), of this dtype.
-            targets: of "cross_entropy" (examples,) of int64, from 0 to sizes[-1] - 1; of "mse" (examples, sizes[-1]), of this dtype,
-                which may be `inputs` themselves.
+            particles: params (B, num_params) and state (B, num_state), in one piece and of this dtype; changed.
+            data: inputs (examples, sizes[0]), of this dtype; and targets: of "cross_entropy" (examples,) of int64, from 0 to
+                sizes[-1] - 1; of "mse" (examples, sizes[-1]), of this dtype, which may be the inputs themselves.
             lr: 0 or more: a number, (B, 1) with one for each particle, (1, steps) with one for each step, or (B, steps).
             index: (steps, batch) or (B, steps, batch) of int64, numbers of examples. Else all of:
             steps, batch: how many.
@@ -153,12 +170,15 @@ class PerceptronWindows:
         Raises:
             TypeError, ValueError: shapes, dtypes or values are not as said.
         """
+        (params, state), (inputs, targets) = particles, data
         B = len(params)
         for name, value, count in (("params", params, self.num_params), ("state", state, self.num_state)):
             if value.shape != (B, count) or not value.is_contiguous():
                 raise ValueError(f"{name} must be ({B}, {count}), in one piece, got {tuple(value.shape)}")
         if weights.shape not in ((self.num_weights,), (B, self.num_weights)):
-            raise ValueError(f"weights must be ({self.num_weights},) or ({B}, {self.num_weights}), got {tuple(weights.shape)}")
+            raise ValueError(
+                f"weights must be ({self.num_weights},) or ({B}, {self.num_weights}), got {tuple(weights.shape)}"
+            )
         if inputs.dim() != 2 or inputs.shape[1] != self.sizes[0] or not len(inputs):
             raise ValueError(f"inputs must be (examples, {self.sizes[0]}), got {tuple(inputs.shape)}")
         floats = {"params": params, "state": state, "inputs": inputs}
@@ -190,9 +210,32 @@ class PerceptronWindows:
         none = torch.empty(0, 0, dtype=self.dtype), torch.empty(0, dtype=torch.int64)
         targets, labels = (none[0], targets) if self.loss == "cross_entropy" else (targets, none[1])
         weights = weights.detach().to(self.dtype).reshape(-1, self.num_weights)
-        given = (self._shape, layers_of(self.sizes), self._kinds(batch), *map(numpy, (
-            inputs, targets, labels, index, *numbers_of(seeds, first_steps, B), lr, scales.expand(B), weights, params, state, losses)))
-        bound, decay, scratch = (math.inf if clip is None else float(clip)), float(self.weight_decay), self._scratch(batch)
+        given = (
+            self._shape,
+            layers_of(self.sizes),
+            self._kinds(batch),
+            *map(
+                numpy,
+                (
+                    inputs,
+                    targets,
+                    labels,
+                    index,
+                    *numbers_of(seeds, first_steps, B),
+                    lr,
+                    scales.expand(B),
+                    weights,
+                    params,
+                    state,
+                    losses,
+                ),
+            ),
+        )
+        bound, decay, scratch = (
+            (math.inf if clip is None else float(clip)),
+            float(self.weight_decay),
+            self._scratch(batch),
+        )
 
         def work(first, last):
             buffers = buffer("mlp windows", scratch[0], self.dtype), buffer("mlp sums", scratch[1], torch.float64)
@@ -271,145 +314,6 @@ def layers_of(sizes):
 
 # What is compiled ---------------------------------------------------------------------------------------------------
 
-@compiled
-def mix(x):
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@compiled
-def draw(seed, step, examples, index):
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    start = mix(mix(np.uint64(seed) + golden) + np.uint64(step) * golden)
-    for i in range(len(index)):
-        number = mix(start + np.uint64(i) * golden) >> np.uint64(32)
-        index[i] = np.int64((number * np.uint64(examples)) >> np.uint64(32))
-
-
-@in_order
-def exponentials(rows, x, least, out):
-    exp_rows(rows, x, least, out)
-
-
-@in_order
-def activate(kind, rows, x, slopes):
-    if kind == 0:
-        activate_rows(0, rows, x, slopes)
-    elif kind == 1:
-        activate_rows(1, rows, x, slopes)
-    elif kind == 2:
-        activate_rows(2, rows, x, slopes)
-    else:
-        activate_rows(3, rows, x, slopes)
-
-
-@compiled
-def cross_entropy(scores, classes, labels, index, start, d, top, total):
-    """The sum over a tile's images of the cross-entropy; d becomes its derivative by the scores, over the batch's size."""
-    kind, width, loss = d.dtype.type, min(LANES, len(index) - start), 0.0
-    for j in range(LANES):
-        top[j] = scores[j]
-        total[j] = 0
-    for r in range(1, classes):
-        for j in range(LANES):
-            top[j] = max(top[j], scores[r * LANES + j])
-    exponentials(classes, scores, top, d)
-    for r in range(classes):
-        for j in range(LANES):
-            total[j] += d[r * LANES + j]
-    for j in range(width):
-        at = labels[index[start + j]] * LANES + j
-        loss += math.log(total[j]) + top[j] - scores[at]
-        d[at] -= total[j]
-    for j in range(LANES):
-        total[j] = 1 / (total[j] * kind(len(index))) if j < width else kind(0)
-    for r in range(classes):
-        for j in range(LANES):
-            d[r * LANES + j] *= total[j]
-    return loss
-
-
-@compiled
-def squared_error(outputs, count, targets, index, start, d):
-    """The sum over a tile's examples of the mean over outputs of the squared differences; d as in `cross_entropy`."""
-    width, loss, factor = min(LANES, len(index) - start), 0.0, d.dtype.type(2 / (len(index) * count))
-    gather(targets, index, start, d)
-    for r in range(count):
-        for j in range(LANES):
-            difference = outputs[r * LANES + j] - d[r * LANES + j] if j < width else d.dtype.type(0)
-            loss += difference * difference
-            d[r * LANES + j] = factor * difference
-    return loss / count
-
-
-@compiled
-def value_and_gradient(layers, kinds, inputs, targets, labels, index, theta, grad, images, sums):
-    """The loss of one perceptron on a minibatch; grad becomes its gradient."""
-    kind, loss_kind, batch, count = kinds[0], kinds[1], len(index), len(layers)
-    scores, outputs = layers[-1, 0] + layers[-1, 3], layers[-1, 1]  # rows of a tile before the outputs
-    tiles, step = min(IMAGE_TILES, -(-batch // LANES)), (scores + outputs) * LANES
-    size = tiles * step + (4 + OUTER) * LANES  # blocks read beyond
-    x, d, rest = images[:size], images[size:2 * size], images[2 * size:]
-    turned = rest[max(scores + outputs, 4) * LANES:]
-    loss, sums[:] = 0.0, 0
-    for begin in range(0, batch, tiles * LANES):
-        now = min(tiles, -(-(batch - begin) // LANES))
-        for tile in range(now):
-            at = tile * step
-            gather(inputs, index, begin + tile * LANES, x[at:])
-            for l in range(count):
-                width, units, place, row = layers[l, 0], layers[l, 1], layers[l, 2], layers[l, 3]
-                below, first = x[at + row * LANES:], at + (row + width) * LANES
-                above = x[first:first + units * LANES]
-                biases = theta[place + width * units:]
-                for u in range(units):
-                    for j in range(LANES):
-                        above[u * LANES + j] = biases[u]
-                add_product(theta[place:], width, units, width, below, above)
-                if l + 1 < count:
-                    activate(kind, units, above, d[first:])
-            at += scores * LANES
-            if loss_kind == CROSS_ENTROPY:
-                loss += cross_entropy(x[at:], outputs, labels, index, begin + tile * LANES, d[at:], rest, rest[LANES:])
-            else:
-                loss += squared_error(x[at:], outputs, targets, index, begin + tile * LANES, d[at:])
-        for l in range(count - 1, -1, -1):
-            width, units, place, row, first = layers[l, 0], layers[l, 1], layers[l, 2], layers[l, 3], layers[l, 4]
-            blocks, above = (units + 3) // 4, (row + width) * LANES
-            add_outer_blocks(4, OUTER, blocks, (width + OUTER - 1) // OUTER, d[above:], step, x[row * LANES:], step, now,
-                             sums[first + 4 * blocks:], sums[first:])
-            if l > 0:
-                weights, product = theta[place:], rest[:width * LANES]
-                for u in range(units):
-                    for k in range(width):
-                        turned[k * units + u] = weights[u * width + k]
-                for tile in range(now):
-                    slopes = d[tile * step + row * LANES:]
-                    product[:] = 0
-                    add_product(turned, units, width, units, d[tile * step + above:], product)
-                    for k in range(width * LANES):
-                        slopes[k] *= product[k]
-    for l in range(count):
-        hand_over(layers[l], sums, grad)
-    return loss / batch
-
-
-@compiled
-def hand_over(layer, sums, grad):
-    """A layer's sums to their places in the gradient."""
-    width, units, place, first = layer[0], layer[1], layer[2], layer[4]
-    blocks, across = (units + 3) // 4, (width + OUTER - 1) // OUTER
-    weights, biases, total = grad[place:], grad[place + width * units:], sums[first + 4 * blocks:]
-    for u in range(units):
-        biases[u] = sums[first + u]
-        block, row = u // 4, u % 4
-        for c in range(across):
-            at = ((block * across + c) * 4 + row) * OUTER
-            for k in range(min(OUTER, width - c * OUTER)):
-                weights[u * width + c * OUTER + k] = total[at + k]
-
 
 @compiled
 def step_layer(H, layer, adamw, grad, theta, state, w, lr, decay, out, scratch, totals):
@@ -417,20 +321,44 @@ def step_layer(H, layer, adamw, grad, theta, state, w, lr, decay, out, scratch, 
     width, units, at = layer[0], layer[1], layer[2]
     n = width * units
     end = at + n
-    m, v, r, c = state[:3 * n], state[3 * n:4 * n], state[4 * n:], state[4 * n + 3 * units:]
+    m, v, r, c = state[: 3 * n], state[3 * n : 4 * n], state[4 * n :], state[4 * n + 3 * units :]
     step_matrix(H, units, width, 1, grad[at:end], theta[at:end], m, v, r, c, w, lr, decay, out[:n], scratch, totals)
-    own, grads, biases = state[4 * n + 3 * (units + width):], grad[end:end + units], theta[end:end + units]
+    own, grads, biases = state[4 * n + 3 * (units + width) :], grad[end : end + units], theta[end : end + units]
     used = 4 * n + 3 * (units + width)
     if adamw:
-        step_adamw(grads, biases, own[:units], own[units:2 * units], own[2 * units:], lr, decay)
+        step_adamw(grads, biases, own[:units], own[units : 2 * units], own[2 * units :], lr, decay)
         return used + 2 * units + 1
-    step_vector(H, grads, biases, own[:3 * units], own[3 * units:4 * units], w, lr, decay, out[:units], scratch, totals)
+    step_vector(
+        H, grads, biases, own[: 3 * units], own[3 * units : 4 * units], w, lr, decay, out[:units], scratch, totals
+    )
     return used + 4 * units
 
 
 @compiled
-def run_particles(H, layers, kinds, inputs, targets, labels, index, seeds, first_steps, lr, scales, weights, params, state, losses,
-                  bound, decay, first, last, scratch, sums, drawn):
+def run_particles(
+    H,
+    layers,
+    kinds,
+    inputs,
+    targets,
+    labels,
+    index,
+    seeds,
+    first_steps,
+    lr,
+    scales,
+    weights,
+    params,
+    state,
+    losses,
+    bound,
+    decay,
+    first,
+    last,
+    scratch,
+    sums,
+    drawn,
+):
     """The windows of particles first … last - 1. kinds: activation, loss, whether AdamW moves vectors, batch."""
     many, size, largest = losses.shape[1], params.shape[1], 0
     for l in range(len(layers)):
@@ -452,4 +380,6 @@ def run_particles(H, layers, kinds, inputs, targets, labels, index, seeds, first
                     grad[i] *= scales[b]
             at = 0
             for l in range(len(layers)):
-                at += step_layer(H, layers[l], kinds[2], grad, theta, own[at:], w, lr[b, t], decay, rest, rest[largest:], totals)
+                at += step_layer(
+                    H, layers[l], kinds[2], grad, theta, own[at:], w, lr[b, t], decay, rest, rest[largest:], totals
+                )

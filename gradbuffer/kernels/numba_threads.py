@@ -12,7 +12,18 @@ from gradbuffer.kernels.llvm_vectors import LANES
 __all__ = ["buffer", "parallel_for", "pieces_of", "shares_of", "threads_here", "windows_at_once"]
 
 LEAST = 8 * LANES  # columns that are worth a thread
-_thread = threading.local()  # each thread's buffers
+
+
+class Here(threading.local):
+    """What each thread has of its own: buffers by their names, and whether it is not to take more threads."""
+
+    single_threaded = False
+
+    def __init__(self):
+        self.buffers = {}
+
+
+_thread = Here()
 _pool = (None, 0, None)  # process, threads, executor
 
 
@@ -51,19 +62,19 @@ def parallel_for(work: Callable, spans: list[tuple], single_threaded: bool = Fal
 
 def threads_here() -> int:
     """How many threads the work of this one may take."""
-    return 1 if getattr(_thread, "single_threaded", False) else torch.get_num_threads()
+    return 1 if _thread.single_threaded else torch.get_num_threads()
 
 
 def windows_at_once() -> int:
     """How many windows run side by side: where each thread has its own, as many as there are threads."""
-    return torch.get_num_threads() if getattr(_thread, "single_threaded", False) else 1
+    return torch.get_num_threads() if _thread.single_threaded else 1
 
 
 def buffer(name: str, count: int, dtype: torch.dtype):
     """This thread's memory of that name, as a numpy array: the last one again if it is large enough."""
-    kept = _thread.__dict__.get(name)
+    kept = _thread.buffers.get(name)
     if kept is None or len(kept) < count or kept.dtype != dtype:
-        _thread.__dict__[name] = kept = torch.empty(count, dtype=dtype, device="cpu")  # aligned, as vectors like it
+        _thread.buffers[name] = kept = torch.empty(count, dtype=dtype, device="cpu")  # aligned, as vectors like it
     return kept[:count].numpy()
 
 

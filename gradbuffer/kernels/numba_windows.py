@@ -14,8 +14,9 @@ import torch
 
 from gradbuffer.contracts import PerceptronData, QuadraticData
 from gradbuffer.kernels.llvm_blocks import LANES, OUTER, add_outer_blocks, gather_columns
-from gradbuffer.kernels.numba_loops import MORE_TILES, add_product, compiled, run_step
-from gradbuffer.kernels.numba_lstm import GateTape, array, as_rows
+from gradbuffer.kernels.numba_compiler import compiled
+from gradbuffer.kernels.numba_loops import MORE_TILES, State, Tape, Weights, add_product, run_step
+from gradbuffer.kernels.numba_tape import GateTape, array, as_rows
 from gradbuffer.kernels.numba_threads import buffer, parallel_for, pieces_of, shares_of, threads_here
 from gradbuffer.nests import clone
 
@@ -40,8 +41,10 @@ def record_quadratics(data: QuadraticData, kernels, theta, state, step, updates,
     functions, n = data.y.shape[:2]
     shapes = [(functions, n, n), (functions, n, 1), (functions, n, n)]
     if [tuple(part.shape) for part in data] != shapes or functions * n != len(theta):
-        raise ValueError("quadratics must be W (B, n, n), y (B, n, 1) and 2 Wᵀ, of B functions of n coordinates; got "
-                         f"{[tuple(part.shape) for part in data]} for {len(theta)} coordinates")
+        raise ValueError(
+            "quadratics must be W (B, n, n), y (B, n, 1) and 2 Wᵀ, of B functions of n coordinates; got "
+            f"{[tuple(part.shape) for part in data]} for {len(theta)} coordinates"
+        )
     W, y, twice = map(array, data)
     N, kind = len(theta), kernels.weights.dtype
     theta, hidden, cells = map(clone, (theta, *state))
@@ -66,18 +69,34 @@ def record_perceptrons(data: PerceptronData, kernels, theta, state, step, update
     index, N = torch.stack([data.index(step + t) for t in range(updates + 1)]), len(theta)
     (layers, buffers), theta, hidden = layout(data.sizes, *index.shape[1:]), clone(theta), state[0]
     losses, gradients = theta.new_empty(index.shape[:2]), theta.new_empty(updates + 1, N)
-    tape, own = GateTape(kernels, N, updates) if keep else None, (hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape))
+    tape, own = (
+        GateTape(kernels, N, updates) if keep else None,
+        (hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)),
+    )
     end = as_rows(*own)
     between = (*tape.state, tape.strides) if tape and tape.state.size else end
-    perceptron_window(*map(array, (data.images, data.labels, index, theta)), layers, ACTIVATIONS.index(data.activation), float(p),
-                      *kernels.packed, *as_rows(*state), *between, *end, array(losses), array(gradients),
-                      np.empty(N, kernels.weights.dtype), *buffers(theta.dtype), kernels.scratch(1, MORE_TILES),
-                      *kernels.gates_on(tape))
+    perceptron_window(
+        *map(array, (data.images, data.labels, index, theta)),
+        layers,
+        ACTIVATIONS.index(data.activation),
+        float(p),
+        *kernels.packed,
+        *as_rows(*state),
+        *between,
+        *end,
+        array(losses),
+        array(gradients),
+        np.empty(N, kernels.weights.dtype),
+        *buffers(theta.dtype),
+        kernels.scratch(1, MORE_TILES),
+        *kernels.gates_on(tape),
+    )
     return losses, gradients, theta, own, tape
 
 
-def losses_and_gradient(images: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, theta: torch.Tensor, sizes: list,
-                        activation: str):
+def losses_and_gradient(
+    images: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, theta: torch.Tensor, sizes: list, activation: str
+):
     """Losses (B,) and the gradient (N,) of their sum, of B perceptrons theta (N,), laid out as in `run_perceptrons`; no graph.
 
     Args:
@@ -85,7 +104,11 @@ def losses_and_gradient(images: torch.Tensor, labels: torch.Tensor, index: torch
         sizes: inputs, units of each layer.
         activation: one of `ACTIVATIONS`.
     """
-    losses, gradient, (layers, buffers) = theta.new_empty(len(index)), torch.empty_like(theta), layout(sizes, *index.shape)
+    losses, gradient, (layers, buffers) = (
+        theta.new_empty(len(index)),
+        torch.empty_like(theta),
+        layout(sizes, *index.shape),
+    )
     given = *map(array, (images, labels, index, theta)), layers, ACTIVATIONS.index(activation)
     results = array(losses), array(gradient)
 
@@ -114,6 +137,7 @@ def layout(sizes, B, batch):
 
 # What is compiled ---------------------------------------------------------------------------------------------------
 
+
 @compiled
 def value_and_gradient(W, y, twice, theta, residual, gradient):
     """‖Wθ − y‖², and gradient ← 2 Wᵀ(Wθ − y); twice is 2 Wᵀ, residual (n,) is overwritten."""
@@ -135,18 +159,42 @@ def value_and_gradient(W, y, twice, theta, residual, gradient):
 
 
 @compiled
-def quadratic_window(W, y, twice, theta, p, weights, biases, output, hidden, cells, strides, losses, gradients, first, last, update,
-               residual, scratch, gates, shares):
+def quadratic_window(
+    W,
+    y,
+    twice,
+    theta,
+    p,
+    matrices,
+    biases,
+    output,
+    hidden,
+    cells,
+    strides,
+    losses,
+    gradients,
+    first,
+    last,
+    update,
+    residual,
+    scratch,
+    gates,
+    shares,
+):
     """The window of functions first … last. The state and theta are overwritten."""
-    n = W.shape[1]
+    n, updates = W.shape[1], len(gradients) - 1
     start, stop = first * n, last * n
-    for t in range(len(gradients)):
+    weights, state, tape = (
+        Weights(matrices, biases, output),
+        State(hidden, cells, strides),
+        Tape(gates, shares, updates),
+    )
+    for t in range(updates + 1):
         for b in range(first, last):
             here = slice(b * n, (b + 1) * n)
             losses[t, b] = value_and_gradient(W[b], y[b], twice[b], theta[here], residual, gradients[t, here])
-        if t + 1 < len(gradients):
-            run_step(weights, biases, output, p, gradients[t:t + 1], 0, hidden, cells, strides, start, stop, update, hidden,
-                     cells, strides, scratch, gates, shares, t, len(gradients) - 1)
+        if t < updates:
+            run_step(weights, p, gradients[t : t + 1], 0, state, start, stop, update, state, scratch, tape, t)
             for i in range(start, stop):
                 theta[i] += update[i]
 
@@ -214,15 +262,15 @@ def cross_entropy(scores, classes, labels, index, start, d, top, total):
 def forward(layer, B, b, tiles, theta, kind, last, x, step, turned):
     """What a layer of perceptron b puts out, of all tiles, `step` apart in x. layer: as of `run_perceptrons`."""
     inputs, units, at, row = layer[0], layer[1], layer[2], layer[3]
-    weights, biases = theta[at + b * inputs * units:], theta[at + (B * inputs + b) * units:]
+    weights, biases = theta[at + b * inputs * units :], theta[at + (B * inputs + b) * units :]
     for k in range(inputs):
         for u in range(units):
             turned[u * inputs + k] = weights[k * units + u]
     for tile in range(tiles):
-        below = x[tile * step + row * LANES:]
-        above = below[inputs * LANES:(inputs + units) * LANES]
+        below = x[tile * step + row * LANES :]
+        above = below[inputs * LANES : (inputs + units) * LANES]
         for u in range(units):
-            above[u * LANES:(u + 1) * LANES] = biases[u]
+            above[u * LANES : (u + 1) * LANES] = biases[u]
         add_product(turned, inputs, units, inputs, below, above)
         if not last:
             activate(kind, above)
@@ -232,14 +280,29 @@ def forward(layer, B, b, tiles, theta, kind, last, x, step, turned):
 def backward(layer, B, b, tiles, theta, kind, x, d, step, sums):
     """From dL/d(what the layer put out), in d as that is in x, to that of what it reads; the layer's own go to the sums."""
     inputs, units, at, row, place = layer[0], layer[1], layer[2], layer[3], layer[4]
-    weights, above = theta[at + b * inputs * units:], (row + inputs) * LANES
-    add_outer_blocks(4, OUTER, (inputs + 3) // 4, (units + OUTER - 1) // OUTER, x[row * LANES:], step, d[above:], step, tiles,
-                     sums[place + units:], sums)
+    weights, above = theta[at + b * inputs * units :], (row + inputs) * LANES
+    add_outer_blocks(
+        4,
+        OUTER,
+        (inputs + 3) // 4,
+        (units + OUTER - 1) // OUTER,
+        x[row * LANES :],
+        step,
+        d[above:],
+        step,
+        tiles,
+        sums[place + units :],
+        sums,
+    )
     for tile in range(tiles):
         start = tile * step + row * LANES
-        read, slopes, own = x[start:start + inputs * LANES], d[start:start + inputs * LANES], d[tile * step + above:]
+        read, slopes, own = (
+            x[start : start + inputs * LANES],
+            d[start : start + inputs * LANES],
+            d[tile * step + above :],
+        )
         for u in range(units):
-            sums[place + u] += own[u * LANES:(u + 1) * LANES].sum()
+            sums[place + u] += own[u * LANES : (u + 1) * LANES].sum()
         if row > 0:
             slopes[:] = 0
             add_product(weights, units, inputs, units, own, slopes)
@@ -250,7 +313,7 @@ def backward(layer, B, b, tiles, theta, kind, x, d, step, sums):
 def hand_over(layer, B, b, sums, gradient):
     """A layer's sums to their places in the gradient."""
     inputs, units, at, place = layer[0], layer[1], layer[2], layer[4]
-    weights, biases = gradient[at + b * inputs * units:], gradient[at + (B * inputs + b) * units:]
+    weights, biases = gradient[at + b * inputs * units :], gradient[at + (B * inputs + b) * units :]
     across = (units + OUTER - 1) // OUTER
     for u in range(units):
         biases[u] = sums[place + u]
@@ -269,15 +332,19 @@ def run_perceptrons(images, labels, index, theta, layers, kind, first, last, los
     its sums do (biases', then the weights' in blocks; the first sums are wanted by nobody). index (B, batch): which images each
     one reads. gradient (N,), losses (B,).
     """
-    (B, batch), classes, scores = index.shape, layers[-1, 1], layers[-1, 0] + layers[-1, 3]  # rows of a tile, before the scores
+    (B, batch), classes, scores = (
+        index.shape,
+        layers[-1, 1],
+        layers[-1, 0] + layers[-1, 3],
+    )  # rows of a tile, before the scores
     tiles, step = min(IMAGE_TILES, -(-batch // LANES)), (scores + classes) * LANES
-    x, d, rest = scratch[:tiles * step], scratch[tiles * step:2 * tiles * step], scratch[2 * tiles * step:]
+    x, d, rest = scratch[: tiles * step], scratch[tiles * step : 2 * tiles * step], scratch[2 * tiles * step :]
     for b in range(first, last):
         own, loss, sums[:] = index[b], 0.0, 0
         for begin in range(0, batch, tiles * LANES):
             count = min(tiles, -(-(batch - begin) // LANES))
             for tile in range(count):
-                gather(images, own, begin + tile * LANES, x[tile * step:])
+                gather(images, own, begin + tile * LANES, x[tile * step :])
             for l in range(len(layers)):
                 forward(layers[l], B, b, count, theta, kind, l + 1 == len(layers), x, step, rest)
             for tile in range(count):
@@ -291,19 +358,48 @@ def run_perceptrons(images, labels, index, theta, layers, kind, first, last, los
 
 
 @compiled
-def perceptron_window(images, labels, index, theta, layers, kind, p, weights, biases, output, hidden, cells, strides, mid_hidden, mid_cells,
-               mid_strides, end_hidden, end_cells, end_strides, losses, gradients, update, scratch, sums, step_scratch, gates, shares):
+def perceptron_window(
+    images,
+    labels,
+    index,
+    theta,
+    layers,
+    kind,
+    p,
+    matrices,
+    biases,
+    output,
+    hidden,
+    cells,
+    strides,
+    mid_hidden,
+    mid_cells,
+    mid_strides,
+    end_hidden,
+    end_cells,
+    end_strides,
+    losses,
+    gradients,
+    update,
+    scratch,
+    sums,
+    step_scratch,
+    gates,
+    shares,
+):
     """A window of them all. index (updates + 1, B, batch); theta is overwritten; the state is read, written after the last
     step to end_…, and is between them in mid_…"""
     updates = len(gradients) - 1
+    weights, tape = Weights(matrices, biases, output), Tape(gates, shares, updates)
+    before, after = State(hidden, cells, strides), State(mid_hidden, mid_cells, mid_strides)
     for t in range(updates + 1):
-        run_perceptrons(images, labels, index[t], theta, layers, kind, 0, index.shape[1], losses[t], gradients[t], scratch, sums)
+        run_perceptrons(
+            images, labels, index[t], theta, layers, kind, 0, index.shape[1], losses[t], gradients[t], scratch, sums
+        )
         if t < updates:
-            if t > 0:
-                hidden, cells, strides = mid_hidden, mid_cells, mid_strides
             if t == updates - 1:
-                mid_hidden, mid_cells, mid_strides = end_hidden, end_cells, end_strides
-            run_step(weights, biases, output, p, gradients[t:t + 1], 0, hidden, cells, strides, 0, len(theta), update, mid_hidden,
-                     mid_cells, mid_strides, step_scratch, gates, shares, t, updates)
+                after = State(end_hidden, end_cells, end_strides)
+            run_step(weights, p, gradients[t : t + 1], 0, before, 0, len(theta), update, after, step_scratch, tape, t)
+            before = after
             for k in range(len(theta)):
                 theta[k] += update[k]

@@ -61,7 +61,7 @@ class TorchLSTM(LSTMKernels):
         self.weights, self.widths = self.packed.weights, self.packed.inputs
         self.forward_weights = [w.clone() for w in self.weights]
         for w in self.forward_weights:
-            w[3 * self.hidden:].mul_(2)
+            w[3 * self.hidden :].mul_(2)
         self.backward_weights = [w[:, :-1].t().contiguous() for w in self.weights]  # without the bias' column
         self.one, self.minus_one = output_weight.new_ones(()), output_weight.new_full((), -1.0)
 
@@ -95,7 +95,7 @@ class TorchLSTM(LSTMKernels):
             *own, dgates, slope = bands(scratch, rows, stop - start)
             below, run, into = features[:, start:stop], [], GateGradients(self, dgates, slope)
             for l in layers:
-                column, gates, new_cell, tanh_cell, new_hidden, dcolumn = own[6 * l:6 * l + 6]
+                column, gates, new_cell, tanh_cell, new_hidden, dcolumn = own[6 * l : 6 * l + 6]
                 torch.cat([below, hidden[l, :, start:stop], self.one.expand(1, stop - start)], out=column)
                 cell = Cell(column, gates, cells[l, :, start:stop], new_cell, tanh_cell, new_hidden)
                 cell.run(self.forward_weights[l], self.minus_one)
@@ -133,7 +133,7 @@ class TorchLSTM(LSTMKernels):
             dfeatures = inputs.new_empty(*inputs.shape[:2], block.adjoint.shape[1]) if pull_inputs else None
             block.backward(dfeatures)
             if pull_inputs:
-                pull_inputs(start, stop, dfeatures[..., :stop - start])
+                pull_inputs(start, stop, dfeatures[..., : stop - start])
         return self.packed.gradients(block.weight_grads, block.output_grad, block.bias_grad.clone())
 
     def slopes(self, outputs):
@@ -159,7 +159,7 @@ class Cell:
 
     def __init__(self, column, gates, cell_in, cell_out, tanh_cell, hidden_out):
         H = cell_in.shape[0]
-        self.column, self.gates, self.sigmoids = column, gates, gates[:3 * H]
+        self.column, self.gates, self.sigmoids = column, gates, gates[: 3 * H]
         self.i, self.f, self.o, self.g = gates.split(H)
         self.cell_in, self.cell_out, self.tanh_cell, self.hidden_out = cell_in, cell_out, tanh_cell, hidden_out
 
@@ -197,15 +197,24 @@ class GateGradients:
         H = packed.hidden
         self.gates, self.slope, self.one = gates, slope, packed.one
         self.i, self.f, self.o, self.g = self.gates.split(H)
-        self.slope_sigmoids, self.slope_g = self.slope[:3 * H], self.slope[3 * H:]
+        self.slope_sigmoids, self.slope_g = self.slope[: 3 * H], self.slope[3 * H :]
 
 
-_last = threading.local()  # what this thread used last: fresh memory costs as much as the arithmetic on it
+class Last(threading.local):
+    """What this thread used last: fresh memory costs as much as the arithmetic on it."""
+
+    key = activations = None
+
+    def __init__(self):
+        self.scratch = {}
+
+
+_last = Last()
 
 
 def scratch_for(packed, purpose, rows, width):
     """Buffers of rows × width, one for each number of rows, the same ones again if nothing has changed since."""
-    key, scratch = (tuple(rows), packed.one.dtype, width), getattr(_last, "scratch", {})
+    key, scratch = (tuple(rows), packed.one.dtype, width), _last.scratch
     if packed.one.device.type == "cpu" and scratch.get(purpose, (None,))[0] == key:
         return scratch[purpose][1]
     with torch.inference_mode(False):  # what is made in that mode cannot be written to outside it
@@ -217,13 +226,13 @@ def scratch_for(packed, purpose, rows, width):
 
 def bands(buffers, rows, width):
     """A matrix (rows, width) in each of the buffers, for one block of coordinates."""
-    return [buffer[:count * width].view(count, width) for count, buffer in zip(rows, buffers)]
+    return [buffer[: count * width].view(count, width) for count, buffer in zip(rows, buffers)]
 
 
 def activations_for(packed, steps, width):
     """`Activations` of that size with their sums at 0: the last one again if it fits, else a new one."""
     key = packed.widths, packed.hidden, packed.output_weight.dtype, steps, width
-    if getattr(_last, "key", None) != key:
+    if _last.key != key:
         _last.activations = None  # free the old one first
         with torch.inference_mode(False):  # as in `scratch_for`
             _last.key, _last.activations = key, Activations(packed, steps, width)
@@ -270,10 +279,20 @@ class Activations:
             columns[:, -1] = 1
         above = [column[:-1, :H] for column in self.columns[1:]] + [self.top]
         self.cells = [  # [layer][step]: the cell, the rows that take a copy of h, its column transposed
-            [(Cell(*views), copy, views[0].t()) for *views, copy in zip(
-                self.columns[l], new(steps, 4 * H, width), self.cell_states[l], self.cell_states[l][1:],
-                new(steps, H, width), self.columns[l][1:, packed.widths[l]:-1], above[l])]
-            for l in layers]
+            [
+                (Cell(*views), copy, views[0].t())
+                for *views, copy in zip(
+                    self.columns[l],
+                    new(steps, 4 * H, width),
+                    self.cell_states[l],
+                    self.cell_states[l][1:],
+                    new(steps, H, width),
+                    self.columns[l][1:, packed.widths[l] : -1],
+                    above[l],
+                )
+            ]
+            for l in layers
+        ]
 
     def load(self, features, hidden, cells, adjoint):
         """Take a block in: features (T, inputs, w), state (layers, H, w), adjoint (T, w)."""
@@ -281,7 +300,7 @@ class Activations:
         for l, inputs in enumerate(self.packed.widths):
             self.columns[l][0, inputs:-1, :w] = hidden[l]
             self.cell_states[l][0, :, :w] = cells[l]
-        self.columns[0][:-1, :self.packed.widths[0], :w] = features
+        self.columns[0][:-1, : self.packed.widths[0], :w] = features
         self.adjoint[:, :w], self.adjoint[:, w:] = adjoint, 0
 
     def record(self):
@@ -298,7 +317,7 @@ class Activations:
         dfeatures: (T, inputs, width), filled if given.
         """
         packed, H, into = self.packed, self.packed.hidden, self.into
-        dgates, to_hidden = into.gates, packed.backward_weights[0][packed.widths[0]:]
+        dgates, to_hidden = into.gates, packed.backward_weights[0][packed.widths[0] :]
         halves = [column.split([column.shape[0] - H, H]) for column in self.dcolumns]
         for d in self.dhidden + self.dcell:
             d.zero_()

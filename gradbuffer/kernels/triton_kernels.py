@@ -87,10 +87,30 @@ def with_one(pointer, stride, columns, inside, COUNT: tl.constexpr, ROWS: tl.con
 
 
 @triton.jit(do_not_specialize=["start", "width", "N"])  # compiling takes a minute: once is enough
-def step_kernel(features, hidden, cells, new_hidden, new_cells, weights, output_weight, update, start, width, N,
-                INPUTS: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, FIRST: tl.constexpr, BELOW: tl.constexpr,
-                UNITS: tl.constexpr, LOG_SIGN: tl.constexpr, SHARPEST: tl.constexpr, BLOCK: tl.constexpr,
-                PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+def step_kernel(
+    features,
+    hidden,
+    cells,
+    new_hidden,
+    new_cells,
+    weights,
+    output_weight,
+    update,
+    start,
+    width,
+    N,
+    INPUTS: tl.constexpr,
+    H: tl.constexpr,
+    LAYERS: tl.constexpr,
+    FIRST: tl.constexpr,
+    BELOW: tl.constexpr,
+    UNITS: tl.constexpr,
+    LOG_SIGN: tl.constexpr,
+    SHARPEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
     """One step of the optimizer: preprocessing, all layers, the output and the next state of BLOCK coordinates.
 
     features (INPUTS, width) are made already, or with LOG_SIGN = p > 0 gradients (1, width), SHARPEST = e^p. They
@@ -137,8 +157,20 @@ def step_kernel(features, hidden, cells, new_hidden, new_cells, weights, output_
 
 
 @triton.jit
-def below_tile(features, tape, layer: tl.constexpr, t, columns, inside, width, plane, INPUTS: tl.constexpr,
-               H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def below_tile(
+    features,
+    tape,
+    layer: tl.constexpr,
+    t,
+    columns,
+    inside,
+    width,
+    plane,
+    INPUTS: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """What a layer reads at step t beside its state: the features, or the next hidden state of the layer below."""
     if layer == 0:
         return with_one(features + t * INPUTS * width, width, columns, inside, INPUTS, ROWS)
@@ -148,9 +180,28 @@ def below_tile(features, tape, layer: tl.constexpr, t, columns, inside, width, p
 
 
 @triton.jit
-def record_layer(features, hidden, cells, weights, tape, layer: tl.constexpr, columns, inside, start, width, N, T,
-                 plane, INPUTS: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
-                 BLOCK: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+def record_layer(
+    features,
+    hidden,
+    cells,
+    weights,
+    tape,
+    layer: tl.constexpr,
+    columns,
+    inside,
+    start,
+    width,
+    N,
+    T,
+    plane,
+    INPUTS: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
     """One layer's forward pass through all steps: its states before and after each go to the tape."""
     units = tl.arange(0, UNITS)[None, :]
     wanted = (units < H) & (columns >= 0)[:, None]
@@ -171,10 +222,29 @@ def record_layer(features, hidden, cells, weights, tape, layer: tl.constexpr, co
 
 
 @triton.jit
-def pull_back_layer(features, adjoint, weights, output_weight, sums, output_sum, tape, layer: tl.constexpr, columns,
-                    inside, width, T, plane, INPUTS: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr,
-                    ROWS: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-                    INTERPRET: tl.constexpr):
+def pull_back_layer(
+    features,
+    adjoint,
+    weights,
+    output_weight,
+    sums,
+    output_sum,
+    tape,
+    layer: tl.constexpr,
+    columns,
+    inside,
+    width,
+    T,
+    plane,
+    INPUTS: tl.constexpr,
+    H: tl.constexpr,
+    LAYERS: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
     """One layer's backward pass through all steps, from the last; adds to the sums and returns that of the output."""
     units = tl.arange(0, UNITS)[None, :]
     lanes = tl.arange(0, BLOCK)[:, None]
@@ -233,8 +303,11 @@ def pull_back_layer(features, adjoint, weights, output_weight, sums, output_sum,
             dbelow = add_back(dbelow, df, weights + GATE, ROWS, PRECISION, INTERPRET)
             dbelow = add_back(dbelow, do, weights + 2 * GATE, ROWS, PRECISION, INTERPRET)
             dbelow = add_back(dbelow, dg, weights + 3 * GATE, ROWS, PRECISION, INTERPRET)
-            tl.store(handed + ((layer - 1) * T + t) * H * BLOCK + rows * BLOCK + lanes, dbelow,
-                     mask=(rows < H) & (lanes >= 0))
+            tl.store(
+                handed + ((layer - 1) * T + t) * H * BLOCK + rows * BLOCK + lanes,
+                dbelow,
+                mask=(rows < H) & (lanes >= 0),
+            )
     tl.store(matrix(sums, ROWS, UNITS), into_i)
     tl.store(matrix(sums + HIDDEN, UNITS, UNITS), into_hidden_i)
     tl.store(matrix(sums + GATE, ROWS, UNITS), into_f)
@@ -255,10 +328,32 @@ def add_back(total, dgate, weights, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["start", "width", "N", "T", "sums_size", "tape_size"])
-def replay_kernel(features, hidden, cells, adjoint, weights, output_weight, sums, output_sums, tape, start, width, N, T,
-                  sums_size, tape_size, INPUTS: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr,
-                  FIRST: tl.constexpr, BELOW: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
-                  PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+def replay_kernel(
+    features,
+    hidden,
+    cells,
+    adjoint,
+    weights,
+    output_weight,
+    sums,
+    output_sums,
+    tape,
+    start,
+    width,
+    N,
+    T,
+    sums_size,
+    tape_size,
+    INPUTS: tl.constexpr,
+    H: tl.constexpr,
+    LAYERS: tl.constexpr,
+    FIRST: tl.constexpr,
+    BELOW: tl.constexpr,
+    UNITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
     """Backward pass through T steps: each program takes every so-many-th block and adds to sums of its own.
 
     Layer by layer, not step by step: the gradients of one layer's weights then stay in registers through all steps.
@@ -277,19 +372,99 @@ def replay_kernel(features, hidden, cells, adjoint, weights, output_weight, sums
     for block in range(program, tl.cdiv(width, BLOCK), tl.num_programs(0)):
         columns = block * BLOCK + tl.arange(0, BLOCK)
         inside = columns < width
-        record_layer(features, hidden, cells, weights, tape, 0, columns, inside, start, width, N, T, plane, INPUTS, H,
-                     FIRST, UNITS, BLOCK, PRECISION, INTERPRET)
+        record_layer(
+            features,
+            hidden,
+            cells,
+            weights,
+            tape,
+            0,
+            columns,
+            inside,
+            start,
+            width,
+            N,
+            T,
+            plane,
+            INPUTS,
+            H,
+            FIRST,
+            UNITS,
+            BLOCK,
+            PRECISION,
+            INTERPRET,
+        )
         for layer in tl.static_range(1, LAYERS):
-            record_layer(features, hidden, cells, weights + FIRST_SIZE + (layer - 1) * SIZE, tape, layer, columns,
-                         inside, start, width, N, T, plane, INPUTS, H, BELOW, UNITS, BLOCK, PRECISION, INTERPRET)
+            record_layer(
+                features,
+                hidden,
+                cells,
+                weights + FIRST_SIZE + (layer - 1) * SIZE,
+                tape,
+                layer,
+                columns,
+                inside,
+                start,
+                width,
+                N,
+                T,
+                plane,
+                INPUTS,
+                H,
+                BELOW,
+                UNITS,
+                BLOCK,
+                PRECISION,
+                INTERPRET,
+            )
         for above in tl.static_range(1, LAYERS):
             offset = FIRST_SIZE + (LAYERS - above - 1) * SIZE
-            output_sum = pull_back_layer(features, adjoint, weights + offset, output_weight, sums + offset, output_sum,
-                                         tape, LAYERS - above, columns, inside, width, T, plane, INPUTS, H, LAYERS,
-                                         BELOW, UNITS, BLOCK, PRECISION, INTERPRET)
-        output_sum = pull_back_layer(features, adjoint, weights, output_weight, sums, output_sum, tape, 0, columns,
-                                     inside, width, T, plane, INPUTS, H, LAYERS, FIRST, UNITS, BLOCK, PRECISION,
-                                     INTERPRET)
+            output_sum = pull_back_layer(
+                features,
+                adjoint,
+                weights + offset,
+                output_weight,
+                sums + offset,
+                output_sum,
+                tape,
+                LAYERS - above,
+                columns,
+                inside,
+                width,
+                T,
+                plane,
+                INPUTS,
+                H,
+                LAYERS,
+                BELOW,
+                UNITS,
+                BLOCK,
+                PRECISION,
+                INTERPRET,
+            )
+        output_sum = pull_back_layer(
+            features,
+            adjoint,
+            weights,
+            output_weight,
+            sums,
+            output_sum,
+            tape,
+            0,
+            columns,
+            inside,
+            width,
+            T,
+            plane,
+            INPUTS,
+            H,
+            LAYERS,
+            FIRST,
+            UNITS,
+            BLOCK,
+            PRECISION,
+            INTERPRET,
+        )
     tl.store(output_place, output_sum)
 
 

@@ -102,9 +102,25 @@ class TritonLSTM(LSTMKernels):
                 part = features(start, min(start + CHUNK, N)).contiguous()
                 width = part.shape[-1]
                 kernels.step_kernel[(-(-width // STEP_BLOCK),)](
-                    part, hidden, cells, *new, padded.weights, padded.output_weight, update, start, width, N,
-                    LOG_SIGN=float(p), SHARPEST=math.exp(p), **padded.sizes, BLOCK=STEP_BLOCK, PRECISION=self.precision,
-                    INTERPRET=kernels.INTERPRETED, num_warps=4, num_stages=1)
+                    part,
+                    hidden,
+                    cells,
+                    *new,
+                    padded.weights,
+                    padded.output_weight,
+                    update,
+                    start,
+                    width,
+                    N,
+                    LOG_SIGN=float(p),
+                    SHARPEST=math.exp(p),
+                    **padded.sizes,
+                    BLOCK=STEP_BLOCK,
+                    PRECISION=self.precision,
+                    INTERPRET=kernels.INTERPRETED,
+                    num_warps=4,
+                    num_stages=1,
+                )
         if inplace:
             new = [old if old is there else old.copy_(there) for old, there in zip(given, new)]
         return update, *new
@@ -119,8 +135,11 @@ class TritonLSTM(LSTMKernels):
         block = REPLAY_BLOCK[adjoint.dtype]
         tape_size = (2 * layers * (T + 1) + (layers - 1) * T) * H * block
         chunk = max(min(CHUNK, (2**31 - 1) // (T * self.inputs)), 1)  # the kernel counts within it in 32 bits
-        programs = min(most_programs(adjoint.device), -(-min(N, chunk) // block),
-                       max(REPLAY_BYTES // (tape_size * adjoint.element_size()), 1))
+        programs = min(
+            most_programs(adjoint.device),
+            -(-min(N, chunk) // block),
+            max(REPLAY_BYTES // (tape_size * adjoint.element_size()), 1),
+        )
         new = adjoint.new_empty
         states, sums = new(programs * tape_size), new(programs, len(padded.weights)).zero_()
         output_sums = new(programs, padded.sizes["UNITS"]).zero_()
@@ -128,10 +147,28 @@ class TritonLSTM(LSTMKernels):
             for start in range(0, N, chunk):
                 stop = min(start + chunk, N)
                 kernels.replay_kernel[(programs,)](
-                    features(start, stop).contiguous(), hidden, cells, adjoint[:, start:stop].contiguous(), padded.weights,
-                    padded.output_weight, sums, output_sums, states, start, stop - start, N, T, len(padded.weights), tape_size,
-                    **padded.sizes, BLOCK=block, PRECISION=self.precision, INTERPRET=kernels.INTERPRETED, num_warps=4,
-                    num_stages=1)
+                    features(start, stop).contiguous(),
+                    hidden,
+                    cells,
+                    adjoint[:, start:stop].contiguous(),
+                    padded.weights,
+                    padded.output_weight,
+                    sums,
+                    output_sums,
+                    states,
+                    start,
+                    stop - start,
+                    N,
+                    T,
+                    len(padded.weights),
+                    tape_size,
+                    **padded.sizes,
+                    BLOCK=block,
+                    PRECISION=self.precision,
+                    INTERPRET=kernels.INTERPRETED,
+                    num_warps=4,
+                    num_stages=1,
+                )
         return self.packed.gradients(padded.take_off(sums.sum(0)), output_sums.sum(0)[:H], adjoint.sum())
 
 
@@ -161,8 +198,14 @@ class PaddedWeights:
 
     def __init__(self, packed, output_weight):
         self.packed, H = packed, packed.hidden
-        self.sizes = dict(INPUTS=packed.inputs[0], H=H, LAYERS=len(packed.inputs),
-                          FIRST=padded_size(packed.inputs[0] + 1), BELOW=padded_size(H + 1), UNITS=padded_size(H))
+        self.sizes = dict(
+            INPUTS=packed.inputs[0],
+            H=H,
+            LAYERS=len(packed.inputs),
+            FIRST=padded_size(packed.inputs[0] + 1),
+            BELOW=padded_size(H + 1),
+            UNITS=padded_size(H),
+        )
         self.below = [self.sizes["FIRST"]] + [self.sizes["BELOW"]] * (len(packed.inputs) - 1)
         padded = [self.pad(weight, below) for weight, below in zip(packed.weights, self.below)]
         self.weights = torch.cat([part.flatten() for part in padded])
@@ -172,8 +215,11 @@ class PaddedWeights:
     def rows(self, inputs, below):
         """Where the columns of W_l = [input; hidden; 1] stand among the padded rows: (columns, rows), three times."""
         H = self.packed.hidden
-        return [(slice(inputs), slice(inputs)), (slice(inputs, inputs + H), slice(below, below + H)),
-                (slice(inputs + H, None), slice(inputs, inputs + 1))]
+        return [
+            (slice(inputs), slice(inputs)),
+            (slice(inputs, inputs + H), slice(below, below + H)),
+            (slice(inputs + H, None), slice(inputs, inputs + 1)),
+        ]
 
     def pad(self, weight, below):
         """W_l (4H, inputs + H + 1) -> (4, BELOW + UNITS, UNITS)."""
@@ -187,8 +233,12 @@ class PaddedWeights:
         """The inverse of `pad` for all layers, from one tensor like `weights`."""
         H, units = self.packed.hidden, self.sizes["UNITS"]
         parts = padded.split([4 * (below + units) * units for below in self.below])
-        return [torch.cat([part.view(4, -1, units)[:, rows, :H] for _, rows in self.rows(inputs, below)], 1)
-                .mT.reshape(4 * H, -1) for part, inputs, below in zip(parts, self.packed.inputs, self.below)]
+        return [
+            torch.cat([part.view(4, -1, units)[:, rows, :H] for _, rows in self.rows(inputs, below)], 1).mT.reshape(
+                4 * H, -1
+            )
+            for part, inputs, below in zip(parts, self.packed.inputs, self.below)
+        ]
 
 
 def padded_size(size):

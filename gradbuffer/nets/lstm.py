@@ -12,8 +12,7 @@ from gradbuffer.checks import check_count, check_finite, sum_is_finite, values_a
 from gradbuffer.contracts import Rule
 from gradbuffer.kernels.choice import KINDS, asked_for, kernels_for, reasons_against
 from gradbuffer.kernels.interface import WORK, LSTMKernels
-from gradbuffer.nests import clone
-from gradbuffer.nests import Snapshot
+from gradbuffer.nests import Snapshot, clone
 from gradbuffer.unrolling import Recorded, record_by_steps, trained
 
 __all__ = ["LSTMOptimizer", "explain"]
@@ -146,10 +145,11 @@ class LSTMOptimizer(Rule, nn.Module):
 
     def in_parts(self, work, functions: int, size: int, steps: int) -> list:
         """See `Rule.in_parts`: some functions after the others, or several at once, each by a thread of its own."""
-        return self.kernels().in_parts(work, functions, size, steps)
+        return self.kernels().in_parts(work, functions, size, steps) if functions > 1 else [work(0, functions)]
 
-    def record(self, loss, coordinates, theta: torch.Tensor, state: tuple, step: int, updates: int,
-               keep: bool = False) -> Recorded:
+    def record(
+        self, loss, coordinates, theta: torch.Tensor, state: tuple, step: int, updates: int, keep: bool = False
+    ) -> Recorded:
         """See `Rule.record`: in one compiled loop, where there is one for this network and such functions.
 
         Raises:
@@ -163,24 +163,14 @@ class LSTMOptimizer(Rule, nn.Module):
             if window is not None:
                 return with_finite_gradients(Recorded(*window))
         take, own, tape = self.recorder(state, updates if keep else None)
-        return record_by_steps(self, loss, coordinates, theta, state, step, updates,
-                               lambda gradient, state: (take(gradient), own), tape)
+        return record_by_steps(
+            self, loss, coordinates, theta, state, step, updates, lambda gradient, state: (take(gradient), own), tape
+        )
 
-    def replay(self, grads: torch.Tensor, state: tuple, adjoint: torch.Tensor, tape=None, read: dict | None = None) -> dict:
-        """Gradient of Σ_t ⟨adjoint_t, update_t⟩ with respect to the weights, over recorded inputs.
-
-        This is the whole meta-gradient when the inputs count as constants (`meta_gradients.meta_gradient`). The coordinates are
-        independent, so they go in blocks and memory does not grow with N × T.
-
-        Args:
-            grads: (T, N), the gradients fed to the network at steps 0 … T-1.
-            state: the state before step 0; not changed.
-            adjoint: (T, N), the derivative of the loss with respect to each update; constant.
-            tape: what `record` gave with these gradients, from this state; used up.
-            read: nothing, see `Rule.replay`.
-
-        Returns:
-            dict from name to gradient, for the parameters that require grad; no graph.
+    def replay(
+        self, grads: torch.Tensor, state: tuple, adjoint: torch.Tensor, tape=None, read: dict | None = None
+    ) -> dict:
+        """See `Rule.replay`. The coordinates are independent, so they go in blocks and memory does not grow with N × T.
 
         Raises:
             ValueError: shapes do not fit.
@@ -192,20 +182,10 @@ class LSTMOptimizer(Rule, nn.Module):
         gradients = self._replay(grads, state, adjoint, wanted, tape)
         return {name: gradients[name] for name in wanted}
 
-    def pull_back(self, grad: torch.Tensor, state: tuple, adjoint: torch.Tensor, next_adjoints: list, read: dict | None = None):
-        """Backpropagate through one step: what the second-order replay does from the last step to the first.
-
-        Args:
-            grad: (N,), what the step was fed.
-            state: the state before the step; not changed.
-            adjoint: (N,), the derivative of the loss with respect to the update.
-            next_adjoints: list, the derivative with respect to each tensor of the state after the step; overwritten.
-            read: nothing, see `Rule.pull_back`.
-
-        Returns:
-            the derivatives with respect to grad (N,), to each tensor of `state` (list), and to the weights (dict). No
-            graph.
-        """
+    def pull_back(
+        self, grad: torch.Tensor, state: tuple, adjoint: torch.Tensor, next_adjoints: list, read: dict | None = None
+    ):
+        """See `Rule.pull_back`; next_adjoints are overwritten."""
         (hidden, cell, *memory), (dhidden, dcell, *dmemory) = state, next_adjoints
         with torch.enable_grad():
             grad, *memory = (tensor.detach().requires_grad_() for tensor in (grad, *memory))
@@ -213,22 +193,25 @@ class LSTMOptimizer(Rule, nn.Module):
             features = self.embed(readings)[0]
         with torch.no_grad():
             kernels = self.kernels("step_back", squash=self.squash)
-            dfeatures, *parts = kernels.step_back(features.detach(), hidden, cell, self._above(adjoint), dhidden, dcell,
-                                                  self.squash)
+            dfeatures, *parts = kernels.step_back(
+                features.detach(), hidden, cell, self._above(adjoint), dhidden, dcell, self.squash
+            )
             gradients = self._names_of(*parts)
         wanted = trained(self)
         rest = [name for name in wanted if name not in gradients]  # those of `embed`
-        pulled = torch.autograd.grad([features, *new_memory], [grad, *memory, *(wanted[name] for name in rest)],
-                                     [dfeatures, *dmemory])
-        gradients |= zip(rest, pulled[1 + len(memory):])
-        return pulled[0], [dhidden, dcell, *pulled[1:1 + len(memory)]], {name: gradients[name] for name in wanted}
+        pulled = torch.autograd.grad(
+            [features, *new_memory], [grad, *memory, *(wanted[name] for name in rest)], [dfeatures, *dmemory]
+        )
+        gradients |= zip(rest, pulled[1 + len(memory) :])
+        return pulled[0], [dhidden, dcell, *pulled[1 : 1 + len(memory)]], {name: gradients[name] for name in wanted}
 
     def finish(self, z: torch.Tensor) -> torch.Tensor:
         """What becomes of the output: the update."""
         return self.output_scale * (z.tanh() if self.squash else z)
 
-    def kernels(self, work: str = "step", state: torch.dtype | None = None, squash: bool = False,
-                inputs: bool = False) -> LSTMKernels:
+    def kernels(
+        self, work: str = "step", state: torch.dtype | None = None, squash: bool = False, inputs: bool = False
+    ) -> LSTMKernels:
         """What does a piece of work for these weights, made anew only after they have changed; arguments as of
         `LSTMKernels.reasons_against`.
 
@@ -269,13 +252,16 @@ class LSTMOptimizer(Rule, nn.Module):
             raise TypeError(f"state must be init_state's tuple of {len(names)} tensors, hidden and cell first")
         for name, tensor, rows in zip(names, state, self._state_shapes()):
             if tuple(tensor.shape) != (*rows, N):
-                raise ValueError(f"state's {name} must have shape {(*rows, N)} for {N} coordinates, got "
-                                 f"{tuple(tensor.shape)}")
+                raise ValueError(
+                    f"state's {name} must have shape {(*rows, N)} for {N} coordinates, got {tuple(tensor.shape)}"
+                )
         for name, tensor in (("grad", grad), *(("state", part) for part in state[:2])):
             fits = tensor.dtype == weight.dtype or name == "state" and inplace and self.renews(tensor.dtype)
             if not fits or tensor.device != weight.device:
-                raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, the network {weight.dtype} on "
-                                 f"{weight.device}: move one of them")
+                raise ValueError(
+                    f"{name} is {tensor.dtype} on {tensor.device}, the network {weight.dtype} on "
+                    f"{weight.device}: move one of them"
+                )
 
     def _stepper(self, state, own, tape=None):
         """Steps of which the first reads `state`; each overwrites `own`."""
@@ -318,14 +304,20 @@ class LSTMOptimizer(Rule, nn.Module):
         scale = self._packed_scale()
         gradients = {"output.weight": scale * output_weight[None], "output.bias": scale * output_bias[None]}
         for l, (ih, hh, bias) in enumerate(layers):
-            gradients |= {f"lstm.weight_ih_l{l}": ih, f"lstm.weight_hh_l{l}": hh,
-                          f"lstm.bias_ih_l{l}": bias, f"lstm.bias_hh_l{l}": bias.clone()}
+            gradients |= {
+                f"lstm.weight_ih_l{l}": ih,
+                f"lstm.weight_hh_l{l}": hh,
+                f"lstm.bias_ih_l{l}": bias,
+                f"lstm.bias_hh_l{l}": bias.clone(),
+            }
         return gradients
 
     @torch.no_grad()
     def _replay(self, grads, state, adjoint, wanted, tape):
         hidden, cell, *memory = state
-        own = {name: parameter for name, parameter in wanted.items() if not name.startswith(("lstm.", "output."))}  # `embed`'s
+        own = {
+            name: parameter for name, parameter in wanted.items() if not name.startswith(("lstm.", "output."))
+        }  # `embed`'s
         kernels, pieces = self.kernels("replay", squash=self.squash, inputs=bool(own)), []
         p = self._left_to(kernels, "replay")
 
@@ -338,8 +330,16 @@ class LSTMOptimizer(Rule, nn.Module):
             with torch.enable_grad():
                 pieces.append(torch.autograd.grad(self.embed(readings(start, stop)), list(own.values()), dfeatures))
 
-        parts = kernels.replay(lambda a, b: self.embed(readings(a, b)), hidden, cell, self._above(adjoint), self.squash,
-                               pull_inputs if own else None, p, tape)
+        parts = kernels.replay(
+            lambda a, b: self.embed(readings(a, b)),
+            hidden,
+            cell,
+            self._above(adjoint),
+            self.squash,
+            pull_inputs if own else None,
+            p,
+            tape,
+        )
         return self._names_of(*parts) | {name: sum(piece) for name, piece in zip(own, zip(*pieces))}
 
     def __getstate__(self):  # packed weights are a cache: not pickled, not copied
@@ -364,6 +364,7 @@ def explain(net: nn.Module) -> str:
         text, some lines for each LSTM that has kernels.
 
     Example:
+        >>> from optimizers import CoordinatewiseLSTM
         >>> print(explain(CoordinatewiseLSTM()))
     """
     found = {name: module for name, module in net.named_modules() if isinstance(module, LSTMOptimizer)}

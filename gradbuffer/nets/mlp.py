@@ -14,8 +14,9 @@ from torch import nn
 
 from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.contracts import Rule
+from gradbuffer.kernels.matrices import as_matrix, from_matrix, matrix_axes
 
-__all__ = ["MLPOptimizer", "matrix_axes", "start_as_normalized_adam"]
+__all__ = ["MLPOptimizer", "as_matrix", "from_matrix", "matrix_axes", "start_as_normalized_adam"]
 
 MOMENTS = (0.9, 0.99, 0.999)  # decays of the gradient's averages, and of the rows' and columns' second moments
 SECOND = 0.95  # decay of the squared gradient's average
@@ -65,19 +66,31 @@ class MLPOptimizer(Rule, nn.Module):
     tensorwise = True
     arguments = ("hidden_sizes", "variant", "orthogonalize", "vectors", "weight_decay", "lr")
 
-    def __init__(self, hidden_sizes: Sequence[int] = (8, 8), variant: str = "celo", orthogonalize: bool = False,
-                 vectors: str = "mlp", weight_decay: float = 0.0, lr: float = 1e-3):
+    def __init__(
+        self,
+        hidden_sizes: Sequence[int] = (8, 8),
+        variant: str = "celo",
+        orthogonalize: bool = False,
+        vectors: str = "mlp",
+        weight_decay: float = 0.0,
+        lr: float = 1e-3,
+    ):
         super().__init__()
         if not isinstance(hidden_sizes, (tuple, list)) or not hidden_sizes:
             raise TypeError(f"hidden_sizes must be a tuple of at least one int, got {hidden_sizes!r}")
         for size in hidden_sizes:
             check_count(hidden_sizes=size)
-        for name, value, accepted in (("variant", variant, ("celo", "small_fc")), ("vectors", vectors, ("mlp", "adamw")),
-                                      ("orthogonalize", orthogonalize, (False, True))):
+        for name, value, accepted in (
+            ("variant", variant, ("celo", "small_fc")),
+            ("vectors", vectors, ("mlp", "adamw")),
+            ("orthogonalize", orthogonalize, (False, True)),
+        ):
             if value not in accepted:
                 raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
         if orthogonalize and variant == "small_fc":
-            raise ValueError('orthogonalize must be False with variant "small_fc", whose output has a size of its own, got True')
+            raise ValueError(
+                'orthogonalize must be False with variant "small_fc", whose output has a size of its own, got True'
+            )
         if weight_decay != 0:
             check_positive_number(weight_decay=weight_decay)
         check_positive_number(lr=lr)
@@ -121,8 +134,16 @@ class MLPOptimizer(Rule, nn.Module):
             shapes = {"m": param.shape, "v": param.shape, "steps": (functions,)}
         return {name: torch.zeros(size, dtype=param.dtype, device=param.device) for name, size in shapes.items()}
 
-    def forward(self, grads: dict, state: dict, *, params: dict, lr: float | torch.Tensor | None = None,
-                step: int | torch.Tensor | None = None, weights: torch.Tensor | None = None):
+    def forward(
+        self,
+        grads: dict,
+        state: dict,
+        *,
+        params: dict,
+        lr: float | torch.Tensor | None = None,
+        step: int | torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ):
         """One step of B functions.
 
         Args:
@@ -149,7 +170,9 @@ class MLPOptimizer(Rule, nn.Module):
         for name, param in params.items():
             grad = grads[name]
             if grad.shape != param.shape:
-                raise ValueError(f"grads[{name!r}] must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}")
+                raise ValueError(
+                    f"grads[{name!r}] must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
+                )
             direction, after[name] = self.direction(grad, param, state[name], layers, step)
             moves = (grad != 0).flatten(1).any(1) if grad.dim() > 1 else grad != 0
             direction = torch.where(over(moves, grad), direction, torch.zeros_like(direction))
@@ -223,7 +246,7 @@ class MLPOptimizer(Rule, nn.Module):
         if self.variant == "celo":
             return weight[..., :VECTOR_FEATURES, :]
         read = VECTOR_FEATURES - len(NOT_IN_SMALL_FC)
-        return torch.cat([weight[..., :read, :], weight[..., -len(TIMES):, :]], -2)
+        return torch.cat([weight[..., :read, :], weight[..., -len(TIMES) :, :]], -2)
 
     def _layers(self, weights):
         """Pairs of a weight and a bias, from the own parameters or from flat ones."""
@@ -285,44 +308,18 @@ def start_as_normalized_adam(net: MLPOptimizer, seed: int = 0) -> MLPOptimizer:
     return net
 
 
-def matrix_axes(shape):
-    """The two axes of a tensor, in order, along which it has rows and columns; None where it has fewer than two.
-
-    They are the two largest axes, of equal ones the first. A tensor of four axes or more is a convolution's weight (outputs,
-    inputs, *kernel): the first two.
-    """
-    if len(shape) < 2:
-        return None
-    if len(shape) > 3:
-        return 0, 1
-    return tuple(sorted(sorted(range(len(shape)), key=lambda axis: -shape[axis])[:2]))
-
-
 def advance(state, grad, axes):
     """The averages after one more gradient (B, *shape)."""
     decays = grad.new_tensor(MOMENTS).reshape(1, -1, *[1] * (grad.dim() - 1))
-    new = {"m": decays * state["m"] + (1 - decays) * grad[:, None], "v": SECOND * state["v"] + (1 - SECOND) * grad * grad}
+    new = {
+        "m": decays * state["m"] + (1 - decays) * grad[:, None],
+        "v": SECOND * state["v"] + (1 - SECOND) * grad * grad,
+    }
     if axes:
         squares, decays = as_matrix(grad, axes).square() + 1e-30, grad.new_tensor(MOMENTS)[:, None]
         for name, over_axes in (("rows", (2, 3)), ("columns", (1, 3))):
             new[name] = decays * state[name] + (1 - decays) * squares.mean(over_axes)[:, None]
     return new
-
-
-def as_matrix(tensor, axes):
-    """(B, *shape) -> (B, rows, columns, all other axes in one), or (B, n) without axes."""
-    if axes is None:
-        return tensor.reshape(len(tensor), -1)
-    return tensor.movedim((axes[0] + 1, axes[1] + 1), (1, 2)).flatten(3) if tensor.dim() > 3 else tensor[..., None]
-
-
-def from_matrix(flat, shape, axes):
-    """What (B, n) in the order of `as_matrix` is as (B, *shape)."""
-    if axes is None or len(shape) == 3:
-        return flat.reshape(shape)
-    others = [size for axis, size in enumerate(shape[1:]) if axis not in axes]
-    moved = flat.reshape(shape[0], shape[1 + axes[0]], shape[1 + axes[1]], *others)
-    return moved.movedim((1, 2), (axes[0] + 1, axes[1] + 1))
 
 
 def spread(values, like):

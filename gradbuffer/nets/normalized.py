@@ -50,8 +50,14 @@ class RNNProp(LSTMOptimizer):
     memory_shapes = [(3,)]
     squash = True
 
-    def __init__(self, hidden_size: int = 20, num_layers: int = 2, beta: float = 0.95, output_scale: float = 0.1,
-                 eps: float = 1e-8):
+    def __init__(
+        self,
+        hidden_size: int = 20,
+        num_layers: int = 2,
+        beta: float = 0.95,
+        output_scale: float = 0.1,
+        eps: float = 1e-8,
+    ):
         if not (isinstance(beta, (int, float)) and 0 <= beta < 1):
             raise ValueError(f"beta must be a number in [0, 1), got {beta!r}")
         check_positive_number(output_scale=output_scale, eps=eps)
@@ -111,8 +117,18 @@ class NormalizedLSTM(LSTMOptimizer):
     arguments = ("hidden_size", "num_layers", "betas", "square_beta", "fade", "longest", "output_scale", "eps", "odd")
     squash = True
 
-    def __init__(self, hidden_size: int = 20, num_layers: int = 1, betas: tuple = (0.5, 0.9, 0.97), square_beta: float = 0.95,
-                 fade: float = 300.0, longest: float = 1000.0, output_scale: float = 0.1, eps: float = 1e-8, odd: bool = False):
+    def __init__(
+        self,
+        hidden_size: int = 20,
+        num_layers: int = 1,
+        betas: tuple = (0.5, 0.9, 0.97),
+        square_beta: float = 0.95,
+        fade: float = 300.0,
+        longest: float = 1000.0,
+        output_scale: float = 0.1,
+        eps: float = 1e-8,
+        odd: bool = False,
+    ):
         if not (isinstance(betas, (tuple, list)) and betas):
             raise TypeError(f"betas must be a tuple of numbers, at least one, got {betas!r}")
         for beta in (*betas, square_beta):

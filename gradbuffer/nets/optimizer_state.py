@@ -13,12 +13,23 @@ from typing import NamedTuple
 import torch
 
 from gradbuffer.contracts import as_rule, repack
-from gradbuffer.nests import named_leaves
+from gradbuffer.nests import Snapshot, named_leaves
 from gradbuffer.nets.sharded import is_sharded, local, local_size, placements_of_state
-from gradbuffer.nests import Snapshot
 
-__all__ = ["STEP", "NetworkInPlace", "Part", "Work", "check_state", "copy_of_state", "dense_gradient", "label",
-           "parts_of", "takes", "tensors_of", "without_autocast"]
+__all__ = [
+    "STEP",
+    "NetworkInPlace",
+    "Part",
+    "Work",
+    "check_state",
+    "copy_of_state",
+    "dense_gradient",
+    "label",
+    "parts_of",
+    "takes",
+    "tensors_of",
+    "without_autocast",
+]
 
 
 class Part(NamedTuple):
@@ -71,13 +82,17 @@ class NetworkInPlace:
     def __init__(self, net, device, cast_to=None, is_watched=False):
         self.source, self.device, self.cast_to, self.place = net, device, cast_to, place_of(net)
         self.name = type(net).__name__
-        self.is_copy = any(tensor.device != device or cast_to and tensor.is_floating_point() and tensor.dtype != cast_to
-                           for tensor in tensors_of(net))
+        self.is_copy = any(
+            tensor.device != device or cast_to and tensor.is_floating_point() and tensor.dtype != cast_to
+            for tensor in tensors_of(net)
+        )
         self.is_watched = is_watched or self.is_copy or device.type != "cpu"
         self.renew()
         self.reads = frozenset(self.rule.reads)
         if not self.reads <= {"params", "step"}:
-            raise ValueError(f"{self.name} must read params and step at most, beside gradients, got {sorted(self.reads)}")
+            raise ValueError(
+                f"{self.name} must read params and step at most, beside gradients, got {sorted(self.reads)}"
+            )
 
     def is_current(self):
         """Whether the network still is where it was, as a whole."""
@@ -140,8 +155,10 @@ def parts_of(nests, net_name):
         if isinstance(leaf, torch.Tensor) and leaf.dim() and len(nests) == 2 and leaf.shape != twin.shape:
             lead, last = tuple(leaf.shape[:-1]), (leaf.shape[-1], twin.shape[-1])
             if last != (2, 3) or twin.shape[:-1] != leaf.shape[:-1]:
-                raise ValueError(f"{name} of {net_name} must have the coordinates as its last axis (coordinatewise is "
-                                 f"True), got {tuple(leaf.shape)} for 2 coordinates and {tuple(twin.shape)} for 3")
+                raise ValueError(
+                    f"{name} of {net_name} must have the coordinates as its last axis (coordinatewise is "
+                    f"True), got {tuple(leaf.shape)} for 2 coordinates and {tuple(twin.shape)} for 3"
+                )
             parts[name] = Part(lead, leaf.dtype, True, is_finite(leaf))
         elif isinstance(leaf, torch.Tensor):
             parts[name] = Part(tuple(leaf.shape), leaf.dtype, False, is_finite(leaf))
@@ -161,39 +178,56 @@ def is_finite(leaf):
 def check_state(state, parts, size, device, label, net_name):
     """Raise ValueError unless a state on this device has these parts, for so many coordinates."""
     if state.keys() != parts.keys():
-        raise ValueError(f"the state of {label} has the parts {list(state)}, which are not those of {net_name}: "
-                         f"{list(parts)}")
+        raise ValueError(
+            f"the state of {label} has the parts {list(state)}, which are not those of {net_name}: {list(parts)}"
+        )
     for name, part in parts.items():
         leaf = state[name]
         if part.dtype and (leaf.shape[-1] != size if part.along else leaf.shape != part.lead):
-            raise ValueError(f"{label} must keep the size that it had when its state began: it has {size} coordinates "
-                             f"now, and {name} of its state has shape {tuple(leaf.shape)} instead of "
-                             f"{part.shape(size)}; make a new optimizer for it")
+            raise ValueError(
+                f"{label} must keep the size that it had when its state began: it has {size} coordinates "
+                f"now, and {name} of its state has shape {tuple(leaf.shape)} instead of "
+                f"{part.shape(size)}; make a new optimizer for it"
+            )
         if part.dtype and leaf.device != device:
-            raise ValueError(f"{label} is on {device}, its state on {leaf.device}: load the optimizer's state_dict() after "
-                             "moving a model")
+            raise ValueError(
+                f"{label} is on {device}, its state on {leaf.device}: load the optimizer's state_dict() after "
+                "moving a model"
+            )
 
 
 def copy_of_state(leaves, parts, params, device, state_dtype, where):
     """A copy of the saved leaves of these parameters' state, on this device; ValueError if they are not these parts."""
     size, sharded = sum(map(local_size, params)), is_sharded(params[0])
     own = params[0].shape if len(params) == 1 else None
-    expected = {name: (*part.lead, *own) if part.dtype and sharded else part.shape(size) if part.dtype else "a number"
-                for name, part in parts.items()}
+    expected = {
+        name: (*part.lead, *own) if part.dtype and sharded else part.shape(size) if part.dtype else "a number"
+        for name, part in parts.items()
+    }
     found = {name: tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else "a number" for name, leaf in leaves.items()}
     if own is not None and not sharded:  # what was sharded and now is whole has the parameter's axes
-        found = {name: expected[name] if name in expected and parts[name].along
-                 and shape == (*parts[name].lead, *own) else shape for name, shape in found.items()}
+        found = {
+            name: expected[name]
+            if name in expected and parts[name].along and shape == (*parts[name].lead, *own)
+            else shape
+            for name, shape in found.items()
+        }
     if found != expected:
         raise ValueError(f"{where} must have the parts {expected}, got {found}")
     state = {}
     for name, part in parts.items():
         leaf = leaves[name]
         if part.dtype:
-            if is_sharded(leaf) != sharded or sharded and (leaf.device_mesh, leaf.placements) != (
-                    params[0].device_mesh, placements_of_state(params[0], len(part.lead))):
-                raise ValueError(f"{name} of {where} must be divided among processes as the parameter is, "
-                                 f"got {getattr(leaf, 'placements', 'a whole tensor')}")
+            if (
+                is_sharded(leaf) != sharded
+                or sharded
+                and (leaf.device_mesh, leaf.placements)
+                != (params[0].device_mesh, placements_of_state(params[0], len(part.lead)))
+            ):
+                raise ValueError(
+                    f"{name} of {where} must be divided among processes as the parameter is, "
+                    f"got {getattr(leaf, 'placements', 'a whole tensor')}"
+                )
             leaf = leaf.detach() if sharded else leaf.detach().reshape(part.shape(size))
         if part.finite and not is_finite(local(leaf)):
             raise ValueError(f"{name} of {where} must be finite, but holds infinities or NaNs")

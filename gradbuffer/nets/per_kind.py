@@ -15,9 +15,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from gradbuffer.nests import tensors_in
 from gradbuffer.checks import name_of
 from gradbuffer.contracts import Rule, as_rule, is_learned
+from gradbuffer.nests import tensors_in
 from gradbuffer.unrolling import Coordinates
 
 __all__ = ["PerKind"]
@@ -63,8 +63,10 @@ class PerKind(Rule, nn.Module):
             if not isinstance(kind, str):
                 raise TypeError(f"kinds must be text, got {kind!r}")
             if not is_learned(net):
-                raise TypeError(f"networks[{kind!r}] must be a learned optimizer, an nn.Module with init_state, got "
-                                f"{type(net).__name__}")
+                raise TypeError(
+                    f"networks[{kind!r}] must be a learned optimizer, an nn.Module with init_state, got "
+                    f"{type(net).__name__}"
+                )
             own = as_rule(net)
             if own.tensorwise or own.reads or own.bind.__func__ is not Rule.bind:
                 raise TypeError(f"networks[{kind!r}] is a {type(net).__name__}, which can't be one of several")
@@ -97,8 +99,9 @@ class PerKind(Rule, nn.Module):
         else:
             kind = next((kind for pattern, kind in self.rule.items() if fnmatchcase(name, pattern)), None)
         if kind not in self.networks:
-            raise ValueError(f"rule must give every parameter one of the kinds {list(self.networks)}, got {kind!r} for "
-                             f"{name!r}")
+            raise ValueError(
+                f"rule must give every parameter one of the kinds {list(self.networks)}, got {kind!r} for {name!r}"
+            )
         return kind
 
     def network_for(self, name):
@@ -124,8 +127,10 @@ class PerKind(Rule, nn.Module):
         """The state before the first step, see `LSTMOptimizer.init_state`: a dict from kind, of those there are."""
         self._check(num_coordinates)
         options = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
-        return {kind: self.networks[kind].init_state(sum(size for own, size in self.layout if own == kind), **options)
-                for kind in self._kinds()}
+        return {
+            kind: self.networks[kind].init_state(sum(size for own, size in self.layout if own == kind), **options)
+            for kind in self._kinds()
+        }
 
     def forward(self, grad, state):
         """One step of every network on its own coordinates. Returns update (N,) and the next state."""
@@ -177,8 +182,10 @@ class PerKind(Rule, nn.Module):
 
     def _check(self, size):
         if self.layout is None:
-            raise TypeError("PerKind must know how the parameters lie before it can run: "
-                            "net = net.bind(unrolling.Coordinates(params))")
+            raise TypeError(
+                "PerKind must know how the parameters lie before it can run: "
+                "net = net.bind(unrolling.Coordinates(params))"
+            )
         own = sum(size for _, size in self.layout)
         if size != own:
             raise ValueError(f"this PerKind is bound to {own} coordinates, got {size}: bind it to these parameters")
@@ -193,13 +200,16 @@ class PerKind(Rule, nn.Module):
 
     def _join(self, vectors):
         """The opposite of `_split`."""
-        pieces = {kind: iter(vectors[kind].split([size for own, size in self.layout if own == kind], -1))
-                  for kind in self._kinds()}
+        pieces = {
+            kind: iter(vectors[kind].split([size for own, size in self.layout if own == kind], -1))
+            for kind in self._kinds()
+        }
         return torch.cat([next(pieces[kind]) for kind, _ in self.layout], -1)
 
     def _zeros(self):
-        return {name: torch.zeros_like(parameter) for name, parameter in self.named_parameters()
-                if parameter.requires_grad}
+        return {
+            name: torch.zeros_like(parameter) for name, parameter in self.named_parameters() if parameter.requires_grad
+        }
 
     def _named(self, kind, gradients):
         return {f"networks.{kind}.{name}": gradient for name, gradient in gradients.items()}

@@ -35,7 +35,9 @@ class Readings(NamedTuple):
 
     of: Callable  # (gradients (..., N), p) -> (..., inputs, N), without weights; carries a graph if they do
     signs: tuple  # of each reading 1 or -1, what becomes of it where ∇ becomes -∇; as many as there are inputs
-    built_in: Callable | None = None  # p -> the `p` of `LSTMKernels` that do the same; None: compiled kernels cannot do it
+    built_in: Callable | None = (
+        None  # p -> the `p` of `LSTMKernels` that do the same; None: compiled kernels cannot do it
+    )
 
 
 READINGS = {  # by the name of `preprocess`
@@ -78,7 +80,7 @@ def odd_part(tensors: dict, hidden_size: int, input_signs: tuple, shared: int = 
     H, own = hidden_size, hidden_size - shared
     odd, even = 3 * own // 10, own // 10 + (own - 3 * own // 10 - own // 10) % 2
     place, sign = torch.arange(H), torch.ones(H)
-    place[odd + even:own] = place[odd + even:own].view(-1, 2).flip(1).flatten()
+    place[odd + even : own] = place[odd + even : own].view(-1, 2).flip(1).flatten()
     sign[:odd] = -1
     units = place, sign
     rows = torch.cat([place + gate * H for gate in range(4)]), torch.cat([sign.abs(), sign.abs(), sign, sign.abs()])

@@ -5,8 +5,17 @@ import sys
 import torch
 from torch import nn
 
-__all__ = ["as_sharded", "check_not_divided", "check_sharded", "from_sharded", "is_sharded", "local", "local_size",
-           "placements_of_state", "true_everywhere"]
+__all__ = [
+    "as_sharded",
+    "check_not_divided",
+    "check_sharded",
+    "from_sharded",
+    "is_sharded",
+    "local",
+    "local_size",
+    "placements_of_state",
+    "true_everywhere",
+]
 
 
 def is_sharded(tensor):
@@ -41,9 +50,14 @@ def as_sharded(leaf, parameter):
 
     lead = leaf.shape[:-1]
     shape = torch.Size([*lead, *parameter.shape])
-    return DTensor.from_local(leaf.view(*lead, *local(parameter).shape), parameter.device_mesh,
-                              placements_of_state(parameter, len(lead)), run_check=False, shape=shape,
-                              stride=torch.empty(shape, device="meta").stride())
+    return DTensor.from_local(
+        leaf.view(*lead, *local(parameter).shape),
+        parameter.device_mesh,
+        placements_of_state(parameter, len(lead)),
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
 
 
 def from_sharded(leaf, parameter):
@@ -57,8 +71,10 @@ def check_sharded(network, params, where):
     if not any(map(is_sharded, params)):
         return
     if not network.joins:
-        raise ValueError(f"{where} is a DTensor, of which each process has a part: its network must be coordinatewise, with a "
-                         f"state that is all per coordinate; got {network.name}")
+        raise ValueError(
+            f"{where} is a DTensor, of which each process has a part: its network must be coordinatewise, with a "
+            f"state that is all per coordinate; got {network.name}"
+        )
     from torch.distributed.tensor import Replicate, Shard
 
     if not all(type(place) in (Shard, Replicate) for place in params[0].placements):
@@ -79,7 +95,9 @@ def check_not_divided(name, where):
     while module and frame:
         caller = frame.f_locals.get("self")
         if isinstance(caller, module.ZeroRedundancyOptimizer) and caller.world_size > 1:
-            raise ValueError(f"{name}, the network of {where}, is not coordinatewise, and ZeroRedundancyOptimizer "
-                             "would show it in each process a part of the parameters only: its updates would be others. Accepted "
-                             "are coordinatewise networks")
+            raise ValueError(
+                f"{name}, the network of {where}, is not coordinatewise, and ZeroRedundancyOptimizer "
+                "would show it in each process a part of the parameters only: its updates would be others. Accepted "
+                "are coordinatewise networks"
+            )
         frame = frame.f_back

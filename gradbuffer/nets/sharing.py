@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from gradbuffer.checks import check_count, check_finite
+from gradbuffer.contracts import Rule
+from gradbuffer.nests import tensors_in
 from gradbuffer.nets.lstm import LSTMOptimizer
 from gradbuffer.nets.readings import READINGS, check_preprocess, odd_part
-from gradbuffer.nests import tensors_in
-from gradbuffer.contracts import Rule
 from gradbuffer.unrolling import Coordinates
 
 __all__ = ["LSTMWithGAC", "LowRankMemory", "NTMBFGS", "Unaveraged", "start_as_coordinatewise"]
@@ -97,8 +97,9 @@ class SharingLSTM(Rule, nn.Module):
             return 1
         own = sum(self.coordinates.sizes)
         if size != own:
-            raise ValueError(f"this {type(self).__name__} is bound to {own} coordinates, got {size}: bind it to these "
-                             "parameters")
+            raise ValueError(
+                f"this {type(self).__name__} is bound to {own} coordinates, got {size}: bind it to these parameters"
+            )
         return self.coordinates.functions
 
     def _zeros(self, num_coordinates, device, dtype):
@@ -118,12 +119,16 @@ class SharingLSTM(Rule, nn.Module):
         weight, expected = self.output.weight, self._shapes(len(grad))
         shapes = [tuple(tensor.shape) for tensor in tensors_in(state)]
         if shapes != expected:
-            raise ValueError(f"state must be init_state's, with tensors of shapes {expected} for {len(grad)} "
-                             f"coordinates, got {shapes}")
+            raise ValueError(
+                f"state must be init_state's, with tensors of shapes {expected} for {len(grad)} "
+                f"coordinates, got {shapes}"
+            )
         for name, tensor in (("grad", grad), ("state", tensors_in(state)[0])):
             if tensor.dtype != weight.dtype or tensor.device != weight.device:
-                raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, the network {weight.dtype} on "
-                                 f"{weight.device}: move one of them")
+                raise ValueError(
+                    f"{name} is {tensor.dtype} on {tensor.device}, the network {weight.dtype} on "
+                    f"{weight.device}: move one of them"
+                )
         check_finite(grad, "grad")
         return self._functions(len(grad))
 
@@ -210,8 +215,7 @@ class LSTMWithGAC(SharingLSTM):
     Reference: Andrychowicz et al. 2016, section 2.1 ("Global averaging cells"); how many cells are shared is ours.
     """
 
-    def __init__(self, hidden_size=20, num_layers=2, shared=5, preprocess=None, p=10.0, output_scale=1.0,
-                 odd=False):
+    def __init__(self, hidden_size=20, num_layers=2, shared=5, preprocess=None, p=10.0, output_scale=1.0, odd=False):
         super().__init__(0, hidden_size, num_layers, shared, preprocess, p, output_scale, odd)
         if odd:
             self.load_state_dict(self.symmetrize(self.state_dict()))
@@ -339,8 +343,19 @@ class NTMBFGS(SharingLSTM):
 
     arguments = (*SharingLSTM.arguments, "read_heads", "write_heads", "rank")
 
-    def __init__(self, hidden_size=20, num_layers=2, shared=5, preprocess=None, p=10.0, output_scale=1.0,
-                 odd=False, read_heads=2, write_heads=2, rank=40):
+    def __init__(
+        self,
+        hidden_size=20,
+        num_layers=2,
+        shared=5,
+        preprocess=None,
+        p=10.0,
+        output_scale=1.0,
+        odd=False,
+        read_heads=2,
+        write_heads=2,
+        rank=40,
+    ):
         check_count(read_heads=read_heads, write_heads=write_heads, rank=rank)
         if rank < write_heads:
             raise ValueError(f"rank must be at least write_heads={write_heads}, got {rank}")
@@ -349,9 +364,9 @@ class NTMBFGS(SharingLSTM):
         self.heads = nn.Linear(hidden_size, read_heads + 2 * write_heads)
         with torch.no_grad():
             self.lstm.weight_ih_l0[:, -read_heads:] = 0
-            self.heads.weight[:, hidden_size - shared:] = 0
+            self.heads.weight[:, hidden_size - shared :] = 0
             for tensor in (self.heads.weight, self.heads.bias):
-                tensor[read_heads:read_heads + write_heads] = 0
+                tensor[read_heads : read_heads + write_heads] = 0
         if odd:
             self.load_state_dict(self.symmetrize(self.state_dict()))
 
@@ -427,22 +442,30 @@ def start_as_coordinatewise(net, plain):
         raise TypeError(f"plain must be a CoordinatewiseLSTM, got {type(plain).__name__}")
     H, own, shared = net.hidden_size, plain.hidden_size, net.shared
     if (net.num_layers, H - shared) != (plain.num_layers, own):
-        raise ValueError(f"net must have {plain.num_layers} layers of {own} cells, as plain, and shared ones beside "
-                         f"them, got {net.num_layers} of {H - shared} and {shared} shared")
+        raise ValueError(
+            f"net must have {plain.num_layers} layers of {own} cells, as plain, and shared ones beside "
+            f"them, got {net.num_layers} of {H - shared} and {shared} shared"
+        )
     reads = "with_log_size" if plain.preprocess is None else plain.preprocess
     if 1 not in READINGS[reads].signs:
-        raise ValueError(f"net must read something that does not change sign with the gradient, {reads!r} has nothing such")
+        raise ValueError(
+            f"net must read something that does not change sign with the gradient, {reads!r} has nothing such"
+        )
     if net.preprocess != reads or plain.preprocess is not None and net.p != plain.p:
-        raise ValueError(f"net must read {reads!r}{f' with p={plain.p}' if plain.preprocess is not None else ''}, got "
-                         f"{net.preprocess!r} with p={net.p}")
+        raise ValueError(
+            f"net must read {reads!r}{f' with p={plain.p}' if plain.preprocess is not None else ''}, got "
+            f"{net.preprocess!r} with p={net.p}"
+        )
     if net.output_scale != plain.output_scale or net.odd and not plain.odd:
-        raise ValueError(f"net must have plain's output_scale={plain.output_scale} and be odd only if it is, got "
-                         f"output_scale={net.output_scale} and odd={net.odd}")
+        raise ValueError(
+            f"net must have plain's output_scale={plain.output_scale} and be odd only if it is, got "
+            f"output_scale={net.output_scale} and odd={net.odd}"
+        )
     for weights, plain_weights in zip(net.lstm.all_weights, plain.lstm.all_weights):
         for weight, plain_weight in zip(weights, plain_weights):
             rows, plain_rows = weight.view(4, H, -1), plain_weight.view(4, own, -1)  # gate, cell, what it reads
             rows.zero_()
-            rows[:, :own, :plain_rows.shape[2]] = plain_rows
+            rows[:, :own, : plain_rows.shape[2]] = plain_rows
         weights[2].view(4, H)[:, own:] = torch.tensor(GAUGE_BIASES).to(weights[2])[:, None]
     gauges = slice(2 * H + own, 3 * H)  # the candidates of averaged cells
     thresholds = (2 * torch.arange(shared) + 1) / max(shared, 1) - 1

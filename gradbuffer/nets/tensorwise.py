@@ -11,8 +11,17 @@ import torch
 from gradbuffer.kernels.choice import takes_numba
 from gradbuffer.nests import fill_leaves, map_tensors, named_leaves
 from gradbuffer.nets.mlp import MLPOptimizer
-from gradbuffer.nets.optimizer_state import (STEP, NetworkInPlace, Work, check_state, copy_of_state, dense_gradient,
-                                             parts_of, takes, without_autocast)
+from gradbuffer.nets.optimizer_state import (
+    STEP,
+    NetworkInPlace,
+    Work,
+    check_state,
+    copy_of_state,
+    dense_gradient,
+    parts_of,
+    takes,
+    without_autocast,
+)
 
 __all__ = ["TensorNetwork", "Tensors", "own_rate"]
 
@@ -42,8 +51,10 @@ class Tensors(Work):
 
     def prepare(self, states):
         """Find the states, or begin them; nothing of the optimizer's is changed."""
-        self.states = [self.network.state_for(parameter, states.get(parameter), self.label(place))
-                       for place, parameter in enumerate(self.params)]
+        self.states = [
+            self.network.state_for(parameter, states.get(parameter), self.label(place))
+            for place, parameter in enumerate(self.params)
+        ]
         self.values = [parameter.detach().to(self.network.dtype) for parameter in self.params]
         self.results = [None] * len(self.params)  # pairs of an update and a new state, once the network has run
 
@@ -66,8 +77,12 @@ class TensorNetwork(NetworkInPlace):
 
     def __init__(self, net, device, dtype):
         self.dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-        self.is_compiled = (type(net) is MLPOptimizer and net.variant == "celo" and not net.orthogonalize
-                            and takes_numba(torch.empty(0, device=device, dtype=self.dtype)))
+        self.is_compiled = (
+            type(net) is MLPOptimizer
+            and net.variant == "celo"
+            and not net.orthogonalize
+            and takes_numba(torch.empty(0, device=device, dtype=self.dtype))
+        )
         super().__init__(net, device, None if self.is_compiled else self.dtype, is_watched=self.is_compiled)
         self.takes = self.reads | {name for name in ("lr", "params") if takes(net, name)}
         self.forms = {}  # shape of a parameter -> the nest of its state, and the parts of that
@@ -82,8 +97,10 @@ class TensorNetwork(NetworkInPlace):
     def check_group(self, group, params, where):
         """Raise unless it can run in this place."""
         if group["state_dtype"] is not None:
-            raise ValueError(f"state_dtype must be None for {where}, whose network {self.name} is tensorwise: its state "
-                             f"has the dtype that it computes in; got {group['state_dtype']}")
+            raise ValueError(
+                f"state_dtype must be None for {where}, whose network {self.name} is tensorwise: its state "
+                f"has the dtype that it computes in; got {group['state_dtype']}"
+            )
         names = group.get("param_names", ())
         if len(set(names)) < len(names):
             raise ValueError(f"the names of a group's parameters must differ for {self.name}, got {names}")
@@ -94,7 +111,9 @@ class TensorNetwork(NetworkInPlace):
         with self.device, torch.inference_mode(False), torch.no_grad():
             nests = self.net.init_state({"0": parameter.detach().to(self.dtype)[None]})
         if not isinstance(nests, dict) or nests.keys() != {"0"}:
-            raise ValueError(f"init_state of {self.name} must return a dict with the names of the params, got {nests!r}")
+            raise ValueError(
+                f"init_state of {self.name} must return a dict with the names of the params, got {nests!r}"
+            )
         for name, leaf in named_leaves(nests["0"]).items():
             if not isinstance(leaf, torch.Tensor) or leaf.shape[:1] != (1,):
                 got = tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
@@ -145,9 +164,13 @@ class TensorNetwork(NetworkInPlace):
         params = {name: work.values[place][None] for name, place in named.items()}
         if work.keep != 1:
             params = {name: work.keep * value for name, value in params.items()}
-        before = {name: {leaf: part[None] for leaf, part in work.states[place].items() if leaf != "step"}
-                  for name, place in named.items()}
-        nests = {name: fill_leaves(self.forms[work.values[place].shape][0], before[name]) for name, place in named.items()}
+        before = {
+            name: {leaf: part[None] for leaf, part in work.states[place].items() if leaf != "step"}
+            for name, place in named.items()
+        }
+        nests = {
+            name: fill_leaves(self.forms[work.values[place].shape][0], before[name]) for name, place in named.items()
+        }
         given = {"lr": work.lr, "params": params, "step": step}
         with without_autocast(self.device.type):
             updates, after = self.net(grads, nests, **{name: given[name] for name in self.takes})
@@ -157,7 +180,9 @@ class TensorNetwork(NetworkInPlace):
             self.check_shapes(f"a state of {name!r}", after.get(name), before[name])
             update = updates[name][0] if "lr" in self.takes else work.lr * updates[name][0]
             with torch.inference_mode(False):  # clones: they may be parts of the old state, or of one another
-                state = {leaf: part.detach()[0].to(before[name][leaf].dtype).clone() for leaf, part in after[name].items()}
+                state = {
+                    leaf: part.detach()[0].to(before[name][leaf].dtype).clone() for leaf, part in after[name].items()
+                }
             work.results[place] = update, state
 
     def check_shapes(self, what, found, wanted):
@@ -185,5 +210,7 @@ def shapes_of(tensors):
     """dict from name to shape; what is no tensor has none."""
     if not isinstance(tensors, dict):
         return type(tensors).__name__
-    return {name: tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            for name, tensor in tensors.items()}
+    return {
+        name: tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        for name, tensor in tensors.items()
+    }

@@ -98,8 +98,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Reference: Andrychowicz et al. 2016, section 2.1 ("Coordinatewise LSTM optimizer").
     """
 
-    def __init__(self, params: Iterable, net: nn.Module | None, lr: float | torch.Tensor | None = None,
-                 weight_decay: float = 0.0, *, maximize: bool = False, state_dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        params: Iterable,
+        net: nn.Module | None,
+        lr: float | torch.Tensor | None = None,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ):
         self._networks = {}  # (net, device, dtype or number of coordinates if that matters) -> network
         self._rules = Rules()
         super().__init__(params, dict(zip(OPTIONS, (net, lr, weight_decay, maximize, state_dtype))))
@@ -118,8 +126,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         try:
             for index, parameter in enumerate(group["params"]):
                 if not parameter.is_floating_point():
-                    raise TypeError(f"params must be real floating-point tensors, but {label(group, number, index)} "
-                                    f"is {parameter.dtype}")
+                    raise TypeError(
+                        f"params must be real floating-point tensors, but {label(group, number, index)} "
+                        f"is {parameter.dtype}"
+                    )
             if group["lr"] is None:
                 group["lr"] = rate_of(group, self._rules)
             for net, members in readers_of(group, self._rules):
@@ -198,8 +208,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 group.update({name: before[name] for name in OPTIONS if name in UNSAVED or name not in group})
             self.state.update(state)
 
-        hooks = [self.register_load_state_dict_pre_hook(take),
-                 self.register_load_state_dict_post_hook(put, prepend=True)]
+        hooks = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -212,8 +224,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """The network where these parameters are, for their dtype or number of coordinates if that matters."""
         devices = {parameter.device for parameter in params}
         if len(devices) > 1:
-            raise ValueError(f"{type(net).__name__} is not coordinatewise, so the parameters of its group must be on "
-                             f"one device, got {sorted(map(str, devices))}")
+            raise ValueError(
+                f"{type(net).__name__} is not coordinatewise, so the parameters of its group must be on "
+                f"one device, got {sorted(map(str, devices))}"
+            )
         kind, form, rule = VectorNetwork, None, self._rules[net]
         if rule.tensorwise:
             kind, form = TensorNetwork, params[0].dtype
@@ -266,7 +280,9 @@ def check_options(options):
     """Raise unless a group's options are what `LearnedOptimizer` accepts."""
     net, dtype, lr = options["net"], options["state_dtype"], options["lr"]
     if isinstance(net, str):
-        raise TypeError(f"net must be a network, not its name: give load_optimizer({net!r}), of `optimizers`; got {net!r}")
+        raise TypeError(
+            f"net must be a network, not its name: give load_optimizer({net!r}), of `optimizers`; got {net!r}"
+        )
     if isinstance(net, type):
         raise TypeError(f"net must be a network, not its class: give {net.__name__}(...); got {net!r}")
     if not is_learned(net):
@@ -328,8 +344,10 @@ def network_of(group, index, rules):
     if not rules[net].by_name:
         return net
     if "param_names" not in group:
-        raise ValueError(f"{type(net).__name__} tells parameters apart by their names: params must be named, such as "
-                         "model.named_parameters()")
+        raise ValueError(
+            f"{type(net).__name__} tells parameters apart by their names: params must be named, such as "
+            "model.named_parameters()"
+        )
     return net.network_for(group["param_names"][index])
 
 
@@ -364,8 +382,8 @@ def check_step(work, networks):
     for device in {**flags, **unchanged}:
         own = flags.get(device, [])
         read = torch.stack([*own, *(flag for _, flag in unchanged.get(device, []))]).tolist()
-        finite = finite and all(read[:len(own)])
-        for (network, _), same_weights in zip(unchanged.get(device, []), read[len(own):]):
+        finite = finite and all(read[: len(own)])
+        for (network, _), same_weights in zip(unchanged.get(device, []), read[len(own) :]):
             if not same_weights:
                 network.renew()
     error = None
@@ -378,6 +396,8 @@ def check_step(work, networks):
             error = found
     for mesh in meshes:  # all processes stop, or none: one alone would leave the others waiting
         if not true_everywhere(error is None, mesh):
-            error = error or NonFiniteError("a gradient must be finite, but another process found that its part of one is not")
+            error = error or NonFiniteError(
+                "a gradient must be finite, but another process found that its part of one is not"
+            )
     if error:
         raise error

@@ -10,8 +10,18 @@ from functools import partial, reduce
 import torch
 
 from gradbuffer.nests import fill_leaves, map_tensors, named_leaves
-from gradbuffer.nets.optimizer_state import (STEP, NetworkInPlace, Work, check_state, copy_of_state, dense_gradient,
-                                             parts_of, takes, tensors_of, without_autocast)
+from gradbuffer.nets.optimizer_state import (
+    STEP,
+    NetworkInPlace,
+    Work,
+    check_state,
+    copy_of_state,
+    dense_gradient,
+    parts_of,
+    takes,
+    tensors_of,
+    without_autocast,
+)
 from gradbuffer.nets.sharded import as_sharded, check_not_divided, from_sharded, is_sharded, local, local_size
 
 __all__ = ["Vector", "VectorNetwork"]
@@ -35,23 +45,32 @@ class Vector(Work):
         self.grad = joined(self.gradients)
         self.size, self.update = len(self.grad), torch.empty_like(self.grad)
         if "params" in self.network.reads:
-            self.theta = joined([local(parameter).detach().to(self.grad.dtype).reshape(-1) for parameter in self.params])
+            self.theta = joined(
+                [local(parameter).detach().to(self.grad.dtype).reshape(-1) for parameter in self.params]
+            )
         self.later = []  # functions that write what a network gave back over its state, once all networks have run
         stored = states.get(self.params[0])
         self.is_new = not stored
         if self.is_new:
             self.state = self.network.new_state(self.size, self.group["state_dtype"])
         else:
-            self.state = {name: from_sharded(leaf, self.params[0]) for name, leaf in stored.items()} if self.meshes else stored
-            check_state(self.state, self.network.parts, self.size, self.network.device, self.label(0), self.network.name)
+            self.state = (
+                {name: from_sharded(leaf, self.params[0]) for name, leaf in stored.items()} if self.meshes else stored
+            )
+            check_state(
+                self.state, self.network.parts, self.size, self.network.device, self.label(0), self.network.name
+            )
 
     def apply(self, states):
         """Keep the new state, and θ ← θ + lr · update, where there is a gradient."""
         for write in self.later:
             write()
         if self.is_new:
-            states[self.params[0]] = {name: as_sharded(leaf, self.params[0]) for name, leaf in self.state.items()} \
-                if self.meshes else self.state
+            states[self.params[0]] = (
+                {name: as_sharded(leaf, self.params[0]) for name, leaf in self.state.items()}
+                if self.meshes
+                else self.state
+            )
         for parameter, update in zip(self.params, cut(self.update, map(local_size, self.params))):
             if parameter.grad is not None:
                 place = local(parameter)
@@ -114,8 +133,11 @@ class VectorNetwork(NetworkInPlace):
 
     def in_place(self, vector):
         """Whether it writes over this vector's state as that is stored."""
-        return bool(self.options) and all(self.dtype_of(name, vector.state[name]) == vector.state[name].dtype
-                                          for name, part in self.parts.items() if part.dtype)
+        return bool(self.options) and all(
+            self.dtype_of(name, vector.state[name]) == vector.state[name].dtype
+            for name, part in self.parts.items()
+            if part.dtype
+        )
 
     def dtype_of(self, name, stored):
         """In which dtype the network is given a part that is stored so: in its own, or as it is."""
@@ -129,8 +151,11 @@ class VectorNetwork(NetworkInPlace):
     def new_state(self, size, state_dtype):
         """The state before the first step, for a vector of that size."""
         with self.device, torch.inference_mode(False):
-            state = {name: torch.empty(part.shape(size), dtype=part.stored_dtype(size, state_dtype))
-                     for name, part in self.parts.items() if part.dtype}
+            state = {
+                name: torch.empty(part.shape(size), dtype=part.stored_dtype(size, state_dtype))
+                for name, part in self.parts.items()
+                if part.dtype
+            }
             if "step" in self.reads:
                 state["step"] = 0
             for start, stop in self.chunks(size):
@@ -165,8 +190,13 @@ class VectorNetwork(NetworkInPlace):
         """One call of the network for spans (vector, start, stop) of coordinates."""
         sizes = [stop - start for _, start, stop in spans]
         grad = joined([vector.grad[start:stop] for vector, start, stop in spans])
-        places = {name: [vector.state[name][..., start:stop] if part.along else vector.state[name]
-                         for vector, start, stop in spans] for name, part in self.parts.items()}
+        places = {
+            name: [
+                vector.state[name][..., start:stop] if part.along else vector.state[name]
+                for vector, start, stop in spans
+            ]
+            for name, part in self.parts.items()
+        }
         given = {name: self.to_compute(name, places[name], spans) for name in self.parts}
         read = {}
         if "params" in self.reads:
@@ -184,8 +214,12 @@ class VectorNetwork(NetworkInPlace):
 
     def store(self, spans, places, given, leaves):
         """Write the new state over the old: at once if the network writes in place, else when all networks have run."""
-        old = {place.untyped_storage().data_ptr() for name, part in self.parts.items() if part.dtype
-               for place in places[name]}
+        old = {
+            place.untyped_storage().data_ptr()
+            for name, part in self.parts.items()
+            if part.dtype
+            for place in places[name]
+        }
         for name, leaf in leaves.items():  # a network may hand back a part of the old state: out of the way with it
             if self.parts[name].dtype and leaf.untyped_storage().data_ptr() in old and not same(leaf, given[name]):
                 leaves[name] = leaf.clone()
@@ -222,11 +256,11 @@ class VectorNetwork(NetworkInPlace):
         if not isinstance(update, torch.Tensor) or update.shape != grad.shape:
             got = tuple(update.shape) if isinstance(update, torch.Tensor) else type(update).__name__
             raise ValueError(f"{self.name} must return an update {tuple(grad.shape)}, got {got}")
-        shapes, expected = ({name: getattr(leaf, "shape", None) for name, leaf in parts.items()}
-                            for parts in (leaves, given))
+        shapes, expected = (
+            {name: getattr(leaf, "shape", None) for name, leaf in parts.items()} for parts in (leaves, given)
+        )
         if shapes != expected:
-            raise ValueError(f"{self.name} must return a state like the one it got, {expected}; "
-                             f"got {shapes}")
+            raise ValueError(f"{self.name} must return a state like the one it got, {expected}; got {shapes}")
         return leaves
 
 

@@ -56,8 +56,17 @@ class CIFAR10Net(ImageNets):
     image's side, as those of its released code do.
     """
 
-    def __init__(self, batch_size=128, split="train", classes=None, channels=(16, 16, 16), fc_size=32, root=None,
-                 dtype=torch.float32, device="cpu"):
+    def __init__(
+        self,
+        batch_size=128,
+        split="train",
+        classes=None,
+        channels=(16, 16, 16),
+        fc_size=32,
+        root=None,
+        dtype=torch.float32,
+        device="cpu",
+    ):
         channels = tuple(channels) if isinstance(channels, (tuple, list)) else (channels,)
         check_count(fc_size=fc_size, **{f"channels[{k}]": size for k, size in enumerate(channels)})
         check_count(least=2, batch_size=batch_size)  # of one image, batch normalization leaves nothing
@@ -65,28 +74,47 @@ class CIFAR10Net(ImageNets):
         check_split(split)
         if classes is not None:
             classes = check_classes(classes)
-        self.options = dict(batch_size=batch_size, split=split, classes=classes, channels=channels, fc_size=fc_size,
-                            root=root, dtype=dtype)
+        self.options = dict(
+            batch_size=batch_size,
+            split=split,
+            classes=classes,
+            channels=channels,
+            fc_size=fc_size,
+            root=root,
+            dtype=dtype,
+        )
         self.device = torch.device(device)
         data = root if isinstance(root, ColorImages) else load_cifar10(root)
         check_color_images(data)
         side = data.train_images.shape[-1]
         if not channels or side >> len(channels) < 1:
-            raise ValueError(f"channels must be 1 to {side.bit_length() - 1} numbers, each halves the side of {side} "
-                             f"pixels; got {channels}")
+            raise ValueError(
+                f"channels must be 1 to {side.bit_length() - 1} numbers, each halves the side of {side} "
+                f"pixels; got {channels}"
+            )
         for name in (split, "test"):
             images, labels = on_device(data, name, self.device, of_classes, classes)
             if len(labels) < 2:
-                raise ValueError(f"{data.name} has {len(labels)} images of classes {classes} in split {name!r}, too few")
+                raise ValueError(
+                    f"{data.name} has {len(labels)} images of classes {classes} in split {name!r}, too few"
+                )
         self.test_images, self.test_labels = images, labels
         self.images, self.labels = on_device(data, split, self.device, of_classes, classes)
         self.shapes = {}
         for layer, (inputs, outputs) in enumerate(itertools.pairwise((3, *channels))):
-            self.shapes |= {f"conv{layer}.weight": (outputs, inputs, 5, 5), f"conv{layer}.scale": (outputs,),
-                            f"conv{layer}.shift": (outputs,)}
+            self.shapes |= {
+                f"conv{layer}.weight": (outputs, inputs, 5, 5),
+                f"conv{layer}.scale": (outputs,),
+                f"conv{layer}.shift": (outputs,),
+            }
         features, outputs = channels[-1] * (side >> len(channels)) ** 2, len(classes or range(10))
-        self.shapes |= {"fc0.weight": (features, fc_size), "fc0.scale": (fc_size,), "fc0.shift": (fc_size,),
-                        "fc1.weight": (fc_size, outputs), "fc1.bias": (outputs,)}
+        self.shapes |= {
+            "fc0.weight": (features, fc_size),
+            "fc0.scale": (fc_size,),
+            "fc0.shift": (fc_size,),
+            "fc1.weight": (fc_size, outputs),
+            "fc1.bias": (outputs,),
+        }
         some = f", labels {' '.join(map(str, classes))}" if classes else ""
         self.name = f"{data.name}{some}, {'-'.join(map(str, channels))} channels and {fc_size} units"
 
@@ -120,8 +148,10 @@ class CIFAR10Net(ImageNets):
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in params.items()} if isinstance(params, dict) else {}
         if {name: shape[1:] for name, shape in shapes.items()} != self.shapes:
-            raise ValueError(f"params must be this problem's, (B, ...) with ... of {self.shapes}, got "
-                             f"{shapes or type(params).__name__}")
+            raise ValueError(
+                f"params must be this problem's, (B, ...) with ... of {self.shapes}, got "
+                f"{shapes or type(params).__name__}"
+            )
         if images is not None:
             check_count(least=2, images=images)
         labels, right = self.test_labels[:images], 0
@@ -157,8 +187,14 @@ def function_by_function(params, x):
     slower than its groups (4 networks of 16 channels, one core: 1.5 times, and twice in second derivatives).
     """
     at_once = 1 if x.device.type == "cpu" else len(x)
-    return torch.cat([convolutional_scores({name: tensor[first:first + at_once] for name, tensor in params.items()},
-                                           x[first:first + at_once]) for first in range(0, len(x), at_once)])
+    return torch.cat(
+        [
+            convolutional_scores(
+                {name: tensor[first : first + at_once] for name, tensor in params.items()}, x[first : first + at_once]
+            )
+            for first in range(0, len(x), at_once)
+        ]
+    )
 
 
 def convolutional_scores(params, x):

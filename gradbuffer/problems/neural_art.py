@@ -21,6 +21,18 @@ __all__ = ["NeuralArt"]
 UNIT = 16 * 16  # pixels: losses are sums over the image in this unit
 
 
+DEFAULTS = dict(
+    network="vgg16",
+    weights="auto",
+    seed=0,
+    content_layer="relu2_2",
+    style_layers=("relu1_1", "relu2_1", "relu3_1"),
+    alpha=1.0,
+    beta=10.0,
+    gamma=0.1,
+)
+
+
 class NeuralArt(ImageNets):
     """Style transfer: f(θ) = α · content + β · style + γ · smoothness of an image θ, one function for each photograph.
 
@@ -67,9 +79,23 @@ class NeuralArt(ImageNets):
     Reference: Andrychowicz et al. 2016, section 3.4.
     """
 
-    def __init__(self, style="starry_night", split="train", size=64, root=None, *, start="content", network="vgg16",
-                 weights="auto", seed=0, content_layer="relu2_2", style_layers=("relu1_1", "relu2_1", "relu3_1"),
-                 alpha=1.0, beta=10.0, gamma=0.1, dtype=torch.float32, device="cpu"):
+    def __init__(
+        self,
+        style="starry_night",
+        split="train",
+        size=64,
+        root=None,
+        *,
+        start="content",
+        dtype=torch.float32,
+        device="cpu",
+        **features_and_factors,
+    ):
+        chosen = DEFAULTS | features_and_factors
+        unknown = sorted(chosen.keys() - DEFAULTS.keys())
+        if unknown:
+            raise TypeError(f"NeuralArt got unexpected keyword arguments {unknown}; there are {sorted(DEFAULTS)}")
+        network, weights, seed, content_layer, style_layers, alpha, beta, gamma = chosen.values()
         check_split(split)
         check_count(least=16, size=size)
         check_floating(dtype)
@@ -80,17 +106,33 @@ class NeuralArt(ImageNets):
         for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
             if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise ValueError(f"{name} must be a finite number, at least 0, got {value!r}")
-        self.options = dict(style=style, split=split, size=size, root=root, start=start, network=network,
-                            weights=weights, seed=seed, content_layer=content_layer, style_layers=tuple(style_layers),
-                            alpha=alpha, beta=beta, gamma=gamma, dtype=dtype)
+        self.options = dict(
+            style=style,
+            split=split,
+            size=size,
+            root=root,
+            start=start,
+            network=network,
+            weights=weights,
+            seed=seed,
+            content_layer=content_layer,
+            style_layers=tuple(style_layers),
+            alpha=alpha,
+            beta=beta,
+            gamma=gamma,
+            dtype=dtype,
+        )
         self.device = torch.device(device)
         self.features = VGGFeatures(network, weights, seed, (content_layer, *style_layers), dtype, device)
         contents, painting = load_contents(root, split, size), load_style(root, style, size)
         self.contents = from_pixels(contents.images.to(device), dtype)
         self.style_image = from_pixels(painting.images[0].to(device), dtype)
         with torch.no_grad():
-            self.grams = {layer: gram(features) for layer, features in self.features(self.style_image[None]).items()
-                          if layer in style_layers}
+            self.grams = {
+                layer: gram(features)
+                for layer, features in self.features(self.style_image[None]).items()
+                if layer in style_layers
+            }
         self.name = f"Neural Art, {painting.name} on {contents.name} of {size}×{size}, {self.features.name}"
         self.dealt = weakref.WeakKeyDictionary()  # generator -> (its state since, photographs still to come)
 

@@ -6,8 +6,9 @@ seed and raced on others. Final losses are means over the last tenth of the step
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ class Contestant:
 
     def rates(self, count):
         """As many rates, from the smallest, each √10 times the one before; the middle one is the centre."""
-        return [self.centre * FACTOR**(k - (count - 1) // 2) for k in range(count)]
+        return [self.centre * FACTOR ** (k - (count - 1) // 2) for k in range(count)]
 
     def train(self, task, rate, steps, seed):
         """`train` at that rate."""
@@ -142,14 +143,14 @@ def train(task, make_optimizer, steps, seed, schedule="cosine"):
 def final(curves):
     """Means over the last tenth, at least one step: (..., steps) -> (...)."""
     steps = curves.shape[-1]
-    return curves[..., -max(steps // 10, 1):].mean(-1)
+    return curves[..., -max(steps // 10, 1) :].mean(-1)
 
 
 def smoothed(curves, width=None):
     """Means over the `width` steps up to each, fewer at the start, of curves (..., steps). Default: a tenth of all."""
     steps = curves.shape[-1]
     width = max(steps // 10, 1) if width is None else width
-    return torch.stack([curves[..., max(t + 1 - width, 0):t + 1].mean(-1) for t in range(steps)], -1)
+    return torch.stack([curves[..., max(t + 1 - width, 0) : t + 1].mean(-1) for t in range(steps)], -1)
 
 
 def race(tasks, contestants, rates=5, steps=500, seeds=range(5), tuning_seed=1000, progress=None):
@@ -179,8 +180,9 @@ def race(tasks, contestants, rates=5, steps=500, seeds=range(5), tuning_seed=100
     for task_name, task in tasks.items():
         results[task_name] = {}
         for name, contestant in contestants.items():
-            tried = {rate: final(contestant.train(task, rate, steps, tuning_seed)).item()
-                     for rate in contestant.rates(rates)}
+            tried = {
+                rate: final(contestant.train(task, rate, steps, tuning_seed)).item() for rate in contestant.rates(rates)
+            }
             best = min(tried, key=tried.get)
             curves = torch.stack([contestant.train(task, best, steps, seed) for seed in seeds])
             results[task_name][name] = one = Race(best, tried, curves)
@@ -219,7 +221,7 @@ def speed(loss, ends, steps):
             if before is None or not math.isfinite(ends[before]):
                 return length / steps
             share = (ends[before] - loss) / (ends[before] - end)
-            return before / steps * (length / before)**share
+            return before / steps * (length / before) ** share
         before = length
     return before / steps
 
@@ -268,7 +270,7 @@ def speed_against(task, ours, contestant, other, seeds, longer=None):
         if not 0 <= further < len(lengths):
             break
         last = further
-    among = lengths[min(middle, last):max(middle, last) + 1]
+    among = lengths[min(middle, last) : max(middle, last) + 1]
     return speed(ours.mean, {length: longer[length] for length in among}, steps)
 
 
@@ -289,7 +291,10 @@ def summary(speeds):
         raise ValueError("speeds must hold at least one number, got none")
     ordered = sorted(speeds)
     cut = len(ordered) // 4
-    middle = ordered[cut:len(ordered) - cut]
-    return {"geometric mean": math.exp(sum(map(math.log, ordered)) / len(ordered)),
-            "interquartile mean": sum(middle) / len(middle), "worst": ordered[0],
-            "share above 1": sum(value > 1 for value in ordered) / len(ordered)}
+    middle = ordered[cut : len(ordered) - cut]
+    return {
+        "geometric mean": math.exp(sum(map(math.log, ordered)) / len(ordered)),
+        "interquartile mean": sum(middle) / len(middle),
+        "worst": ordered[0],
+        "share above 1": sum(value > 1 for value in ordered) / len(ordered),
+    }

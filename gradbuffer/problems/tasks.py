@@ -6,8 +6,9 @@ steps get far enough to tell optimizers apart. Losses are those of training. `gr
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,6 +50,7 @@ class Task:
 
 def mnist(batch, side):
     """draw: images (batch, 1, side, side), about of mean 0 and deviation 1, and labels (batch,)."""
+
     def draw(generator):
         images, labels = gray(batch, side, generator)
         return (images - 0.13) / 0.31, labels
@@ -66,6 +68,7 @@ def gray(batch, side, generator):
 
 def cifar(batch, side):
     """draw: images (batch, 3, side, side), about of mean 0 and deviation 1, and labels (batch,)."""
+
     def draw(generator):
         data = load_cifar10()
         index = torch.randint(len(data.train_labels), (batch,), generator=generator)
@@ -114,6 +117,7 @@ def encoded_text():
 
 def with_noise(draw, size):
     """draw, with standard normal noise (batch, size) in place of the labels."""
+
     def draw_both(generator):
         images, _ = draw(generator)
         return images, torch.randn(len(images), size, generator=generator)
@@ -178,8 +182,14 @@ def normalized_convolutions():
 
 
 def plain_convolutions():
-    return nn.Sequential(nn.Conv2d(1, 8, 5, stride=2, padding=2), nn.GELU(), nn.Conv2d(8, 16, 3, stride=2, padding=1),
-                         nn.GELU(), nn.Flatten(), nn.Linear(16 * 16, 10))
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 5, stride=2, padding=2),
+        nn.GELU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(16 * 16, 10),
+    )
 
 
 class ResidualBlock(nn.Module):
@@ -187,8 +197,13 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, before, after, stride=1):
         super().__init__()
-        self.inner = nn.Sequential(nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(),
-                                   nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after))
+        self.inner = nn.Sequential(
+            nn.Conv2d(before, after, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+            nn.Conv2d(after, after, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(after),
+        )
         same = before == after and stride == 1
         self.outer = nn.Identity() if same else nn.Conv2d(before, after, 1, stride, bias=False)
 
@@ -197,13 +212,22 @@ class ResidualBlock(nn.Module):
 
 
 def residual_convolutions():
-    return nn.Sequential(nn.Conv2d(3, 12, 3, 2, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU(), ResidualBlock(12, 12),
-                         ResidualBlock(12, 24, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10))
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        ResidualBlock(12, 12),
+        ResidualBlock(12, 24, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 10),
+    )
 
 
 def transformer_body(width, layers):
-    layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True,
-                                       norm_first=True)
+    layer = nn.TransformerEncoderLayer(
+        width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
     return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
 
 
@@ -263,8 +287,10 @@ class ResidualPerceptron(nn.Module):
     def __init__(self, inputs=192, width=32, blocks=8):
         super().__init__()
         self.input, self.output = nn.Linear(inputs, width), nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10))
-        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU(),
-                                                  nn.Linear(width, width)) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+            for _ in range(blocks)
+        )
 
     def forward(self, images):
         x = self.input(images.flatten(1))
@@ -337,57 +363,111 @@ classify = functools.partial(Task, loss=cross_entropy)
 
 TASKS = {
     "convolutions-batchnorm": classify(
-        normalized_convolutions, cifar(16, 16), kind="batch norm",
-        description="three convolutions with batch norm, CIFAR-10 at 16×16, batch 16"),
+        normalized_convolutions,
+        cifar(16, 16),
+        kind="batch norm",
+        description="three convolutions with batch norm, CIFAR-10 at 16×16, batch 16",
+    ),
     "convolutions-plain": classify(
-        plain_convolutions, mnist(32, 14), kind="convolutions",
-        description="two convolutions, GELU, MNIST at 14×14, batch 32"),
+        plain_convolutions,
+        mnist(32, 14),
+        kind="convolutions",
+        description="two convolutions, GELU, MNIST at 14×14, batch 32",
+    ),
     "resnet": classify(
-        residual_convolutions, cifar(16, 16), kind="residual, batch norm",
-        description="ResNet of two blocks, CIFAR-10 at 16×16, batch 16"),
+        residual_convolutions,
+        cifar(16, 16),
+        kind="residual, batch norm",
+        description="ResNet of two blocks, CIFAR-10 at 16×16, batch 16",
+    ),
     "vision-transformer": classify(
-        VisionTransformer, cifar(16, 16), kind="attention",
-        description="two layers of 32, 16 patches, CIFAR-10 at 16×16, batch 16"),
+        VisionTransformer,
+        cifar(16, 16),
+        kind="attention",
+        description="two layers of 32, 16 patches, CIFAR-10 at 16×16, batch 16",
+    ),
     "transformer": classify(
-        functools.partial(SequenceTransformer, 16, 16), sorted_symbols, kind="attention",
-        description="two layers of 32, sequences of 16 symbols to be sorted, batch 32"),
+        functools.partial(SequenceTransformer, 16, 16),
+        sorted_symbols,
+        kind="attention",
+        description="two layers of 32, sequences of 16 symbols to be sorted, batch 32",
+    ),
     "gru": classify(
-        Recurrent, echoes, kind="recurrent",
-        description="GRU of 32 units, symbols to be repeated four places later, batch 32"),
+        Recurrent,
+        echoes,
+        kind="recurrent",
+        description="GRU of 32 units, symbols to be repeated four places later, batch 32",
+    ),
     "characters": classify(
-        lambda: SequenceTransformer(encoded_text()[1], 32, causal=True), characters, kind="language model",
-        description="causal transformer, two layers of 32, the help texts of Python, 8 stretches of 32 characters"),
+        lambda: SequenceTransformer(encoded_text()[1], 32, causal=True),
+        characters,
+        kind="language model",
+        description="causal transformer, two layers of 32, the help texts of Python, 8 stretches of 32 characters",
+    ),
     "autoencoder": Task(
-        functools.partial(perceptron, (784, 64, 16, 64, 784), nn.Tanh), mnist(32, 28), reconstruction, "autoencoder",
-        "784-64-16-64-784, tanh, MNIST, batch 32"),
+        functools.partial(perceptron, (784, 64, 16, 64, 784), nn.Tanh),
+        mnist(32, 28),
+        reconstruction,
+        "autoencoder",
+        "784-64-16-64-784, tanh, MNIST, batch 32",
+    ),
     "variational-autoencoder": Task(
-        VariationalAutoencoder, with_noise(lambda generator: gray(32, 28, generator), 8), evidence_bound, "noisy loss",
-        "784-64-8-64-784, ReLU, MNIST, batch 32"),
+        VariationalAutoencoder,
+        with_noise(lambda generator: gray(32, 28, generator), 8),
+        evidence_bound,
+        "noisy loss",
+        "784-64-8-64-784, ReLU, MNIST, batch 32",
+    ),
     "residual-perceptron": classify(
-        ResidualPerceptron, cifar(32, 8), kind="layer norm",
-        description="eight residual blocks of 32 with layer norm, CIFAR-10 at 8×8, batch 32"),
+        ResidualPerceptron,
+        cifar(32, 8),
+        kind="layer norm",
+        description="eight residual blocks of 32 with layer norm, CIFAR-10 at 8×8, batch 32",
+    ),
     "factorization": Task(
-        Factorization, ratings, squared_error, "embeddings",
-        "300 users, 200 items, vectors of 8, made-up ratings, batch 256"),
+        Factorization,
+        ratings,
+        squared_error,
+        "embeddings",
+        "300 users, 200 items, vectors of 8, made-up ratings, batch 256",
+    ),
     "coordinates": Task(
-        CoordinateNetwork, pixels, squared_error, "one picture",
-        "48-48-48-3 on sines of places, one photograph at 32×32, batch 256"),
+        CoordinateNetwork,
+        pixels,
+        squared_error,
+        "one picture",
+        "48-48-48-3 on sines of places, one photograph at 32×32, batch 256",
+    ),
     "ill-conditioned": Task(
-        functools.partial(nn.Linear, 64, 1), ill_conditioned, squared_error, "condition number 10,000",
-        "linear regression of 64 inputs, batch 64"),
+        functools.partial(nn.Linear, 64, 1),
+        ill_conditioned,
+        squared_error,
+        "condition number 10,000",
+        "linear regression of 64 inputs, batch 64",
+    ),
     "wide": classify(
-        functools.partial(perceptron, (196, 256, 10), nn.Tanh), mnist(32, 14), kind="wide",
-        description="196-256-10, tanh, MNIST at 14×14, batch 32"),
+        functools.partial(perceptron, (196, 256, 10), nn.Tanh),
+        mnist(32, 14),
+        kind="wide",
+        description="196-256-10, tanh, MNIST at 14×14, batch 32",
+    ),
     "deep": classify(
-        functools.partial(perceptron, (196, *[32] * 12, 10)), mnist(32, 14), kind="deep",
-        description="twelve layers of 32, ReLU, MNIST at 14×14, batch 32"),
+        functools.partial(perceptron, (196, *[32] * 12, 10)),
+        mnist(32, 14),
+        kind="deep",
+        description="twelve layers of 32, ReLU, MNIST at 14×14, batch 32",
+    ),
 }
 """Fifteen tasks of kinds that small perceptrons in meta-training are not."""
 
 
 def perceptron_on_mnist(width=64, depth=2, batch=32):
-    return classify(functools.partial(perceptron, (196, *[width] * depth, 10)), mnist(batch, 14), kind="perceptron",
-                    description=f"{depth} layers of {width}, ReLU, MNIST at 14×14, batch {batch}")
+    return classify(
+        functools.partial(perceptron, (196, *[width] * depth, 10)),
+        mnist(batch, 14),
+        kind="perceptron",
+        description=f"{depth} layers of {width}, ReLU, MNIST at 14×14, batch {batch}",
+    )
 
 
 GENERALIZATION = {

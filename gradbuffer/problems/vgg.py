@@ -73,16 +73,20 @@ class VGGFeatures:
         if weights not in ("auto", "imagenet", "random"):
             raise ValueError(f'weights must be "auto", "imagenet" or "random", got {weights!r}')
         check_count(least=0, seed=seed)
-        known = [f"relu{block}_{number}" for block, count in enumerate(CONVOLUTIONS[network], 1)
-                 for number in range(1, count + 1)]
+        known = [
+            f"relu{block}_{number}"
+            for block, count in enumerate(CONVOLUTIONS[network], 1)
+            for number in range(1, count + 1)
+        ]
         for layer in layers:
             if layer not in known:
                 raise ValueError(f"layers of {network} must be of {known}, got {layer!r}")
         self.layers = frozenset(layers)
         deepest = max(known.index(layer) for layer in layers)
         self.name, convolutions = scaled_convolutions(network, weights, seed, deepest + 1)
-        self.convolutions = {layer: tuple(tensor.to(device, dtype) for tensor in pair)
-                             for layer, pair in convolutions.items()}
+        self.convolutions = {
+            layer: tuple(tensor.to(device, dtype) for tensor in pair) for layer, pair in convolutions.items()
+        }
 
     def __call__(self, images):
         """Images (B, 3, height, width) -> dict from layer to features (B, channels, …); carries a graph."""
@@ -111,8 +115,9 @@ def scaled_convolutions(network, weights, seed, count):
         except (ConnectionError, ImportError) as error:
             if weights == "imagenet":
                 raise
-            warnings.warn(f"{error}. Neural Art uses the features of a {title} with random weights instead.",
-                          stacklevel=4)
+            warnings.warn(
+                f"{error}. Neural Art uses the features of a {title} with random weights instead.", stacklevel=4
+            )
     if state is None:
         state, title = random_weights(network, seed, count), f"{title}, random weights (seed {seed})"
     images, total, scaled = from_pixels(generated_textures(16, 64)), 1.0, {}
@@ -152,11 +157,17 @@ def imagenet_weights(network, count):
     try:
         with patience():
             checkpoint = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
-        return {layer: (checkpoint[f"features.{place}.weight"], checkpoint[f"features.{place}.bias"])
-                for layer, _, _, place in itertools.islice(shapes(network), count)}
+        return {
+            layer: (checkpoint[f"features.{place}.weight"], checkpoint[f"features.{place}.bias"])
+            for layer, _, _, place in itertools.islice(shapes(network), count)
+        }
     except Exception as error:  # a damaged pickle may raise anything
         if isinstance(error, OSError) and not cached:  # urllib's URLError is one
-            raise ConnectionError(f"{weights} could not be downloaded ({error}); download {weights.url} where there is a "
-                                  f"network and put it at {path}") from error
-        raise ValueError(f"{path} cannot be read: truncated, or no checkpoint of {network}; delete it and download "
-                         f"{weights.url} again") from error
+            raise ConnectionError(
+                f"{weights} could not be downloaded ({error}); download {weights.url} where there is a "
+                f"network and put it at {path}"
+            ) from error
+        raise ValueError(
+            f"{path} cannot be read: truncated, or no checkpoint of {network}; delete it and download "
+            f"{weights.url} again"
+        ) from error

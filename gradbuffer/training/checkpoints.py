@@ -1,7 +1,8 @@
 """Checkpoints of a meta-training run: one file, written whole or not at all, that loads without running any code.
 
 A file holds plain containers, numbers, text and tensors alone, by `torch.save`, and is read with `weights_only=True`. The
-comment at the end of it, which is a zip archive, is a digest of all before. What goes into it is `meta_training`'s; the settings of the run stand beside it, and another run's are refused.
+comment at the end of it, which is a zip archive, is a digest of all before. What goes into it
+is `run`'s; the settings of the run stand beside it, and another run's are refused.
 """
 
 import hashlib
@@ -12,12 +13,20 @@ from pathlib import Path
 import torch
 
 from gradbuffer.contracts import kind_of
+from gradbuffer.files import remove_partial_files, write_whole
 from gradbuffer.nests import is_named, map_tensors, tensors_in
 from gradbuffer.unrolling import Coordinates
-from gradbuffer.files import remove_partial_files, write_whole
 
-__all__ = ["describe_net", "named_tuples", "plain", "read_checkpoint", "read_start", "regroup", "unplain",
-           "write_checkpoint"]
+__all__ = [
+    "describe_net",
+    "named_tuples",
+    "plain",
+    "read_checkpoint",
+    "read_start",
+    "regroup",
+    "unplain",
+    "write_checkpoint",
+]
 
 FILE_FORMAT = 2  # since 2 files end with a digest
 DIGEST = "sha256:"
@@ -43,7 +52,9 @@ def write_checkpoint(path, content, settings):
 def with_digest(content):
     """A zip archive without a comment -> the same with the digest of what comes before as its comment."""
     content, comment = content[:-2], f"{DIGEST}{hashlib.sha256(content[:-2]).hexdigest()}".encode()
-    return content + len(comment).to_bytes(2, "little") + comment  # an archive ends with its comment, and the length before it
+    return (
+        content + len(comment).to_bytes(2, "little") + comment
+    )  # an archive ends with its comment, and the length before it
 
 
 def digest_fits(content):
@@ -51,7 +62,7 @@ def digest_fits(content):
     length = len(DIGEST) + 64
     if content[-length:-64] != DIGEST.encode():
         return None
-    return with_digest(content[:-length - 2] + b"\0\0") == content
+    return with_digest(content[: -length - 2] + b"\0\0") == content
 
 
 def read_checkpoint(path, settings, restart=False):
@@ -68,13 +79,18 @@ def read_checkpoint(path, settings, restart=False):
         return None
     file = read_file(path)
     there = file["settings"]
-    different = [f"{name} was {there.get(name)!r} and is {settings.get(name)!r}"
-                 for name in {**there, **settings} if there.get(name) != settings.get(name)]
+    different = [
+        f"{name} was {there.get(name)!r} and is {settings.get(name)!r}"
+        for name in {**there, **settings}
+        if there.get(name) != settings.get(name)
+    ]
     if different and restart:
         return None
     if different:
-        raise ValueError(f"{path} is the checkpoint of another run: {'; '.join(different)}. Go on with its settings, "
-                         "name another file, or remove this one")
+        raise ValueError(
+            f"{path} is the checkpoint of another run: {'; '.join(different)}. Go on with its settings, "
+            "name another file, or remove this one"
+        )
     return file["content"]
 
 
@@ -106,7 +122,9 @@ def read_file(path):
     content = file.get("content")
     missing = [name for name in PARTS if not isinstance(content, dict) or name not in content]
     if missing or not isinstance(file.get("settings"), dict):
-        raise ValueError(f"{path} lacks parts of a checkpoint: {', '.join(missing) or 'settings'}. Remove it to begin anew")
+        raise ValueError(
+            f"{path} lacks parts of a checkpoint: {', '.join(missing) or 'settings'}. Remove it to begin anew"
+        )
     return file
 
 
@@ -174,8 +192,10 @@ def regroup(parts, first, last, coordinatewise):
 
 def regroup_tensors(tensors, coordinates, first, last):
     """Every rank's (..., N of its functions) -> (..., N of functions first … last - 1)."""
-    pieces = [[piece.unflatten(-1, (part.functions, -1)) for piece in tensor.split(part.sizes, -1)]
-              for tensor, part in zip(tensors, coordinates)]
+    pieces = [
+        [piece.unflatten(-1, (part.functions, -1)) for piece in tensor.split(part.sizes, -1)]
+        for tensor, part in zip(tensors, coordinates)
+    ]
     return torch.cat([torch.cat(same, -2)[..., first:last, :].flatten(-2) for same in zip(*pieces)], -1)
 
 
@@ -184,6 +204,8 @@ def regroup_tensors(tensors, coordinates, first, last):
 
 def describe_net(rule):
     """What a checkpoint must agree with of a learned optimizer, as text."""
-    tensors = {name: f"{tuple(parameter.shape)} {parameter.dtype}, {'trained' if parameter.requires_grad else 'frozen'}"
-               for name, parameter in rule.named_parameters()}
+    tensors = {
+        name: f"{tuple(parameter.shape)} {parameter.dtype}, {'trained' if parameter.requires_grad else 'frozen'}"
+        for name, parameter in rule.named_parameters()
+    }
     return f"{kind_of(rule)} {rule.config} with {tensors}"

@@ -10,9 +10,9 @@ The functions' loss must be an object that says which tensors it reads, see `Cap
 import torch
 
 from gradbuffer.checks import check_count, values_unchecked
-from gradbuffer.training.meta_gradients import Replay, finish_window, replay_window
-from gradbuffer.nests import clone, map_tensors, tensors_in
 from gradbuffer.contracts import Loss, as_loss, as_rule, repack
+from gradbuffer.nests import clone, map_tensors, tensors_in
+from gradbuffer.training.meta_gradients import Replay, finish_window, replay_window
 from gradbuffer.unrolling import Coordinates, check_objective
 
 __all__ = ["CapturedWindow", "cuda_graph"]
@@ -92,8 +92,17 @@ class CapturedWindow:
         """What is captured: a window on the memory of this object."""
         repack(self.net)
         with values_unchecked():
-            return replay_window(self.own, self.loss, self.coordinates, self.theta, self.state, 0, self.weights,
-                                 Replay(objective=self.objective), None)
+            return replay_window(
+                self.own,
+                self.loss,
+                self.coordinates,
+                self.theta,
+                self.state,
+                0,
+                self.weights,
+                Replay(objective=self.objective),
+                None,
+            )
 
     def fits(self, batch, params, state, step=0):
         """Whether this window has the shapes that were captured."""
@@ -129,8 +138,11 @@ class CapturedWindow:
 
 def shapes_of(params, state, data):
     """The shapes of a window: of parameters, of the state, of what the loss reads at a step."""
-    return ({name: tensor.shape for name, tensor in params.items()}, [tensor.shape for tensor in tensors_in(state)],
-            [tensor.shape for tensor in data])
+    return (
+        {name: tensor.shape for name, tensor in params.items()},
+        [tensor.shape for tensor in tensors_in(state)],
+        [tensor.shape for tensor in data],
+    )
 
 
 class LossesOfSteps(Loss):

@@ -8,8 +8,9 @@ neither estimate is biased by truncation. Nothing is differentiated.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -45,7 +46,9 @@ class Method:
 class PESState(NamedTuple):
     """What a window leaves for the next one of the same functions."""
 
-    perturbations: dict  # name -> (pairs, ...), the sum of all perturbations so far; (pairs, B, ...) with one for every function
+    perturbations: (
+        dict  # name -> (pairs, ...), the sum of all perturbations so far; (pairs, B, ...) with one for every function
+    )
     particles: list  # for each pair, and in it for each sign: (theta (N,), the optimizer's state)
 
 
@@ -96,17 +99,23 @@ class PES(Method):
         parameters, lead = trained(rule), [coordinates.functions] * self.per_function
         first = not isinstance(state, PESState)
         if first:
-            nothing = {name: parameter.new_zeros(self.pairs, *lead, *parameter.shape) for name, parameter in parameters.items()}
+            nothing = {
+                name: parameter.new_zeros(self.pairs, *lead, *parameter.shape) for name, parameter in parameters.items()
+            }
             own = None if self.per_function else state
             state = PESState(nothing, [[(theta, own)] * 2 for _ in range(self.pairs)])
         if len(state.particles) != self.pairs:
-            raise ValueError(f"pairs must stay what it was in the window before, {len(state.particles)}, got {self.pairs}")
+            raise ValueError(
+                f"pairs must stay what it was in the window before, {len(state.particles)}, got {self.pairs}"
+            )
         kept = {name: parameter.clone() for name, parameter in parameters.items()}
         grads = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         perturbations, particles, curves = {name: [] for name in parameters}, [], []
         try:
             for pair, starts in enumerate(state.particles):
-                fresh, total = self.perturb(kept, {name: sums[pair] for name, sums in state.perturbations.items()}, lead, first, generator)
+                fresh, total = self.perturb(
+                    kept, {name: sums[pair] for name, sums in state.perturbations.items()}, lead, first, generator
+                )
                 scores, ends = [], []
                 for sign, (theta, own) in zip((1, -1), starts):
                     moved, losses = {name: kept[name] + sign * fresh[name] for name in kept}, []
@@ -117,7 +126,9 @@ class PES(Method):
                         particle = rule
                         for name, parameter in parameters.items():
                             parameter.copy_(moved[name])
-                    for values, _, theta, own in unroll(particle, loss, coordinates, theta, own, step, len(weights) - 1):
+                    for values, _, theta, own in unroll(
+                        particle, loss, coordinates, theta, own, step, len(weights) - 1
+                    ):
                         losses.append(values)
                     curves.append(torch.stack(losses))
                     weighted = weights[1:, None] * scored(curves[-1][1:], self.objective)
@@ -127,7 +138,9 @@ class PES(Method):
                 difference = scores[0] - scores[1]
                 for name in parameters:
                     perturbations[name].append(total[name])
-                    credit = torch.tensordot(difference, total[name], 1) if self.per_function else total[name] * difference
+                    credit = (
+                        torch.tensordot(difference, total[name], 1) if self.per_function else total[name] * difference
+                    )
                     grads[name] += credit / (2 * self.sigma**2 * self.pairs)
         finally:
             for name, parameter in parameters.items():
@@ -139,8 +152,11 @@ class PES(Method):
         """What a pair's weights are moved by in this window, and the sum of it over all windows so far."""
         if self.hold and not first:
             return before, before
-        fresh = {name: self.sigma * torch.randn([*lead, *parameter.shape], generator=generator, dtype=parameter.dtype).to(parameter.device)
-                 for name, parameter in parameters.items()}
+        fresh = {
+            name: self.sigma
+            * torch.randn([*lead, *parameter.shape], generator=generator, dtype=parameter.dtype).to(parameter.device)
+            for name, parameter in parameters.items()
+        }
         return fresh, {name: before[name] + fresh[name] for name in fresh}
 
 
@@ -169,8 +185,15 @@ class Perceptrons:
 
     def run(self, weights, params, state, steps, **options):
         """As `PerceptronWindows.run`."""
-        return self.windows.run(weights, params, state, self.inputs, self.targets, steps=steps, batch=self.batch,
-                                clip=self.ceiling, **options)
+        return self.windows.run(
+            weights,
+            (params, state),
+            (self.inputs, self.targets),
+            steps=steps,
+            batch=self.batch,
+            clip=self.ceiling,
+            **options,
+        )
 
 
 class Pairs:
@@ -187,11 +210,25 @@ class Pairs:
         lengths: of episodes, least and most steps; multiples of `window` come of them.
         rates, scales, gains: least and most; gains are factors on the initial parameters.
         hold: one perturbation for a whole episode; else a fresh one for each window.
+        falling: in [0, 1], the share of episodes whose rate falls.
         generator: on the CPU, for all that is drawn.
     """
 
-    def __init__(self, family, pairs=8, window=50, sigma=0.01, lengths=(100, 2000), rates=(2e-4, 3e-2), scales=(1e-3, 1e3),
-                 gains=(0.7, 1.7), hold=True, *, generator):
+    def __init__(
+        self,
+        family,
+        pairs=8,
+        window=50,
+        sigma=0.01,
+        lengths=(100, 2000),
+        rates=(2e-4, 3e-2),
+        scales=(1e-3, 1e3),
+        gains=(0.7, 1.7),
+        hold=True,
+        falling=0.5,
+        *,
+        generator,
+    ):
         check_count(pairs=pairs, window=window)
         check_positive_number(sigma=sigma)
         for name, (least, most) in dict(lengths=lengths, rates=rates, scales=scales, gains=gains).items():
@@ -199,6 +236,7 @@ class Pairs:
                 raise ValueError(f"{name} must be the least and the most, above 0, got {(least, most)}")
         self.family, self.pairs, self.window, self.sigma, self.generator = family, pairs, window, sigma, generator
         self.lengths, self.rates, self.scales, self.gains, self.hold = lengths, rates, scales, gains, hold
+        self.falling = falling
         W, windows = family.windows.num_weights, family.windows
         self.params, self.state = torch.empty(2 * pairs, windows.num_params), windows.init_state(2 * pairs)
         self.noise, self.total = torch.zeros(pairs, W), torch.zeros(pairs, W)
@@ -221,7 +259,7 @@ class Pairs:
         self.state[both], self.total[pair], self.done[pair], self.seeds[pair] = 0, 0, 0, number
         self.length[pair] = math.ceil(self.log_uniform(self.lengths) / self.window) * self.window
         self.rate[pair], self.scale[pair] = self.log_uniform(self.rates), self.log_uniform(self.scales)
-        self.falls[pair] = self.uniform() < 0.5
+        self.falls[pair] = self.uniform() < self.falling
         self.noise[pair] = self.sigma * torch.randn(self.noise.shape[1], generator=self.generator)
 
     def advance(self, weights):
@@ -234,9 +272,15 @@ class Pairs:
         self.total = self.noise.clone() if self.hold else self.total + self.noise
         both = torch.stack([weights + self.noise, weights - self.noise], 1).flatten(0, 1)  # (2 pairs, W)
         progress = (self.done[:, None] + torch.arange(self.window)) / self.length[:, None]
-        rates = self.rate[:, None] * torch.where(self.falls[:, None] > 0, 0.5 * (1 + torch.cos(math.pi * progress)), 1.0)
-        twice = {name: value.repeat_interleave(2, 0) for name, value in dict(
-            lr=rates, seeds=self.seeds, first_steps=self.done, gradient_scales=self.scale).items()}
+        rates = self.rate[:, None] * torch.where(
+            self.falls[:, None] > 0, 0.5 * (1 + torch.cos(math.pi * progress)), 1.0
+        )
+        twice = {
+            name: value.repeat_interleave(2, 0)
+            for name, value in dict(
+                lr=rates, seeds=self.seeds, first_steps=self.done, gradient_scales=self.scale
+            ).items()
+        }
         losses = self.family.run(both, self.params, self.state, self.window, **twice).mean(1).view(-1, 2)  # (pairs, 2)
         self.done += self.window
         difference = (losses[:, 0] - losses[:, 1]) / losses.mean(1).clamp(min=1e-12)

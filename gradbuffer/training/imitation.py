@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
-from gradbuffer.contracts import as_loss, as_rule, check_baseline, is_learned
+from gradbuffer.contracts import as_loss, as_rule, is_learned
+from gradbuffer.evaluation import check_baseline
 from gradbuffer.nets.torch_optim import LearnedOptimizer
 from gradbuffer.training.meta_gradients import check_replay_fraction, replay_recorded
 from gradbuffer.unrolling import Coordinates, joined_reads
@@ -51,8 +52,10 @@ class Teacher:
         if options is None and is_learned(optimizer):
             optimizer, options = LearnedOptimizer, {"net": optimizer}
         if options is None:
-            raise TypeError("teacher must be (class of torch.optim, dict of its options), or a learned optimizer, got "
-                            f"{optimizer!r}")
+            raise TypeError(
+                "teacher must be (class of torch.optim, dict of its options), or a learned optimizer, got "
+                f"{optimizer!r}"
+            )
         check_baseline(optimizer, options, names=("teacher[0]", "teacher[1]"))
         self.optimizer, self.options, self.share, self.weight = optimizer, options, share, weight
         self.begin({"probe": torch.zeros(1, 1)})
@@ -67,8 +70,10 @@ class Teacher:
 
     def describe(self):
         """What a checkpoint must agree with, as text."""
-        options = {name: fingerprint(option) if isinstance(option, torch.nn.Module) else option
-                   for name, option in self.options.items()}
+        options = {
+            name: fingerprint(option) if isinstance(option, torch.nn.Module) else option
+            for name, option in self.options.items()
+        }
         return f"{self.optimizer.__name__} {options}, {self.share} of the functions, weight {self.weight}"
 
 
@@ -102,8 +107,9 @@ class Demonstration:
 
 
 @torch.no_grad()
-def imitation_gradient(net, batch, demonstration, state, step=0, unroll=20, weight=1.0, replay_fraction=1.0,
-                       generator=None):
+def imitation_gradient(
+    net, batch, demonstration, state, step=0, unroll=20, weight=1.0, replay_fraction=1.0, generator=None
+):
     """The gradient of the imitation loss over one window of the teacher's trajectory.
 
     The loss is the mean over functions, as in the meta-loss, of Σ_t ½‖g_t - ĝ_t‖² over the window's updates: g_t the
@@ -147,15 +153,27 @@ def imitation_gradient(net, batch, demonstration, state, step=0, unroll=20, weig
     for t in range(unroll):
         losses[t], gradient = coordinates.losses_and_gradient(loss, demonstration.theta, step + t)
         inputs[t] = gradient
-        read.append(coordinates.what(rule.reads, demonstration.theta.clone() if "params" in rule.reads else None, losses[t], step + t))
+        read.append(
+            coordinates.what(
+                rule.reads, demonstration.theta.clone() if "params" in rule.reads else None, losses[t], step + t
+            )
+        )
         update, state = rule(gradient, state, **read[-1])
         errors[t] = update - demonstration.update(gradient)
     for name, values in (("loss", losses), ("difference of the updates", errors)):
         if not torch.isfinite(values).all():
             raise NonFiniteError(f"a {name} at steps {step} … {step + unroll - 1} of the teacher's way is not finite")
     errors /= coordinates.functions
-    grads = replay_recorded(rule, coordinates, inputs, start, weight * errors, replay_fraction, generator,
-                            read=joined_reads(read) if rule.reads else None)
+    grads = replay_recorded(
+        rule,
+        coordinates,
+        inputs,
+        start,
+        weight * errors,
+        replay_fraction,
+        generator,
+        read=joined_reads(read) if rule.reads else None,
+    )
     if rule.odd:
         grads = rule.symmetrize(grads)
     imitation = 0.5 * coordinates.functions * errors.square().sum()

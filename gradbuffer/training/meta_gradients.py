@@ -8,19 +8,32 @@ of coordinates (N,) are as in `unrolling`. Each way to the meta-gradient is an o
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
 from gradbuffer.contracts import as_loss, as_rule
-from gradbuffer.training.evolution import PES, Method
 from gradbuffer.nests import map_tensors, tensors_in
+from gradbuffer.training.evolution import PES, Method
 from gradbuffer.unrolling import Coordinates, check_objective, gradients_of, multiply_by_slopes, scored, unroll
 
-__all__ = ["Autograd", "PES", "Replay", "WindowInfo", "check_replay_fraction", "finish_window", "flat_options", "meta_gradient", "method_of",
-           "replay_recorded", "replay_window"]
+__all__ = [
+    "Autograd",
+    "DEFAULTS",
+    "PES",
+    "Replay",
+    "WindowInfo",
+    "check_replay_fraction",
+    "finish_window",
+    "flat_options",
+    "meta_gradient",
+    "method_of",
+    "replay_recorded",
+    "replay_window",
+]
 
 
 class WindowInfo(NamedTuple):
@@ -70,8 +83,10 @@ class Replay(Method):
         if self.adjoint_bound is not None:
             check_positive_number(adjoint_bound=self.adjoint_bound)
             if not self.second_order or not rule.coordinatewise:
-                raise ValueError(f'adjoint_bound={self.adjoint_bound} needs method="replay", second_order=True and a network with '
-                                 "coordinatewise = True")
+                raise ValueError(
+                    f'adjoint_bound={self.adjoint_bound} needs method="replay", second_order=True and a network with '
+                    "coordinatewise = True"
+                )
 
     def window(self, rule, loss, coordinates, theta, state, step, weights, generator):
         """The gradients (dict), the losses (T + 1, B), theta and the state at the end."""
@@ -105,7 +120,9 @@ class Autograd(Method):
         for t in range(len(weights)):
             losses.append(coordinates.losses(loss, theta, step + t))
             if t + 1 < len(weights):
-                (gradient,) = torch.autograd.grad(losses[-1].sum(), theta, create_graph=self.second_order, retain_graph=True)
+                (gradient,) = torch.autograd.grad(
+                    losses[-1].sum(), theta, create_graph=self.second_order, retain_graph=True
+                )
                 read = coordinates.what(rule.reads, theta, losses[-1], step + t)
                 if first_order:  # whatever the optimizer reads counts as constant
                     read = map_tensors(torch.Tensor.detach, read)
@@ -156,8 +173,20 @@ def flat_options(method) -> dict:
     return {"method": method.name, **DEFAULTS, **asdict(method)}
 
 
-def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay", second_order=False, *, weights=None,
-                  generator=None, **options):
+def meta_gradient(
+    net,
+    batch,
+    params,
+    state,
+    step=0,
+    unroll=20,
+    method="replay",
+    second_order=False,
+    *,
+    weights=None,
+    generator=None,
+    **options,
+):
     """The meta-gradient of one window: `unroll` updates of the optimizee, differentiated with respect to the optimizer.
 
     The meta-loss is the mean over functions of Σ_{t=0..T} w_t f_t(θ_t), the end of the window included. The optimizee's
@@ -207,7 +236,9 @@ def meta_gradient(net, batch, params, state, step=0, unroll=20, method="replay",
     if weights.shape != (unroll + 1,):
         raise ValueError(f"weights must have shape ({unroll + 1},) for unroll {unroll}, got {tuple(weights.shape)}")
     weights = weights.to(theta) / coordinates.functions
-    grads, losses, theta, state = method.window(rule, as_loss(batch.loss), coordinates, theta, state, step, weights, generator)
+    grads, losses, theta, state = method.window(
+        rule, as_loss(batch.loss), coordinates, theta, state, step, weights, generator
+    )
     return finish_window(rule, coordinates, grads, losses, theta, state, step, method.objective)
 
 
@@ -216,8 +247,10 @@ def finish_window(rule, coordinates, grads, losses, theta, state, step, objectiv
     values = scored(losses, objective)
     if not math.isfinite(values.sum().item()) and not torch.isfinite(values).all():  # a sum may also overflow
         t, function = (~torch.isfinite(values)).nonzero()[0].tolist()
-        raise NonFiniteError(f"the loss of function {function} at step {step + t} is {losses[t, function].item()}"
-                             + (', and objective="log" needs a positive one' if objective == "log" else ""))
+        raise NonFiniteError(
+            f"the loss of function {function} at step {step + t} is {losses[t, function].item()}"
+            + (', and objective="log" needs a positive one' if objective == "log" else "")
+        )
     if rule.odd:
         grads = rule.symmetrize(grads)
     return grads, WindowInfo(losses, coordinates.split(theta), state)
@@ -233,7 +266,9 @@ def replay_in_parts(rule, loss, coordinates, theta, state, step, weights, method
             return replay_window(rule, loss, coordinates, *whole, step, weights, method, generator)
         own, spans = coordinates.part(first, last)
         start = map_tensors(lambda tensor: torch.cat([tensor[..., a:b] for a, b in spans], -1), whole)
-        grads, losses, *after = replay_window(rule, loss.part(first, last), own, *start, step, weights, method, generator)
+        grads, losses, *after = replay_window(
+            rule, loss.part(first, last), own, *start, step, weights, method, generator
+        )
         if not ends:  # the first one is for all parts, if several threads come here at once too
             ends.append(map_tensors(torch.empty_like, whole))
         for tensor, part in zip(tensors_in(ends[0]), tensors_in(after)):
@@ -261,7 +296,9 @@ def replay_window(rule, loss, coordinates, theta, state, step, weights, method, 
     rows = adjoint.unbind()
     for later, row in zip(rows[:0:-1], rows[-2::-1]):  # λ_{t+1} = Σ_{s>t} w_s ∇_s, in place from the end
         row += later
-    grads = replay_recorded(rule, coordinates, inputs, start, adjoint, fraction, generator, recorded.tape, recorded.read)
+    grads = replay_recorded(
+        rule, coordinates, inputs, start, adjoint, fraction, generator, recorded.tape, recorded.read
+    )
     return grads, losses, recorded.theta, map_tensors(torch.Tensor.detach, recorded.state)
 
 
@@ -274,7 +311,9 @@ def replay_recorded(rule, coordinates, inputs, start, adjoint, fraction, generat
         kept, factor = (tensor.to(inputs.device) for tensor in coordinates.subset(fraction, generator))
         inputs, adjoint = inputs[:, kept], adjoint[:, kept] * factor.to(inputs)
         start = map_tensors(lambda tensor: tensor[..., kept], start)
-        read = read and {name: values[:, kept] if isinstance(values, torch.Tensor) else values for name, values in read.items()}
+        read = read and {
+            name: values[:, kept] if isinstance(values, torch.Tensor) else values for name, values in read.items()
+        }
     more = {name: value for name, value in (("tape", tape), ("read", read)) if value is not None}
     return rule.replay(inputs, start, adjoint, **more)
 
@@ -289,14 +328,16 @@ def second_order_replay_window(rule, loss, coordinates, theta, state, step, weig
     sizes = coordinates.norms(pulls.flip(0).cumsum(0).flip(0)) if limit else None  # of first-order adjoints, (T + 1, B)
     for t in reversed(range(updates)):
         read = {"read": coordinates.what(rule.reads, thetas[t], losses[t], step + t)} if rule.reads else {}
-        gradient_adjoint, state_adjoints, grads, *beside = rule.pull_back(gradients[t], states[t], adjoint, state_adjoints, **read)
+        gradient_adjoint, state_adjoints, grads, *beside = rule.pull_back(
+            gradients[t], states[t], adjoint, state_adjoints, **read
+        )
         total = grads if total is None else {name: total[name] + grad for name, grad in grads.items()}
         if t:  # λ_t = λ_{t+1} + w_t ∇_t + H_t d_t; what is before the window is constant
             adjoint = adjoint + pulls[t] + coordinates.hessian_product(loss, thetas[t], step + t, gradient_adjoint)
             for more in beside:
                 adjoint = adjoint + coordinates.pull_back_reads(more, gradients[t])
             if limit:
-                excess = coordinates.norms(adjoint[None]) / (limit * sizes[t:t + 1])
+                excess = coordinates.norms(adjoint[None]) / (limit * sizes[t : t + 1])
                 factor = coordinates.spread(1 / excess.clamp(min=1))[0]  # (N,)
                 adjoint, state_adjoints = adjoint * factor, [part * factor for part in state_adjoints]
     return total, losses, thetas[-1], map_tensors(torch.Tensor.detach, states[-1])
@@ -306,5 +347,7 @@ def check_replay_fraction(fraction, second_order, rule):
     if not (isinstance(fraction, (int, float)) and 0 < fraction <= 1):
         raise ValueError(f"replay_fraction must be a number in (0, 1], got {fraction!r}")
     if fraction < 1 and (second_order or not rule.coordinatewise):
-        raise ValueError(f'replay_fraction={fraction} needs method="replay", second_order=False and a network with '
-                         "coordinatewise = True")
+        raise ValueError(
+            f'replay_fraction={fraction} needs method="replay", second_order=False and a network with '
+            "coordinatewise = True"
+        )

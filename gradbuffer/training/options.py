@@ -6,20 +6,30 @@ flags and help texts off them (`help_of`).
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
-from gradbuffer.training.checkpoints import describe_net
 from gradbuffer.checks import check_count, check_positive_number, name_of
 from gradbuffer.contracts import Problem, as_rule
+from gradbuffer.training.checkpoints import describe_net
 from gradbuffer.training.imitation import Teacher
 from gradbuffer.training.meta_gradients import DEFAULTS, Replay, flat_options, method_of
 
-__all__ = ["Checkpoint", "Curriculum", "RandomHorizon", "Teacher", "Training", "Validation", "default_of", "help_of",
-           "training_of"]
+__all__ = [
+    "Checkpoint",
+    "Curriculum",
+    "RandomHorizon",
+    "Teacher",
+    "Training",
+    "Validation",
+    "default_of",
+    "help_of",
+    "training_of",
+]
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,9 @@ class Curriculum:
 
     def __post_init__(self):
         if not isinstance(self.curriculum, (tuple, list)) or not self.curriculum:
-            raise ValueError(f"curriculum must be None or a tuple of horizons, such as (20, 50), got {self.curriculum!r}")
+            raise ValueError(
+                f"curriculum must be None or a tuple of horizons, such as (20, 50), got {self.curriculum!r}"
+            )
         check_count(**{f"curriculum[{k}]": horizon for k, horizon in enumerate(self.curriculum)})
         check_count(patience=self.patience)
         object.__setattr__(self, "curriculum", tuple(self.curriculum))
@@ -68,7 +80,9 @@ class Curriculum:
         """Raise unless these horizons lead to that one."""
         way = [*self.curriculum, steps]
         if any(horizon % unroll for horizon in way) or any(a >= b for a, b in zip(way, way[1:])):
-            raise ValueError(f"curriculum must be increasing multiples of unroll={unroll} below steps={steps}, got {self.curriculum!r}")
+            raise ValueError(
+                f"curriculum must be increasing multiples of unroll={unroll} below steps={steps}, got {self.curriculum!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -179,13 +193,21 @@ class Training:
         check_positive_number(lr=self.lr)
         if self.clip is not None:
             check_positive_number(clip=self.clip)
-        if isinstance(self.averaging, bool) or not (isinstance(self.averaging, (int, float)) and 0 <= self.averaging < 1):
+        if isinstance(self.averaging, bool) or not (
+            isinstance(self.averaging, (int, float)) and 0 <= self.averaging < 1
+        ):
             raise ValueError(f"averaging must be a number in [0, 1), got {self.averaging!r}")
         if isinstance(self.horizon, Curriculum):
             self.horizon.check(self.steps, self.unroll)
         elif self.horizon is not None and not callable(self.horizon):
-            raise TypeError(f"horizon must be None, a RandomHorizon, a Curriculum or a function of (iteration, generator), got {self.horizon!r}")
-        for name, kind in (("validation", Validation), ("checkpoint", (Checkpoint, type(None))), ("teacher", (Teacher, type(None)))):
+            raise TypeError(
+                f"horizon must be None, a RandomHorizon, a Curriculum or a function of (iteration, generator), got {self.horizon!r}"
+            )
+        for name, kind in (
+            ("validation", Validation),
+            ("checkpoint", (Checkpoint, type(None))),
+            ("teacher", (Teacher, type(None))),
+        ):
             if not isinstance(vars(self)[name], kind):
                 raise TypeError(f"{name} must be a {name.capitalize()}, got {vars(self)[name]!r}")
         for name in ("meta_optimizer", "schedule"):
@@ -198,13 +220,21 @@ class Training:
         if self.weights is not None and not callable(self.weights):
             weights = torch.as_tensor(self.weights)
             if weights.shape != (self.unroll + 1,):
-                raise ValueError(f"weights must have shape ({self.unroll + 1},) for unroll {self.unroll}, got {tuple(weights.shape)}")
+                raise ValueError(
+                    f"weights must have shape ({self.unroll + 1},) for unroll {self.unroll}, got {tuple(weights.shape)}"
+                )
         if self.cuda_graph and (self.method != Replay(objective=self.method.objective) or self.weights is not None):
-            raise ValueError('cuda_graph=True needs method="replay", second_order=False, replay_fraction=1 and no weights, got '
-                             f"{self.method} and weights={self.weights}")
+            raise ValueError(
+                'cuda_graph=True needs method="replay", second_order=False, replay_fraction=1 and no weights, got '
+                f"{self.method} and weights={self.weights}"
+            )
         if self.teacher is not None and self.teacher.share == 1:  # all is imitation: there is no meta-loss
-            without = [name for name, value in flat_options(self.method).items()
-                       if name in ("method", "second_order", "objective", "adjoint_bound") and value != {"method": "replay", **DEFAULTS}[name]]
+            without = [
+                name
+                for name, value in flat_options(self.method).items()
+                if name in ("method", "second_order", "objective", "adjoint_bound")
+                and value != {"method": "replay", **DEFAULTS}[name]
+            ]
             for name in [*without, *(name for name in ("cuda_graph", "weights") if vars(self)[name])]:
                 raise ValueError(f"{name} has no effect with imitation {self.teacher.share}")
 
@@ -227,21 +257,35 @@ class Training:
 
     def describe(self, net, problem: Problem) -> dict:
         """What a checkpoint must agree with: plain values by their names."""
-        plain = {name: vars(self)[name] for name in ("steps", "unroll", "meta_batch", "iterations", "lr", "seed", "warmup", "clip")}
+        plain = {
+            name: vars(self)[name]
+            for name in ("steps", "unroll", "meta_batch", "iterations", "lr", "seed", "warmup", "clip")
+        }
         method = flat_options(self.method)
-        settings = plain | {name: method.pop(name) for name in ("method", "second_order", "replay_fraction", "sigma", "pairs", "objective",
-                                                                "adjoint_bound")}
+        settings = plain | {
+            name: method.pop(name)
+            for name in ("method", "second_order", "replay_fraction", "sigma", "pairs", "objective", "adjoint_bound")
+        }
         settings["objective"] = describe(settings["objective"])
-        settings |= {"averaging": self.averaging, "horizons": None, "curriculum": None, "teacher": self.teacher and self.teacher.describe(),
-                     "validation_every": self.validation_every, "validation_functions": self.validation.validation_functions,
-                     "net": describe_net(as_rule(net)), "problem": problem.describe()}
+        settings |= {
+            "averaging": self.averaging,
+            "horizons": None,
+            "curriculum": None,
+            "teacher": self.teacher and self.teacher.describe(),
+            "validation_every": self.validation_every,
+            "validation_functions": self.validation.validation_functions,
+            "net": describe_net(as_rule(net)),
+            "problem": problem.describe(),
+        }
         if isinstance(self.horizon, Curriculum):
             settings["curriculum"] = f"{self.horizon.curriculum} with patience {self.horizon.patience}"
         elif isinstance(self.horizon, RandomHorizon):
             settings["horizons"] = (self.horizon.least, self.horizon.most)
         elif self.horizon is not None:
             settings["horizons"] = describe(self.horizon)
-        later = method | {name: vars(self)[name] for name in ("weights", "meta_optimizer", "schedule", "balance")}  # older files lack these
+        later = method | {
+            name: vars(self)[name] for name in ("weights", "meta_optimizer", "schedule", "balance")
+        }  # older files lack these
         return settings | {name: describe(value) for name, value in later.items() if value}
 
 
@@ -272,21 +316,35 @@ def training_of(net, **given) -> Training:
     names = {own.name for own in fields(Training)}
     if given.get("checkpoint_every") is not None:
         check_count(checkpoint_every=given["checkpoint_every"])
-    method = method_of(given.pop("method", "replay"), **{name: given.pop(name) for name in [*given] if name in DEFAULTS})
+    method = method_of(
+        given.pop("method", "replay"), **{name: given.pop(name) for name in [*given] if name in DEFAULTS}
+    )
     horizons, horizon = given.pop("horizons", None), given.pop("horizon", None)
     curriculum = gathered(Curriculum, given)
     if [horizons, horizon, curriculum].count(None) < 2:
-        raise ValueError(f"curriculum={curriculum and curriculum.curriculum!r} needs horizons=None, got horizons={horizons or horizon!r}")
+        raise ValueError(
+            f"curriculum={curriculum and curriculum.curriculum!r} needs horizons=None, got horizons={horizons or horizon!r}"
+        )
     if horizons is not None and not callable(horizons):
         if not (isinstance(horizons, (tuple, list)) and len(horizons) == 2):
-            raise ValueError(f"horizons must be None, (least, most) or a function of (iteration, generator), got {horizons!r}")
+            raise ValueError(
+                f"horizons must be None, (least, most) or a function of (iteration, generator), got {horizons!r}"
+            )
         horizons = RandomHorizon(*horizons)
     validation = gathered(Validation, given)
     own = {name: given.pop(name) for name in [*given] if name in names - {"teacher", "checkpoint", "validation"}}
-    training = Training(method=method, horizon=horizons or horizon or curriculum, teacher=teacher_of(given, net),
-                        validation=given.pop("validation", None) or validation or Validation(), checkpoint=gathered(Checkpoint, given), **own)
+    training = Training(
+        method=method,
+        horizon=horizons or horizon or curriculum,
+        teacher=teacher_of(given, net),
+        validation=given.pop("validation", None) or validation or Validation(),
+        checkpoint=gathered(Checkpoint, given),
+        **own,
+    )
     if given:
-        raise TypeError(f"meta_train got unexpected keyword arguments {sorted(given)}; there are {sorted(names | DEFAULTS.keys())}")
+        raise TypeError(
+            f"meta_train got unexpected keyword arguments {sorted(given)}; there are {sorted(names | DEFAULTS.keys())}"
+        )
     training.method.check(as_rule(net))
     return training
 
@@ -318,7 +376,9 @@ def teacher_of(given, net):
         if weight != 1:
             raise ValueError("imitation_weight needs teacher")
     else:
-        teacher = Teacher(*(teacher if isinstance(teacher, (tuple, list)) else (teacher, None)), share=share, weight=weight)
+        teacher = Teacher(
+            *(teacher if isinstance(teacher, (tuple, list)) else (teacher, None)), share=share, weight=weight
+        )
     if teacher is not None and teacher.options.get("net") is net:
         raise ValueError("teacher must be another optimizer than net, which changes as it learns: give a copy")
     return teacher

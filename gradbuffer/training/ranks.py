@@ -75,13 +75,17 @@ class Ranks:
             if failed.item():
                 causes = [None] * self.size
                 distributed.all_gather_object(causes, failure and str(failure))
-                raise NonFiniteError("; ".join(f"on rank {rank}, {cause}" for rank, cause in enumerate(causes) if cause))
+                raise NonFiniteError(
+                    "; ".join(f"on rank {rank}, {cause}" for rank, cause in enumerate(causes) if cause)
+                )
             parts = [grad.flatten() for grad in grads.values()]
             figures = torch.tensor(figures, dtype=torch.float64)
             vector = torch.cat([part.to(device, torch.float64) for part in (*parts, figures)])
             distributed.all_reduce(vector)
         *sums, figures = vector.split([*(part.numel() for part in parts), len(figures)])
-        return {name: part.view(grad.shape).to(grad) for part, (name, grad) in zip(sums, grads.items())}, figures.tolist()
+        return {
+            name: part.view(grad.shape).to(grad) for part, (name, grad) in zip(sums, grads.items())
+        }, figures.tolist()
 
     @contextlib.contextmanager
     def answering(self):
@@ -91,6 +95,8 @@ class Ranks:
         except NonFiniteError:
             raise
         except RuntimeError as error:
-            raise RuntimeError(f"rank {self.rank} of {self.size}: another process of this job has died or does not "
-                               "answer. Start the job again: with a checkpoint it goes on from there, with any number "
-                               f"of processes ({error})") from error
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size}: another process of this job has died or does not "
+                "answer. Start the job again: with a checkpoint it goes on from there, with any number "
+                f"of processes ({error})"
+            ) from error

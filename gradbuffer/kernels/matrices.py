@@ -1,0 +1,32 @@
+"""Tensors as matrices: what has rows and columns for the small learned optimizer, in plain torch and compiled."""
+
+__all__ = ["as_matrix", "from_matrix", "matrix_axes"]
+
+
+def matrix_axes(shape):
+    """The two axes of a tensor, in order, along which it has rows and columns; None where it has fewer than two.
+
+    They are the two largest axes, of equal ones the first. A tensor of four axes or more is a convolution's weight (outputs,
+    inputs, *kernel): the first two.
+    """
+    if len(shape) < 2:
+        return None
+    if len(shape) > 3:
+        return 0, 1
+    return tuple(sorted(sorted(range(len(shape)), key=lambda axis: -shape[axis])[:2]))
+
+
+def as_matrix(tensor, axes):
+    """(B, *shape) -> (B, rows, columns, all other axes in one), or (B, n) without axes."""
+    if axes is None:
+        return tensor.reshape(len(tensor), -1)
+    return tensor.movedim((axes[0] + 1, axes[1] + 1), (1, 2)).flatten(3) if tensor.dim() > 3 else tensor[..., None]
+
+
+def from_matrix(flat, shape, axes):
+    """What (B, n) in the order of `as_matrix` is as (B, *shape)."""
+    if axes is None or len(shape) == 3:
+        return flat.reshape(shape)
+    others = [size for axis, size in enumerate(shape[1:]) if axis not in axes]
+    moved = flat.reshape(shape[0], shape[1 + axes[0]], shape[1 + axes[1]], *others)
+    return moved.movedim((1, 2), (axes[0] + 1, axes[1] + 1))
