@@ -36,7 +36,7 @@ def test_snippets_show_the_public_face():
     text = "".join(snippet.values[0] for snippet in SNIPPETS)
     words = (
         "to_meta update_params resnet18 functional_call meta_train LearnedOptimizer PerKind CIFAR10Net NeuralArt evaluate_lbfgs "
-        "Mixture Problem Loss register_optimizer tune_baseline PES"
+        "Mixture Problem Loss Rule register_optimizer tune_baseline PES Replay Teacher Curriculum Validation Checkpoint"
     )
     assert [word for word in words.split() if word not in text] == []
 
@@ -46,6 +46,10 @@ def test_the_front_page_is_short_and_its_links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+        named = re.findall(
+            r"\b((?:gradbuffer|benchmarks|examples|docs)/[\w./]+\.(?:py|ipynb|png|md))\b", page.read_text()
+        )
+        assert [name for name in named if not (ROOT / name).exists()] == [], page.name
 
 
 def test_the_docs_build(tmp_path):
@@ -54,7 +58,9 @@ def test_the_docs_build(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Replay" in (tmp_path / "api.html").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f": {page.name}\n" in (ROOT / "mkdocs.yml").read_text(), f"{page.name} is not in the site's navigation"
+    assert "θ_{t+1} = θ_t + g_t" in (tmp_path / "api.html").read_text(), "underscores became emphasis"
 
 
 def test_two_commands_stand_on_a_line_each():
