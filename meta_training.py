@@ -10,16 +10,14 @@ optimizers `evaluation`; their public names are here too. As a program (`python 
 import runpy
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
-from gradbuffer.contracts import device_of, on_device
+from gradbuffer.contracts import Problem, device_of, on_device
 from gradbuffer.evaluation import (
     BASELINES,
-    AccuracyCurves,
     TunedBaseline,
     compare,
     compare_final,
@@ -28,6 +26,7 @@ from gradbuffer.evaluation import (
     tune_baseline,
     tune_baselines,
 )
+from gradbuffer.problems.images import AccuracyCurves
 from gradbuffer.training.evolution import PES
 from gradbuffer.training.meta_gradients import Autograd, Replay, meta_gradient
 from gradbuffer.training.options import (
@@ -71,8 +70,8 @@ __all__ = [
 
 
 def meta_train(
-    net: nn.Module,
-    problem: Any,
+    net: torch.nn.Module,
+    problem: Problem,
     steps: int = 100,
     unroll: int = 20,
     meta_batch: int = 16,
@@ -81,7 +80,7 @@ def meta_train(
     seed: int = 0,
     device: torch.device | str | None = None,
     *,
-    callback: Callable[[int, History], Any] | None = None,
+    callback: Callable[[int, History], None] | None = None,
     progress: bool = True,
     **options: "Unpack[MetaTrainOptions]",
 ) -> History:

@@ -421,7 +421,7 @@ def pretrained_optimizers() -> dict[str, dict[str, str]]:
         ValueError: a file there is corrupt.
 
     Example:
-        >>> pretrained_optimizers()["quadratics"]["problem"]
+        >>> pretrained_optimizers()["quadratics"].get("problem")
         'Quadratics, 10 dimensions'
     """
     return {path.stem: read_file(path)[0] for path in sorted(PRETRAINED.glob("*.safetensors"))}

@@ -7,21 +7,18 @@ with the lowest final loss, and one seed gives every optimizer the same function
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from gradbuffer.checks import check_count
-from gradbuffer.contracts import as_loss, as_rule, device_of, on_device
-from gradbuffer.lbfgs import minimize_lbfgs
+from gradbuffer.contracts import MetaBatch, Problem, as_loss, as_rule, device_of, has_parts, on_device
 from gradbuffer.unrolling import Coordinates, in_place
 
 __all__ = [
-    "AccuracyCurves",
     "BASELINES",
     "TunedBaseline",
     "check_baseline",
@@ -51,8 +48,8 @@ BASELINES = {
 
 
 def evaluate(
-    net: nn.Module,
-    problem: Any,
+    net: torch.nn.Module,
+    problem: Problem,
     steps: int = 100,
     num_functions: int = 100,
     seed: int = 1,
@@ -87,8 +84,8 @@ def evaluate(
 
 def evaluate_baseline(
     optimizer: type[torch.optim.Optimizer],
-    options: dict[str, Any],
-    problem: Any,
+    options: dict,
+    problem: Problem,
     steps: int = 100,
     num_functions: int = 100,
     seed: int = 1,
@@ -116,7 +113,9 @@ def evaluate_baseline(
     return loss_curves(torch_rule(optimizer, options), problem, steps, num_functions, seed, torch.device(device), watch)
 
 
-def check_baseline(optimizer: Any, options: Any, names: tuple[str, str] = ("optimizer", "options")) -> None:
+def check_baseline(
+    optimizer: type[torch.optim.Optimizer], options: dict, names: tuple[str, str] = ("optimizer", "options")
+) -> None:
     """Raise unless it is a class of `torch.optim` that treats coordinates by themselves, and a dict of its options."""
     if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
         raise TypeError(f"{names[0]} must be a class of torch.optim.Optimizer, got {optimizer!r}")
@@ -126,18 +125,18 @@ def check_baseline(optimizer: Any, options: Any, names: tuple[str, str] = ("opti
         raise TypeError(f'{names[1]} must be a dict such as {{"lr": 0.1}}, got {options!r}')
 
 
-def learned_rule(net: nn.Module) -> Callable:
+def learned_rule(net: torch.nn.Module) -> Callable:
     """begin(theta, coordinates) -> advance(gradient, losses, step), which changes theta (N,), in which parameters lie as `Coordinates`
     say. No graph."""
 
-    def begin(theta, coordinates=None):
+    def begin(theta: torch.Tensor, coordinates=None):
         coordinates = coordinates or Coordinates({"theta": theta[None]})
         rule = as_rule(net, coordinates)
         state = rule.init_state(theta.numel())
         take = in_place(rule, state) if rule.overwrites else rule
 
         @torch.no_grad()
-        def advance(gradient, losses=None, step=0):
+        def advance(gradient, losses: torch.Tensor | None = None, step: int = 0):
             nonlocal state
             update, state = take(gradient, state, **coordinates.what(rule.reads, theta, losses, step))
             theta.add_(update)
@@ -147,13 +146,13 @@ def learned_rule(net: nn.Module) -> Callable:
     return begin
 
 
-def torch_rule(optimizer: type[torch.optim.Optimizer], options: dict[str, Any]) -> Callable:
+def torch_rule(optimizer: type[torch.optim.Optimizer], options: dict) -> Callable:
     """The same of a class of `torch.optim`."""
 
-    def begin(theta, coordinates=None):
+    def begin(theta: torch.Tensor, coordinates=None):
         steps = optimizer([theta], **options)
 
-        def advance(gradient, losses=None, step=0):
+        def advance(gradient, losses: torch.Tensor | None = None, step: int = 0):
             theta.grad = gradient
             steps.step()
 
@@ -162,7 +161,15 @@ def torch_rule(optimizer: type[torch.optim.Optimizer], options: dict[str, Any]) 
     return begin
 
 
-def loss_curves(rule, problem, steps, num_functions, seed, device, watch=None):
+def loss_curves(
+    rule,
+    problem: Problem,
+    steps: int,
+    num_functions: int,
+    seed: int,
+    device: torch.device | str | None,
+    watch: Callable | None = None,
+):
     """Curves (num_functions, steps) of a rule, begun anew for each meta-batch; `watch` as in `evaluate`."""
     check_count(steps=steps)
     curves = []
@@ -181,7 +188,7 @@ def loss_curves(rule, problem, steps, num_functions, seed, device, watch=None):
     return torch.cat(curves).cpu()
 
 
-def drawn(problem, num_functions, seed, device):
+def drawn(problem: Problem, num_functions: int, seed: int, device: torch.device | str | None):
     """Meta-batches of `num_functions` functions in all: for a seed, the same to every optimizer."""
     check_count(num_functions=num_functions)
     check_count(least=0, seed=seed)
@@ -193,7 +200,7 @@ def drawn(problem, num_functions, seed, device):
 
 
 def evaluate_lbfgs(
-    problem: Any,
+    problem: Problem,
     steps: int = 100,
     num_functions: int = 100,
     seed: int = 1,
@@ -219,6 +226,58 @@ def evaluate_lbfgs(
     return torch.cat([minimize_lbfgs(batch, steps, **options)[0] for batch in batches]).cpu()
 
 
+def minimize_lbfgs(batch: MetaBatch, steps: int, **options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """L-BFGS with a strong Wolfe line search on each function of a meta-batch, for `steps` evaluations.
+
+    Args:
+        batch: a `MetaBatch` with `part`; its losses are those of step 0.
+        steps: evaluations of each function and its gradient, positive.
+        options: of `torch.optim.LBFGS`, such as {"history_size": 10}.
+
+    Returns:
+        (losses (B, steps), params): the lowest loss so far after each evaluation, and where the lowest was found,
+        a dict of (B, ...). No graph.
+
+    Raises:
+        TypeError: the meta-batch has no `part`.
+
+    Example:
+        >>> from optimizees import Quadratics
+        >>> losses, params = minimize_lbfgs(Quadratics().sample(2), steps=10)
+    """
+    check_count(steps=steps)
+    if not has_parts(batch):
+        raise TypeError("L-BFGS takes one function after the other: the meta-batch must have part(first, last)")
+    functions, curves, ends = len(next(iter(batch.params.values()))), [], []
+    for function in range(functions):
+        losses, end = minimize_one(batch.part(function, function + 1), steps, options)
+        curves.append(losses)
+        ends.append(end)
+    return torch.stack(curves), {name: torch.cat([end[name] for end in ends]) for name in batch.params}
+
+
+def minimize_one(batch, steps: int, options: dict):
+    """(losses (steps,), params) of L-BFGS on a meta-batch of one function."""
+    coordinates, losses = Coordinates(batch.params), []
+    theta = torch.nn.Parameter(coordinates.join(batch.params).detach().clone())
+    best, lowest = theta.detach().clone(), math.inf
+
+    def closure():
+        nonlocal best, lowest
+        loss, theta.grad = coordinates.losses_and_gradient(as_loss(batch.loss), theta, 0)
+        if len(losses) < steps and loss.item() < lowest:
+            best, lowest = theta.detach().clone(), loss.item()
+        losses.append(loss[0])
+        return loss[0]
+
+    optimizer = torch.optim.LBFGS(
+        [theta], **{"line_search_fn": "strong_wolfe", "max_iter": steps, "max_eval": steps, **options}
+    )
+    while len(losses) < steps:  # it may stop early, at its tolerances; then it begins anew where it is
+        optimizer.step(closure)
+    return torch.stack(losses[:steps]).cummin(0).values, coordinates.split(best)
+
+
 @dataclass
 class TunedBaseline:
     """A hand-designed optimizer with the learning rate that `tune_baseline` found."""
@@ -229,7 +288,7 @@ class TunedBaseline:
 
     def evaluate(
         self,
-        problem: Any,
+        problem: Problem,
         steps: int = 100,
         num_functions: int = 100,
         seed: int = 1,
@@ -242,13 +301,13 @@ class TunedBaseline:
 
 def tune_baseline(
     optimizer: type[torch.optim.Optimizer],
-    problem: Any,
-    lrs: Sequence[float] | None = None,
+    problem: Problem,
+    lrs: list[float] | None = None,
     steps: int = 100,
     num_functions: int = 32,
     seed: int = 0,
     *,
-    options: dict[str, Any] | None = None,
+    options: dict | None = None,
     device: torch.device | str = "cpu",
     last: int = 1,
 ) -> TunedBaseline:
@@ -304,13 +363,13 @@ def tune_baseline(
 
 
 def tune_baselines(
-    problem: Any,
+    problem: Problem,
     steps: int = 100,
     num_functions: int = 32,
     seed: int = 0,
     *,
-    baselines: dict[str, tuple[type, dict]] = BASELINES,
-    lrs: Sequence[float] | None = None,
+    baselines: dict[str, tuple] = BASELINES,
+    lrs: list[float] | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
     last: int = 1,
@@ -326,16 +385,16 @@ def tune_baselines(
     return tuned
 
 
-def check_last(last, steps):
+def check_last(last: int, steps: int):
     check_count(last=last, steps=steps)
     if last > steps:
         raise ValueError(f"last must be at most steps = {steps}, got {last}")
 
 
 def compare(
-    nets: dict[str, nn.Module],
+    nets: dict[str, torch.nn.Module],
     tuned: dict[str, TunedBaseline],
-    problem: Any,
+    problem: Problem,
     steps: int = 100,
     num_functions: int = 100,
     seed: int = 1,
@@ -369,20 +428,20 @@ def compare(
 
 
 def compare_final(
-    nets: dict[str, nn.Module],
-    problems: dict[Any, tuple[Any, Any]],
+    nets: dict[str, torch.nn.Module],
+    problems: dict,
     steps: int = 100,
     num_functions: int = 100,
     seed: int = 1,
     *,
     last: int = 10,
-    baselines: dict[str, tuple[type, dict]] = BASELINES,
+    baselines: dict[str, tuple] = BASELINES,
     tuning_functions: int = 32,
     tuning_seed: int = 0,
-    lrs: Sequence[float] | None = None,
+    lrs: list[float] | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
-) -> dict[Any, dict[str, torch.Tensor]]:
+) -> dict:
     """Final losses of learned optimizers and of baselines on several problems, the baselines tuned anew for each.
 
     Every optimizer gets the same functions and minibatches of a problem. Baselines are tuned for what is reported, the
@@ -410,7 +469,7 @@ def compare_final(
         >>> from optimizees import Quadratics; from optimizers import CoordinatewiseLSTM
         >>> problems = {dim: (Quadratics(dim), Quadratics(dim)) for dim in (2, 5)}
         >>> finals = compare_final({"LSTM": CoordinatewiseLSTM()}, problems, steps=20, num_functions=8, progress=False)
-        >>> finals[5]["Adam"].shape
+        >>> finals[5].get("Adam").shape
         torch.Size([8])
 
     Reference: Andrychowicz et al. 2016, figure 6.
@@ -438,53 +497,3 @@ def compare_final(
         curves = compare(nets, tuned, test, steps, num_functions, seed, device, progress=False)
         finals[key] = {name: losses[:, -last:].mean(1) for name, losses in curves.items()}
     return finals
-
-
-class AccuracyCurves:
-    """What `compare` watches with: the accuracy on test images along the way, every so many steps.
-
-    `steps` lists when it was measured; `curves` is a dict from name to accuracies (num_functions, len(steps)), on the
-    CPU and in [0, 1].
-
-    Args:
-        problem: whose functions run, with `test_accuracy(params, images)`, such as `CIFAR10Net`.
-        every: steps from one measurement to the next, the first at step 0; positive.
-        images: how many test images; default all.
-
-    Raises:
-        ValueError, TypeError: an argument is not as above.
-
-    Example:
-        >>> from gradbuffer.data.cifar10 import generated_images; from optimizees import CIFAR10Net
-        >>> problem = CIFAR10Net(batch_size=8, channels=(4,), root=generated_images(100, 20, side=8))
-        >>> watch = AccuracyCurves(problem, every=2)
-        >>> tuned = {"SGD": TunedBaseline(torch.optim.SGD, {"lr": 0.1}, {})}
-        >>> losses = compare({}, tuned, problem, steps=5, num_functions=3, progress=False, watch=watch)
-        >>> watch.steps, watch.curves["SGD"].shape
-        ([0, 2, 4], torch.Size([3, 3]))
-    """
-
-    def __init__(self, problem: Any, every: int = 100, images: int | None = None):
-        if not callable(getattr(problem, "test_accuracy", None)):
-            raise TypeError(f"problem must have test_accuracy(params, images), got {type(problem).__name__}")
-        check_count(every=every)
-        if images is not None:
-            check_count(least=2, images=images)
-        self.problem, self.every, self.images, self.measured = problem, every, images, {}
-
-    def __call__(self, name: str, step: int, params: dict[str, torch.Tensor]) -> None:
-        if step % self.every == 0:
-            problem = on_device(self.problem, next(iter(params.values())).device)
-            accuracies = problem.test_accuracy(params, self.images).cpu()
-            self.measured.setdefault(name, {}).setdefault(step, []).append(accuracies)
-
-    @property
-    def steps(self) -> list[int]:
-        return sorted({step for groups in self.measured.values() for step in groups})
-
-    @property
-    def curves(self) -> dict[str, torch.Tensor]:
-        return {
-            name: torch.stack([torch.cat(groups) for groups in by_step.values()], 1)
-            for name, by_step in self.measured.items()
-        }

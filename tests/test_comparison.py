@@ -7,7 +7,6 @@ from torch import nn
 from gradbuffer.data.cifar10 import generated_images
 from gradbuffer.evaluation import (
     BASELINES,
-    AccuracyCurves,
     TunedBaseline,
     compare,
     compare_final,
@@ -16,6 +15,7 @@ from gradbuffer.evaluation import (
     tune_baseline,
     tune_baselines,
 )
+from gradbuffer.problems.images import AccuracyCurves
 from optimizees import CIFAR10Net, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM
 

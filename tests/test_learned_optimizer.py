@@ -833,7 +833,7 @@ def measured_memory(kind, steps):
         return tensors, tracemalloc.get_traced_memory()[0]
 
     tracemalloc.start()
-    return [run() for _ in range(6)]
+    return [run() for _ in range(12)]
 
 
 @pytest.mark.parametrize("kind", ["lstm", "joint"])

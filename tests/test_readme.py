@@ -1,4 +1,4 @@
-"""What the README promises: its snippets run, its modules import where it says they do."""
+"""What the README and the docs promise: their snippets run, their links lead somewhere, the commands are there, the docs build."""
 
 import os
 import re
@@ -9,37 +9,58 @@ from pathlib import Path
 import pytest
 from conftest import write_art
 
+import optimizers
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPETS = [
+    pytest.param(code, id=f"{page.stem} {number}")
+    for page in PAGES
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+]
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+@pytest.mark.parametrize("code", SNIPPETS)
 @pytest.mark.filterwarnings("error::UserWarning")
-def test_snippets_run(number, tmp_path, monkeypatch):
+def test_snippets_run(code, tmp_path, monkeypatch):
     """Each block on its own, as pasted into a fresh session."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("optimizers.LEARNED_OPTIMIZERS", dict(optimizers.LEARNED_OPTIMIZERS))
     if not os.environ.get("L2O_DATA"):
         monkeypatch.setenv("L2O_DATA", str(write_art(tmp_path / "images", side=32)))
-    exec(compile(SNIPPETS[number], f"snippet {number} of README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(code, "a snippet", "exec"), {"__name__": "__main__"})
 
 
 def test_snippets_show_the_public_face():
-    text = "".join(SNIPPETS)
-    assert len(SNIPPETS) == 9
+    text = "".join(snippet.values[0] for snippet in SNIPPETS)
     words = (
-        "to_meta",
-        "update_params",
-        "resnet18",
-        "functional_call",
-        "meta_train",
-        "LearnedOptimizer",
-        "PerKind",
-        "CIFAR10Net",
-        "NeuralArt",
-        "evaluate_lbfgs",
+        "to_meta update_params resnet18 functional_call meta_train LearnedOptimizer PerKind CIFAR10Net NeuralArt evaluate_lbfgs "
+        "Mixture Problem Loss Rule register_optimizer tune_baseline PES Replay Teacher Curriculum Validation Checkpoint"
     )
-    assert all(word in text for word in words)
+    assert [word for word in words.split() if word not in text] == []
+
+
+def test_the_front_page_is_short_and_its_links_lead_somewhere():
+    assert len(README.encode()) <= 12_000
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+        named = re.findall(
+            r"\b((?:gradbuffer|benchmarks|examples|docs)/[\w./]+\.(?:py|ipynb|png|md))\b", page.read_text()
+        )
+        assert [name for name in named if not (ROOT / name).exists()] == [], page.name
+
+
+def test_the_docs_build(tmp_path):
+    pytest.importorskip("mkdocs", reason="pip install '.[docs]'")
+    pytest.importorskip("mkdocstrings", reason="pip install '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f": {page.name}\n" in (ROOT / "mkdocs.yml").read_text(), f"{page.name} is not in the site's navigation"
+    assert "θ_{t+1} = θ_t + g_t" in (tmp_path / "api.html").read_text(), "underscores became emphasis"
 
 
 def test_two_commands_stand_on_a_line_each():
@@ -54,7 +75,7 @@ def test_two_commands_stand_on_a_line_each():
 def test_every_module_is_packaged_and_in_the_table():
     packaged = re.search(r"py-modules = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S).group(1)
     for module in ROOT.glob("*.py"):
-        assert f"`{module.name}`" in README.split("## What lies where")[1] or module.name == "hubconf.py"
+        assert f"`{module.name}`" in README.split("| at the root | holds |")[1] or module.name == "hubconf.py"
         assert f'"{module.stem}"' in packaged or module.name == "hubconf.py"
 
 

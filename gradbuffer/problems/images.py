@@ -10,10 +10,12 @@ from torch.nn import functional as F
 
 from gradbuffer.checks import check_count
 from gradbuffer.contracts import Loss, Problem
+from gradbuffer.contracts import on_device as problem_on_device
 
 STEPS_PER_DRAW = 32  # minibatches whose indices are drawn at once
 
 __all__ = [
+    "AccuracyCurves",
     "Chosen",
     "ImageNets",
     "MinibatchLoss",
@@ -168,3 +170,53 @@ def half(data, split):
     middle = len(order) // 2
     order = order[:middle] if split == "train" else order[middle:]
     return data.train_images[order], data.train_labels[order]
+
+
+class AccuracyCurves:
+    """What `compare` watches with: the accuracy on test images along the way, every so many steps.
+
+    `steps` lists when it was measured; `curves` is a dict from name to accuracies (num_functions, len(steps)), on the
+    CPU and in [0, 1].
+
+    Args:
+        problem: whose functions run, with `test_accuracy(params, images)`, such as `CIFAR10Net`.
+        every: steps from one measurement to the next, the first at step 0; positive.
+        images: how many test images; default all.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
+    Example:
+        >>> from gradbuffer.data.cifar10 import generated_images; from optimizees import CIFAR10Net
+        >>> problem = CIFAR10Net(batch_size=8, channels=(4,), root=generated_images(100, 20, side=8))
+        >>> watch = AccuracyCurves(problem, every=2)
+        >>> tuned = {"SGD": TunedBaseline(torch.optim.SGD, {"lr": 0.1}, {})}
+        >>> losses = compare({}, tuned, problem, steps=5, num_functions=3, progress=False, watch=watch)
+        >>> watch.steps, watch.curves["SGD"].shape
+        ([0, 2, 4], torch.Size([3, 3]))
+    """
+
+    def __init__(self, problem: Any, every: int = 100, images: int | None = None):
+        if not callable(getattr(problem, "test_accuracy", None)):
+            raise TypeError(f"problem must have test_accuracy(params, images), got {type(problem).__name__}")
+        check_count(every=every)
+        if images is not None:
+            check_count(least=2, images=images)
+        self.problem, self.every, self.images, self.measured = problem, every, images, {}
+
+    def __call__(self, name: str, step: int, params: dict[str, torch.Tensor]) -> None:
+        if step % self.every == 0:
+            problem = problem_on_device(self.problem, next(iter(params.values())).device)
+            accuracies = problem.test_accuracy(params, self.images).cpu()
+            self.measured.setdefault(name, {}).setdefault(step, []).append(accuracies)
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted({step for groups in self.measured.values() for step in groups})
+
+    @property
+    def curves(self) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.stack([torch.cat(groups) for groups in by_step.values()], 1)
+            for name, by_step in self.measured.items()
+        }

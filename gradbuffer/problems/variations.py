@@ -280,8 +280,8 @@ class Mixture(Problem):
 
     Example:
         >>> from optimizees import Quadratics
-        >>> [batch.params["theta"].shape for batch in Mixture([Quadratics(4), Quadratics(8)]).sample(2)]
-        [torch.Size([2, 4]), torch.Size([2, 8])]
+        >>> [len(batch.params["theta"][0]) for batch in Mixture([Quadratics(4), Quadratics(8)]).sample(2)]
+        [4, 8]
     """
 
     problems: list = []

@@ -240,6 +240,7 @@ class Pairs:
         lengths: of episodes, least and most steps; multiples of `window` come of them.
         rates, scales, gains: least and most; gains are factors on the initial parameters.
         hold: one perturbation for a whole episode; else a fresh one for each window.
+        falling: in [0, 1], the share of episodes whose rate falls.
         generator: on the CPU, for all that is drawn.
     """
 
@@ -254,6 +255,7 @@ class Pairs:
         scales: tuple[float, float] = (1e-3, 1e3),
         gains: tuple[float, float] = (0.7, 1.7),
         hold: bool = True,
+        falling: float = 0.5,
         *,
         generator: torch.Generator,
     ):
@@ -264,6 +266,7 @@ class Pairs:
                 raise ValueError(f"{name} must be the least and the most, above 0, got {(least, most)}")
         self.family, self.pairs, self.window, self.sigma, self.generator = family, pairs, window, sigma, generator
         self.lengths, self.rates, self.scales, self.gains, self.hold = lengths, rates, scales, gains, hold
+        self.falling = falling
         W, windows = family.windows.num_weights, family.windows
         self.params, self.state = torch.empty(2 * pairs, windows.num_params), windows.init_state(2 * pairs)
         self.noise, self.total = torch.zeros(pairs, W), torch.zeros(pairs, W)
@@ -286,7 +289,7 @@ class Pairs:
         self.state[both], self.total[pair], self.done[pair], self.seeds[pair] = 0, 0, 0, number
         self.length[pair] = math.ceil(self.log_uniform(self.lengths) / self.window) * self.window
         self.rate[pair], self.scale[pair] = self.log_uniform(self.rates), self.log_uniform(self.scales)
-        self.falls[pair] = self.uniform() < 0.5
+        self.falls[pair] = self.uniform() < self.falling
         self.noise[pair] = self.sigma * torch.randn(self.noise.shape[1], generator=self.generator)
 
     def advance(self, weights: torch.Tensor) -> Estimate:

@@ -48,7 +48,7 @@ def small_images():
 
 
 def make_families(net, data):
-    """Two dicts from name to `Perceptrons`: to train on, and to look at."""
+    """Three dicts from name to `Perceptrons`: of the second part alone, to train on, and to look at."""
     from gradbuffer.kernels.numba_mlp_windows import PerceptronWindows
     from gradbuffer.training.evolution import Perceptrons
 
@@ -67,24 +67,49 @@ def make_families(net, data):
     inputs = torch.randn(20000, 32, generator=generator)
     targets = torch.tanh(2 * inputs @ first) @ second
     targets = (targets - targets.mean()) / targets.std()
-    return {
-        "mnist relu": family("mnist", (32,), "relu", 64),
-        "cifar relu": family("cifar", (32,), "relu", 64),
-        "digits tanh": family("digits", (32,), "tanh", 64),
-        "mnist autoencoder": family("mnist", (16,), "silu", 32, "mse"),
-        "cifar two layers": family("cifar", (32, 32), "silu", 32),
-        "mnist deep tanh": family("mnist", (24, 24, 24), "tanh", 16),
-        "regression": Perceptrons(PerceptronWindows(net, (32, 32, 8), "relu", "mse"), inputs, targets, 64, 1.5),
-        "cifar autoencoder": family("cifar", (24,), "tanh", 64, "mse"),
-        "cifar linear": family("cifar", (), "relu", 64),
-        "digits deep relu": family("digits", (32, 32, 32), "relu", 128),
-        "mnist sigmoid": family("mnist", (20,), "sigmoid", 128),
-        "cifar deep relu": family("cifar", (24, 24, 24, 24), "relu", 16),
-    }, {
-        "cifar wide": family("cifar", (64,), "relu", 64),
-        "mnist autoencoder deep": family("mnist", (32, 8, 32), "relu", 64, "mse"),
-        "digits five": family("digits", (48, 48, 48, 48), "tanh", 64),
+    left, right = torch.randn(32, 6, generator=generator) / 32**0.5, torch.randn(6, 12, generator=generator) / 6**0.5
+    small = 0.2 * torch.randn(20000, 32, generator=generator)
+    low_rank = small @ left @ right
+    low_rank = low_rank / low_rank.std()
+    skewed = torch.randn(20000, 32, generator=generator) * torch.logspace(0, -1.5, 32)
+    bent = torch.sin(skewed @ torch.randn(32, 6, generator=generator))
+    bent = (bent - bent.mean()) / bent.std()
+    clusters = torch.randn(10, 32, generator=generator) * 0.35
+    which = torch.randint(10, (20000,), generator=generator)
+    points = clusters[which] + torch.randn(20000, 32, generator=generator) * 0.6
+
+    def synthetic(sizes, activation, loss, *data):
+        ceiling = 1.5 if loss == "mse" else 1.5 * math.log(10)
+        return Perceptrons(PerceptronWindows(net, sizes, activation, loss), *data, ceiling)
+
+    more = {
+        "low rank": synthetic((32, 8, 12), "tanh", "mse", small, low_rank, 64),
+        "low rank deep": synthetic((32, 16, 16, 12), "tanh", "mse", small, low_rank, 128),
+        "skewed": synthetic((32, 24, 6), "silu", "mse", skewed, bent, 64),
+        "clusters": synthetic((32, 16, 10), "silu", "cross_entropy", points, which, 32),
     }
+    return (
+        more,
+        {
+            "mnist relu": family("mnist", (32,), "relu", 64),
+            "cifar relu": family("cifar", (32,), "relu", 64),
+            "digits tanh": family("digits", (32,), "tanh", 64),
+            "mnist autoencoder": family("mnist", (16,), "silu", 32, "mse"),
+            "cifar two layers": family("cifar", (32, 32), "silu", 32),
+            "mnist deep tanh": family("mnist", (24, 24, 24), "tanh", 16),
+            "regression": Perceptrons(PerceptronWindows(net, (32, 32, 8), "relu", "mse"), inputs, targets, 64, 1.5),
+            "cifar autoencoder": family("cifar", (24,), "tanh", 64, "mse"),
+            "cifar linear": family("cifar", (), "relu", 64),
+            "digits deep relu": family("digits", (32, 32, 32), "relu", 128),
+            "mnist sigmoid": family("mnist", (20,), "sigmoid", 128),
+            "cifar deep relu": family("cifar", (24, 24, 24, 24), "relu", 16),
+        },
+        {
+            "cifar wide": family("cifar", (64,), "relu", 64),
+            "mnist autoencoder deep": family("mnist", (32, 8, 32), "relu", 64, "mse"),
+            "digits five": family("digits", (48, 48, 48, 48), "tanh", 64),
+        },
+    )
 
 
 def validate(weights, families, steps=500, seeds=4):
@@ -108,42 +133,51 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--state", type=Path, default=HERE / "general_mlp.pt")
+    parser.add_argument("--state", type=Path)
+    parser.add_argument("--second", action="store_true", help="the second part, from where the first has come to")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
     from gradbuffer.training.evolution import Pairs
 
     net = start_as_normalized_adam(MLPOptimizer())
-    trained, watched = make_families(net, small_images())
+    more, trained, watched = make_families(net, small_images())
     start = torch.nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+    episodes, lr, families_a_step, end = {}, LR, FAMILIES_A_STEP, None
+    if options.second:  # more families, rates nearer to those that users choose, and an end
+        trained, lr, families_a_step, end = more | trained, 5e-4, 5, 16000
+        episodes = dict(lengths=(150, 1200), rates=(5e-4, 2e-2), scales=(1e-2, 1e2), falling=0.85)
+        start = torch.load(HERE / "general_mlp.pt")["averaged"].clone()
+        options.state = options.state or HERE / "general_mlp_second.pt"
+    options.state = options.state or HERE / "general_mlp.pt"
     weights = torch.nn.Parameter(start.clone())
-    adam = torch.optim.AdamW([weights], lr=LR, weight_decay=0.0)
+    adam = torch.optim.AdamW([weights], lr=lr, weight_decay=0.0)
     run = {"k": 0, "averaged": start.clone(), "scale": {}, "history": {"validation": [(0, validate(start, watched))]}}
     if options.state.exists():
         run = torch.load(options.state)
         weights.data.copy_(run["weights"])
         adam.load_state_dict(run["adam"])
     generator = torch.Generator().manual_seed(1000 + run["k"])
-    pairs = {name: Pairs(family, PAIRS, generator=generator) for name, family in trained.items()}
+    pairs = {name: Pairs(family, PAIRS, generator=generator, **episodes) for name, family in trained.items()}
     names, begun, saved = [], time.time(), time.time()
 
     def save():
         torch.save({**run, "weights": weights.data, "adam": adam.state_dict()}, options.state.with_suffix(".new"))
         options.state.with_suffix(".new").replace(options.state)
 
-    while time.time() - begun < options.seconds:
+    while time.time() - begun < options.seconds and (end is None or run["k"] < end):
         total = torch.zeros_like(start)
-        if len(names) < FAMILIES_A_STEP:
+        if len(names) < families_a_step:
             names = [list(trained)[place] for place in torch.randperm(len(trained), generator=generator)]
-        for name in names[:FAMILIES_A_STEP]:
+        for name in names[:families_a_step]:
             estimate = pairs[name].advance(weights.data)
             size = estimate.gradient.square().sum().item()
             run["scale"][name] = 0.99 * run["scale"].get(name, size) + 0.01 * size
-            total += estimate.gradient / (run["scale"][name] ** 0.5 + 1e-12) / FAMILIES_A_STEP
-        names = names[FAMILIES_A_STEP:]
+            total += estimate.gradient / (run["scale"][name] ** 0.5 + 1e-12) / families_a_step
+        names = names[families_a_step:]
         weights.grad = total * min(1.0, 1.0 / (total.norm().item() + 1e-12))
-        adam.param_groups[0]["lr"] = LR * min(1.0, (run["k"] + 1) / WARMUP)
+        rate = lr * min(1.0, (run["k"] + 1) / WARMUP)
+        adam.param_groups[0]["lr"] = rate * (0.5 * (1 + math.cos(math.pi * run["k"] / end)) if end else 1.0)
         adam.step()
         run["k"] += 1
         run["averaged"].lerp_(weights.data, 1 - min(KEPT, run["k"] / (run["k"] + 10)))
