@@ -34,11 +34,11 @@ __all__ = [
     "as_problem",
     "as_rule",
     "device_of",
-    "has_parts",
     "in_parts",
     "is_learned",
     "kind_of",
     "on_device",
+    "part_if_any",
     "part_of",
     "repack",
 ]
@@ -96,6 +96,7 @@ class MetaBatch(NamedTuple):
     params: dict
     loss: Callable
     part: Callable | None = None
+    family: int = 0  # which problem of a mixture they are of, by its place among `problems`
 
 
 class Loss:
@@ -212,9 +213,9 @@ def in_parts(params: dict, loss: Loss) -> MetaBatch:
     )
 
 
-def has_parts(batch: Any) -> bool:
-    """Whether a meta-batch can give some of its functions alone."""
-    return getattr(batch, "part", None) is not None
+def part_if_any(batch: Any) -> Callable | None:
+    """What gives some of a meta-batch's functions alone; None if nothing does."""
+    return getattr(batch, "part", None)
 
 
 def part_of(batch: Any, first: int, last: int) -> MetaBatch:
@@ -223,7 +224,7 @@ def part_of(batch: Any, first: int, last: int) -> MetaBatch:
     A batch without `part` computes the losses of all its functions and gives those asked for: right, but the
     optimizees' own time is not shared among the ranks.
     """
-    if has_parts(batch):
+    if part_if_any(batch) is not None:
         return batch.part(first, last)
     params = {name: tensor[first:last] for name, tensor in batch.params.items()}
     return MetaBatch(params, PartOfLoss(as_loss(batch.loss), batch.params, first, last))

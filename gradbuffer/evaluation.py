@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from gradbuffer.checks import check_count
-from gradbuffer.contracts import MetaBatch, Problem, as_loss, as_rule, device_of, has_parts, on_device
+from gradbuffer.contracts import MetaBatch, Problem, as_loss, as_rule, device_of, on_device, part_if_any
 from gradbuffer.unrolling import Coordinates, in_place
 
 __all__ = [
@@ -246,7 +246,7 @@ def minimize_lbfgs(batch: MetaBatch, steps: int, **options: Any) -> tuple[torch.
         >>> losses, params = minimize_lbfgs(Quadratics().sample(2), steps=10)
     """
     check_count(steps=steps)
-    if not has_parts(batch):
+    if part_if_any(batch) is None:
         raise TypeError("L-BFGS takes one function after the other: the meta-batch must have part(first, last)")
     functions, curves, ends = len(next(iter(batch.params.values()))), [], []
     for function in range(functions):

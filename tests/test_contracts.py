@@ -12,9 +12,11 @@ from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
 from gradbuffer.training.evolution import PES
 from gradbuffer.training.imitation import Demonstration, imitation_gradient
 from gradbuffer.training.meta_gradients import Autograd, Replay
+from gradbuffer.training.options import Checkpoint, Curriculum, Validation, training_of
+from gradbuffer.training.run import Run
 from gradbuffer.unrolling import Coordinates, trained
 from meta_training import compare, evaluate, meta_gradient, meta_train
-from optimizees import MNISTNet, Quadratics
+from optimizees import Mixture, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM
 
 
@@ -251,6 +253,39 @@ def test_weights_of_the_steps():
     assert torch.equal(nets[0].weight, nets[1].weight) and not torch.equal(nets[0].weight, nets[2].weight)
 
 
+@pytest.mark.parametrize("families", [None, 1])
+def test_problems_that_are_balanced_count_the_same(families):
+    """Each by its own size, also where some are drawn at random and a checkpoint lies between; without it one drowns the other."""
+
+    class Quiet(Quadratics):
+        def sample(self, meta_batch, generator=None):
+            batch = super().sample(meta_batch, generator)
+            return MetaBatch(batch.params, lambda params, step: 1e-6 * batch.loss(params, step))
+
+    sizes = []
+    for balance in (True, False):
+        net, problem = Reader(), Mixture([Quadratics(3, torch.float64), Quiet(2, torch.float64)], families=families)
+        options = dict(steps=5, unroll=5, meta_batch=4, iterations=30, balance=balance, clip=None)
+        run = Run(net, problem, training_of(net, **options))
+        norms = [sum(grad.square().sum() for grad in run.window()[0].values()).sqrt().item() for _ in range(30)]
+        sizes.append(max(norms[5:]) / min(norms[5:]))
+        if balance:
+            assert sorted(run.sizes) == [0, 1] and run.sizes[1] < 1e-9 * run.sizes[0]
+    assert sizes[0] < 100
+    assert families is None or sizes[1] > 1e4
+
+
+def test_weights_may_be_a_tensor(tmp_path):
+    """As well as a list: the same run, and its checkpoint agrees with that of the list."""
+    options = dict(steps=5, unroll=5, meta_batch=2, iterations=2, progress=False, checkpoint=tmp_path / "run")
+    found = [
+        meta_train(Reader(), Lines(), weights=weights, **options) for weights in (torch.arange(6.0), list(range(6)))
+    ]
+    assert found[0] == found[1]
+    with pytest.raises(ValueError, match="weights has no effect with imitation 1"):
+        meta_train(Reader(), Lines(), weights=torch.ones(21), teacher=(torch.optim.SGD, {"lr": 0.1}), imitation=1)
+
+
 def test_other_meta_optimizers_and_schedules():
     seen = []
 
@@ -292,6 +327,22 @@ def test_other_meta_optimizers_and_schedules():
             ValueError,
             "second_order must stand in method=",
         ),
+        (
+            lambda: meta_train(Reader(), Lines(), curriculum=Curriculum((20,)), patience=5),
+            ValueError,
+            "patience must stand in curriculum=",
+        ),
+        (
+            lambda: meta_train(Reader(), Lines(), validation=Validation(), validation_every=5),
+            ValueError,
+            "validation_every must stand in",
+        ),
+        (
+            lambda: meta_train(Reader(), Lines(), checkpoint=Checkpoint("x"), checkpoint_every=5),
+            ValueError,
+            "checkpoint_every must stand in",
+        ),
+        (lambda: meta_train(Reader(), Lines(), on_mismatch="restart"), ValueError, "on_mismatch needs checkpoint"),
         (lambda: meta_train(Reader(), Lines(), weights=[1.0]), ValueError, r"weights must have shape \(21,\)"),
         (lambda: meta_train(Reader(), Lines(), horizon=3), TypeError, "horizon must be"),
         (lambda: meta_train(Reader(), Lines(), schedule=3), TypeError, "schedule must be a function"),

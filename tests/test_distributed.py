@@ -22,7 +22,7 @@ from gradbuffer.contracts import as_problem
 from gradbuffer.training.options import training_of
 from gradbuffer.training.run import Run
 from meta_training import meta_train
-from optimizees import MetaBatch, MNISTNet, Quadratics
+from optimizees import MetaBatch, Mixture, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM
 
 torch.set_num_threads(1)
@@ -55,6 +55,8 @@ class Failing(Quadratics):
 def problem(name, root):
     if name == "mnist":
         return MNISTNet(batch_size=8, root=root, dtype=torch.float64)
+    if name == "mixture":
+        return Mixture([Quadratics(2, torch.float64), Quadratics(4, torch.float64)], families=1)
     return {"quadratics": Quadratics, "whole": Whole, "failing": Failing}[name](dim=3, dtype=torch.float64)
 
 
@@ -72,17 +74,17 @@ def settings(**more):
 def first_gradient(name, root):
     torch.manual_seed(0)
     net = CoordinatewiseLSTM(hidden_size=3).double()
-    options = {option: value for option, value in settings(clip=None).items() if option != "progress"}
+    options = {option: value for option, value in settings(clip=None, balance=name == "mixture").items() if option != "progress"}
     run = Run(net, as_problem(problem(name, root)), training_of(net, **options))
     return run.window()
 
 
 def job(root, folder):
     results = {}
-    for name in ("quadratics", "whole", "mnist"):
+    for name in ("quadratics", "whole", "mnist", "mixture"):
         grads, figures = first_gradient(name, root)
         net = network()
-        history = meta_train(net, problem(name, root), **settings(checkpoint=f"{folder}/{name}"))
+        history = meta_train(net, problem(name, root), **settings(checkpoint=f"{folder}/{name}", balance=name == "mixture"))
         results[name] = dict(grads=grads, figures=figures, weights=dict(net.state_dict()), loss=history.meta_loss,
                              norm=history.grad_norm, size=history.update_size, validation=history.validation,
                              random=torch.load(f"{folder}/{name}", weights_only=True)["content"]["random"][0])
@@ -230,7 +232,7 @@ def results(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("name", ["quadratics", "whole", "mnist"])
+@pytest.mark.parametrize("name", ["quadratics", "whole", "mnist", "mixture"])
 def test_two_processes_train_as_one_does(results, name):
     (one,), many = [results[1][0][name]], [result[name] for result in results[2]]
     for result in many:

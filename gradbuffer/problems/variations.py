@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gradbuffer.checks import check_count, check_positive_number
-from gradbuffer.contracts import Loss, MetaBatch, Problem, as_loss, as_problem, in_parts, kind_of
+from gradbuffer.contracts import Loss, MetaBatch, Problem, as_loss, as_problem, in_parts, kind_of, part_if_any
 from gradbuffer.unrolling import Coordinates
 
 __all__ = ["ConvexTerms", "Mirrored", "Mixture", "RandomScaling"]
@@ -41,9 +41,9 @@ class Variation(Problem):
     def sample(self, meta_batch, generator=None):
         """Draw `meta_batch` functions. Returns `MetaBatch`; of a `Mixture` a list of them."""
         drawn = self.problem.sample(meta_batch, generator=generator)
-        return (
-            [self.vary(batch, generator) for batch in drawn] if isinstance(drawn, list) else self.vary(drawn, generator)
-        )
+        if isinstance(drawn, list):
+            return [self.vary(batch, generator)._replace(family=batch.family) for batch in drawn]
+        return self.vary(drawn, generator)
 
     def vary(self, batch, generator):
         """What becomes of a meta-batch of the problem."""
@@ -323,13 +323,20 @@ class Mixture(Problem):
     def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> list[MetaBatch]:
         """Draw `meta_batch` functions of each problem, or of each of the `families` drawn. Returns a list of `MetaBatch`, in the
         problems' order."""
-        problems = self.problems
+        places, batches = range(len(self.problems)), []
         if self.families is not None:
-            weights = torch.tensor(self.weights or [1.0] * len(problems), dtype=torch.float64)
-            places = torch.multinomial(weights, self.families, generator=generator)
-            problems = [problems[place] for place in sorted(places.tolist())]
-        drawn = [problem.sample(meta_batch, generator=generator) for problem in problems]
-        return [batch for some in drawn for batch in (some if isinstance(some, list) else [some])]
+            weights = torch.tensor(self.weights or [1.0] * len(self.problems), dtype=torch.float64)
+            places = sorted(torch.multinomial(weights, self.families, generator=generator).tolist())
+        for place in places:
+            drawn = self.problems[place].sample(meta_batch, generator=generator)
+            first = sum(
+                len(problem.problems) for problem in self.problems[:place]
+            )  # one of them may be a mixture itself
+            for batch in (
+                drawn if isinstance(drawn, list) else [MetaBatch(drawn.params, drawn.loss, part_if_any(drawn))]
+            ):
+                batches.append(batch._replace(family=first + batch.family))
+        return batches
 
 
 def check_weights(weights, count):

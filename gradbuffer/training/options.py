@@ -221,11 +221,12 @@ class Training:
         if self.schedule is not None and self.warmup != default_of(Training, "warmup"):
             raise ValueError(f"warmup={self.warmup} is for the default schedule, which is not used where one is given")
         if self.weights is not None and not callable(self.weights):
-            weights = torch.as_tensor(self.weights)
+            weights = torch.as_tensor(self.weights, dtype=torch.float64)
             if weights.shape != (self.unroll + 1,):
                 raise ValueError(
                     f"weights must have shape ({self.unroll + 1},) for unroll {self.unroll}, got {tuple(weights.shape)}"
                 )
+            object.__setattr__(self, "weights", tuple(weights.tolist()))
         if self.cuda_graph and (self.method != Replay(objective=self.method.objective) or self.weights is not None):
             raise ValueError(
                 'cuda_graph=True needs method="replay", second_order=False, replay_fraction=1 and no weights, got '
@@ -376,37 +377,49 @@ def training_of(net: nn.Module, **given: Any) -> Training:
                 f"horizons must be None, (least, most) or a function of (iteration, generator), got {horizons!r}"
             )
         horizons = RandomHorizon(*horizons)
-    validation = gathered(Validation, given)
+    validation = gathered(Validation, given, "validation")
     own = {name: given.pop(name) for name in [*given] if name in names - {"teacher", "checkpoint", "validation"}}
     training = Training(
         method=method,
         horizon=horizons or horizon or curriculum,
         teacher=teacher_of(given, net),
-        validation=given.pop("validation", None) or validation or Validation(),
+        validation=validation,
         checkpoint=gathered(Checkpoint, given),
         **own,
     )
     if given:
         raise TypeError(
-            f"meta_train got unexpected keyword arguments {sorted(given)}; there are {sorted(names | DEFAULTS.keys())}"
+            f"meta_train got unexpected keyword arguments {sorted(given)}; there are {sorted(MetaTrainOptions.__annotations__)}"
         )
     training.method.check(as_rule(net))
     return training
 
 
-def gathered(cls, given):
-    """The object of a class whose fields were given by their names, taken out of `given`; None if the first of them, or for
-    `Validation` all of them, were not."""
-    first = fields(cls)[0].name
-    found = {own.name: given.pop(own.name) for own in fields(cls) if own.name in given}
-    if isinstance(found.get(first), cls):
-        return found[first]
-    changed = [name for name, value in found.items() if name != first and value != default_of(cls, name)]
-    if found.get(first) is None and cls is not Validation:
-        if changed and cls is Curriculum:
-            raise ValueError(f"{changed[0]} needs {first}")
+def gathered(cls, given, name=None):
+    """The object of a class that was given by that name, or whose fields were given by theirs, taken out of `given`; else None.
+
+    name: default that of the class's first field, without which the others have nothing to say.
+    """
+    alone, found = name, {own.name: given.pop(own.name) for own in fields(cls) if own.name in given}
+    name = name or fields(cls)[0].name
+    whole = given.pop(name, None) if alone else found.pop(name, None)
+    changed = [other for other, value in found.items() if value != default_of(cls, other)]
+    if isinstance(whole, cls):
+        if changed:
+            raise ValueError(f"{changed[0]} must stand in {name}={whole!r} itself where that is an object")
+        return whole
+    if alone:
+        if whole is not None:
+            raise TypeError(f"{name} must be a {cls.__name__}, got {whole!r}")
+        return cls(**found)
+    if whole is None:
+        changed = [
+            other for other in changed if other != "checkpoint_every"
+        ]  # as often as that, if there were a checkpoint
+        if changed:
+            raise ValueError(f"{changed[0]} needs {name}")
         return None
-    return cls(**found) if found else None
+    return cls(whole, **found)
 
 
 def teacher_of(given, net):

@@ -68,9 +68,9 @@ class History:
 class Functions:
     """A meta-batch on its way: where its functions are, and what moves them."""
 
-    def __init__(self, net, batch, teacher):
+    def __init__(self, net, batch, family, teacher):
         coordinates = Coordinates(batch.params)
-        self.batch, self.params = batch, batch.params
+        self.batch, self.params, self.family = batch, batch.params, family
         self.state = as_rule(net, coordinates).init_state(sum(coordinates.sizes))
         self.demonstration = teacher and teacher.begin(batch.params)
 
@@ -106,10 +106,8 @@ class Run:
         if stages:
             self.history.stages.append((0, stages[0]))
         self.averaged = copy.deepcopy(net) if options.averaging else net
-        self.captured, self.sizes = (
-            {},
-            {},
-        )  # CUDA graphs and mean squares of meta-gradients, by the place of a mixture's problem
+        self.captured = {}  # CUDA graphs, by the place of their problem in a mixture
+        self.sizes = {}  # likewise, running mean squares of meta-gradients
         self.functions, self.draws = None, 0  # those in hand (None: to be drawn), how many draws there were
 
     @property
@@ -129,7 +127,8 @@ class Run:
         self.functions, self.step = [], 0
         for batch in batches if isinstance(batches, list) else [batches]:
             own = batch if self.ranks.size == 1 else part_of(batch, self.first, self.last)
-            self.functions.append(Functions(self.net, own, teacher if self.imitates else None))
+            family = batch.family if isinstance(batches, list) else 0
+            self.functions.append(Functions(self.net, own, family, teacher if self.imitates else None))
         self.draws += 1
 
     def advance(self) -> None:
@@ -188,19 +187,31 @@ class Run:
         share = (self.last - self.first) / self.options.meta_batch
         grads = figures = failure = None
         try:
-            found = [self.window_of(functions, place) for place, functions in enumerate(self.functions)]
+            found = {functions.family: self.window_of(functions) for functions in self.functions}
         except NonFiniteError as error:
             failure = error
         else:
-            grads = {name: sum(grads[name] for grads, _ in found) * share for name in self.trained}
-            loss, *squares, imitation = (sum(figures) for figures in zip(*(figures for _, figures in found)))
+            grads = {(family, name): found[family][0][name] * share for family in found for name in self.trained}
+            loss, *squares, imitation = (sum(figures) for figures in zip(*(figures for _, figures in found.values())))
             figures = [loss / len(found) * share, *squares, imitation * share]
             self.step += self.options.unroll
             if self.step >= self.windows * self.options.unroll:
                 self.functions = None
-        return self.ranks.sum(grads, figures, failure)
+        grads, figures = self.ranks.sum(grads, figures, failure)
+        factors = {family: self.balance(family, grads) for family, _ in grads}
+        return {
+            name: sum(grads[family, name] * factor for family, factor in factors.items()) for name in self.trained
+        }, figures
 
-    def window_of(self, functions: Functions, place: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+    def balance(self, family: int, grads: dict[tuple[int, str], torch.Tensor]) -> float:
+        """The factor on the meta-gradient of a mixture's problem that makes it count as much as the others' do."""
+        if not self.options.balance:
+            return 1.0
+        square = sum(grads[family, name].square().sum().item() for name in self.trained)
+        self.sizes[family] = 0.99 * self.sizes.get(family, square) + 0.01 * square
+        return 1 / (self.sizes[family] ** 0.5 + 1e-12)
+
+    def window_of(self, functions: Functions) -> tuple[dict[str, torch.Tensor], list[float]]:
         """The same of one meta-batch, which goes on."""
         start, unroll = functions.params, self.options.unroll
         if functions.demonstration is not None:
@@ -213,20 +224,16 @@ class Run:
                 unroll,
                 self.options.teacher.weight,
                 replay_fraction_of(self.options.method),
-                self.window_generator(place),
+                self.window_generator(functions.family),
             )
         else:
-            grads, info = self.meta_gradient(functions, place)
+            grads, info = self.meta_gradient(functions)
         functions.params, functions.state = info.params, info.state
-        if self.options.balance:
-            square = sum(grad.square().sum().item() for grad in grads.values())
-            self.sizes[place] = 0.99 * self.sizes.get(place, square) + 0.01 * square
-            grads = {name: grad / (self.sizes[place] ** 0.5 + 1e-12) for name, grad in grads.items()}
         imitation = 0.0 if functions.demonstration is None else info.imitation.item()
         return grads, [info.losses.mean().item(), *squares_of_change(start, info.params), imitation]
 
-    def meta_gradient(self, functions: Functions, place: int) -> tuple[dict[str, torch.Tensor], WindowInfo]:
-        window = functions.batch, functions.params, functions.state
+    def meta_gradient(self, functions: Functions) -> tuple[dict[str, torch.Tensor], WindowInfo]:
+        window, family = (functions.batch, functions.params, functions.state), functions.family
         if not self.options.cuda_graph:
             return meta_gradient(
                 self.net,
@@ -235,15 +242,17 @@ class Run:
                 self.options.unroll,
                 self.options.method,
                 weights=self.options.weights_at(self.step),
-                generator=self.window_generator(place),
+                generator=self.window_generator(family),
             )
-        if place not in self.captured or not self.captured[place].fits(*window, self.step):
-            self.captured[place] = CapturedWindow(self.net, *window, self.options.unroll, self.options.method.objective)
-        return self.captured[place](*window, self.step)
+        if family not in self.captured or not self.captured[family].fits(*window, self.step):
+            self.captured[family] = CapturedWindow(
+                self.net, *window, self.options.unroll, self.options.method.objective
+            )
+        return self.captured[family](*window, self.step)
 
-    def window_generator(self, place: int) -> torch.Generator:
+    def window_generator(self, family: int) -> torch.Generator:
         """For what the meta-gradient draws: a generator of its own, so that the functions depend on the seed alone."""
-        number = (self.options.seed * 1_000_003 + self.iteration) * self.ranks.size + self.ranks.rank + (place << 40)
+        number = (self.options.seed * 1_000_003 + self.iteration) * self.ranks.size + self.ranks.rank + (family << 40)
         return torch.Generator().manual_seed(number % 2**63)
 
     def skip(self, error: NonFiniteError) -> None:
