@@ -16,6 +16,7 @@ from torch import nn
 from gradbuffer.checks import check_count, values_unchecked
 from gradbuffer.contracts import Loss, MetaBatch, as_loss, as_rule, repack
 from gradbuffer.nests import clone, map_tensors, tensors_in
+from gradbuffer.training.evolution import Unrolled, Window
 from gradbuffer.training.meta_gradients import Replay, WindowInfo, finish_window, replay_window
 from gradbuffer.unrolling import Coordinates, check_objective
 
@@ -88,34 +89,23 @@ class CapturedWindow:
         check_objective(objective)
         self.net, self.unroll, self.objective = net, unroll, objective
         self.data = [tuple(map(clone, tensors)) for tensors in self.data_of(batch, 0)]
-        self.shapes, self.coordinates = shapes_of(params, state, self.data[0]), Coordinates(params)
-        self.own = as_rule(net, self.coordinates)
-        self.theta = clone(self.coordinates.join(params).detach())
-        if record is cuda_graph and not self.theta.is_cuda:
-            raise RuntimeError(f"a CUDA graph needs a CUDA device, the window lies on {self.theta.device}")
-        self.state = map_tensors(clone, state)
-        self.loss = LossesOfSteps([as_loss(batch.loss).of(tensors) for tensors in self.data])
-        self.weights = torch.full_like(self.theta[:1], 1 / self.coordinates.functions).expand(unroll + 1).contiguous()
+        self.shapes, coordinates = shapes_of(params, state, self.data[0]), Coordinates(params)
+        theta = clone(coordinates.join(params).detach())
+        if record is cuda_graph and not theta.is_cuda:
+            raise RuntimeError(f"a CUDA graph needs a CUDA device, the window lies on {theta.device}")
+        loss = LossesOfSteps([as_loss(batch.loss).of(tensors) for tensors in self.data])
+        weights = torch.full_like(theta[:1], 1 / coordinates.functions).expand(unroll + 1).contiguous()
+        self.window = Window(as_rule(net, coordinates), loss, coordinates, theta, map_tensors(clone, state), 0, weights)
         try:
             self.launch, self.results = record(self.work)
         finally:
             repack(net)  # elsewhere than in the graph's memory
 
-    def work(self) -> tuple:
+    def work(self) -> Unrolled:
         """What is captured: a window on the memory of this object."""
         repack(self.net)
         with values_unchecked():
-            return replay_window(
-                self.own,
-                self.loss,
-                self.coordinates,
-                self.theta,
-                self.state,
-                0,
-                self.weights,
-                Replay(objective=self.objective),
-                None,
-            )
+            return replay_window(self.window, Replay(objective=self.objective), None)
 
     def fits(self, batch: MetaBatch, params: dict[str, torch.Tensor], state: Any, step: int = 0) -> bool:
         """Whether this window has the shapes that were captured."""
@@ -143,12 +133,12 @@ class CapturedWindow:
         if shapes != self.shapes:
             raise ValueError(f"the window captured has shapes {self.shapes}, got one with {shapes}")
         with torch.no_grad():
-            self.theta.copy_(self.coordinates.join(params))
-            for kept, new in zip(tensors_in((self.state, self.data)), tensors_in((state, data))):
+            self.window.theta.copy_(self.window.coordinates.join(params))
+            for kept, new in zip(tensors_in((self.window.state, self.data)), tensors_in((state, data))):
                 kept.copy_(new)
             self.launch()
-            grads, losses, theta, state = map_tensors(clone, self.results)
-        return finish_window(self.own, self.coordinates, grads, losses, theta, state, step, self.objective)
+            found = map_tensors(clone, self.results)
+        return finish_window(self.window._replace(step=step), found, self.objective)
 
 
 def shapes_of(params, state, data):

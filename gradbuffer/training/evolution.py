@@ -8,7 +8,7 @@ neither estimate is biased by truncation. Nothing is differentiated.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +18,33 @@ from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.contracts import Loss, Rule
 from gradbuffer.unrolling import Coordinates, check_objective, scored, trained, unroll
 
-__all__ = ["Estimate", "Method", "PES", "PESState", "Pairs", "Perceptrons", "signal_to_noise"]
+__all__ = ["Estimate", "Method", "PES", "PESState", "Pairs", "Perceptrons", "Unrolled", "Window", "signal_to_noise"]
+
+
+class Window(NamedTuple):
+    """A window to be unrolled, with one update fewer than there are weights."""
+
+    rule: Rule
+    loss: Loss
+    coordinates: Coordinates
+    theta: torch.Tensor  # (N,), where it starts
+    state: Any  # the rule's there
+    step: int  # the first one's number
+    weights: torch.Tensor  # (T + 1,), w_t / B
+
+    def unroll(self, keep_states: bool = False) -> Iterator[tuple]:
+        """See `unrolling.unroll`."""
+        *given, weights = self
+        return unroll(*given, len(weights) - 1, keep_states)
+
+
+class Unrolled(NamedTuple):
+    """What a window gives; no graph."""
+
+    grads: dict[str, torch.Tensor]
+    losses: torch.Tensor  # (T + 1, B)
+    theta: torch.Tensor  # (N,), the end
+    state: Any
 
 
 class Method:
@@ -31,26 +57,8 @@ class Method:
         """Raise unless the options go together, and with this network."""
         raise NotImplementedError
 
-    def window(
-        self,
-        rule: Rule,
-        loss: Loss,
-        coordinates: Coordinates,
-        theta: torch.Tensor,
-        state: Any,
-        step: int,
-        weights: torch.Tensor,
-        generator: torch.Generator | None,
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, Any]:
-        """A window of the unroll.
-
-        Args:
-            rule, loss: of `contracts`. coordinates: how parameters lie in theta (N,), where the window starts; state: the rule's there.
-            step: the first one's number. weights: (T + 1,), w_t / B. generator: for what is drawn.
-
-        Returns:
-            the gradients (dict), the losses (T + 1, B), theta and the state at the end; no graph.
-        """
+    def window(self, window: Window, generator: torch.Generator | None) -> Unrolled:
+        """Unroll a window, and find its meta-gradient; no graph. generator: for what is drawn."""
         raise NotImplementedError
 
 
@@ -98,25 +106,16 @@ class PES(Method):
         check_objective(self.objective)
 
     @torch.no_grad()
-    def window(
-        self,
-        rule: Rule,
-        loss: Loss,
-        coordinates: Coordinates,
-        theta: torch.Tensor,
-        state: Any,
-        step: int,
-        weights: torch.Tensor,
-        generator: torch.Generator | None,
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, Any]:
+    def window(self, window: Window, generator: torch.Generator | None) -> Unrolled:
         """One window of every particle.
 
-        state: the optimizer's, at the first window of its functions (with `per_function` they begin with `init_state`); else the
+        Its state is the optimizer's, at the first window of its functions (with `per_function` they begin with `init_state`); else the
         `PESState` of the window before. The loss at the start counts nothing, since the window before has counted it.
 
         Returns:
-            grads (dict), losses (T + 1, B) as a mean over particles, theta of the first particle, `PESState`.
+            losses as a mean over particles, theta of the first particle, and a `PESState`.
         """
+        rule, coordinates, state = window.rule, window.coordinates, window.state
         parameters, lead = trained(rule), [coordinates.functions] * self.per_function
         first = not isinstance(state, PESState)
         if first:
@@ -124,7 +123,7 @@ class PES(Method):
                 name: parameter.new_zeros(self.pairs, *lead, *parameter.shape) for name, parameter in parameters.items()
             }
             own = None if self.per_function else state
-            state = PESState(nothing, [[(theta, own)] * 2 for _ in range(self.pairs)])
+            state = PESState(nothing, [[(window.theta, own)] * 2 for _ in range(self.pairs)])
         if len(state.particles) != self.pairs:
             raise ValueError(
                 f"pairs must stay what it was in the window before, {len(state.particles)}, got {self.pairs}"
@@ -147,12 +146,10 @@ class PES(Method):
                         particle = rule
                         for name, parameter in parameters.items():
                             parameter.copy_(moved[name])
-                    for values, _, theta, own in unroll(
-                        particle, loss, coordinates, theta, own, step, len(weights) - 1
-                    ):
+                    for values, _, theta, own in window._replace(rule=particle, theta=theta, state=own).unroll():
                         losses.append(values)
                     curves.append(torch.stack(losses))
-                    weighted = weights[1:, None] * scored(curves[-1][1:], self.objective)
+                    weighted = window.weights[1:, None] * scored(curves[-1][1:], self.objective)
                     scores.append(weighted.sum(0) if self.per_function else weighted.sum())
                     ends.append((theta, own))
                 particles.append(ends)
@@ -167,7 +164,7 @@ class PES(Method):
             for name, parameter in parameters.items():
                 parameter.copy_(kept[name])
         after = PESState({name: torch.stack(parts) for name, parts in perturbations.items()}, particles)
-        return grads, torch.stack(curves).mean(0), particles[0][0][0], after
+        return Unrolled(grads, torch.stack(curves).mean(0), particles[0][0][0], after)
 
     def perturb(
         self,

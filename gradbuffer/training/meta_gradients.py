@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
-from gradbuffer.contracts import Loss, MetaBatch, Rule, as_loss, as_rule
+from gradbuffer.contracts import MetaBatch, Rule, as_loss, as_rule
 from gradbuffer.nests import map_tensors, tensors_in
-from gradbuffer.training.evolution import PES, Method
-from gradbuffer.unrolling import Coordinates, check_objective, gradients_of, multiply_by_slopes, scored, unroll
+from gradbuffer.training.evolution import PES, Method, Unrolled, Window
+from gradbuffer.unrolling import Coordinates, check_objective, gradients_of, multiply_by_slopes, scored
 
 __all__ = [
     "Autograd",
@@ -89,21 +89,11 @@ class Replay(Method):
                     "coordinatewise = True"
                 )
 
-    def window(
-        self,
-        rule: Rule,
-        loss: Loss,
-        coordinates: Coordinates,
-        theta: torch.Tensor,
-        state: Any,
-        step: int,
-        weights: torch.Tensor,
-        generator: torch.Generator | None,
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, Any]:
-        """The gradients (dict), the losses (T + 1, B), theta and the state at the end."""
+    def window(self, window: Window, generator: torch.Generator | None) -> Unrolled:
+        """See `Method.window`."""
         if self.second_order:
-            return second_order_replay_window(rule, loss, coordinates, theta, state, step, weights, self)
-        return replay_in_parts(rule, loss, coordinates, theta, state, step, weights, self, generator)
+            return second_order_replay_window(window, self)
+        return replay_in_parts(window, self, generator)
 
 
 @dataclass(frozen=True)
@@ -124,18 +114,9 @@ class Autograd(Method):
         check_objective(self.objective)
 
     @torch.enable_grad()
-    def window(
-        self,
-        rule: Rule,
-        loss: Loss,
-        coordinates: Coordinates,
-        theta: torch.Tensor,
-        state: Any,
-        step: int,
-        weights: torch.Tensor,
-        generator: torch.Generator | None,
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, Any]:
-        """See `Replay.window`."""
+    def window(self, window: Window, generator: torch.Generator | None) -> Unrolled:
+        """See `Method.window`."""
+        rule, loss, coordinates, theta, state, step, weights = window
         losses, first_order = [], not self.second_order
         theta, state = theta.requires_grad_(), map_tensors(torch.Tensor.detach, state)
         for t in range(len(weights)):
@@ -151,7 +132,7 @@ class Autograd(Method):
                 theta = theta + update
         losses = torch.stack(losses)
         grads = gradients_of((weights[:, None] * scored(losses, self.objective)).sum(), rule)
-        return grads, losses.detach(), theta.detach(), map_tensors(torch.Tensor.detach, state)
+        return Unrolled(grads, losses.detach(), theta.detach(), map_tensors(torch.Tensor.detach, state))
 
 
 METHODS = {"replay": Replay, "autograd": Autograd, "pes": PES}
@@ -229,7 +210,7 @@ def meta_gradient(
         weights: (T + 1,), w_t; default all 1.
         generator: a CPU generator for what is drawn (coordinates of a partial replay, perturbations); default torch's own.
         second_order, options: those of the method, by their names, where it is given as text: replay_fraction, objective,
-            adjoint_bound, sigma, pairs.
+            adjoint_bound, sigma, pairs, hold, per_function.
 
     Returns:
         grads, a dict like `net.named_parameters()` (those that require grad), and `WindowInfo`. No graph. With "pes",
@@ -257,79 +238,62 @@ def meta_gradient(
     if weights.shape != (unroll + 1,):
         raise ValueError(f"weights must have shape ({unroll + 1},) for unroll {unroll}, got {tuple(weights.shape)}")
     weights = weights.to(theta) / coordinates.functions
-    grads, losses, theta, state = method.window(
-        rule, as_loss(batch.loss), coordinates, theta, state, step, weights, generator
-    )
-    return finish_window(rule, coordinates, grads, losses, theta, state, step, method.objective)
+    window = Window(rule, as_loss(batch.loss), coordinates, theta, state, step, weights)
+    return finish_window(window, method.window(window, generator), method.objective)
 
 
 def finish_window(
-    rule: Rule,
-    coordinates: Coordinates,
-    grads: dict[str, torch.Tensor],
-    losses: torch.Tensor,
-    theta: torch.Tensor,
-    state: Any,
-    step: int,
-    objective: str | Callable,
+    window: Window, found: Unrolled, objective: str | Callable
 ) -> tuple[dict[str, torch.Tensor], WindowInfo]:
     """What `meta_gradient` returns, unless a loss is not finite."""
+    losses = found.losses
     values = scored(losses, objective)
     if not math.isfinite(values.sum().item()) and not torch.isfinite(values).all():  # a sum may also overflow
         t, function = (~torch.isfinite(values)).nonzero()[0].tolist()
         raise NonFiniteError(
-            f"the loss of function {function} at step {step + t} is {losses[t, function].item()}"
+            f"the loss of function {function} at step {window.step + t} is {losses[t, function].item()}"
             + (', and objective="log" needs a positive one' if objective == "log" else "")
         )
-    if rule.odd:
-        grads = rule.symmetrize(grads)
-    return grads, WindowInfo(losses, coordinates.split(theta), state)
+    grads = window.rule.symmetrize(found.grads) if window.rule.odd else found.grads
+    return grads, WindowInfo(losses, window.coordinates.split(found.theta), found.state)
 
 
 @torch.no_grad()
-def replay_in_parts(rule, loss, coordinates, theta, state, step, weights, method, generator):
+def replay_in_parts(window, method, generator):
     """`replay_window`, of some functions after the others where the network and the loss can do that."""
-    functions, whole, ends = coordinates.functions, (theta, state), []
+    coordinates, whole, ends = window.coordinates, (window.theta, window.state), []
 
-    def window(first, last):
-        if last - first == functions:
-            return replay_window(rule, loss, coordinates, *whole, step, weights, method, generator)
+    def part_of_window(first, last):
+        if last - first == coordinates.functions:
+            return replay_window(window, method, generator)
         own, spans = coordinates.part(first, last)
-        start = map_tensors(lambda tensor: torch.cat([tensor[..., a:b] for a, b in spans], -1), whole)
-        grads, losses, *after = replay_window(
-            rule, loss.part(first, last), own, *start, step, weights, method, generator
-        )
+        theta, state = map_tensors(lambda tensor: torch.cat([tensor[..., a:b] for a, b in spans], -1), whole)
+        start = window._replace(loss=window.loss.part(first, last), coordinates=own, theta=theta, state=state)
+        found = replay_window(start, method, generator)
         if not ends:  # the first one is for all parts, if several threads come here at once too
             ends.append(map_tensors(torch.empty_like, whole))
-        for tensor, part in zip(tensors_in(ends[0]), tensors_in(after)):
+        for tensor, part in zip(tensors_in(ends[0]), tensors_in((found.theta, found.state))):
             for (a, b), piece in zip(spans, part.split(own.sizes, -1)):
                 tensor[..., a:b] = piece
-        return grads, losses
+        return found
 
-    if method.replay_fraction < 1 or not (rule.coordinatewise and loss.divisible):
-        return window(0, functions)
-    parts = rule.in_parts(window, functions, sum(coordinates.sizes) // functions, len(weights) - 1)
+    functions = coordinates.functions
+    if method.replay_fraction < 1 or not (window.rule.coordinatewise and window.loss.divisible):
+        return part_of_window(0, functions)
+    size = sum(coordinates.sizes) // functions
+    parts = window.rule.in_parts(part_of_window, functions, size, len(window.weights) - 1)
     if len(parts) == 1:
         return parts[0]
-    grads, losses = zip(*parts)
-    return {name: sum(grad[name] for grad in grads) for name in grads[0]}, torch.cat(losses, 1), *ends[0]
+    grads = {name: sum(part.grads[name] for part in parts) for name in parts[0].grads}
+    return Unrolled(grads, torch.cat([part.losses for part in parts], 1), *ends[0])
 
 
 @torch.no_grad()
-def replay_window(
-    rule: Rule,
-    loss: Loss,
-    coordinates: Coordinates,
-    theta: torch.Tensor,
-    state: Any,
-    step: int,
-    weights: torch.Tensor,
-    method: Replay,
-    generator: torch.Generator | None,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, Any]:
+def replay_window(window: Window, method: Replay, generator: torch.Generator | None) -> Unrolled:
     """`Replay.window` of the first order, all functions at once."""
-    start, fraction = state, method.replay_fraction
-    recorded = rule.record(loss, coordinates, theta, state, step, len(weights) - 1, fraction == 1)
+    rule, loss, coordinates, theta, start, step, weights = window
+    fraction = method.replay_fraction
+    recorded = rule.record(loss, coordinates, theta, start, step, len(weights) - 1, fraction == 1)
     losses, gradients = recorded.losses, recorded.gradients
     adjoint, inputs = weights[1:, None] * gradients[1:], gradients[:-1]
     multiply_by_slopes(adjoint, losses[1:], method.objective, coordinates)
@@ -339,7 +303,7 @@ def replay_window(
     grads = replay_recorded(
         rule, coordinates, inputs, start, adjoint, fraction, generator, recorded.tape, recorded.read
     )
-    return grads, losses, recorded.theta, map_tensors(torch.Tensor.detach, recorded.state)
+    return Unrolled(grads, losses, recorded.theta, map_tensors(torch.Tensor.detach, recorded.state))
 
 
 def replay_recorded(
@@ -369,9 +333,10 @@ def replay_recorded(
 
 
 @torch.no_grad()
-def second_order_replay_window(rule, loss, coordinates, theta, state, step, weights, method):
+def second_order_replay_window(window, method):
+    rule, loss, coordinates, _, _, step, weights = window
     updates, limit = len(weights) - 1, method.adjoint_bound
-    losses, gradients, thetas, states = zip(*unroll(rule, loss, coordinates, theta, state, step, updates, True))
+    losses, gradients, thetas, states = zip(*window.unroll(keep_states=True))
     losses = torch.stack(losses)
     pulls = multiply_by_slopes(weights[:, None] * torch.stack(gradients), losses, method.objective, coordinates)
     adjoint, state_adjoints, total = pulls[-1], [torch.zeros_like(tensor) for tensor in tensors_in(states[-1])], None
@@ -390,7 +355,7 @@ def second_order_replay_window(rule, loss, coordinates, theta, state, step, weig
                 excess = coordinates.norms(adjoint[None]) / (limit * sizes[t : t + 1])
                 factor = coordinates.spread(1 / excess.clamp(min=1))[0]  # (N,)
                 adjoint, state_adjoints = adjoint * factor, [part * factor for part in state_adjoints]
-    return total, losses, thetas[-1], map_tensors(torch.Tensor.detach, states[-1])
+    return Unrolled(total, losses, thetas[-1], map_tensors(torch.Tensor.detach, states[-1]))
 
 
 def check_replay_fraction(fraction: Any, second_order: bool, rule: Rule) -> None:
