@@ -200,3 +200,16 @@ def test_network_problem_gives_each_function_its_own_loss():
     params = {name: tensor.clone().requires_grad_() for name, tensor in batch.params.items()}
     grads = torch.autograd.grad(batch.loss(params, 0)[0], list(params.values()))
     assert all(grad[0].any() and not grad[1].any() for name, grad in zip(params, grads) if name != "0.bias")
+
+
+def test_paired_differences(tmp_path):
+    data = write_mnist(tmp_path / "data")
+    command = [sys.executable, BENCHMARKS / "paired.py", "mnist", "mnist_from_nag", "--steps", "6", "--functions", "3"]
+    environment = {**os.environ, "L2O_DATA": str(data)}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, env=environment).stdout
+    losses, differences = tables_in(output)
+    check_numbers(losses)
+    assert [row[0] for row in losses] == ["optimizer", "mnist", "mnist_from_nag", "NAG"]
+    for place in range(1, 4):
+        one, other, difference = (float(row[place].split(" ± ")[0]) for row in (losses[1], losses[2], differences[1]))
+        assert difference == pytest.approx(one - other, abs=2e-3 * abs(one))
