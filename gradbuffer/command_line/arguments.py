@@ -7,6 +7,7 @@ from typing import get_args
 
 import torch
 
+from gradbuffer.nets.readings import READINGS
 from gradbuffer.training.evolution import PES
 from gradbuffer.training.meta_gradients import Replay
 from gradbuffer.training.options import Checkpoint, Curriculum, Training, Validation, default_of, help_of
@@ -212,7 +213,7 @@ def add_training(command):
     add("--shared", metavar="N", type=int, default=5, help="gac, ntm: averaged cells of each layer; default 5")
     add(
         "--preprocess",
-        choices=("none", "log_sign", "with_log_size"),
+        choices=("none", *filter(None, READINGS)),
         help=f"of the gradients it reads, with_log_size for gac and ntm; {by_problem('preprocess')}",
     )
     add("--odd", action="store_true", help="all but rnnprop: keep to LSTMs that answer -gradient with exactly -update")
