@@ -198,7 +198,7 @@ class MNISTNet(ImageNets):
         if side is not None and not (isinstance(side, int) and 0 < side <= full and full % side == 0):
             raise ValueError(f"side must be None or a divisor of {full}, got {side!r}")
         self.shrinking = full / (side or full)
-        self.images, self.labels = on_device(data, split, self.device, averaged, side, dtype)
+        self.images, self.labels = on_device(data, split, self.device, shrink, side, dtype)
         self.sizes = (self.images.shape[1], *hidden_sizes, 10)
         self.name = f"{data.name} {'-'.join(map(str, self.sizes))} {activation}"
 
@@ -218,7 +218,7 @@ class MNISTNet(ImageNets):
         return in_parts(params, PerceptronLoss(self.minibatches(meta_batch, generator), self.options["activation"]))
 
 
-def averaged(images, labels, side, dtype):
+def shrink(images, labels, side, dtype):
     """Images (n, pixels) -> (n, side²): means over blocks, scaled up so that an image's norm stays about what it was."""
     if side is not None:
         full = math.isqrt(images.shape[1])

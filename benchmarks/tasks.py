@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gradbuffer.problems.races import SPANS, Contestant, race, smoothed, speed_against, summary  # noqa: E402
+from gradbuffer.problems.races import SPANS, Contestant, race, smooth, speed_against, summary  # noqa: E402
 from gradbuffer.problems.tasks import GENERALIZATION, TASKS  # noqa: E402
 
 ALL = TASKS | GENERALIZATION
@@ -198,7 +198,7 @@ def draw(results, path):
         ax.axis("off")
     for ax, (name, (races, _)) in zip(axes.flat, results.items()):
         for contestant, one in races.items():
-            ax.plot(smoothed(one.curves).mean(0), label=contestant, **STYLES[contestant])
+            ax.plot(smooth(one.curves).mean(0), label=contestant, **STYLES[contestant])
         ax.set(yscale="log")
         ax.set_title(name, fontsize=9)
         ax.tick_params(labelsize=7, which="both")

@@ -173,7 +173,7 @@ def loss_curves(
     """Curves (num_functions, steps) of a rule, begun anew for each meta-batch; `watch` as in `evaluate`."""
     check_count(steps=steps)
     curves = []
-    for batch in drawn(problem, num_functions, seed, device):
+    for batch in draw_batches(problem, num_functions, seed, device):
         coordinates = Coordinates(batch.params)
         theta, loss = coordinates.join(batch.params).detach().clone(), as_loss(batch.loss)
         advance, losses = rule(theta, coordinates), []
@@ -188,7 +188,7 @@ def loss_curves(
     return torch.cat(curves).cpu()
 
 
-def drawn(problem: Problem, num_functions: int, seed: int, device: torch.device | str | None):
+def draw_batches(problem: Problem, num_functions: int, seed: int, device: torch.device | str | None):
     """Meta-batches of `num_functions` functions in all: for a seed, the same to every optimizer."""
     check_count(num_functions=num_functions)
     check_count(least=0, seed=seed)
@@ -222,7 +222,7 @@ def evaluate_lbfgs(
         >>> from optimizees import Quadratics
         >>> losses = evaluate_lbfgs(Quadratics(), steps=10, num_functions=4)
     """
-    batches = drawn(problem, num_functions, seed, torch.device(device))
+    batches = draw_batches(problem, num_functions, seed, torch.device(device))
     return torch.cat([minimize_lbfgs(batch, steps, **options)[0] for batch in batches]).cpu()
 
 

@@ -20,12 +20,12 @@ __all__ = [
     "check_objective",
     "gradients_of",
     "in_place",
-    "joined_reads",
+    "join_reads",
     "pull_back_by_autograd",
     "record_by_steps",
     "replay_by_autograd",
     "multiply_by_slopes",
-    "scored",
+    "apply_objective",
     "trained",
     "unroll",
 ]
@@ -229,10 +229,10 @@ def record_by_steps(
             read.append(coordinates.what(rule.reads, theta, values, step + len(losses)))
         gradients[len(losses)] = gradient
         losses.append(values)
-    return Recorded(torch.stack(losses), gradients, theta, state, tape, joined_reads(read))
+    return Recorded(torch.stack(losses), gradients, theta, state, tape, join_reads(read))
 
 
-def joined_reads(read: list[dict[str, Any]]) -> dict[str, Any] | None:
+def join_reads(read: list[dict[str, Any]]) -> dict[str, Any] | None:
     """A list of what was read at each step -> a dict of it all, None if nothing was."""
     if not read:
         return None
@@ -247,7 +247,7 @@ def read_at(read, t):
     return {} if read is None else {name: values[t] for name, values in read.items()}
 
 
-def scored(losses: torch.Tensor, objective: str | Callable) -> torch.Tensor:
+def apply_objective(losses: torch.Tensor, objective: str | Callable) -> torch.Tensor:
     """What the meta-loss adds up, elementwise: the losses, their logarithms, or an own function of them."""
     return losses if objective == "sum" else losses.log() if objective == "log" else objective(losses)
 
@@ -255,13 +255,13 @@ def scored(losses: torch.Tensor, objective: str | Callable) -> torch.Tensor:
 def multiply_by_slopes(
     pulls: torch.Tensor, losses: torch.Tensor, objective: str | Callable, coordinates: Coordinates
 ) -> torch.Tensor:
-    """Times the derivative of `scored` by the losses (T, B), in place: of the pulls w_t ∇_t (T, N)."""
+    """Times the derivative of `apply_objective` by the losses (T, B), in place: of the pulls w_t ∇_t (T, N)."""
     if objective == "log":
         pulls /= coordinates.spread(losses)
     elif objective != "sum":
         with torch.enable_grad():
             losses = losses.detach().requires_grad_()
-            (slopes,) = torch.autograd.grad(scored(losses, objective).sum(), losses)
+            (slopes,) = torch.autograd.grad(apply_objective(losses, objective).sum(), losses)
         pulls *= coordinates.spread(slopes)
     return pulls
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from gradbuffer.nets.mlp import MLPOptimizer
 from gradbuffer.problems import races, tasks
-from gradbuffer.problems.races import Contestant, Race, final, race, smoothed, speed, speed_against, summary, train
+from gradbuffer.problems.races import Contestant, Race, final, race, smooth, speed, speed_against, summary, train
 from gradbuffer.problems.tasks import GENERALIZATION, TASKS, Task
 
 ALL = TASKS | GENERALIZATION
@@ -62,8 +62,8 @@ def test_images_of_another_size_are_resized(tiny_mnist, monkeypatch):
     images, labels = tasks.mnist(4, 28)(torch.Generator().manual_seed(0))
     assert images.shape == (4, 1, 28, 28) and labels.shape == (4,)
     image = torch.rand(1, 1, 8, 8)
-    assert torch.allclose(tasks.resized(image, 4), nn.functional.avg_pool2d(image, 2))
-    assert tasks.resized(image, 8) is image
+    assert torch.allclose(tasks.resize(image, 4), nn.functional.avg_pool2d(image, 2))
+    assert tasks.resize(image, 8) is image
 
 
 def test_sequences_have_the_answers_they_say():
@@ -200,8 +200,8 @@ def test_failures_are_counted():
 def test_final_and_smoothed():
     curve = torch.arange(20.0)
     assert final(curve) == 18.5 and final(curve[:3]) == 2
-    assert smoothed(curve)[[0, 1, 19]].tolist() == [0, 0.5, 18.5]
-    assert smoothed(curve, 4)[10] == 8.5
+    assert smooth(curve)[[0, 1, 19]].tolist() == [0, 0.5, 18.5]
+    assert smooth(curve, 4)[10] == 8.5
 
 
 def test_speed_between_runs():

@@ -108,11 +108,11 @@ def main(arguments=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (NonFiniteError, RuntimeError) as error:
-        return failed(error, 1)
+        return report_failure(error, 1)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
-        return failed(error, 2)
+        return report_failure(error, 2)
     except OSError as error:
-        return failed(error, 1)
+        return report_failure(error, 1)
 
 
 def needs_all_coordinates(options):
@@ -126,7 +126,7 @@ def needs_all_coordinates(options):
     )
 
 
-def failed(error, status):
+def report_failure(error, status):
     print(f"error: {error}", file=sys.stderr)
     return status
 

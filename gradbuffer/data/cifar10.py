@@ -104,10 +104,10 @@ def _load(root):
         )
     count = len(train_labels)
     name = "CIFAR-10" if count == 50_000 else f"CIFAR-10 (a part: {count:,} images)"
-    return ColorImages(name, *shuffled(train_images, train_labels), *shuffled(test_images, test_labels))
+    return ColorImages(name, *shuffle(train_images, train_labels), *shuffle(test_images, test_labels))
 
 
-def shuffled(images, labels):
+def shuffle(images, labels):
     """Both in one fixed random order: files lie class by class, and any stretch of images should be a fair sample."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return images[order], labels[order]
@@ -178,7 +178,7 @@ def read_images(source):
     """(images, labels) of a folder or a zip with `<class>/<number>.jpg` in it. Raises ValueError."""
     try:
         if source.is_dir():
-            return labelled(source, {path.relative_to(source): path.read_bytes for path in source.glob("*/*")})
+            return label_images(source, {path.relative_to(source): path.read_bytes for path in source.glob("*/*")})
         with zipfile.ZipFile(source) as file:
             members = file.infolist()
             if len({member.filename for member in members}) < len(members):
@@ -187,12 +187,12 @@ def read_images(source):
                 if not is_image(Path(member.filename)):
                     file.read(member)  # says so if the name is a damaged one, which would hide an image
             entries = {Path(member.filename): functools.partial(file.read, member) for member in members}
-            return labelled(source, entries)
+            return label_images(source, entries)
     except (zipfile.BadZipFile, OSError, RuntimeError) as error:
         raise ValueError(f"{source} is truncated or corrupt, or cannot be read: {error}") from error
 
 
-def labelled(source, readers):
+def label_images(source, readers):
     """(images, labels), from a dict of paths that end in `<class>/<file>` and what reads each."""
     paths = sorted(filter(is_image, readers))
     found = {path.parent.name for path in paths}
@@ -245,5 +245,5 @@ def generated_images(train: int = 2000, test: int = 500, side: int = 32, seed: i
         tint = (labels[:, None] * 2.4 + torch.arange(3) * 2.1).cos()  # (n, 3)
         noise = torch.randn(count, 3, side, side, generator=generator)
         images = 128 + 40 * waves[:, None] + 20 * tint[..., None, None] + 40 * noise
-        tensors += shuffled(images.clamp(0, 255).byte(), labels)
+        tensors += shuffle(images.clamp(0, 255).byte(), labels)
     return ColorImages("generated images", *tensors)

@@ -218,7 +218,7 @@ class MLPOptimizer(Rule, nn.Module):
             out = out * torch.exp(SMALL_FC_MAGNITUDE * hidden[..., 1])
         elif axes and self.orthogonalize:
             rows = param.shape[1 + axes[0]]
-            out = orthogonalized(out.unflatten(1, (rows, -1))).flatten(1)
+            out = orthogonalize_matrices(out.unflatten(1, (rows, -1))).flatten(1)
         if self.variant == "celo":
             out = out * (out.square().mean(1, keepdim=True) + 1e-9).rsqrt()
         return from_matrix(out, param.shape, axes) + self.weight_decay * param, state
@@ -341,7 +341,7 @@ def over(numbers, like):
     return numbers.reshape(-1, *[1] * (like.dim() - 1))
 
 
-def orthogonalized(matrices):
+def orthogonalize_matrices(matrices):
     """Five Newton-Schulz iterations towards the orthogonal matrix nearest to each of (B, rows, columns)."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT

@@ -205,15 +205,15 @@ def convolutional_scores(params, x):
     x = x.transpose(0, 1).flatten(1, 2).contiguous(memory_format=torch.channels_last)
     for layer in range(sum(name.startswith("conv") for name in params) // 3):
         x = F.conv2d(x, params[f"conv{layer}.weight"].flatten(0, 1), padding=2, groups=functions)
-        x = normalized(x, params, f"conv{layer}")
+        x = normalize(x, params, f"conv{layer}")
         x = F.max_pool2d(x, 2).relu()  # in this order a quarter of the work, and the same
     x = x.reshape(batch, functions, -1).transpose(0, 1) @ params["fc0.weight"]  # (B, batch, fc_size)
-    x = normalized(x.transpose(0, 1).flatten(1), params, "fc0").relu()  # (batch, B · fc_size)
+    x = normalize(x.transpose(0, 1).flatten(1), params, "fc0").relu()  # (batch, B · fc_size)
     x = x.view(batch, functions, -1).transpose(0, 1)
     return torch.baddbmm(params["fc1.bias"][:, None], x, params["fc1.weight"])
 
 
-def normalized(x, params, layer):
+def normalize(x, params, layer):
     """Batch normalization by the minibatch's own mean and variance; x is (batch, B · channels, ...)."""
     scale, shift = (params[f"{layer}.{name}"].flatten() for name in ("scale", "shift"))
     return F.batch_norm(x, None, None, scale, shift, training=True)

@@ -62,7 +62,7 @@ class Chosen(NamedTuple):
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """images (B, batch, ...) and labels (B, batch)"""
         index = self.index(step)
-        return chosen(self.images, index), chosen(self.labels, index)
+        return choose(self.images, index), choose(self.labels, index)
 
     def part(self, first: int, last: int) -> "Chosen":
         """Those of functions first … last - 1."""
@@ -106,7 +106,7 @@ class MinibatchLoss(Loss):
         return loss
 
 
-def chosen(rows, index):
+def choose(rows, index):
     """rows[index], on a CPU in a third of the time."""
     return rows.index_select(0, index.flatten()).unflatten(0, index.shape)
 

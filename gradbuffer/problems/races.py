@@ -17,7 +17,7 @@ from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
 if TYPE_CHECKING:
     from gradbuffer.problems.tasks import Task
 
-__all__ = ["SPANS", "Contestant", "Race", "final", "race", "smoothed", "speed", "speed_against", "summary", "train"]
+__all__ = ["SPANS", "Contestant", "Race", "final", "race", "smooth", "speed", "speed_against", "summary", "train"]
 
 SCHEDULES = ("cosine", "constant")
 FACTOR = math.sqrt(10)  # from one rate tried to the next
@@ -151,7 +151,7 @@ def final(curves: torch.Tensor) -> torch.Tensor:
     return curves[..., -max(steps // 10, 1) :].mean(-1)
 
 
-def smoothed(curves: torch.Tensor, width: int | None = None) -> torch.Tensor:
+def smooth(curves: torch.Tensor, width: int | None = None) -> torch.Tensor:
     """Means over the `width` steps up to each, fewer at the start, of curves (..., steps). Default: a tenth of all."""
     steps = curves.shape[-1]
     width = max(steps // 10, 1) if width is None else width

@@ -63,7 +63,7 @@ def gray(batch, side, generator):
     data = load_mnist()
     index = torch.randint(len(data.train_labels), (batch,), generator=generator)
     own = math.isqrt(data.train_images.shape[1])
-    return resized(data.train_images[index].view(batch, 1, own, own), side), data.train_labels[index]
+    return resize(data.train_images[index].view(batch, 1, own, own), side), data.train_labels[index]
 
 
 def cifar(batch, side):
@@ -72,12 +72,12 @@ def cifar(batch, side):
     def draw(generator):
         data = load_cifar10()
         index = torch.randint(len(data.train_labels), (batch,), generator=generator)
-        return (resized(data.train_images[index].float(), side) - 127) / 64, data.train_labels[index]
+        return (resize(data.train_images[index].float(), side) - 127) / 64, data.train_labels[index]
 
     return draw
 
 
-def resized(images, side):
+def resize(images, side):
     """Images of another size, by means over areas; larger ones by interpolation."""
     own = images.shape[-1]
     if own == side:
@@ -142,7 +142,7 @@ def ratings(generator, batch=256):
 
 def pixels(generator, batch=256, side=32):
     """Places (batch, 2) in [-1, 1] in one photograph, and the colors there (batch, 3)."""
-    image = resized(load_cifar10().train_images[:1].float(), side)[0] / 127.5 - 1
+    image = resize(load_cifar10().train_images[:1].float(), side)[0] / 127.5 - 1
     places = torch.randint(side, (batch, 2), generator=generator)
     return 2 * places / (side - 1) - 1, image[:, places[:, 0], places[:, 1]].T
 

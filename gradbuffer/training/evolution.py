@@ -16,7 +16,7 @@ import torch
 
 from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.contracts import Loss, Rule
-from gradbuffer.unrolling import Coordinates, check_objective, scored, trained, unroll
+from gradbuffer.unrolling import Coordinates, apply_objective, check_objective, trained, unroll
 
 __all__ = ["Estimate", "Method", "PES", "PESState", "Pairs", "Perceptrons", "Unrolled", "Window", "signal_to_noise"]
 
@@ -149,7 +149,7 @@ class PES(Method):
                     for values, _, theta, own in window._replace(rule=particle, theta=theta, state=own).unroll():
                         losses.append(values)
                     curves.append(torch.stack(losses))
-                    weighted = window.weights[1:, None] * scored(curves[-1][1:], self.objective)
+                    weighted = window.weights[1:, None] * apply_objective(curves[-1][1:], self.objective)
                     scores.append(weighted.sum(0) if self.per_function else weighted.sum())
                     ends.append((theta, own))
                 particles.append(ends)

@@ -17,7 +17,7 @@ from gradbuffer.contracts import MetaBatch, as_loss, as_rule, is_learned
 from gradbuffer.evaluation import check_baseline
 from gradbuffer.nets.torch_optim import LearnedOptimizer
 from gradbuffer.training.meta_gradients import check_replay_fraction, replay_recorded
-from gradbuffer.unrolling import Coordinates, joined_reads
+from gradbuffer.unrolling import Coordinates, join_reads
 
 __all__ = ["Demonstration", "ImitationInfo", "Teacher", "imitation_gradient"]
 
@@ -189,7 +189,7 @@ def imitation_gradient(
         weight * errors,
         replay_fraction,
         generator,
-        read=joined_reads(read) if rule.reads else None,
+        read=join_reads(read) if rule.reads else None,
     )
     if rule.odd:
         grads = rule.symmetrize(grads)

@@ -19,7 +19,7 @@ from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
 from gradbuffer.contracts import MetaBatch, Rule, as_loss, as_rule
 from gradbuffer.nests import map_tensors, tensors_in
 from gradbuffer.training.evolution import PES, Method, Unrolled, Window
-from gradbuffer.unrolling import Coordinates, check_objective, gradients_of, multiply_by_slopes, scored
+from gradbuffer.unrolling import Coordinates, apply_objective, check_objective, gradients_of, multiply_by_slopes
 
 __all__ = [
     "Autograd",
@@ -131,7 +131,7 @@ class Autograd(Method):
                 update, state = rule(gradient, state, **read)
                 theta = theta + update
         losses = torch.stack(losses)
-        grads = gradients_of((weights[:, None] * scored(losses, self.objective)).sum(), rule)
+        grads = gradients_of((weights[:, None] * apply_objective(losses, self.objective)).sum(), rule)
         return Unrolled(grads, losses.detach(), theta.detach(), map_tensors(torch.Tensor.detach, state))
 
 
@@ -247,7 +247,7 @@ def finish_window(
 ) -> tuple[dict[str, torch.Tensor], WindowInfo]:
     """What `meta_gradient` returns, unless a loss is not finite."""
     losses = found.losses
-    values = scored(losses, objective)
+    values = apply_objective(losses, objective)
     if not math.isfinite(values.sum().item()) and not torch.isfinite(values).all():  # a sum may also overflow
         t, function = (~torch.isfinite(values)).nonzero()[0].tolist()
         raise NonFiniteError(

@@ -366,7 +366,7 @@ def training_of(net: nn.Module, **given: Any) -> Training:
         given.pop("method", "replay"), **{name: given.pop(name) for name in [*given] if name in DEFAULTS}
     )
     horizons, horizon = given.pop("horizons", None), given.pop("horizon", None)
-    curriculum = gathered(Curriculum, given)
+    curriculum = gather(Curriculum, given)
     if [horizons, horizon, curriculum].count(None) < 2:
         raise ValueError(
             f"curriculum={curriculum and curriculum.curriculum!r} needs horizons=None, got horizons={horizons or horizon!r}"
@@ -377,14 +377,14 @@ def training_of(net: nn.Module, **given: Any) -> Training:
                 f"horizons must be None, (least, most) or a function of (iteration, generator), got {horizons!r}"
             )
         horizons = RandomHorizon(*horizons)
-    validation = gathered(Validation, given, "validation")
+    validation = gather(Validation, given, "validation")
     own = {name: given.pop(name) for name in [*given] if name in names - {"teacher", "checkpoint", "validation"}}
     training = Training(
         method=method,
         horizon=horizons or horizon or curriculum,
         teacher=teacher_of(given, net),
         validation=validation,
-        checkpoint=gathered(Checkpoint, given),
+        checkpoint=gather(Checkpoint, given),
         **own,
     )
     if given:
@@ -395,7 +395,7 @@ def training_of(net: nn.Module, **given: Any) -> Training:
     return training
 
 
-def gathered(cls, given, name=None):
+def gather(cls, given, name=None):
     """The object of a class that was given by that name, or whose fields were given by theirs, taken out of `given`; else None.
 
     name: default that of the class's first field, without which the others have nothing to say.

@@ -262,7 +262,7 @@ class Run:
             before += 1
         if before >= self.options.skip_non_finite:
             after = f" after {before} skipped windows in a row" if before else ""
-            raise stopped(self.iteration, f"{error}{after}") from error
+            raise stop_error(self.iteration, f"{error}{after}") from error
         skipped.append((self.iteration, str(error)))
         self.functions = None
 
@@ -295,7 +295,7 @@ class Run:
                     )
                 except NonFiniteError as error:
                     if not self.options.skip_non_finite:
-                        raise stopped(self.iteration - 1, f"in validation, {error}") from error
+                        raise stop_error(self.iteration - 1, f"in validation, {error}") from error
                     return math.inf
                 logs.append(losses.sum(1).mean().item())
             score = logs[0] if len(logs) == 1 else math.exp(sum(map(math.log, logs)) / len(logs))
@@ -407,7 +407,7 @@ def squares_of_change(start, end):
     return [norm * norm for norm in torch.stack([vector.norm() for vector in (end - start, start, end)]).tolist()]
 
 
-def stopped(iteration, cause):
+def stop_error(iteration, cause):
     return NonFiniteError(
         f"meta-training stopped at iteration {iteration}: {cause}. Lower lr or clip, look at the "
         "optimizee's loss, or let skip_non_finite windows pass"
