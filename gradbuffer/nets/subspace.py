@@ -161,7 +161,7 @@ class SubspaceLSTM(Rule, nn.Module):
         limit = LARGEST_GROWTH * torch.maximum(of_d, used * of_g)
         update = update * (limit / above_zero(norm(update))).clamp(max=1)
         after = {
-            "param": param,
+            "param": param.clone(),  # a caller may move θ in place
             "grad": grad,
             "moves": moves.reshape(state["moves"].shape),
             "changes": changes.reshape(state["changes"].shape),
