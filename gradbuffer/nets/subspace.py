@@ -19,7 +19,7 @@ __all__ = ["SubspaceLSTM"]
 READINGS, VECTORS = 8, 5
 BOUND = 3.0  # of every reading
 RECOVERY = 1.02  # by which the rate may grow in a step
-LARGEST_GROWTH = 10.0  # of a move against the last one
+LARGEST_GROWTH = 3.0  # of a move against the last one: with 10 one function in some thousands jumps far away
 FIRST_WEIGHTS = 0.01  # standard deviation of the output's weights: at first it is gradient descent at the rate ρ
 
 
@@ -31,7 +31,7 @@ class SubspaceLSTM(Rule, nn.Module):
 
         update = -eᵃ ρ ∇ + b d + c ρ y + e Dγ + f ρ Yγ,
 
-    at most ten times as long as the larger of d and ρ∇. ρ is a rate that follows the function: the smallest ⟨d, y⟩ / ⟨y, y⟩ so far,
+    at most three times as long as the larger of d and ρ∇. ρ is a rate that follows the function: the smallest ⟨d, y⟩ / ⟨y, y⟩ so far,
     growing by 2 % a step. An LSTM writes a, b, c, e and f. It reads, for each tensor as a whole, logarithms of the ratios of
     ‖∇‖ to the last one, of ⟨d, y⟩ / ⟨y, y⟩ to ρ, of ‖d‖ and ‖Dγ‖ to ρ‖∇‖ and of ‖∇ + Yγ‖ to ‖∇‖, and the cosines between ∇, d
     and y. All of it stays the same if the loss or θ are measured in another unit, the first step apart, which is -eᵃ first_rate ∇.
