@@ -32,7 +32,7 @@ from optimizers import CoordinatewiseLSTM, RNNProp, load_optimizer
 STD, BATCH, CHANNELS = 0.01, 128, (16, 32)
 LONGEST_TUNING = 1000
 BASELINES = {"NAG": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}), "Adam": (torch.optim.Adam, {})}
-RATES = {"perceptrons": None, "convolutions": [0.01, 0.1, 1.0]}  # the search goes on where the best is at the edge
+RATES = [0.001, 0.01, 0.1, 1.0]  # the search goes on between those beside the best, and past an edge
 
 
 class SmallConvolutions(ImageNets):
@@ -139,17 +139,10 @@ def published_optimizer(path):
     return net
 
 
-def tuned_baselines(problem, kind, steps, functions):
+def tuned_baselines(problem, steps, functions):
     """NAG and Adam at the best of some rates, and Adam as they have it."""
     tuned = tune_baselines(
-        problem,
-        steps,
-        functions,
-        seed=1000,
-        baselines=BASELINES,
-        lrs=RATES[kind],
-        progress=False,
-        last=min(100, steps // 5),
+        problem, steps, functions, seed=1000, baselines=BASELINES, lrs=RATES, progress=False, last=min(100, steps // 5)
     )
     found = {f"{name}, {baseline.options['lr']:.3g}": baseline for name, baseline in tuned.items()}
     return found | {"Adam, 0.001 as theirs": TunedBaseline(torch.optim.Adam, {"lr": 0.001}, {})}
@@ -196,8 +189,7 @@ def main():
         nets |= {path.stem: published_optimizer(path) for path in paths if path.stem in (options.only or path.stem)}
     for name in options.problems:
         problem = make_problem(name, options.data)
-        kind = "perceptrons" if name in PERCEPTRONS else "convolutions"
-        tuned = tuned_baselines(problem, kind, min(marks[-1], LONGEST_TUNING), options.tuning_functions)
+        tuned = tuned_baselines(problem, min(marks[-1], LONGEST_TUNING), options.tuning_functions)
         curves = compare(nets, tuned, problem, marks[-1], options.functions, options.seed, progress=False)
         print_table(f"{problem.name}, functions: {options.functions}", curves, marks)
 
