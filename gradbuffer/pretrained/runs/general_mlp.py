@@ -169,7 +169,10 @@ def main():
     names, begun, saved = [], time.time(), time.time()
 
     def save():
-        torch.save({**run, "weights": weights.data, "adam": adam.state_dict()}, options.state.with_suffix(".new"))
+        torch.save(
+            {**run, "config": net.config, "weights": weights.data, "adam": adam.state_dict()},
+            options.state.with_suffix(".new"),
+        )
         options.state.with_suffix(".new").replace(options.state)
 
     while time.time() - begun < options.seconds and (end is None or run["k"] < end):
