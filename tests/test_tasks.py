@@ -300,7 +300,7 @@ def test_the_command_races_weights_of_a_file(command, tmp_path):
         assert part in text
     torch.save({"weights": weights[:-1]}, tmp_path / "weights.pt")
     with pytest.raises(
-        ValueError, match=r"--net must hold \(329,\) weights of an MLPOptimizer, its config beside them, got \(328,\)"
+        ValueError, match=r"--net must hold \(329,\) weights of an MLPOptimizer, its config beside them, got \(473,\)"
     ):
         command("--net", tmp_path / "weights.pt")
 
