@@ -28,11 +28,13 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
+# ruff: noqa: F822  (all but the first three are made at the end of this file)
 # fmt: off
 __all__ = [
     "MetaModule", "to_meta", "to_var",
@@ -895,15 +897,15 @@ _FACE = ("named_params", "named_leaves", "set_param", "set_params", "update_para
 
 
 def _twin(plain: type) -> type:
-    twin = globals().get(f"Meta{plain.__name__}")
-    if isinstance(twin, type) and twin.__bases__[-1] is plain:
-        return twin
+    """The class `MetaX` of a class X, made at the first call: `class MetaX(MetaModule, X)` without a body, for most."""
     twin = _made_twins.get(plain)
     if twin is None:
-        body = {name: inspect.getattr_static(plain, name) for name in _FACE if hasattr(plain, name)}
-        body.update(__module__=__name__, __doc__=plain.__doc__, _twin_of=plain)
-        kinds = {nn.RNNBase: _Recurrent, nn.modules.lazy.LazyModuleMixin: _Lazy}
-        base = next((kind for layer, kind in kinds.items() if issubclass(plain, layer)), MetaModule)
+        base = next((kind for layer, kind in _KINDS.items() if issubclass(plain, layer)), MetaModule)
+        kept = [n for n in _FACE if hasattr(plain, n) and getattr(base, n) is getattr(MetaModule, n)]
+        body = {name: inspect.getattr_static(plain, name) for name in kept}
+        body.update(__module__=__name__, _twin_of=plain)
+        if issubclass(plain, nn.modules.lazy.LazyModuleMixin) and plain.cls_to_become is not None:
+            body["cls_to_become"] = _twin(plain.cls_to_become)  # what the first forward turns it into
         # an ABC, a Generic or a slotted class before nn.Module: instances can only take a class that begins with it
         for bases in ((base, plain), (plain, base)):
             try:
@@ -920,8 +922,7 @@ def _twin(plain: type) -> type:
 
 def _show_as_layer_of_torch(module: MetaModule) -> None:
     """torch.fx keeps whole the layers whose __module__, read off the instance, is one of torch.nn."""
-    kind = type(module)
-    plain = vars(kind).get("_twin_of") or (kind.__bases__[-1] if globals().get(kind.__name__) is kind else kind)
+    plain = vars(type(module)).get("_twin_of", nn.Module)
     if plain.__module__.startswith("torch.nn.") and plain is not nn.Module:
         vars(module)["__module__"] = plain.__module__
 
@@ -929,6 +930,9 @@ def _show_as_layer_of_torch(module: MetaModule) -> None:
 def _new_twin(plain: type) -> MetaModule:
     twin = _twin(plain)
     return twin.__new__(twin)
+
+
+# ---- the twins of torch.nn, and what some of them have beside MetaModule's ------------------------------------------
 
 
 class _Recurrent(MetaModule):
@@ -944,7 +948,7 @@ class _Recurrent(MetaModule):
 
     def flatten_parameters(self) -> None:
         """As in torch, but weights that carry a graph are not moved in memory."""
-        if all(_is_leaf(weight) for weight in self._flat_weights):
+        if all(weight is None or weight.is_leaf for weight in self._flat_weights):
             super().flatten_parameters()
 
     def _apply(self, fn, recurse=True):
@@ -958,8 +962,7 @@ class _Composite(MetaModule):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if _Composite in cls.__bases__:
-            plain = cls.__bases__[-1]
+        if plain := vars(cls).get("_twin_of"):
 
             @functools.wraps(plain.__init__)
             def __init__(self, *args, **kwargs):
@@ -969,83 +972,8 @@ class _Composite(MetaModule):
             cls.__init__ = __init__
 
 
-class _Lazy(MetaModule):
-    """Lazy layers: what the first forward turns them into is the twin of what it is in torch."""
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if _Lazy in cls.__bases__ and cls.cls_to_become is not None:
-            cls.cls_to_become = _twin(cls.cls_to_become)
-
-
-# ---- the twins of torch.nn: one line each ----------------------------------------------------------------------------
-
-
-# fmt: off
-class MetaSequential(MetaModule, nn.Sequential): ...
-class MetaModuleList(MetaModule, nn.ModuleList): ...
-class MetaModuleDict(MetaModule, nn.ModuleDict): ...
-class MetaLinear(MetaModule, nn.Linear): ...
-class MetaBilinear(MetaModule, nn.Bilinear): ...
-class MetaPReLU(MetaModule, nn.PReLU): ...
-class MetaEmbedding(MetaModule, nn.Embedding): ...
-class MetaEmbeddingBag(MetaModule, nn.EmbeddingBag): ...
-class MetaConv1d(MetaModule, nn.Conv1d): ...
-class MetaConv2d(MetaModule, nn.Conv2d): ...
-class MetaConv3d(MetaModule, nn.Conv3d): ...
-class MetaConvTranspose1d(MetaModule, nn.ConvTranspose1d): ...
-class MetaConvTranspose2d(MetaModule, nn.ConvTranspose2d): ...
-class MetaConvTranspose3d(MetaModule, nn.ConvTranspose3d): ...
-class MetaBatchNorm1d(MetaModule, nn.BatchNorm1d): ...
-class MetaBatchNorm2d(MetaModule, nn.BatchNorm2d): ...
-class MetaBatchNorm3d(MetaModule, nn.BatchNorm3d): ...
-class MetaInstanceNorm1d(MetaModule, nn.InstanceNorm1d): ...
-class MetaInstanceNorm2d(MetaModule, nn.InstanceNorm2d): ...
-class MetaInstanceNorm3d(MetaModule, nn.InstanceNorm3d): ...
-class MetaLayerNorm(MetaModule, nn.LayerNorm): ...
-class MetaGroupNorm(MetaModule, nn.GroupNorm): ...
-class MetaRMSNorm(MetaModule, nn.RMSNorm): ...
-class MetaRNNBase(_Recurrent, nn.RNNBase): ...
-class MetaRNN(_Recurrent, nn.RNN): ...
-class MetaLSTM(_Recurrent, nn.LSTM): ...
-class MetaGRU(_Recurrent, nn.GRU): ...
-class MetaRNNCellBase(MetaModule, nn.RNNCellBase): ...
-class MetaRNNCell(MetaModule, nn.RNNCell): ...
-class MetaLSTMCell(MetaModule, nn.LSTMCell): ...
-class MetaGRUCell(MetaModule, nn.GRUCell): ...
-
-# layers that build others inside
-class MetaAdaptiveLogSoftmaxWithLoss(_Composite, nn.AdaptiveLogSoftmaxWithLoss): ...
-class MetaMultiheadAttention(_Composite, nn.MultiheadAttention): ...
-class MetaTransformer(_Composite, nn.Transformer): ...
-class MetaTransformerEncoder(_Composite, nn.TransformerEncoder): ...
-class MetaTransformerEncoderLayer(_Composite, nn.TransformerEncoderLayer): ...
-class MetaTransformerDecoder(_Composite, nn.TransformerDecoder): ...
-class MetaTransformerDecoderLayer(_Composite, nn.TransformerDecoderLayer): ...
-
-# lazy layers, which the first forward turns into the twins above
-class MetaLazyLinear(_Lazy, nn.LazyLinear): ...
-class MetaLazyConv1d(_Lazy, nn.LazyConv1d): ...
-class MetaLazyConv2d(_Lazy, nn.LazyConv2d): ...
-class MetaLazyConv3d(_Lazy, nn.LazyConv3d): ...
-class MetaLazyConvTranspose1d(_Lazy, nn.LazyConvTranspose1d): ...
-class MetaLazyConvTranspose2d(_Lazy, nn.LazyConvTranspose2d): ...
-class MetaLazyConvTranspose3d(_Lazy, nn.LazyConvTranspose3d): ...
-class MetaLazyBatchNorm1d(_Lazy, nn.LazyBatchNorm1d): ...
-class MetaLazyBatchNorm2d(_Lazy, nn.LazyBatchNorm2d): ...
-class MetaLazyBatchNorm3d(_Lazy, nn.LazyBatchNorm3d): ...
-class MetaLazyInstanceNorm1d(_Lazy, nn.LazyInstanceNorm1d): ...
-class MetaLazyInstanceNorm2d(_Lazy, nn.LazyInstanceNorm2d): ...
-class MetaLazyInstanceNorm3d(_Lazy, nn.LazyInstanceNorm3d): ...
-
-if hasattr(nn, "LinearCrossEntropyLoss"):  # newer than the oldest torch accepted
-    class MetaLinearCrossEntropyLoss(_Composite, nn.LinearCrossEntropyLoss): ...
-    __all__ += ["MetaLinearCrossEntropyLoss"]
-# fmt: on
-
-
-class MetaSyncBatchNorm(MetaModule, nn.SyncBatchNorm):
-    """`nn.SyncBatchNorm` whose parameters may carry a graph."""
+class _SyncBatchNorm(MetaModule):
+    """nn.SyncBatchNorm converts modules that were updated, too."""
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group=None) -> MetaModule:
@@ -1059,23 +987,16 @@ class MetaSyncBatchNorm(MetaModule, nn.SyncBatchNorm):
         return converted
 
 
-class _Parametrizations(MetaModuleDict):
-    """What torch.nn.utils.parametrize puts on a meta layer: meta, too."""
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        super().add_module(name, to_meta(module, inplace=True))
-
-
-class MetaParameterList(MetaModule, nn.ParameterList):
-    """`nn.ParameterList` whose entries may carry a graph."""
+class _ParameterList(MetaModule):
+    """nn.ParameterList keeps the graph of what is put into it."""
 
     def __setitem__(self, idx: int, param) -> None:
         super().__setitem__(idx, param)
         _keep_graph(self, self._get_abs_string_index(idx), param)
 
 
-class MetaParameterDict(MetaModule, nn.ParameterDict):
-    """`nn.ParameterDict` whose entries may carry a graph."""
+class _ParameterDict(MetaModule):
+    """nn.ParameterDict likewise."""
 
     def __setitem__(self, key: str, value) -> None:
         super().__setitem__(key, value)
@@ -1085,9 +1006,41 @@ class MetaParameterDict(MetaModule, nn.ParameterDict):
         """Without an argument a new dict of the same entries, as in torch; else `MetaModule.copy`."""
         if other is not None:
             return super().copy(other, same_var)
-        return MetaParameterDict([(key, self[key]) for key in self])
+        return _twin(nn.ParameterDict)([(key, self[key]) for key in self])
 
 
 def _keep_graph(module: MetaModule, name: str, value) -> None:
     if isinstance(value, Tensor) and not value.is_leaf:  # torch has made an nn.Parameter of it, a leaf
         module._buffers[name] = value
+
+
+_KINDS = {  # what the twins of these layers, and of their subclasses, have beside what MetaModule has
+    nn.RNNBase: _Recurrent,
+    nn.SyncBatchNorm: _SyncBatchNorm,
+    nn.ParameterList: _ParameterList,
+    nn.ParameterDict: _ParameterDict,
+    nn.AdaptiveLogSoftmaxWithLoss: _Composite,
+    nn.MultiheadAttention: _Composite,
+    nn.Transformer: _Composite,
+    nn.TransformerEncoder: _Composite,
+    nn.TransformerEncoderLayer: _Composite,
+    nn.TransformerDecoder: _Composite,
+    nn.TransformerDecoderLayer: _Composite,
+}
+if hasattr(nn, "LinearCrossEntropyLoss"):  # newer than the oldest torch accepted
+    _KINDS[nn.LinearCrossEntropyLoss] = _Composite
+    __all__ += ["MetaLinearCrossEntropyLoss"]
+
+for _name in __all__[3:]:
+    globals()[_name] = _twin(getattr(nn, _name.removeprefix("Meta")))
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[MetaModule]: ...  # those of __all__, for tools that do not run this
+
+
+class _Parametrizations(_twin(nn.ModuleDict)):
+    """What torch.nn.utils.parametrize puts on a meta layer: meta, too."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, to_meta(module, inplace=True))
