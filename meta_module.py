@@ -270,9 +270,10 @@ class MetaModule(nn.Module):
         for part in parts:
             if isinstance(part, MetaModule) and type(part).named_leaves is not MetaModule.named_leaves:
                 for name, tensor in part.named_leaves():
-                    own = name not in part._meta_names and (vars(part).get(name), part._buffers.get(name))
                     # not what torch computes under that name, from a parametrization or a mask
-                    if own and any(tensor is held for held in own if _is_trainable_leaf(held)):
+                    own = isinstance(tensor, Tensor) and tensor.is_leaf and tensor.requires_grad
+                    held = vars(part).get(name), part._buffers.get(name)
+                    if own and name not in part._meta_names and any(tensor is one for one in held):
                         vars(part).pop(name, None)
                         part._parameters[name] = tensor
         return super().named_parameters(prefix, recurse, remove_duplicate)
@@ -470,16 +471,14 @@ class MetaModule(nn.Module):
         for name, tensor in mine.items():
             if isinstance(tensor, Tensor) and tensor.shape != theirs[name].shape:
                 raise ValueError(f"'{name}' has shape {tuple(theirs[name].shape)} in other, {tuple(tensor.shape)} here")
-        source, params = dict(other.named_parameters(remove_duplicate=False)), _tensors(self)
-        for name, (tensor, _) in params.items():
-            if name not in source:
+        source, new = dict(other.named_parameters(remove_duplicate=False)), []
+        for name, (tensor, places) in _tensors(self).items():
+            value = source.get(name)
+            if value is None:
                 raise ValueError(f"'{name}' is a buffer in other, a parameter here")
             if same_var:
-                _check_like(name, source[name], tensor)
-        new = []
-        for name, (tensor, places) in params.items():
-            value = source[name]
-            if not same_var:
+                _check_like(name, value, tensor)
+            else:
                 value = nn.Parameter(value.detach().to(tensor.device, tensor.dtype, copy=True), tensor.requires_grad)
             new.append((places, value))
         _put(new)
@@ -589,14 +588,6 @@ def _find(root: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def _is_leaf(tensor: Tensor | None) -> bool:
-    return tensor is None or tensor.is_leaf
-
-
-def _is_trainable_leaf(tensor: object) -> bool:
-    return isinstance(tensor, Tensor) and tensor.is_leaf and tensor.requires_grad
-
-
 @contextlib.contextmanager
 def _grad_of_non_leaves_unwarned():
     with warnings.catch_warnings():
@@ -623,8 +614,7 @@ def _check_like(name: str, new: Tensor, old: Tensor | None) -> None:
 def _put(updates: list[tuple[list[tuple[nn.Module, str]], Tensor]], given: bool = False) -> None:
     """Put each tensor in its places, all of them or none; `given`: the tensors are the user's own."""
     plain = {module for places, _ in updates for module, _ in places if not isinstance(module, MetaModule)}
-    if plain:
-        _convert(_twins((type(module).__name__, module) for module in plain))
+    _convert((type(module).__name__, module) for module in plain)
     remember = not _is_compiling()
     for places, tensor in updates:
         for module, name in places:
@@ -654,10 +644,7 @@ class _History(dict):
 
 
 def _history_of(module: nn.Module) -> _History:
-    history = module.__dict__.get("_history")
-    if history is None:
-        history = module.__dict__["_history"] = _History()
-    return history
+    return module.__dict__.setdefault("_history", _History())
 
 
 def _remember(module: nn.Module, name: str, new: Tensor, given: bool = True) -> None:
@@ -856,7 +843,7 @@ def to_meta(module: nn.Module, inplace: bool = False) -> MetaModule:
     if not inplace:
         module = copy.deepcopy(module)
     plain = [(name, part) for name, part in module.named_modules() if not isinstance(part, MetaModule)]
-    _convert(_twins((n, p) for n, p in plain if p is module or p._parameters or p._modules or _trainable_buffers(p)))
+    _convert((n, p) for n, p in plain if p is module or p._parameters or p._modules or _trainable_buffers(p))
     return module
 
 
@@ -870,19 +857,15 @@ def _check_convertible(parts: Iterable[tuple[str, nn.Module]]) -> None:
             raise TypeError(f"'{name}' holds {hidden}, which the methods of MetaModule would hide; rename them")
 
 
-def _twins(parts: Iterable[tuple[str, nn.Module]]) -> dict[nn.Module, type]:
-    """The class each part is to get; whatever cannot be converted is refused here, before anything has changed."""
-    parts = list(parts)
-    _check_convertible(parts)
-    return {part: _twin(type(part)) for _, part in parts}
-
-
 def _trainable_buffers(module: nn.Module) -> list[str]:
     return [n for n, b in module._buffers.items() if b is not None and b.requires_grad]
 
 
-def _convert(twins: dict[nn.Module, type]) -> None:
-    for module, twin in twins.items():
+def _convert(parts: Iterable[tuple[str, nn.Module]]) -> None:
+    """Give each part its twin's class; whatever cannot be converted is refused before anything has changed."""
+    parts = list(parts)
+    _check_convertible(parts)
+    for module, twin in [(part, _twin(type(part))) for _, part in parts]:
         parameters = vars(module)["_parameters"]
         module.__class__ = twin
         vars(module).pop("_flat_weights", None)  # of recurrent layers; see _Recurrent
