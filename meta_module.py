@@ -604,8 +604,6 @@ def _check_tensor(name: str, tensor: Tensor, current: Tensor) -> None:
 def _check_like(name: str, new: Tensor, old: Tensor | None) -> None:
     if old is None or isinstance(old, UninitializedTensorMixin):
         return
-    if (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device):
-        return
     for what in ("shape", "dtype", "device"):
         if getattr(new, what) != getattr(old, what):
             raise ValueError(f"'{name}' has {what} {getattr(old, what)}; it cannot take {what} {getattr(new, what)}")
