@@ -4,7 +4,16 @@ import torch
 
 from gradbuffer.data.cifar10 import generated_images
 from optimizees import CIFAR10Net, ConvexTerms, Mirrored, MNISTNet, Quadratics, RandomScaling
-from optimizers import NTMBFGS, CoordinatewiseLSTM, LSTMWithGAC, MLPOptimizer, NormalizedLSTM, PerKind, RNNProp
+from optimizers import (
+    NTMBFGS,
+    CoordinatewiseLSTM,
+    LSTMWithGAC,
+    MLPOptimizer,
+    NormalizedLSTM,
+    PerKind,
+    RNNProp,
+    SubspaceLSTM,
+)
 
 VECTORS = (
     "quadratics",
@@ -29,6 +38,7 @@ NETWORKS = {
     "MLP": lambda: MLPOptimizer((4,), lr=0.01),
     "MLP, orthogonal": lambda: MLPOptimizer((3, 3), orthogonalize=True, weight_decay=0.1, vectors="adamw", lr=0.003),
     "small_fc": lambda: MLPOptimizer((4,), "small_fc", lr=0.001),
+    "subspace": lambda: SubspaceLSTM(3, pairs=2),
 }
 
 PROBLEMS = {
