@@ -210,9 +210,9 @@ class TunedBaseline:
 
     @property
     def judged_by(self) -> str:
-        """In words, what its learning rate is the best for."""
+        """In words, what its learning rate is the best for; empty if that is not known."""
         if self.steps is None:
-            return "a loss that is not known"
+            return ""
         functions = f"{self.num_functions} other function{'s' if self.num_functions != 1 else ''}"
         if self.last == self.steps:
             return f"the lowest sum of the loss over {self.steps} steps on {functions}"
