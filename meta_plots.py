@@ -25,6 +25,7 @@ __all__ = [
     "LiveFigure",
     "plot_curves",
     "plot_history",
+    "plot_progress",
     "plot_sizes",
     "plot_trajectories",
     "plot_tuning",
@@ -33,6 +34,8 @@ __all__ = [
     "stretches_table",
     "summary_table",
 ]
+
+LEARNED_COLOR = looks_of(["learned"])["learned"]["color"]
 
 
 @styled
@@ -179,7 +182,7 @@ def plot_history(history: "History", title: str, ax: Axes | None = None) -> Axes
     """
     axes = [ax] if ax else list(plt.subplots(2, 2, figsize=(9, 5), sharex=True)[1].flat)
     panels = (
-        ("meta-loss of each window", history.meta_loss, "#d55e00"),
+        ("meta-loss of each window", history.meta_loss, LEARNED_COLOR),
         ("norm of the meta-gradient", history.grad_norm, "#0072b2"),
         ("update size / parameter size", history.update_size, "#6a4c9c"),
     )
@@ -201,7 +204,7 @@ def plot_history(history: "History", title: str, ax: Axes | None = None) -> Axes
         axes[1].set_title("validation: sum of the loss over the steps")
         if history.validation:
             axes[1].plot(*zip(*history.validation), ".-", color="black")
-            axes[1].plot(history.best_iteration, history.best_validation, "o", color="#d55e00", markersize=8)
+            axes[1].plot(history.best_iteration, history.best_validation, "o", color=LEARNED_COLOR, markersize=8)
             axes[1].legend([axes[1].get_lines()[1]], [f"kept: {history.best_validation:.4g}"], loc="upper right")
             axes[1].set_yscale("log")
     for panel in axes:
@@ -209,6 +212,37 @@ def plot_history(history: "History", title: str, ax: Axes | None = None) -> Axes
     for panel in axes[-2:]:
         panel.set_xlabel("iteration")
     return axes[0]
+
+
+@styled
+def plot_progress(
+    values: Sequence[float],
+    title: str,
+    quantity: str = "loss",
+    levels: dict[str, float] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """One number for each iteration of something that goes on, with their running median, on a log scale.
+
+    Args:
+        values: the numbers.
+        title: says of what.
+        quantity: what they are, for the axis. Default "loss".
+        levels: dict from name to a number to compare with, drawn as a horizontal line.
+        ax: axes to draw on; default a new figure.
+
+    Returns:
+        The axes.
+    """
+    ax = ax or plt.subplots(figsize=(7.5, 3))[1]
+    scatter(ax, values, LEARNED_COLOR)
+    for name, look in looks_of(levels or {}).items():
+        ax.axhline(levels[name], label=name, **look)
+    ax.set(yscale="log", xlabel="iteration", ylabel=quantity, title=title)
+    plain_log(ax.yaxis)
+    if levels:
+        legend_beside(ax)
+    return ax
 
 
 def scatter(ax, values, color):

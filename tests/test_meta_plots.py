@@ -16,6 +16,7 @@ from meta_plots import (  # noqa: E402
     LiveFigure,
     plot_curves,
     plot_history,
+    plot_progress,
     plot_sizes,
     plot_trajectories,
     plot_tuning,
@@ -87,9 +88,9 @@ def test_table_by_hand():
     assert rows == [
         "| optimizer | sum over the first 2 steps | median | less that of Adam | loss at step 2 | median | less that of Adam |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        "| LSTM | 7.00 ± 0.58 | 7.000 | -0.5000 (lower on 100%) | 2.00 ± 0.58 | 2.000 | 0.5000 (lower on 0%) |",
+        "| LSTM | 7.00 ± 0.58 | 7.000 | -0.5000 (lower on 100%) | 2.00 ± 0.58 | 2.000 | +0.5000 (lower on 0%) |",
         "| Adam | 7.50 ± 0.58 | 7.500 |  | 1.50 ± 0.58 | 1.500 |  |",
-        "| mine | 9.00 ± 0.58 | 9.000 | 1.500 (lower on 0%) | 3.00 ± 0.58 | 3.000 | 1.500 (lower on 0%) |",
+        "| mine | 9.00 ± 0.58 | 9.000 | +1.500 (lower on 0%) | 3.00 ± 0.58 | 3.000 | +1.500 (lower on 0%) |",
         "",
         "Learning rates of Adam, mine: the lowest loss at step 2 on 8 other functions.",
     ]
@@ -299,6 +300,17 @@ def test_history_shows_gradients_update_sizes_and_skips():
     assert lower["update size / parameter size"][::2] == [0.5, 0.25]
     given = plt.subplots()[1]
     assert plot_history(history, "training", given) is given and len(given.figure.axes) == 1
+    plt.close("all")
+
+
+def test_progress_has_a_dot_for_each_number_and_lines_to_compare_with():
+    ax = plot_progress([3.0, 2.0, 1.0], "training", "sum of the loss", {"NAG": 2.5})
+    dots, level = ax.get_lines()
+    assert list(dots.get_ydata()) == [3.0, 2.0, 1.0] and list(level.get_ydata()) == [2.5, 2.5]
+    assert ax.get_ylabel() == "sum of the loss" and ax.get_legend().get_texts()[0].get_text() == "NAG"
+    many = plot_progress([float(k % 7 + 1) for k in range(60)], "training")
+    median = many.get_lines()[1]
+    assert set(median.get_ydata()) <= {2.0, 3.0, 4.0, 5.0, 6.0} and len(median.get_xdata()) == 56
     plt.close("all")
 
 

@@ -202,7 +202,8 @@ def number(value):
 def paired(numbers, others):
     """Mean difference on the same functions ± standard error, and the share of functions where it is negative."""
     difference, lower = numbers - others, (numbers < others).double().mean().item()
-    return f"{in_words(difference)} (lower on {lower:.0%})"
+    sign = "+" if difference.isfinite().any() and difference[difference.isfinite()].mean() > 0 else ""
+    return f"{sign}{in_words(difference)} (lower on {lower:.0%})"
 
 
 def markdown(heads, rows):
