@@ -13,7 +13,7 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import optim
 
-__all__ = ["KNOW_CURVATURE", "LiveFigure", "legend_beside", "looks_of", "plain_log", "styled"]
+__all__ = ["KNOW_CURVATURE", "STYLE", "LiveFigure", "legend_beside", "looks_of", "plain_log", "styled"]
 
 STYLE = Path(__file__).with_name("figures.mplstyle")
 BASELINES = {  # the same in every figure; no two have one lightness and one dash
