@@ -224,6 +224,8 @@ def plot_progress(
 ) -> Axes:
     """One number for each iteration of something that goes on, with their running median, on a log scale.
 
+    Numbers over thirty times their median, as at the start of a training, are cut off.
+
     Args:
         values: the numbers.
         title: says of what.
@@ -236,9 +238,12 @@ def plot_progress(
     """
     ax = ax or plt.subplots(figsize=(7.5, 3))[1]
     scatter(ax, values, LEARNED_COLOR)
-    for name, look in looks_of(levels or {}).items():
+    for name, look in looks_of(levels or {}, levels).items():
         ax.axhline(levels[name], label=name, **look)
     ax.set(yscale="log", xlabel="iteration", ylabel=quantity, title=title)
+    usual = sorted(values)[len(values) // 2] if values else math.nan
+    if math.isfinite(usual):
+        ax.set_ylim(top=min(ax.get_ylim()[1], 30 * usual))
     plain_log(ax.yaxis)
     if levels:
         legend_beside(ax)

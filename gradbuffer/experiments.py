@@ -168,9 +168,8 @@ def train_or_load(
         reason = ", since the shipped one has other settings" if notes else ", since none is shipped"
     settings = {"seed": 0, **RECIPES[name], **scale.training[name], **options}
     path = Path(folder) / f"{name}_{scale.name}"
-    live = LiveFigure(
-        lambda _, history: plot_history(history, f"Meta-training: {name}, {problem.name} ({scale.name} scale)")
-    )
+    title = f"{name}: meta-training on {problem.name} ({scale.name} scale)"
+    live = LiveFigure(lambda _, history: plot_history(history, title))
     begun = time.perf_counter()
     history = meta_train(
         net,

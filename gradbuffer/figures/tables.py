@@ -81,7 +81,14 @@ def summary_table(
                 row.append("" if name == best else paired(numbers[name], numbers[best]))
     text = markdown(heads, cells.values())
     judged = sorted({tuned[name].judged_by for name in curves if tuned and name in tuned} - {""})
-    return text + (f"\n\nLearning rates of {', '.join(baselines)}: {'; '.join(judged)}." if judged else "")
+    if judged:
+        text += f"\n\nLearning rates of {', '.join(baselines)}: {'; '.join(judged)}."
+    if any(diverged(losses).any() for losses in curves.values()):
+        text += (
+            f"\n\nDiverged: a loss is not finite or over {BEYOND:g} times the first, or the last over {AT_THE_END:g} times the first. "
+            "Such functions are left out of the means; medians and shares count them as infinite."
+        )
+    return text
 
 
 def stretches_table(
