@@ -19,6 +19,7 @@ from gradbuffer.checks import check_count
 from gradbuffer.contracts import Loss, MetaBatch, PerceptronData, Problem, QuadraticData, in_parts
 from gradbuffer.data.mnist import load_mnist
 from gradbuffer.data.roots import check_split
+from gradbuffer.devices import drawn_on_cpu, whole_device
 from gradbuffer.kernels.choice import takes_numba
 from gradbuffer.problems.cifar10 import CIFAR10Net
 from gradbuffer.problems.images import (
@@ -64,12 +65,13 @@ class Quadratics(Problem):
     def __init__(self, dim: int = 10, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         check_count(dim=dim)
         check_floating(dtype)
-        self.dim, self.dtype, self.device = dim, dtype, torch.device(device)
+        self.dim, self.dtype, self.device = dim, dtype, whole_device(device)
         self.name = f"Quadratics, {dim} dimensions"
 
     def to(self, device: torch.device | str) -> "Quadratics":
         return Quadratics(self.dim, self.dtype, device)
 
+    @drawn_on_cpu
     def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> MetaBatch:
         """Draw `meta_batch` functions; their loss is the same at every step. Returns `MetaBatch`."""
         check_count(meta_batch=meta_batch)
@@ -99,6 +101,9 @@ class QuadraticLoss(Loss):
 
     def part(self, first, last):
         return QuadraticLoss(*(tensor[first:last] for tensor in self.data))
+
+    def join(self, others):
+        return QuadraticLoss(*map(torch.cat, zip(self.data, *(other.data for other in others))))
 
     def tensors(self, step):
         return self.data
@@ -192,7 +197,7 @@ class MNISTNet(ImageNets):
             side=side,
             dtype=dtype,
         )
-        self.device = torch.device(device)
+        self.device = whole_device(device)
         data = load_mnist(root)
         full = math.isqrt(data.train_images.shape[1])
         if side is not None and not (isinstance(side, int) and 0 < side <= full and full % side == 0):
@@ -202,6 +207,7 @@ class MNISTNet(ImageNets):
         self.sizes = (self.images.shape[1], *hidden_sizes, 10)
         self.name = f"{data.name} {'-'.join(map(str, self.sizes))} {activation}"
 
+    @drawn_on_cpu
     def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> MetaBatch:
         """Draw `meta_batch` networks with their sequences of minibatches. Returns `MetaBatch`."""
         check_count(meta_batch=meta_batch)

@@ -15,7 +15,8 @@ import torch
 from tqdm.auto import tqdm
 
 from gradbuffer.checks import check_count
-from gradbuffer.contracts import MetaBatch, Problem, as_loss, as_rule, device_of, on_device, part_if_any
+from gradbuffer.contracts import MetaBatch, Problem, as_loss, as_rule, device_of, part_if_any
+from gradbuffer.drawing import draw_batches, join_for
 from gradbuffer.unrolling import Coordinates, in_place
 
 __all__ = [
@@ -33,9 +34,6 @@ __all__ = [
     "tune_baseline",
     "tune_baselines",
 ]
-
-FUNCTIONS_AT_ONCE = 32  # functions that evaluation runs as one computation; a seed's functions depend on both bounds
-COORDINATES_AT_ONCE = 1 << 17  # larger states leave the cache and cost a fresh page of memory at every step
 
 BASELINES = {
     "SGD": (torch.optim.SGD, {}),
@@ -173,7 +171,7 @@ def loss_curves(
     """Curves (num_functions, steps) of a rule, begun anew for each meta-batch; `watch` as in `evaluate`."""
     check_count(steps=steps)
     curves = []
-    for batch in draw_batches(problem, num_functions, seed, device):
+    for batch in join_for(device, draw_batches(problem, num_functions, seed, device)):
         coordinates = Coordinates(batch.params)
         theta, loss = coordinates.join(batch.params).detach().clone(), as_loss(batch.loss)
         advance, losses = rule(theta, coordinates), []
@@ -186,17 +184,6 @@ def loss_curves(
                 advance(gradient, values, step)
         curves.append(torch.stack(losses, 1))
     return torch.cat(curves).cpu()
-
-
-def draw_batches(problem: Problem, num_functions: int, seed: int, device: torch.device | str | None):
-    """Meta-batches of `num_functions` functions in all: for a seed, the same to every optimizer."""
-    check_count(num_functions=num_functions)
-    check_count(least=0, seed=seed)
-    problem, generator = on_device(problem, device), torch.Generator().manual_seed(seed)
-    size = sum(tensor.numel() for tensor in problem.sample(1, generator=torch.Generator()).params.values())
-    at_once = min(max(COORDINATES_AT_ONCE // size, 1), FUNCTIONS_AT_ONCE)
-    for first in range(0, num_functions, at_once):
-        yield problem.sample(min(at_once, num_functions - first), generator=generator)
 
 
 def evaluate_lbfgs(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gradbuffer.devices import drawn_on_cpu
 from gradbuffer.nests import map_tensors, tensors_in
 
 __all__ = [
@@ -152,6 +153,7 @@ class Coordinates:
             (product,) = torch.autograd.grad(gradient, theta, vector, allow_unused=True)
         return torch.zeros_like(vector) if product is None else product
 
+    @drawn_on_cpu
     def subset(self, fraction: float, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
         """A random share of every tensor's coordinates, at least SMALLEST_SHARE of each: indices, and 1 / probability."""
         indices, weights, start = [], [], 0

@@ -49,6 +49,13 @@ class LSTMOptimizer(Rule, nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 
+    def train(self, mode: bool = True) -> "LSTMOptimizer":
+        """As of `nn.Module`, but the LSTM stays in training mode: without dropout both are the same, and cuDNN differentiates
+        in that one alone."""
+        super().train(mode)
+        self.lstm.train()
+        return self
+
     @property
     def built_in(self) -> float | None:
         """The `p` with which compiled kernels do by themselves what `read` and `embed` do; None: they cannot do that."""

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from gradbuffer.devices import constant
+
 __all__ = ["READINGS", "Readings", "check_preprocess", "log_sign", "odd_part"]
 
 
@@ -79,20 +81,22 @@ def odd_part(tensors: dict, hidden_size: int, input_signs: tuple, shared: int = 
     """
     H, own = hidden_size, hidden_size - shared
     odd, even = 3 * own // 10, own // 10 + (own - 3 * own // 10 - own // 10) % 2
-    place, sign = torch.arange(H), torch.ones(H)
-    place[odd + even : own] = place[odd + even : own].view(-1, 2).flip(1).flatten()
-    sign[:odd] = -1
+    place, sign = list(range(H)), [-1.0] * odd + [1.0] * (H - odd)
+    place[odd + even : own : 2], place[odd + even + 1 : own : 2] = (
+        place[odd + even + 1 : own : 2],
+        place[odd + even : own : 2],
+    )
     units = place, sign
-    rows = torch.cat([place + gate * H for gate in range(4)]), torch.cat([sign.abs(), sign.abs(), sign, sign.abs()])
-    inputs = torch.arange(len(input_signs)), torch.tensor([float(sign) for sign in input_signs])
+    rows = [unit + gate * H for gate in range(4) for unit in place], [1.0] * 2 * H + sign + [1.0] * H
+    inputs = range(len(input_signs)), [float(sign) for sign in input_signs]
     symmetric = {}
     for name, tensor in tensors.items():
-        exchanged, outputs = tensor, (torch.arange(tensor.shape[0]), -torch.ones(tensor.shape[0]))
+        exchanged, outputs = tensor, (range(tensor.shape[0]), [-1.0] * tensor.shape[0])
         kinds = [rows if name.startswith("lstm.") else outputs]
         if tensor.dim() == 2:
             kinds.append(inputs if name == "lstm.weight_ih_l0" else units)
         for dim, (places, signs) in enumerate(kinds):
-            signs = signs.to(tensor).view([-1] + [1] * (tensor.dim() - 1 - dim))
-            exchanged = exchanged.index_select(dim, places.to(tensor.device)) * signs
+            signs = constant(tuple(signs), tensor.device, tensor.dtype).view([-1] + [1] * (tensor.dim() - 1 - dim))
+            exchanged = exchanged.index_select(dim, constant(tuple(places), tensor.device, torch.int64)) * signs
         symmetric[name] = (tensor + exchanged) / 2
     return symmetric

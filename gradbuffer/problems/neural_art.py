@@ -15,6 +15,7 @@ from gradbuffer.checks import check_count
 from gradbuffer.contracts import Loss, MetaBatch, in_parts
 from gradbuffer.data.art import load_contents, load_style
 from gradbuffer.data.roots import check_split
+from gradbuffer.devices import drawn_on_cpu, whole_device
 from gradbuffer.problems.images import ImageNets, check_floating
 from gradbuffer.problems.vgg import VGGFeatures, from_pixels
 
@@ -124,7 +125,7 @@ class NeuralArt(ImageNets):
             gamma=gamma,
             dtype=dtype,
         )
-        self.device = torch.device(device)
+        self.device = device = whole_device(device)
         self.features = VGGFeatures(network, weights, seed, (content_layer, *style_layers), dtype, device)
         contents, painting = load_contents(root, split, size), load_style(root, style, size)
         self.contents = from_pixels(contents.images.to(device), dtype)
@@ -138,6 +139,7 @@ class NeuralArt(ImageNets):
         self.name = f"Neural Art, {painting.name} on {contents.name} of {size}×{size}, {self.features.name}"
         self.dealt = weakref.WeakKeyDictionary()  # generator -> (its state since, photographs still to come)
 
+    @drawn_on_cpu
     def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> MetaBatch:
         """Draw `meta_batch` photographs. Returns `MetaBatch` with `params["image"]`, (meta_batch, 3, size, size)."""
         check_count(meta_batch=meta_batch)

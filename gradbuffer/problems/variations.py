@@ -8,6 +8,7 @@ import torch
 
 from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.contracts import Loss, MetaBatch, Problem, as_loss, as_problem, in_parts, kind_of, part_if_any
+from gradbuffer.devices import drawn_on_cpu
 from gradbuffer.unrolling import Coordinates
 
 __all__ = ["ConvexTerms", "Mirrored", "Mixture", "RandomScaling"]
@@ -30,6 +31,10 @@ class Variation(Problem):
 
     def validation_problem(self):
         return self.problem.validation_problem()
+
+    @property
+    def multiple_of(self) -> int:
+        return self.problem.multiple_of
 
     @property
     def problems(self):
@@ -104,6 +109,7 @@ class RandomScaling(Variation):
             raise ValueError(f"radius must be a number in [0, 20], got {radius!r}")
         super().__init__(problem, radius=radius, signs=bool(signs))
 
+    @drawn_on_cpu
     def vary(self, batch: MetaBatch, generator: torch.Generator | None) -> MetaBatch:
         scales = {}
         for name, tensor in batch.params.items():
@@ -185,6 +191,10 @@ class Mirrored(Variation):
 
     title = "{}, mirrored"
 
+    @property
+    def multiple_of(self) -> int:
+        return 2 * self.problem.multiple_of
+
     def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> MetaBatch | list[MetaBatch]:
         """Draw `meta_batch` functions, in pairs. Returns `MetaBatch`; of a `Mixture` a list of them."""
         check_count(meta_batch=meta_batch)
@@ -224,6 +234,7 @@ class ConvexTerms(Variation):
         check_count(dim=dim)
         super().__init__(problem, dim=dim)
 
+    @drawn_on_cpu
     def vary(self, batch: MetaBatch, generator: torch.Generator | None) -> MetaBatch:
         if "convex" in batch.params:
             raise ValueError('the problem has a parameter named "convex" already')
@@ -320,6 +331,7 @@ class Mixture(Problem):
         options = dict(weights=self.weights, families=self.families)
         return f"{kind_of(self)} {options} of {[problem.describe() for problem in self.problems]}"
 
+    @drawn_on_cpu
     def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> list[MetaBatch]:
         """Draw `meta_batch` functions of each problem, or of each of the `families` drawn. Returns a list of `MetaBatch`, in the
         problems' order."""
