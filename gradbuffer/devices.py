@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["constant", "drawn_on_cpu", "memory_of", "whole_device"]
+__all__ = ["bring", "constant", "drawn_on_cpu", "memory_of", "whole_device"]
 
 
 def whole_device(device: torch.device | str) -> torch.device:
@@ -27,6 +27,13 @@ def drawn_on_cpu(function: Callable) -> Callable:
             return function(*arguments, **keywords)
 
     return run
+
+
+def bring(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """What was drawn on the CPU, on a device: as a copy that the host does not wait for, where that is a CUDA device."""
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory(device).to(device, non_blocking=True)
 
 
 def memory_of(device: torch.device) -> int:

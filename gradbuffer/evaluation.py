@@ -4,6 +4,7 @@ The protocol of Andrychowicz et al. 2016 (arXiv 1606.04474), section 3: hand-des
 with the lowest final loss, and one seed gives every optimizer the same functions, initial points and minibatches.
 """
 
+import contextlib
 import functools
 import inspect
 import math
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from gradbuffer.checks import check_count
+from gradbuffer.checks import check_count, check_finite, values_unchecked
 from gradbuffer.contracts import MetaBatch, Problem, as_loss, as_rule, device_of, part_if_any
 from gradbuffer.drawing import draw_batches, join_for
 from gradbuffer.unrolling import Coordinates, in_place
@@ -77,7 +78,7 @@ def evaluate(
     """
     device = device_of(net, device)
     with torch.no_grad():
-        return loss_curves(learned_rule(net), problem, steps, num_functions, seed, device, watch)
+        return loss_curves(learned_rule(net), problem, steps, num_functions, seed, device, watch, must_be_finite=True)
 
 
 def evaluate_baseline(
@@ -167,21 +168,30 @@ def loss_curves(
     seed: int,
     device: torch.device | str | None,
     watch: Callable | None = None,
+    must_be_finite: bool = False,
 ):
-    """Curves (num_functions, steps) of a rule, begun anew for each meta-batch; `watch` as in `evaluate`."""
+    """Curves (num_functions, steps) of a rule, begun anew for each meta-batch; `watch` as in `evaluate`.
+
+    must_be_finite: gradients must be. A learned optimizer looks at each on a CPU; elsewhere that is done here, with one wait.
+    """
     check_count(steps=steps)
     curves = []
     for batch in join_for(device, draw_batches(problem, num_functions, seed, device)):
         coordinates = Coordinates(batch.params)
         theta, loss = coordinates.join(batch.params).detach().clone(), as_loss(batch.loss)
-        advance, losses = rule(theta, coordinates), []
-        for step in range(steps):
-            if watch is not None:
-                watch(step, coordinates.split(theta.detach()))
-            values, gradient = coordinates.losses_and_gradient(loss, theta, step)
-            losses.append(values)
-            if step + 1 < steps:
-                advance(gradient, values, step)
+        advance, losses, sums = rule(theta, coordinates), [], []
+        with contextlib.nullcontext() if theta.is_cpu else values_unchecked():
+            for step in range(steps):
+                if watch is not None:
+                    watch(step, coordinates.split(theta.detach()))
+                values, gradient = coordinates.losses_and_gradient(loss, theta, step)
+                losses.append(values)
+                if step + 1 < steps:
+                    advance(gradient, values, step)
+                    if must_be_finite and not theta.is_cpu:
+                        sums.append(gradient.sum())
+        if sums:
+            check_finite(torch.stack(sums), "the gradient's sum, a coordinate for each step,")
         curves.append(torch.stack(losses, 1))
     return torch.cat(curves).cpu()
 

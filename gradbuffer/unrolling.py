@@ -225,12 +225,17 @@ def record_by_steps(
     tape: Any = None,
 ) -> Recorded:
     """`Rule.record`, step by step. advance: as of `unroll`; tape: what goes with it."""
-    losses, gradients, read = [], theta.new_empty(updates + 1, len(theta)), []
+    losses, gradients, read = (
+        [],
+        theta.new_empty(updates + 1, len(theta)) if theta.is_cpu else [None] * (updates + 1),
+        [],
+    )
     for values, gradient, theta, state in unroll(rule, loss, coordinates, theta, state, step, updates, advance=advance):
         if len(losses) < updates and rule.reads:
             read.append(coordinates.what(rule.reads, theta, values, step + len(losses)))
         gradients[len(losses)] = gradient
         losses.append(values)
+    gradients = gradients if theta.is_cpu else torch.stack(gradients)  # one launch, not one for each step
     return Recorded(torch.stack(losses), gradients, theta, state, tape, join_reads(read))
 
 

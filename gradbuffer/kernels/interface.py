@@ -39,6 +39,8 @@ class LSTMKernels:
         state: torch.dtype | None = None,
         squash: bool = False,
         inputs: bool = False,
+        lstm: nn.LSTM | None = None,
+        p: float = 0.0,
     ) -> list[str]:
         """Why these kernels do not do a piece of work; empty where they do.
 
@@ -47,6 +49,7 @@ class LSTMKernels:
             work: one of `WORK`.
             state: the dtype of the state to be overwritten; None for the weights' own.
             squash: the outputs go through a tanh. inputs: the derivatives by the features are wanted.
+            lstm: the LSTM, for its sizes: kernels that must be tried out are. p: of `log_sign`, which the kernels may do.
         """
         return [] if state in (None, weight.dtype) else [f"the state must be of {weight.dtype}, got {state}"]
 

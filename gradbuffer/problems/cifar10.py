@@ -12,7 +12,7 @@ from gradbuffer.checks import check_count
 from gradbuffer.contracts import MetaBatch, in_parts
 from gradbuffer.data.cifar10 import ColorImages, check_color_images, load_cifar10
 from gradbuffer.data.roots import check_split
-from gradbuffer.devices import drawn_on_cpu, whole_device
+from gradbuffer.devices import bring, drawn_on_cpu, whole_device
 from gradbuffer.problems.images import ImageNets, MinibatchLoss, check_floating, mean_cross_entropy, on_device
 
 __all__ = ["CIFAR10Net"]
@@ -133,7 +133,7 @@ class CIFAR10Net(ImageNets):
                 draw.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
             elif name.endswith("scale"):
                 draw.fill_(1)
-            params[name] = draw.to(self.device)
+            params[name] = bring(draw, self.device)
         return in_parts(params, ConvolutionalLoss(self.minibatches(meta_batch, generator), self.options["dtype"]))
 
     @torch.no_grad()

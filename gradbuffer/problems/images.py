@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from gradbuffer.checks import check_count
 from gradbuffer.contracts import Loss, Problem
 from gradbuffer.contracts import on_device as problem_on_device
-from gradbuffer.devices import drawn_on_cpu
+from gradbuffer.devices import bring, drawn_on_cpu
 
 STEPS_PER_DRAW = 32  # minibatches whose indices are drawn at once
 
@@ -166,7 +166,7 @@ class Minibatches:
         if drawn[0] != chunk:
             generator = torch.Generator().manual_seed((self.seed + chunk) % 2**63)
             indices = torch.randint(self.length, (STEPS_PER_DRAW, *self.shape), generator=generator, device="cpu")
-            self.drawn = drawn = chunk, indices.to(self.device)
+            self.drawn = drawn = chunk, bring(indices, self.device)
         return drawn[1][within]
 
 

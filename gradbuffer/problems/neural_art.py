@@ -15,7 +15,7 @@ from gradbuffer.checks import check_count
 from gradbuffer.contracts import Loss, MetaBatch, in_parts
 from gradbuffer.data.art import load_contents, load_style
 from gradbuffer.data.roots import check_split
-from gradbuffer.devices import drawn_on_cpu, whole_device
+from gradbuffer.devices import bring, drawn_on_cpu, whole_device
 from gradbuffer.problems.images import ImageNets, check_floating
 from gradbuffer.problems.vgg import VGGFeatures, from_pixels
 
@@ -147,10 +147,10 @@ class NeuralArt(ImageNets):
             index = torch.randint(len(self.contents), (meta_batch,), generator=generator)
         else:
             index = self.deal(meta_batch, generator)
-        contents = self.contents[index.to(self.device)]
+        contents = self.contents[bring(index, self.device)]
         start = contents.clone()
         if self.options["start"] == "noise":
-            start = torch.randn(start.shape, dtype=start.dtype, generator=generator).to(self.device)
+            start = bring(torch.randn(start.shape, dtype=start.dtype, generator=generator), self.device)
         with torch.no_grad():
             targets = self.features(contents)[self.options["content_layer"]]
         if generator in self.dealt:

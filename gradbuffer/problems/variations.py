@@ -8,7 +8,7 @@ import torch
 
 from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.contracts import Loss, MetaBatch, Problem, as_loss, as_problem, in_parts, kind_of, part_if_any
-from gradbuffer.devices import drawn_on_cpu
+from gradbuffer.devices import bring, drawn_on_cpu
 from gradbuffer.unrolling import Coordinates
 
 __all__ = ["ConvexTerms", "Mirrored", "Mixture", "RandomScaling"]
@@ -117,7 +117,7 @@ class RandomScaling(Variation):
             scale = scale.mul_(self.options["radius"]).exp_()
             if self.options["signs"]:
                 scale *= 2 * torch.randint(2, tensor.shape, generator=generator) - 1
-            scales[name] = scale.to(tensor.device)
+            scales[name] = bring(scale, tensor.device)
         scaled = {name: tensor / scales[name] for name, tensor in batch.params.items()}
         return meta_batch_of(scaled, ScaledLoss([(scales, loss_of(batch))]))
 
@@ -205,7 +205,7 @@ class Mirrored(Variation):
     def vary(self, batch: MetaBatch, generator: torch.Generator | None) -> MetaBatch:
         params = {name: torch.cat([tensor, -tensor]) for name, tensor in batch.params.items()}
         signs = [
-            {name: tensor.new_tensor(sign).expand_as(tensor) for name, tensor in batch.params.items()}
+            {name: tensor.new_full((), sign).expand_as(tensor) for name, tensor in batch.params.items()}
             for sign in (1, -1)
         ]
         return meta_batch_of(params, ScaledLoss([(scales, loss_of(batch)) for scales in signs]))
@@ -240,9 +240,10 @@ class ConvexTerms(Variation):
             raise ValueError('the problem has a parameter named "convex" already')
         like = next(iter(batch.params.values()))
         start, target = (
-            torch.empty(len(like), self.options["dim"], dtype=like.dtype)
-            .uniform_(-1, 1, generator=generator)
-            .to(like.device)
+            bring(
+                torch.empty(len(like), self.options["dim"], dtype=like.dtype).uniform_(-1, 1, generator=generator),
+                like.device,
+            )
             for _ in range(2)
         )
         return meta_batch_of({**batch.params, "convex": start}, ConvexLoss(loss_of(batch), target))
