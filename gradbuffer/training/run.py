@@ -317,7 +317,7 @@ class Run:
                         raise stop_error(self.iteration - 1, f"in validation, {error}") from error
                     return math.inf
                 logs.append(losses.sum(1).mean().item())
-            score = logs[0] if len(logs) == 1 else math.exp(sum(map(math.log, logs)) / len(logs))
+            score = logs[0] if len(logs) == 1 else 0.0 if 0 in logs else math.exp(sum(map(math.log, logs)) / len(logs))
             return score if math.isfinite(score) else math.inf
 
         score, history = self.ranks.on_first(score), self.history
