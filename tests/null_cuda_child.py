@@ -14,7 +14,7 @@ from pathlib import Path
 
 import null_cuda
 import torch
-from cases import NETWORKS, PROBLEMS, make_net
+from cases import NETWORKS, PROBLEMS, RESNET18, make_net
 from conftest import write_mnist
 
 from gradbuffer.contracts import as_rule
@@ -37,16 +37,6 @@ from optimizers import (
 
 UNROLL = 20
 triton_lstm.SELF_CHECK = dict.fromkeys(triton_lstm.SELF_CHECK, float("inf"))  # kernels that never run give no numbers
-RESNET18 = [(64, 3, 7, 7), (64,), (64,)]  # the shapes of its parameters
-for inputs, outputs in ((64, 64), (64, 128), (128, 256), (256, 512)):
-    RESNET18 += [
-        (outputs, inputs, 3, 3),
-        (outputs,),
-        (outputs,),
-        *[(outputs, outputs, 3, 3), (outputs,), (outputs,)] * 3,
-    ]
-    RESNET18 += [(outputs, inputs, 1, 1), (outputs,), (outputs,)] if inputs != outputs else []
-RESNET18 += [(1000, 512), (1000,)]
 
 
 def figures(work, times=2):

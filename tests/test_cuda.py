@@ -257,3 +257,19 @@ def test_marked_tests_are_collected_without_optional_packages():
         "test_meta_module.py::test_moves",
     ):
         assert name in done.stdout
+
+
+# The check on a GPU ---------------------------------------------------------------------------------------------------
+
+
+def test_the_check_on_a_gpu_can_be_rehearsed():
+    """`benchmarks/cuda.py` on a CPU: checks pass, times are printed beside their floors, what needs a device says so."""
+    command = [sys.executable, str(TESTS.parent / "benchmarks" / "cuda.py"), "--device", "cpu", "--only"]
+    done = subprocess.run([*command, "machine", "graphs", "optimizer"], capture_output=True, text=True, timeout=600)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sum(line.startswith("PASS LearnedOptimizer") for line in lines) >= 6
+    assert any(line.startswith("NOTE graphs: need") for line in lines)
+    assert any(line.startswith("TIME a CPU") and "TB/s" in line for line in lines)
+    none_left = subprocess.run([*command, "machine", "--seconds", "1"], capture_output=True, text=True, timeout=600)
+    assert none_left.returncode == 1 and "FAIL machine 0: no time left" in none_left.stdout
