@@ -509,7 +509,6 @@ def test_made_and_stepped_under_any_context(context, kernels):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", list(NETS))
 def test_cuda_parameters_with_a_network_on_the_cpu(kind):
     here, there, network = parameters(), [nn.Parameter(param.detach().cuda()) for param in parameters()], NETS[kind]()
