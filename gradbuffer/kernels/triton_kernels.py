@@ -13,7 +13,7 @@ UNITS), gates i, f, o, g. `triton_lstm` pads, launches and takes the padding off
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "replay_kernel", "step_kernel"]
+__all__ = ["INTERPRETED", "replay_kernel", "sigmoid", "step_kernel"]
 
 
 @triton.jit
