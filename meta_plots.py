@@ -1,4 +1,8 @@
-"""Figures and tables: loss curves and their summary, final losses over sizes, training histories, learned updates."""
+"""Figures and tables: loss curves and their summary, final losses over sizes, training histories, updates and ways through the plane.
+
+All figures have one style, and colours by role: learned optimizers are warm and thick, hand-designed ones cool and thin
+(`gradbuffer.figures.style`). The tables are `gradbuffer.figures.tables`; their names are here too.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,16 +13,21 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from torch import nn
 
-from gradbuffer.contracts import as_rule, is_learned
-from gradbuffer.evaluation import TunedBaseline, learned_rule, torch_rule
+from gradbuffer.contracts import Problem, as_rule, is_learned
+from gradbuffer.evaluation import TunedBaseline, compare, draw_batches, learned_rule, torch_rule
+from gradbuffer.figures.style import KNOW_CURVATURE, LiveFigure, legend_beside, looks_of, plain_log, styled
+from gradbuffer.figures.tables import check_sizes, diverged, mean_and_error, sizes_table, stretches_table, summary_table
 
 if TYPE_CHECKING:
     from gradbuffer.training.run import History
 
 __all__ = [
+    "LiveFigure",
     "plot_curves",
     "plot_history",
+    "plot_progress",
     "plot_sizes",
+    "plot_trajectories",
     "plot_tuning",
     "plot_updates",
     "sizes_table",
@@ -26,18 +35,10 @@ __all__ = [
     "summary_table",
 ]
 
-# one colour for each optimizer, the same in every figure; black and thick for ours
-COLORS = {
-    "SGD": "tab:gray",
-    "SGD + momentum": "tab:green",
-    "NAG": "tab:blue",
-    "Adam": "tab:orange",
-    "RMSprop": "tab:purple",
-    "L-BFGS": "tab:cyan",
-}
-LEARNED_COLORS = ("black", "tab:red", "tab:brown", "tab:pink", "tab:olive", "navy")  # in the order in which they come
+LEARNED_COLOR = looks_of(["learned"])["learned"]["color"]
 
 
+@styled
 def plot_curves(
     curves: dict[str, torch.Tensor],
     title: str,
@@ -47,8 +48,17 @@ def plot_curves(
     quantity: str = "loss",
     log: bool = True,
     average: int = 1,
+    *,
+    tuned: dict[str, TunedBaseline] | None = None,
+    center: str = "mean",
+    legend: bool = True,
 ) -> Axes:
-    """Mean loss against the step, log scale, with the 95 % confidence band of the mean.
+    """Loss against the step, log scale: the mean with its 95 % confidence band, or the median with the quartiles.
+
+    On a log scale the axis ends a little above the losses at the start and begins below the lowest of the optimizers that do not know
+    the curvature (L-BFGS and conjugate gradients do); what goes beyond it is cut off. Functions on which an
+    optimizer diverged (as `gradbuffer.figures.tables.diverged` says) are counted in the legend and left out of its mean; its median
+    counts them as infinite.
 
     Args:
         curves: dict from name to losses (functions, steps), as `evaluate` returns them, or to anything else that was
@@ -58,113 +68,56 @@ def plot_curves(
         marks: (step, text) pairs, drawn as dotted vertical lines.
         steps: the step of each column; default 0, 1, 2, ….
         quantity: what the columns are, for the axis. Default "loss".
-        log: draw it on a log scale. Default True.
+        log: draw it on a log scale, as losses that may diverge. Default True.
         average: draw means over so many columns, block after block, each at its block's middle; what is left over at
             the end is not drawn. For losses of minibatches, which are noisy. Default 1.
+        tuned: whose names are baselines. Default: names as in `BASELINES` of `meta_training`, and of classes in `torch.optim`.
+        center: "mean", the default, or "median".
+        legend: draw one, beside the axes. Default True.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: `average` is not 1 to the number of columns.
+        ValueError: `average` is not 1 to the number of columns, or `center` is neither.
     """
     columns = min(losses.shape[1] for losses in curves.values())
     if not 1 <= average <= columns:
         raise ValueError(f"average must be 1 to the number of columns, {columns}, got {average!r}")
-    ax = ax or plt.subplots(figsize=(7, 4.5))[1]
-    learned = iter(LEARNED_COLORS)
-    for name, losses in curves.items():
-        mean, error = mean_and_error(blocks(losses.double(), average))
-        places = torch.arange(losses.shape[1]) if steps is None else torch.as_tensor(steps)
+    if center not in ("mean", "median"):
+        raise ValueError(f"center must be 'mean' or 'median', got {center!r}")
+    ax = ax or plt.subplots()[1]
+    starts, lows = [], []
+    for name, look in looks_of(curves, tuned).items():
+        middle, lower, upper, count = middle_and_band(curves[name].double(), average, center, log)
+        if log:
+            starts.append(middle_and_band(curves[name][:, :1].double(), 1, center, False)[0].item())
+            lowest = min([value for value in middle.tolist() if math.isfinite(value)], default=math.inf)
+            lows += [] if name in KNOW_CURVATURE else [lowest]
+            lower = lower.clamp(min=lowest / 10)  # a log axis has no room below 0
+        label = f"{name} ({count} of {len(curves[name])} diverged)" if count else name
+        places = torch.arange(curves[name].shape[1]) if steps is None else torch.as_tensor(steps)
         places = blocks(places[None].double(), average)[0]
-        color = COLORS.get(name) or next(learned, None)
-        (line,) = ax.plot(places, mean, label=name, color=color, linewidth=1.2 if name in COLORS else 2.4)
-        lower = mean - 1.96 * error
-        lower = lower.clamp(min=mean.min() / 10) if log else lower  # a log axis has no room below 0
-        ax.fill_between(places, lower, mean + 1.96 * error, color=line.get_color(), alpha=0.15, linewidth=0)
+        ax.plot(places, middle, label=label, **look)
+        ax.fill_between(places, lower, upper, color=look["color"], alpha=0.15, linewidth=0)
     for step, text in marks:
         ax.axvline(step, color="gray", linestyle=":", linewidth=1)
-        ax.annotate(
-            text,
-            (step, 0.02),
-            xycoords=("data", "axes fraction"),
-            fontsize=8,
-            ha="left",
-            va="bottom",
-            xytext=(3, 0),
-            textcoords="offset points",
-        )
-    ax.set(
-        yscale="log" if log else "linear",
-        xlabel="step",
-        ylabel=f"{quantity} (mean over functions, 95 % band)",
-        title=title,
-    )
-    ax.legend(fontsize=9)
-    ax.grid(alpha=0.3, which="both")
+        where = dict(xycoords=("data", "axes fraction"), textcoords="offset points", xytext=(3, 0))
+        ax.annotate(text, (step, 0.02), fontsize=8, va="bottom", **where)
+    band = "mean over functions, 95 % band" if center == "mean" else "median over functions, quartiles"
+    ax.set(yscale="log" if log else "linear", xlabel="step", ylabel=f"{quantity} ({band})")
+    ax.set_title(title)
+    if log:
+        top = 1.25 * max(start for start in starts if math.isfinite(start))
+        low = min(lows, default=0)
+        ax.set_ylim(max(ax.get_ylim()[0], low / 3 if math.isfinite(low) else 0, 1e-6 * top), top)
+        plain_log(ax.yaxis)
+    if legend:
+        legend_beside(ax)
     return ax
 
 
-def summary_table(curves: dict[str, torch.Tensor], steps: int = 100) -> str:
-    """Markdown table: sum of the loss over the first `steps` steps and the loss at the last step, ± standard error.
-
-    Args:
-        curves: dict from name to losses (functions, steps).
-        steps: how many of the first steps to add up.
-
-    Returns:
-        Text, for `IPython.display.Markdown`.
-    """
-    last = next(iter(curves.values())).shape[1] - 1
-    rows = [f"| optimizer | sum over the first {steps} steps | loss at step {last} |", "| --- | --- | --- |"]
-    for name, losses in curves.items():
-        total, total_error = mean_and_error(losses[:, :steps].double().sum(1, keepdim=True))
-        final, final_error = mean_and_error(losses[:, -1:].double())
-        rows.append(
-            f"| {name} | {total.item():.2f} ± {total_error.item():.2f} | "
-            f"{final.item():.3g} ± {final_error.item():.1g} |"
-        )
-    return "\n".join(rows)
-
-
-def stretches_table(
-    curves: dict[str, torch.Tensor],
-    stretches: dict[str, slice],
-    tuned: dict[str, TunedBaseline] | None = None,
-    more: dict[str, dict[str, torch.Tensor]] | None = None,
-) -> str:
-    """Markdown table: mean loss over stretches of steps, ± standard error over functions if there are several.
-
-    Args:
-        curves: dict from name to losses (functions, steps).
-        stretches: dict from heading to the slice of steps that the mean is over.
-        tuned: dict from name to `TunedBaseline`, for a column of learning rates. Default: no such column.
-        more: dict from heading to a dict from name to numbers (functions,), for further columns.
-
-    Returns:
-        Text, for `IPython.display.Markdown`.
-
-    Example:
-        >>> print(stretches_table({"LSTM": torch.tensor([[3.0, 1.0]])}, {"all": slice(None)}))
-        | optimizer | all |
-        | --- | --- |
-        | LSTM | 2.000 |
-    """
-    more = more or {}
-    heads = ["optimizer", *(["learning rate"] if tuned is not None else []), *stretches, *more]
-    rows = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
-    for name, losses in curves.items():
-        cells = [name]
-        if tuned is not None:
-            cells.append(f"{tuned[name].options['lr']:.3g}" if name in tuned else "")
-        columns = [losses[:, stretch].mean(1) for stretch in stretches.values()]
-        for numbers in (*columns, *(column[name] for column in more.values())):
-            mean, error = mean_and_error(numbers.double())
-            cells.append(f"{mean.item():.3f}" + (f" ± {error.item():.3f}" if len(numbers) > 1 else ""))
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
-
-
+@styled
 def plot_sizes(
     finals: dict[tuple, dict[str, torch.Tensor]], title: str, axes: Sequence[Axes] | None = None
 ) -> list[Axes]:
@@ -190,125 +143,126 @@ def plot_sizes(
     check_sizes(finals)
     depths = sorted({len(hidden) for hidden in finals})
     if axes is None:
-        figure, axes = plt.subplots(
-            1, len(depths), figsize=(5 * len(depths), 4.5), sharey=True, squeeze=False, constrained_layout=True
-        )
+        figure, axes = plt.subplots(1, len(depths), figsize=(4 * len(depths) + 1.5, 4), sharey=True, squeeze=False)
         figure.suptitle(title)
         axes = axes[0]
     elif len(axes) != len(depths):
         raise ValueError(f"axes must be as many as there are numbers of layers, {len(depths)}, got {len(axes)}")
     for ax, depth in zip(axes, depths):
         units = sorted(hidden[0] for hidden in finals if len(hidden) == depth)
-        learned = iter(LEARNED_COLORS)
-        for name in finals[depth * (units[0],)]:
+        for name, look in looks_of(finals[depth * (units[0],)]).items():
             mean, error = zip(*(mean_and_error(finals[depth * (unit,)][name].double()) for unit in units))
             mean, error = torch.stack(mean), 1.96 * torch.stack(error)
-            below = torch.minimum(error, 0.9 * mean)  # a log axis has no room below 0
-            ax.errorbar(
-                units,
-                mean,
-                yerr=torch.stack([below, error]),
-                label=name,
-                capsize=3,
-                marker="o",
-                markersize=4,
-                color=COLORS.get(name) or next(learned, None),
-                linewidth=1.2 if name in COLORS else 2.4,
-            )
-        ax.set(
-            yscale="log",
-            xlabel="hidden units in a layer",
-            xticks=units,
-            title=f"{depth} hidden layer{'s' if depth > 1 else ''}",
-        )
-        ax.grid(alpha=0.3, which="both")
+            bars = torch.stack([torch.minimum(error, 0.9 * mean), error])  # a log axis has no room below 0
+            ax.errorbar(units, mean, yerr=bars, label=name, capsize=2, marker="o", markersize=4, **look)
+        ax.set(yscale="log", xlabel="hidden units in a layer", xticks=units)
+        ax.set_title(f"{depth} hidden layer{'s' if depth > 1 else ''}")
     axes[0].set(ylabel="final loss (mean over functions, 95 % interval)")
-    axes[0].legend(fontsize=9)  # small networks leave room above
+    for ax in axes:
+        plain_log(ax.yaxis)
+    legend_beside(axes[-1])
     return list(axes)
 
 
-def sizes_table(finals: dict[tuple, dict[str, torch.Tensor]]) -> str:
-    """Markdown table of mean final losses ± standard error: a row for each network, a column for each optimizer.
-
-    Args:
-        finals: as `plot_sizes` takes them.
-
-    Returns:
-        Text, for `IPython.display.Markdown`.
-
-    Raises:
-        ValueError: the sizes are not as `plot_sizes` takes them.
-    """
-    check_sizes(finals)
-    names = list(next(iter(finals.values())))
-    rows = [" | ".join(["| layers × units", *names]) + " |", "| --- " * (1 + len(names)) + "|"]
-    for hidden in sorted(finals, key=lambda hidden: (len(hidden), hidden)):
-        cells = []
-        for name in names:
-            mean, error = mean_and_error(finals[hidden][name].double())
-            cells.append(f"{mean.item():.3f} ± {error.item():.3f}")
-        rows.append(f"| {len(hidden)} × {hidden[0]} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
-
-
-def check_sizes(finals):
-    if not finals:
-        raise ValueError("finals must hold at least one network")
-    for hidden in finals:
-        if not (isinstance(hidden, tuple) and len(set(hidden)) == 1):
-            raise ValueError(f"keys of finals must be tuples of one or more equal sizes, as (20, 20), got {hidden!r}")
-
-
+@styled
 def plot_history(history: "History", title: str, ax: Axes | None = None) -> Axes:
-    """What happened in meta-training: is the loss falling, are the meta-gradients sane, do the functions move at all?
+    """What happened in meta-training, a panel for each: is the loss falling, are the meta-gradients sane, do the functions move at all?
 
-    Above, the meta-loss of every iteration (dots) and the validation score that chose the optimizer (line, right axis);
-    skipped windows are red ticks. Below, the norm of the meta-gradient and the size of the window's update relative to
-    the parameters'.
+    The meta-loss, the norm of the meta-gradient and the size of the update relative to the parameters' have a dot for each window.
+    Where functions are optimized for several windows, their first windows lie highest, so that the dots form bands; the line is a
+    running median. The validation score is the one by which weights are kept.
 
     Args:
         history: what `meta_train` returned.
         title: says what was trained.
-        ax: axes to draw the upper part on, and nothing below; default a new figure with both.
+        ax: axes to draw the meta-loss on, and nothing else; default a new figure with all.
 
     Returns:
-        The upper axes.
+        The axes of the meta-loss.
     """
-    iterations, dots = range(1, len(history.meta_loss) + 1), dict(linestyle="", marker=".", markersize=2, alpha=0.4)
-    grid = None if ax else plt.figure(figsize=(7, 5.5)).add_gridspec(2, hspace=0.3, height_ratios=(3, 2))
-    ax = ax or grid.figure.add_subplot(grid[0])
-    ax.plot(iterations, history.meta_loss, color="tab:blue", **dots)
-    ax.set(yscale="log", xlabel="iteration", ylabel="meta-loss (mean over a window)", title=title)
-    if history.validation:
-        right = ax.twinx()
-        right.plot(*zip(*history.validation), color="black")
-        right.plot(history.best_iteration, history.best_validation, "o", color="black", label="kept")
-        right.set(yscale="log", ylabel="validation (sum over the steps)")
-        right.legend(loc="upper right")
-    for iteration, _ in history.stages[1:]:  # a curriculum's: from here on scores are over more steps
-        ax.axvline(iteration, color="gray", linestyle=":", linewidth=1)
+    axes = [ax] if ax else list(plt.subplots(2, 2, figsize=(9, 5), sharex=True)[1].flat)
+    panels = (
+        ("meta-loss of each window", history.meta_loss, LEARNED_COLOR),
+        ("norm of the meta-gradient", history.grad_norm, "#0072b2"),
+        ("update size / parameter size", history.update_size, "#6a4c9c"),
+    )
+    for panel, (name, values, color) in zip((axes[0], *axes[2:]), panels):
+        scatter(panel, values, color)
+        panel.set_title(name)
+        panel.set_yscale("log")
     if history.skipped:
-        ax.plot(
-            [iteration + 1 for iteration, _ in history.skipped],
-            [0.02] * len(history.skipped),
-            "|",
-            color="tab:red",
-            transform=ax.get_xaxis_transform(),
-            label=f"skipped: {len(history.skipped)}",
-        )
-        ax.legend(loc="upper left")
-    if grid:
-        below = grid.figure.add_subplot(grid[1], sharex=ax)
-        for axes, values, color, name in (
-            (below, history.grad_norm, "tab:green", "norm of the meta-gradient"),
-            (below.twinx(), history.update_size, "tab:purple", "relative update size"),
-        ):
-            axes.plot(iterations[: len(values)], values, color=color, **dots)
-            axes.set(yscale="log", xlabel="iteration")
-            axes.set_ylabel(name, color=color)
+        places, height = [iteration + 1 for iteration, _ in history.skipped], [0.02] * len(history.skipped)
+        look = dict(color="black", transform=axes[0].get_xaxis_transform(), label=f"skipped: {len(history.skipped)}")
+        axes[0].plot(places, height, "|", **look)
+        axes[0].legend(loc="upper right")
+    for iteration, _ in history.stages[1:]:  # a curriculum's: from here on scores are over more steps
+        axes[0].axvline(iteration, color="gray", linestyle=":", linewidth=1)
+    if ax:
+        ax.set_title(title)
+    else:
+        axes[0].figure.suptitle(title)
+        axes[1].set_title("validation: sum of the loss over the steps")
+        if history.validation:
+            axes[1].plot(*zip(*history.validation), ".-", color="black")
+            axes[1].plot(history.best_iteration, history.best_validation, "o", color=LEARNED_COLOR, markersize=8)
+            axes[1].legend([axes[1].get_lines()[1]], [f"kept: {history.best_validation:.4g}"], loc="upper right")
+            axes[1].set_yscale("log")
+    for panel in axes:
+        plain_log(panel.yaxis)
+    for panel in axes[-2:]:
+        panel.set_xlabel("iteration")
+    return axes[0]
+
+
+@styled
+def plot_progress(
+    values: Sequence[float],
+    title: str,
+    quantity: str = "loss",
+    levels: dict[str, float] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """One number for each iteration of something that goes on, with their running median, on a log scale.
+
+    Numbers over thirty times their median, as at the start of a training, are cut off.
+
+    Args:
+        values: the numbers.
+        title: says of what.
+        quantity: what they are, for the axis. Default "loss".
+        levels: dict from name to a number to compare with, drawn as a horizontal line.
+        ax: axes to draw on; default a new figure.
+
+    Returns:
+        The axes.
+    """
+    ax = ax or plt.subplots(figsize=(7.5, 3))[1]
+    scatter(ax, values, LEARNED_COLOR)
+    for name, look in looks_of(levels or {}, levels).items():
+        ax.axhline(levels[name], label=name, **look)
+    ax.set(yscale="log", xlabel="iteration", ylabel=quantity, title=title)
+    usual = sorted(values)[len(values) // 2] if values else math.nan
+    if math.isfinite(usual):
+        ax.set_ylim(top=min(ax.get_ylim()[1], 30 * usual))
+    plain_log(ax.yaxis)
+    if levels:
+        legend_beside(ax)
     return ax
 
 
+def scatter(ax, values, color):
+    """A dot for each iteration, and their running median."""
+    iterations, values = torch.arange(1, len(values) + 1), torch.tensor(values, dtype=torch.float64)
+    few = len(values) < 500
+    ax.plot(iterations, values, ".", color=color, markersize=5 if few else 3, alpha=0.5, markeredgewidth=0)
+    width = max(len(values) // 30, 5)
+    if len(values) >= 2 * width:
+        ax.plot(
+            iterations.unfold(0, width, 1).double().mean(1), values.unfold(0, width, 1).nanmedian(1).values, color=color
+        )
+
+
+@styled
 def plot_updates(
     net: nn.Module,
     title: str,
@@ -356,26 +310,25 @@ def plot_updates(
         rules[name] = torch_rule(optimizer, {**options, "lr": 1.0})
     along = {name: follow(rule, gradients[:, None])[:, 0].cpu() for name, rule in rules.items()}
     size = {name: along["learned"].norm() / updates.norm() for name, updates in along.items()}
-    axes = list(
-        axes
-        if axes is not None
-        else plt.subplots(1, 1 + len(steps), figsize=(3.6 * (1 + len(steps)), 3.2), constrained_layout=True)[1]
-    )
+    if axes is None:
+        figure, axes = plt.subplots(1, 1 + len(steps), figsize=(3 * (1 + len(steps)) + 1.3, 3))
+    looks = looks_of(rules, baselines)
     for name, rule in rules.items():
-        look = dict(color=COLORS.get(name, "black"), linewidth=1.2 if name in COLORS else 2.4, label=name)
-        axes[0].plot(range(1, len(gradients) + 1), along[name] * size[name], **look)
+        axes[0].plot(range(1, len(gradients) + 1), along[name] * size[name], label=name, **looks[name])
         for ax, step in zip(axes[1:], steps):
             before = gradients[: step - 1, None].expand(-1, len(grid))
-            ax.plot(grid.cpu(), follow(rule, torch.cat([before, grid[None]]))[-1].cpu() * size[name], **look)
-    axes[0].set(xlabel="step", ylabel="update", title=title)
-    axes[0].legend(fontsize=9)
+            updates = follow(rule, torch.cat([before, grid[None]]))[-1].cpu() * size[name]
+            ax.plot(grid.cpu(), updates, label=name, **looks[name])
+    axes[0].set(xlabel="step", ylabel="update")
+    axes[0].set_title(title)
     for ax, step in zip(axes[1:], steps):
-        ax.set(xlabel="gradient", title=f"at step {step}")
+        ax.set(xlabel="gradient")
+        ax.set_title(f"at step {step}")
         ax.axvline(gradients[step - 1].item(), color="gray", linestyle=":", linewidth=1)  # where the history goes on
     for ax in axes:
         ax.axhline(0, color="gray", linewidth=0.5)
-        ax.grid(alpha=0.3)
-    return axes
+    legend_beside(axes[-1])
+    return list(axes)
 
 
 def follow(rule, gradients):
@@ -389,35 +342,112 @@ def follow(rule, gradients):
     return torch.stack(updates)
 
 
+@styled
+def plot_trajectories(
+    nets: dict[str, nn.Module],
+    tuned: dict[str, TunedBaseline],
+    problem: Problem,
+    title: str,
+    steps: int = 30,
+    num_functions: int = 3,
+    seed: int = 1,
+) -> list[Axes]:
+    """The ways of optimizers down functions of two parameters, over the functions' contour lines: a panel for each function.
+
+    Args:
+        nets: dict from name to learned optimizer.
+        tuned: dict from name to `TunedBaseline`.
+        problem: distribution of functions of two parameters, such as `Quadratics(dim=2)`; their losses at step 0 are drawn.
+        title: says which.
+        steps: how many points each way has.
+        num_functions, seed: which functions, see `evaluate`.
+
+    Returns:
+        List of the axes. A panel shows where the learned optimizers go; ways that leave it are cut off.
+
+    Raises:
+        ValueError: the functions do not have two parameters.
+    """
+    batch = next(draw_batches(problem, num_functions, seed, torch.device("cpu")))
+    if sum(part[0].numel() for part in batch.params.values()) != 2:
+        raise ValueError(f"problem must have functions of two parameters, got {problem.name or type(problem).__name__}")
+    ways = {name: [] for name in (*nets, *tuned)}
+
+    def watch(name, step, params):
+        ways[name].append(torch.cat([part.reshape(len(part), -1) for part in params.values()], 1).clone().cpu())
+
+    compare(nets, tuned, problem, steps, num_functions, seed, progress=False, watch=watch)
+    ways = {name: torch.stack(points, 1) for name, points in ways.items()}  # (functions, steps, 2)
+    figure, axes = plt.subplots(1, num_functions, figsize=(3.4 * num_functions + 1.3, 3.4), squeeze=False)
+    figure.suptitle(title)
+    shown = torch.cat([ways[name] for name in nets or ways], 1)
+    for function, ax in enumerate(axes[0]):
+        low, high = shown[function].min(0).values, shown[function].max(0).values
+        margin = 0.3 * (high - low).clamp_min(0.3 * (high - low).max())
+        x, y = (torch.linspace(*ends, 60) for ends in zip(low - margin, high + margin))
+        heights = heights_of(batch, function, x, y)
+        levels = torch.logspace(math.log10(max(heights.min(), 1e-3 * heights.max())), math.log10(heights.max()), 14)
+        ax.contour(x, y, heights, levels, colors="black", linewidths=0.4, alpha=0.5)
+        for name, look in looks_of(ways, tuned).items():
+            ax.plot(*ways[name][function].T, marker="o", markersize=look["linewidth"] + 1, label=name, **look)
+        ax.plot(*ways[name][function, 0], "s", color="black", markersize=5, zorder=4)
+        ax.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), xlabel="θ₁", ylabel="θ₂")
+        ax.grid(False)
+    legend_beside(axes[0, -1])
+    return list(axes[0])
+
+
+@torch.no_grad()
+def heights_of(batch, function, x, y):
+    """(len(y), len(x)): the loss of one function of a meta-batch over a grid."""
+    points, rows = torch.cartesian_prod(y, x).flip(1), []
+    for point in points:  # one by one, since a meta-batch takes one point for each of its functions
+        places = iter(point)
+        params = {
+            name: torch.stack([next(places) for _ in range(part[0].numel())]).view(part[:1].shape).expand_as(part)
+            for name, part in batch.params.items()
+        }
+        rows.append(batch.loss(params, 0)[function])
+    return torch.stack(rows).view(len(y), len(x))
+
+
+@styled
 def plot_tuning(
-    tuned: dict[str, TunedBaseline], title: str, ax: Axes | None = None, quantity: str = "loss at the last step"
+    tuned: dict[str, TunedBaseline],
+    title: str,
+    ax: Axes | None = None,
+    quantity: str = "loss at the last step",
+    legend: bool = True,
 ) -> Axes:
-    """The loss by which each learning rate was judged, and in the legend the one that was chosen.
+    """The loss by which each learning rate was judged; the one that was chosen has a large dot and stands in the legend.
 
     Args:
         tuned: dict from name to `TunedBaseline`, as `tune_baselines` returns it.
         title: says the problem and at what scale it was run.
         ax: axes to draw on; default a new figure.
         quantity: what loss it is, for the axis; say so where they were tuned with `last`.
+        legend: draw one, beside the axes. Default True.
 
     Returns:
         The axes. Losses over a thousand times the best are cut off.
     """
-    ax = ax or plt.subplots(figsize=(7, 3.5))[1]
-    for name, baseline in tuned.items():
-        ax.loglog(
-            *zip(*baseline.final_losses.items()),
-            ".-",
-            color=COLORS.get(name),
-            linewidth=1.2,
-            label=f"{name}: {baseline.options['lr']:.3g}",
-        )
+    ax = ax or plt.subplots(figsize=(7.5, 3.2))[1]
+    for name, look in looks_of(tuned, tuned).items():
+        losses, lr = tuned[name].final_losses, tuned[name].options["lr"]
+        ax.loglog(*zip(*losses.items()), marker=".", label=f"{name}: {lr:.3g}", **look)
+        ax.plot(lr, losses[lr], "o", color=look["color"], markersize=8)
     lowest = min(min(baseline.final_losses.values()) for baseline in tuned.values())
-    ax.set(xlabel="learning rate", ylabel=quantity, title=title)
+    ax.set(xlabel="learning rate", ylabel=quantity)
+    ax.set_title(title)
     ax.set_ylim(top=min(ax.get_ylim()[1], 1e3 * lowest))
-    ax.legend(fontsize=9)
-    ax.grid(alpha=0.3, which="both")
+    plain_log(ax.yaxis)
+    plain_log(ax.xaxis)
+    if legend:
+        legend_beside(ax)
     return ax
+
+
+# Internals ------------------------------------------------------------------------------------------------------------
 
 
 def blocks(values, length):
@@ -425,7 +455,14 @@ def blocks(values, length):
     return values.unfold(1, length, length).mean(2)
 
 
-def mean_and_error(losses):
-    """Mean over functions and its standard error (0 for a single function)."""
-    error = losses.std(0) / len(losses) ** 0.5 if len(losses) > 1 else torch.zeros_like(losses[0])
-    return losses.mean(0), error
+def middle_and_band(losses, average, center, may_diverge):
+    """(middle, lower, upper, how many functions diverged): the mean and its 95 % band, or the median and the quartiles."""
+    gone = diverged(losses) if may_diverge else torch.zeros(len(losses), dtype=torch.bool)
+    if center == "median":
+        losses = blocks(losses.masked_fill(gone[:, None], math.inf), average)
+        return *(losses.quantile(share, 0, interpolation="nearest") for share in (0.5, 0.25, 0.75)), int(gone.sum())
+    if gone.all():
+        nothing = blocks(losses, average)[0] * math.nan
+        return nothing, nothing, nothing, int(gone.sum())
+    mean, error = mean_and_error(blocks(losses[~gone], average))
+    return mean, mean - 1.96 * error, mean + 1.96 * error, int(gone.sum())

@@ -3,9 +3,9 @@
 `CoordinatewiseLSTM` is the optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1 and appendix A). The
 others have their own modules in `gradbuffer.nets`, and their names here: `RNNProp` and `NormalizedLSTM` read what Adam
 would do, `LSTMWithGAC` and `NTMBFGS` have coordinates that tell each other something, `SubspaceLSTM` weighs the last
-gradients and moves of whole tensors, `PerKind` is several networks in one. A learned optimizer is any `nn.Module` with
-`init_state(num_coordinates)` and `forward(grad, state) -> (update, state)`; `meta_training` trains a user's own as well
-as these. `LearnedOptimizer` makes a drop-in `torch.optim.Optimizer` of one.
+gradients and moves of whole tensors, `MLPOptimizer` reads statistics of them, `PerKind` is several networks in one. A
+learned optimizer is any `nn.Module` with `init_state(num_coordinates)` and `forward(grad, state) -> (update, state)`;
+`meta_training` trains a user's own as well as these. `LearnedOptimizer` makes a drop-in `torch.optim.Optimizer` of one.
 """
 
 import hashlib

@@ -25,15 +25,14 @@ PANELS = {  # title: optimizer, problem to tune on, problem to race on, function
 
 
 def draw(path=FIGURE):
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     for ax, (title, (name, tuning, test, functions)) in zip(axes, PANELS.items()):
         tuned = tune_baselines(tuning, num_functions=max(8, functions // 4), last=10)
         curves = compare({"learned (LSTM)": load_optimizer(name)}, tuned, test, num_functions=functions)
         for kind, losses in curves.items():
             rate = f"lr {tuned[kind].options['lr']:.3g}" if kind in tuned else ""
             print(f"{title}: {kind} {rate}: sum {losses.sum(1).mean():.2f}, steps 90 to 99 {losses[:, 90:].mean():.4f}")
-        plot_curves(curves, f"{title}: {functions} new functions", ax)
-    figure.tight_layout()
+        plot_curves(curves, f"{title}: {functions} new functions", ax, tuned=tuned, legend=ax is axes[1])
     figure.savefig(path, dpi=90)
     Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)  # a third of the size
 

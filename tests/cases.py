@@ -65,3 +65,15 @@ def make_net(name):
 def make_batch(name, root, functions=2):
     """Functions of the problem of that name, always the same."""
     return PROBLEMS[name](root).sample(functions, torch.Generator().manual_seed(3))
+
+
+RESNET18 = [(64, 3, 7, 7), (64,), (64,)]  # the shapes of its parameters
+for inputs, outputs in ((64, 64), (64, 128), (128, 256), (256, 512)):
+    RESNET18 += [
+        (outputs, inputs, 3, 3),
+        (outputs,),
+        (outputs,),
+        *[(outputs, outputs, 3, 3), (outputs,), (outputs,)] * 3,
+    ]
+    RESNET18 += [(outputs, inputs, 1, 1), (outputs,), (outputs,)] if inputs != outputs else []
+RESNET18 += [(1000, 512), (1000,)]

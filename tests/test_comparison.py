@@ -106,6 +106,28 @@ def test_tuning_by_the_mean_of_the_last_steps():
         tune_baselines(problem, 12, 4, last=0, progress=False)
 
 
+@pytest.mark.parametrize(
+    "last, words",
+    [
+        (1, "the lowest loss at step 5"),
+        (2, "the lowest loss at the steps 4 to 5"),
+        (6, "the lowest sum of the loss over 6 steps"),
+    ],
+)
+def test_tuned_baselines_say_by_what(last, words):
+    tuned = tune_baseline(torch.optim.SGD, Quadratics(dim=2), [0.001, 0.01, 0.1], 6, 3, last=last)
+    assert tuned.judged_by == f"{words} on 3 other functions"
+
+
+def test_tuning_for_the_sum_has_the_lowest_sum():
+    tuned = tune_baseline(torch.optim.Adam, Quadratics(dim=4), [0.01, 0.1, 1.0], 12, 8, last=12)
+    sums = {
+        lr: evaluate_baseline(torch.optim.Adam, {"lr": lr}, Quadratics(dim=4), 12, 8, seed=0).sum(1).mean().item()
+        for lr in tuned.final_losses
+    }
+    assert min(sums, key=sums.get) == tuned.options["lr"]
+
+
 def test_final_losses_on_several_problems(tiny_mnist):
     """What `tune_baselines` and `compare` give for each problem by itself, on its own pair of splits."""
     networks = {(units,): MNISTNet((units,), batch_size=8, root=tiny_mnist) for units in (3, 6)}

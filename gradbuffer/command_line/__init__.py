@@ -251,18 +251,18 @@ def run_compare(options):
         progress=not options.quiet,
     )
     curves = compare(nets, tuned, test, options.steps, options.functions, options.seed, progress=not options.quiet)
-    return show(curves, test, options)
+    return show(curves, test, options, tuned)
 
 
-def show(curves, problem, options):
+def show(curves, problem, options, tuned=None):
     from meta_plots import summary_table
 
     title = f"{problem.name}, {options.functions} functions, seed {options.seed}"
-    table = f"{title}\n\n{summary_table(curves, options.steps)}"
+    table = f"{title}\n\n{summary_table(curves, options.steps, tuned)}"
     if options.table:  # files first: whoever reads what is printed may stop to do so
         write_whole(options.table, f"{table}\n".encode())
     if options.figure:
-        write_figure(options.figure, lambda plots: plots.plot_curves(curves, title))
+        write_figure(options.figure, lambda plots: plots.plot_curves(curves, title, tuned=tuned))
     print(table, flush=True)
     return 0
 

@@ -27,6 +27,7 @@ DEFAULTS = {  # what suits each problem
         validation_functions=256,
         preprocess="none",
         output_scale=1.0,
+        tuning_functions=256,
     ),
     "mnist": dict(
         meta_batch=1,
@@ -37,6 +38,7 @@ DEFAULTS = {  # what suits each problem
         validation_functions=4,
         preprocess="log_sign",
         output_scale=0.1,
+        tuning_functions=32,
     ),
     "cifar10": dict(
         meta_batch=1,
@@ -49,9 +51,10 @@ DEFAULTS = {  # what suits each problem
         output_scale=0.01,
         channels=(16, 16, 16),
         fc_size=32,
+        tuning_functions=32,
     ),
 }
-OWN = dict(preprocess="log_sign", output_scale=0.1) | {
+OWN = dict(preprocess="log_sign", output_scale=0.1, tuning_functions=32) | {
     name: default_of(Training, name) for name in ("meta_batch", "iterations", "lr", "clip")
 }
 OWN |= dict(
@@ -330,8 +333,7 @@ def add_racing(command, name):
             "--tuning-functions",
             metavar="N",
             type=int,
-            default=32,
-            help="other functions, to find each baseline's learning rate; default 32",
+            help=f"other functions, to find each baseline's learning rate; {by_problem('tuning_functions')}",
         )
 
 

@@ -4,18 +4,19 @@ The protocol of Andrychowicz et al. 2016 (arXiv 1606.04474), section 3: hand-des
 with the lowest final loss, and one seed gives every optimizer the same functions, initial points and minibatches.
 """
 
+import contextlib
 import functools
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from gradbuffer.checks import check_count
-from gradbuffer.contracts import MetaBatch, Problem, as_loss, as_rule, device_of, on_device, part_if_any
+from gradbuffer.checks import check_count, check_finite, values_unchecked
+from gradbuffer.contracts import Problem, as_loss, as_rule, device_of
+from gradbuffer.evaluation.drawing import draw_batches, join_for
 from gradbuffer.unrolling import Coordinates, in_place
 
 __all__ = [
@@ -26,16 +27,11 @@ __all__ = [
     "compare_final",
     "evaluate",
     "evaluate_baseline",
-    "evaluate_lbfgs",
     "learned_rule",
-    "minimize_lbfgs",
     "torch_rule",
     "tune_baseline",
     "tune_baselines",
 ]
-
-FUNCTIONS_AT_ONCE = 32  # functions that evaluation runs as one computation; a seed's functions depend on both bounds
-COORDINATES_AT_ONCE = 1 << 17  # larger states leave the cache and cost a fresh page of memory at every step
 
 BASELINES = {
     "SGD": (torch.optim.SGD, {}),
@@ -79,7 +75,7 @@ def evaluate(
     """
     device = device_of(net, device)
     with torch.no_grad():
-        return loss_curves(learned_rule(net), problem, steps, num_functions, seed, device, watch)
+        return loss_curves(learned_rule(net), problem, steps, num_functions, seed, device, watch, must_be_finite=True)
 
 
 def evaluate_baseline(
@@ -169,113 +165,32 @@ def loss_curves(
     seed: int,
     device: torch.device | str | None,
     watch: Callable | None = None,
+    must_be_finite: bool = False,
 ):
-    """Curves (num_functions, steps) of a rule, begun anew for each meta-batch; `watch` as in `evaluate`."""
+    """Curves (num_functions, steps) of a rule, begun anew for each meta-batch; `watch` as in `evaluate`.
+
+    must_be_finite: gradients must be. A learned optimizer looks at each on a CPU; elsewhere that is done here, with one wait.
+    """
     check_count(steps=steps)
     curves = []
-    for batch in draw_batches(problem, num_functions, seed, device):
+    for batch in join_for(device, draw_batches(problem, num_functions, seed, device)):
         coordinates = Coordinates(batch.params)
         theta, loss = coordinates.join(batch.params).detach().clone(), as_loss(batch.loss)
-        advance, losses = rule(theta, coordinates), []
-        for step in range(steps):
-            if watch is not None:
-                watch(step, coordinates.split(theta.detach()))
-            values, gradient = coordinates.losses_and_gradient(loss, theta, step)
-            losses.append(values)
-            if step + 1 < steps:
-                advance(gradient, values, step)
+        advance, losses, sums = rule(theta, coordinates), [], []
+        with contextlib.nullcontext() if theta.is_cpu else values_unchecked():
+            for step in range(steps):
+                if watch is not None:
+                    watch(step, coordinates.split(theta.detach()))
+                values, gradient = coordinates.losses_and_gradient(loss, theta, step)
+                losses.append(values)
+                if step + 1 < steps:
+                    advance(gradient, values, step)
+                    if must_be_finite and not theta.is_cpu:
+                        sums.append(gradient.sum())
+        if sums:
+            check_finite(torch.stack(sums), "the gradient's sum, a coordinate for each step,")
         curves.append(torch.stack(losses, 1))
     return torch.cat(curves).cpu()
-
-
-def draw_batches(problem: Problem, num_functions: int, seed: int, device: torch.device | str | None):
-    """Meta-batches of `num_functions` functions in all: for a seed, the same to every optimizer."""
-    check_count(num_functions=num_functions)
-    check_count(least=0, seed=seed)
-    problem, generator = on_device(problem, device), torch.Generator().manual_seed(seed)
-    size = sum(tensor.numel() for tensor in problem.sample(1, generator=torch.Generator()).params.values())
-    at_once = min(max(COORDINATES_AT_ONCE // size, 1), FUNCTIONS_AT_ONCE)
-    for first in range(0, num_functions, at_once):
-        yield problem.sample(min(at_once, num_functions - first), generator=generator)
-
-
-def evaluate_lbfgs(
-    problem: Problem,
-    steps: int = 100,
-    num_functions: int = 100,
-    seed: int = 1,
-    device: torch.device | str = "cpu",
-    **options: Any,
-) -> torch.Tensor:
-    """Loss curves of L-BFGS, each function by itself, on the very functions that `evaluate` uses for that seed.
-
-    Args:
-        problem: distribution of functions that do not change from step to step, with meta-batches that have `part`.
-        steps, num_functions, seed, device: see `evaluate`.
-        options: see `minimize_lbfgs`.
-
-    Returns:
-        (num_functions, steps) on the CPU: losses[:, t] is the lowest loss in t + 1 evaluations of a function and its
-        gradient. One evaluation is what a step costs the other optimizers; those of the line search count.
-
-    Example:
-        >>> from optimizees import Quadratics
-        >>> losses = evaluate_lbfgs(Quadratics(), steps=10, num_functions=4)
-    """
-    batches = draw_batches(problem, num_functions, seed, torch.device(device))
-    return torch.cat([minimize_lbfgs(batch, steps, **options)[0] for batch in batches]).cpu()
-
-
-def minimize_lbfgs(batch: MetaBatch, steps: int, **options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """L-BFGS with a strong Wolfe line search on each function of a meta-batch, for `steps` evaluations.
-
-    Args:
-        batch: a `MetaBatch` with `part`; its losses are those of step 0.
-        steps: evaluations of each function and its gradient, positive.
-        options: of `torch.optim.LBFGS`, such as {"history_size": 10}.
-
-    Returns:
-        (losses (B, steps), params): the lowest loss so far after each evaluation, and where the lowest was found,
-        a dict of (B, ...). No graph.
-
-    Raises:
-        TypeError: the meta-batch has no `part`.
-
-    Example:
-        >>> from optimizees import Quadratics
-        >>> losses, params = minimize_lbfgs(Quadratics().sample(2), steps=10)
-    """
-    check_count(steps=steps)
-    if part_if_any(batch) is None:
-        raise TypeError("L-BFGS takes one function after the other: the meta-batch must have part(first, last)")
-    functions, curves, ends = len(next(iter(batch.params.values()))), [], []
-    for function in range(functions):
-        losses, end = minimize_one(batch.part(function, function + 1), steps, options)
-        curves.append(losses)
-        ends.append(end)
-    return torch.stack(curves), {name: torch.cat([end[name] for end in ends]) for name in batch.params}
-
-
-def minimize_one(batch, steps: int, options: dict):
-    """(losses (steps,), params) of L-BFGS on a meta-batch of one function."""
-    coordinates, losses = Coordinates(batch.params), []
-    theta = torch.nn.Parameter(coordinates.join(batch.params).detach().clone())
-    best, lowest = theta.detach().clone(), math.inf
-
-    def closure():
-        nonlocal best, lowest
-        loss, theta.grad = coordinates.losses_and_gradient(as_loss(batch.loss), theta, 0)
-        if len(losses) < steps and loss.item() < lowest:
-            best, lowest = theta.detach().clone(), loss.item()
-        losses.append(loss[0])
-        return loss[0]
-
-    optimizer = torch.optim.LBFGS(
-        [theta], **{"line_search_fn": "strong_wolfe", "max_iter": steps, "max_eval": steps, **options}
-    )
-    while len(losses) < steps:  # it may stop early, at its tolerances; then it begins anew where it is
-        optimizer.step(closure)
-    return torch.stack(losses[:steps]).cummin(0).values, coordinates.split(best)
 
 
 @dataclass
@@ -285,6 +200,20 @@ class TunedBaseline:
     optimizer: type
     options: dict  # `lr` included: what `evaluate_baseline` takes
     final_losses: dict  # learning rate -> mean final loss (infinite if a function diverged), the whole search
+    steps: int | None = None  # of each run of the search
+    last: int = 1  # how many of them, the last ones, the final loss is the mean of
+    num_functions: int | None = None  # in each run of the search
+
+    @property
+    def judged_by(self) -> str:
+        """In words, what its learning rate is the best for; empty if that is not known."""
+        if self.steps is None:
+            return ""
+        functions = f"{self.num_functions} other function{'s' if self.num_functions != 1 else ''}"
+        if self.last == self.steps:
+            return f"the lowest sum of the loss over {self.steps} steps on {functions}"
+        span = f"step {self.steps - 1}" if self.last == 1 else f"the steps {self.steps - self.last} to {self.steps - 1}"
+        return f"the lowest loss at {span} on {functions}"
 
     def evaluate(
         self,
@@ -323,10 +252,10 @@ def tune_baseline(
         lrs: at least three positive learning rates; default 10^-4 … 10, two per decade (six around the best).
         options: its other keyword arguments, such as {"momentum": 0.9}; default none.
         last: how many of the last steps the final loss is the mean of, 1 to `steps`. More of them are less noisy where
-            losses are those of minibatches. Default 1.
+            losses are those of minibatches; last=steps tunes for the sum of the loss. Default 1.
 
     Returns:
-        `TunedBaseline`.
+        `TunedBaseline`, whose `judged_by` says in words what it was tuned for.
 
     Raises:
         ValueError: an argument is not as above, or no learning rate gave a finite loss.
@@ -359,7 +288,7 @@ def tune_baseline(
     place = rates.index(best)
     gaps = list(zip(rates, rates[1:]))[max(place - 1, 0) : place + 1]
     best = search([low * (high / low) ** third for low, high in gaps for third in (1 / 3, 2 / 3)])
-    return TunedBaseline(optimizer, {**options, "lr": best}, dict(sorted(final.items())))
+    return TunedBaseline(optimizer, {**options, "lr": best}, dict(sorted(final.items())), steps, last, num_functions)
 
 
 def tune_baselines(
