@@ -540,7 +540,7 @@ def test_the_shipped_general_optimizer():
             optimizer.step()
         return loss.item()
 
-    net = load_optimizer("general")
+    net = load_optimizer("general_lstm")
     learned = end(lambda parameters: LearnedOptimizer(parameters, net), 100)
     assert type(net) is NormalizedLSTM and learned < 0.8 * end(torch.optim.Adam, 100)
     assert end(lambda parameters: LearnedOptimizer(parameters, net), 1500) < learned
