@@ -17,7 +17,7 @@ def fits_group(network: Any, group: dict[str, Any], parameter: torch.Tensor) -> 
         isinstance(network, VectorNetwork)
         and network.steps_in_groups
         and gradient is not None
-        and type(gradient.data) is torch.Tensor
+        and type(gradient.data) is type(parameter.data) is torch.Tensor
         and gradient.layout is torch.strided
         and gradient.dtype == dtype == network.dtype
         and gradient.is_contiguous()
@@ -31,8 +31,11 @@ class Group(Work):
 
     meshes = ()
 
-    def __init__(self, network: VectorNetwork, group: dict[str, Any], number: int, members: list[int], lr: float):
+    def __init__(
+        self, network: VectorNetwork, group: dict[str, Any], number: int, members: list[int], lr: float, stored: dict
+    ):
         super().__init__(network, group, number, members, lr)
+        self.stored = stored  # the optimizer's states
         self.new = {}  # parameter -> its state, where the optimizer has none yet, or one that lies otherwise
 
     @property
@@ -40,10 +43,10 @@ class Group(Work):
         """What the network reads of each, for errors."""
         return [flat_gradient(parameter, self.group, parameter.dtype) for parameter in self.params]
 
-    def look(self, states: dict) -> torch.Tensor:
+    def look(self) -> torch.Tensor:
         """Flags (2,) on the device: a gradient is not finite; the network's weights have changed. One launch."""
-        self.states = [self.state_of(place, parameter, states) for place, parameter in enumerate(self.params)]
-        parts, kept = [tuple(state.values()) for state in self.states], self.network.kept_vector
+        states = [self.state_of(place, parameter) for place, parameter in enumerate(self.params)]
+        parts, kept = [tuple(state.values()) for state in states], self.network.kept_vector
         made = self.network.groups.get(self.number)
         looks_itself = kept is None and not self.network.is_watched  # on a CPU, in the interpreter
         if made is None or looks_itself or not made.holds(self.params, parts, kept):
@@ -54,9 +57,9 @@ class Group(Work):
         gradients = [parameter.grad for parameter in self.params]
         return made.look(gradients, self.lr, sign, float(self.group["weight_decay"]))
 
-    def state_of(self, place, parameter, states):
+    def state_of(self, place: int, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         """Its state, or a new one."""
-        state = states.get(parameter)
+        state = self.new.get(parameter) or self.stored.get(parameter)
         if not state:
             self.new[parameter] = state = self.network.new_state(parameter.numel(), None)
             return state
@@ -66,11 +69,11 @@ class Group(Work):
             self.new[parameter] = state = {name: leaf.to(parameter.dtype).contiguous() for name, leaf in state.items()}
         return state
 
-    def renew(self, states: dict) -> None:
+    def renew(self) -> None:
         """Take the weights as they are now; the gradients have been looked at."""
         self.steps.lower()
         self.network.renew()
-        self.look(states)
+        self.look()
 
     def prepare(self, states: dict) -> None:
         """Done by `look`."""

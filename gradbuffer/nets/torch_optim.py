@@ -166,7 +166,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         by_network = {}
         for part in work:
             by_network.setdefault(part.network, []).append(part)
-        check_step(work, list(by_network), self.state)
+        check_step(work, list(by_network))
         for part in work:
             part.prepare(self.state)
         with values_unchecked():  # gradients and weights have been looked at
@@ -257,7 +257,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 else:
                     yield networks[key].work(networks[key], group, number, members, lr)
         for network, members in together.items():
-            yield Group(network, group, number, members, lr)
+            yield Group(network, group, number, members, lr, self.state)
 
     def _state_from(self, saved):
         """dict from parameter to a copy of its saved state, which must fit. Empty if the groups differ: torch tells."""
@@ -369,7 +369,7 @@ def rate_of(group, rules):
     return rates.pop()
 
 
-def check_step(work, networks, states):
+def check_step(work, networks):
     """Raise NonFiniteError unless all gradients are finite, and renew networks whose weights have changed.
 
     One synchronization for each device that is not a CPU, one for each mesh of processes.
@@ -398,7 +398,7 @@ def check_step(work, networks, states):
         for (network, _), same_weights in zip(unchanged.get(device, []), read):
             if not same_weights:
                 network.renew()
-    finite = not (groups and not look_at_groups(groups, states)) and finite
+    finite = not (groups and not look_at_groups(groups)) and finite
     error = None
     if not finite:
         try:
@@ -421,14 +421,14 @@ def watches(group, network):
     return group.network is network and network.kept_vector is not None
 
 
-def look_at_groups(groups, states):
+def look_at_groups(groups):
     """Whether all their gradients are finite; networks whose weights have changed are renewed. One wait."""
-    flags = [group.look(states) for group in groups]
+    flags = [group.look() for group in groups]
     read, finite = (flags[0] if len(flags) == 1 else torch.cat(flags)).tolist(), True
     for group, bad, changed in zip(groups, read[::2], read[1::2]):
         if bad:
             group.steps.lower()
             finite = False
         elif changed:
-            group.renew(states)
+            group.renew()
     return finite

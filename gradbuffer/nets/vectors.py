@@ -27,7 +27,7 @@ from gradbuffer.nets.optimizer_state import (
 )
 from gradbuffer.nets.sharded import as_sharded, check_not_divided, from_sharded, is_sharded, local, local_size
 
-__all__ = ["Vector", "VectorNetwork"]
+__all__ = ["Vector", "VectorNetwork", "flat_gradient"]
 
 # Coordinates that a coordinatewise network gets at once, at most: more where it writes over what is stored, without copies.
 CHUNK = {"cpu": 1 << 14, "cpu, in place": 1 << 18, "elsewhere": 1 << 22}
@@ -80,7 +80,7 @@ class Vector(Work):
                 place.add_(update.view(place.shape), alpha=self.lr)
 
 
-def flat_gradient(parameter, group, dtype):
+def flat_gradient(parameter: torch.Tensor, group: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
     """(n,), what the network is to read for this parameter, in its dtype. May share memory with `.grad`."""
     if parameter.grad is None:
         return torch.zeros(local_size(parameter), dtype=dtype, device=parameter.device)
