@@ -28,11 +28,13 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
+# ruff: noqa: F822  (all but the first three are made at the end of this file)
 # fmt: off
 __all__ = [
     "MetaModule", "to_meta", "to_var",
@@ -268,9 +270,10 @@ class MetaModule(nn.Module):
         for part in parts:
             if isinstance(part, MetaModule) and type(part).named_leaves is not MetaModule.named_leaves:
                 for name, tensor in part.named_leaves():
-                    own = name not in part._meta_names and (vars(part).get(name), part._buffers.get(name))
                     # not what torch computes under that name, from a parametrization or a mask
-                    if own and any(tensor is held for held in own if _is_trainable_leaf(held)):
+                    own = isinstance(tensor, Tensor) and tensor.is_leaf and tensor.requires_grad
+                    held = vars(part).get(name), part._buffers.get(name)
+                    if own and name not in part._meta_names and any(tensor is one for one in held):
                         vars(part).pop(name, None)
                         part._parameters[name] = tensor
         return super().named_parameters(prefix, recurse, remove_duplicate)
@@ -468,16 +471,14 @@ class MetaModule(nn.Module):
         for name, tensor in mine.items():
             if isinstance(tensor, Tensor) and tensor.shape != theirs[name].shape:
                 raise ValueError(f"'{name}' has shape {tuple(theirs[name].shape)} in other, {tuple(tensor.shape)} here")
-        source, params = dict(other.named_parameters(remove_duplicate=False)), _tensors(self)
-        for name, (tensor, _) in params.items():
-            if name not in source:
+        source, new = dict(other.named_parameters(remove_duplicate=False)), []
+        for name, (tensor, places) in _tensors(self).items():
+            value = source.get(name)
+            if value is None:
                 raise ValueError(f"'{name}' is a buffer in other, a parameter here")
             if same_var:
-                _check_like(name, source[name], tensor)
-        new = []
-        for name, (tensor, places) in params.items():
-            value = source[name]
-            if not same_var:
+                _check_like(name, value, tensor)
+            else:
                 value = nn.Parameter(value.detach().to(tensor.device, tensor.dtype, copy=True), tensor.requires_grad)
             new.append((places, value))
         _put(new)
@@ -587,14 +588,6 @@ def _find(root: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def _is_leaf(tensor: Tensor | None) -> bool:
-    return tensor is None or tensor.is_leaf
-
-
-def _is_trainable_leaf(tensor: object) -> bool:
-    return isinstance(tensor, Tensor) and tensor.is_leaf and tensor.requires_grad
-
-
 @contextlib.contextmanager
 def _grad_of_non_leaves_unwarned():
     with warnings.catch_warnings():
@@ -611,8 +604,6 @@ def _check_tensor(name: str, tensor: Tensor, current: Tensor) -> None:
 def _check_like(name: str, new: Tensor, old: Tensor | None) -> None:
     if old is None or isinstance(old, UninitializedTensorMixin):
         return
-    if (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device):
-        return
     for what in ("shape", "dtype", "device"):
         if getattr(new, what) != getattr(old, what):
             raise ValueError(f"'{name}' has {what} {getattr(old, what)}; it cannot take {what} {getattr(new, what)}")
@@ -621,8 +612,7 @@ def _check_like(name: str, new: Tensor, old: Tensor | None) -> None:
 def _put(updates: list[tuple[list[tuple[nn.Module, str]], Tensor]], given: bool = False) -> None:
     """Put each tensor in its places, all of them or none; `given`: the tensors are the user's own."""
     plain = {module for places, _ in updates for module, _ in places if not isinstance(module, MetaModule)}
-    if plain:
-        _convert(_twins((type(module).__name__, module) for module in plain))
+    _convert((type(module).__name__, module) for module in plain)
     remember = not _is_compiling()
     for places, tensor in updates:
         for module, name in places:
@@ -652,10 +642,7 @@ class _History(dict):
 
 
 def _history_of(module: nn.Module) -> _History:
-    history = module.__dict__.get("_history")
-    if history is None:
-        history = module.__dict__["_history"] = _History()
-    return history
+    return module.__dict__.setdefault("_history", _History())
 
 
 def _remember(module: nn.Module, name: str, new: Tensor, given: bool = True) -> None:
@@ -854,7 +841,7 @@ def to_meta(module: nn.Module, inplace: bool = False) -> MetaModule:
     if not inplace:
         module = copy.deepcopy(module)
     plain = [(name, part) for name, part in module.named_modules() if not isinstance(part, MetaModule)]
-    _convert(_twins((n, p) for n, p in plain if p is module or p._parameters or p._modules or _trainable_buffers(p)))
+    _convert((n, p) for n, p in plain if p is module or p._parameters or p._modules or _trainable_buffers(p))
     return module
 
 
@@ -868,19 +855,15 @@ def _check_convertible(parts: Iterable[tuple[str, nn.Module]]) -> None:
             raise TypeError(f"'{name}' holds {hidden}, which the methods of MetaModule would hide; rename them")
 
 
-def _twins(parts: Iterable[tuple[str, nn.Module]]) -> dict[nn.Module, type]:
-    """The class each part is to get; whatever cannot be converted is refused here, before anything has changed."""
-    parts = list(parts)
-    _check_convertible(parts)
-    return {part: _twin(type(part)) for _, part in parts}
-
-
 def _trainable_buffers(module: nn.Module) -> list[str]:
     return [n for n, b in module._buffers.items() if b is not None and b.requires_grad]
 
 
-def _convert(twins: dict[nn.Module, type]) -> None:
-    for module, twin in twins.items():
+def _convert(parts: Iterable[tuple[str, nn.Module]]) -> None:
+    """Give each part its twin's class; whatever cannot be converted is refused before anything has changed."""
+    parts = list(parts)
+    _check_convertible(parts)
+    for module, twin in [(part, _twin(type(part))) for _, part in parts]:
         parameters = vars(module)["_parameters"]
         module.__class__ = twin
         vars(module).pop("_flat_weights", None)  # of recurrent layers; see _Recurrent
@@ -895,15 +878,15 @@ _FACE = ("named_params", "named_leaves", "set_param", "set_params", "update_para
 
 
 def _twin(plain: type) -> type:
-    twin = globals().get(f"Meta{plain.__name__}")
-    if isinstance(twin, type) and twin.__bases__[-1] is plain:
-        return twin
+    """The class `MetaX` of a class X, made at the first call: `class MetaX(MetaModule, X)` without a body, for most."""
     twin = _made_twins.get(plain)
     if twin is None:
-        body = {name: inspect.getattr_static(plain, name) for name in _FACE if hasattr(plain, name)}
-        body.update(__module__=__name__, __doc__=plain.__doc__, _twin_of=plain)
-        kinds = {nn.RNNBase: _Recurrent, nn.modules.lazy.LazyModuleMixin: _Lazy}
-        base = next((kind for layer, kind in kinds.items() if issubclass(plain, layer)), MetaModule)
+        base = next((kind for layer, kind in _KINDS.items() if issubclass(plain, layer)), MetaModule)
+        kept = [n for n in _FACE if hasattr(plain, n) and getattr(base, n) is getattr(MetaModule, n)]
+        body = {name: inspect.getattr_static(plain, name) for name in kept}
+        body.update(__module__=__name__, _twin_of=plain)
+        if issubclass(plain, nn.modules.lazy.LazyModuleMixin) and plain.cls_to_become is not None:
+            body["cls_to_become"] = _twin(plain.cls_to_become)  # what the first forward turns it into
         # an ABC, a Generic or a slotted class before nn.Module: instances can only take a class that begins with it
         for bases in ((base, plain), (plain, base)):
             try:
@@ -920,8 +903,7 @@ def _twin(plain: type) -> type:
 
 def _show_as_layer_of_torch(module: MetaModule) -> None:
     """torch.fx keeps whole the layers whose __module__, read off the instance, is one of torch.nn."""
-    kind = type(module)
-    plain = vars(kind).get("_twin_of") or (kind.__bases__[-1] if globals().get(kind.__name__) is kind else kind)
+    plain = vars(type(module)).get("_twin_of", nn.Module)
     if plain.__module__.startswith("torch.nn.") and plain is not nn.Module:
         vars(module)["__module__"] = plain.__module__
 
@@ -929,6 +911,9 @@ def _show_as_layer_of_torch(module: MetaModule) -> None:
 def _new_twin(plain: type) -> MetaModule:
     twin = _twin(plain)
     return twin.__new__(twin)
+
+
+# ---- the twins of torch.nn, and what some of them have beside MetaModule's ------------------------------------------
 
 
 class _Recurrent(MetaModule):
@@ -944,7 +929,7 @@ class _Recurrent(MetaModule):
 
     def flatten_parameters(self) -> None:
         """As in torch, but weights that carry a graph are not moved in memory."""
-        if all(_is_leaf(weight) for weight in self._flat_weights):
+        if all(weight is None or weight.is_leaf for weight in self._flat_weights):
             super().flatten_parameters()
 
     def _apply(self, fn, recurse=True):
@@ -958,8 +943,7 @@ class _Composite(MetaModule):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if _Composite in cls.__bases__:
-            plain = cls.__bases__[-1]
+        if plain := vars(cls).get("_twin_of"):
 
             @functools.wraps(plain.__init__)
             def __init__(self, *args, **kwargs):
@@ -969,83 +953,8 @@ class _Composite(MetaModule):
             cls.__init__ = __init__
 
 
-class _Lazy(MetaModule):
-    """Lazy layers: what the first forward turns them into is the twin of what it is in torch."""
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if _Lazy in cls.__bases__ and cls.cls_to_become is not None:
-            cls.cls_to_become = _twin(cls.cls_to_become)
-
-
-# ---- the twins of torch.nn: one line each ----------------------------------------------------------------------------
-
-
-# fmt: off
-class MetaSequential(MetaModule, nn.Sequential): ...
-class MetaModuleList(MetaModule, nn.ModuleList): ...
-class MetaModuleDict(MetaModule, nn.ModuleDict): ...
-class MetaLinear(MetaModule, nn.Linear): ...
-class MetaBilinear(MetaModule, nn.Bilinear): ...
-class MetaPReLU(MetaModule, nn.PReLU): ...
-class MetaEmbedding(MetaModule, nn.Embedding): ...
-class MetaEmbeddingBag(MetaModule, nn.EmbeddingBag): ...
-class MetaConv1d(MetaModule, nn.Conv1d): ...
-class MetaConv2d(MetaModule, nn.Conv2d): ...
-class MetaConv3d(MetaModule, nn.Conv3d): ...
-class MetaConvTranspose1d(MetaModule, nn.ConvTranspose1d): ...
-class MetaConvTranspose2d(MetaModule, nn.ConvTranspose2d): ...
-class MetaConvTranspose3d(MetaModule, nn.ConvTranspose3d): ...
-class MetaBatchNorm1d(MetaModule, nn.BatchNorm1d): ...
-class MetaBatchNorm2d(MetaModule, nn.BatchNorm2d): ...
-class MetaBatchNorm3d(MetaModule, nn.BatchNorm3d): ...
-class MetaInstanceNorm1d(MetaModule, nn.InstanceNorm1d): ...
-class MetaInstanceNorm2d(MetaModule, nn.InstanceNorm2d): ...
-class MetaInstanceNorm3d(MetaModule, nn.InstanceNorm3d): ...
-class MetaLayerNorm(MetaModule, nn.LayerNorm): ...
-class MetaGroupNorm(MetaModule, nn.GroupNorm): ...
-class MetaRMSNorm(MetaModule, nn.RMSNorm): ...
-class MetaRNNBase(_Recurrent, nn.RNNBase): ...
-class MetaRNN(_Recurrent, nn.RNN): ...
-class MetaLSTM(_Recurrent, nn.LSTM): ...
-class MetaGRU(_Recurrent, nn.GRU): ...
-class MetaRNNCellBase(MetaModule, nn.RNNCellBase): ...
-class MetaRNNCell(MetaModule, nn.RNNCell): ...
-class MetaLSTMCell(MetaModule, nn.LSTMCell): ...
-class MetaGRUCell(MetaModule, nn.GRUCell): ...
-
-# layers that build others inside
-class MetaAdaptiveLogSoftmaxWithLoss(_Composite, nn.AdaptiveLogSoftmaxWithLoss): ...
-class MetaMultiheadAttention(_Composite, nn.MultiheadAttention): ...
-class MetaTransformer(_Composite, nn.Transformer): ...
-class MetaTransformerEncoder(_Composite, nn.TransformerEncoder): ...
-class MetaTransformerEncoderLayer(_Composite, nn.TransformerEncoderLayer): ...
-class MetaTransformerDecoder(_Composite, nn.TransformerDecoder): ...
-class MetaTransformerDecoderLayer(_Composite, nn.TransformerDecoderLayer): ...
-
-# lazy layers, which the first forward turns into the twins above
-class MetaLazyLinear(_Lazy, nn.LazyLinear): ...
-class MetaLazyConv1d(_Lazy, nn.LazyConv1d): ...
-class MetaLazyConv2d(_Lazy, nn.LazyConv2d): ...
-class MetaLazyConv3d(_Lazy, nn.LazyConv3d): ...
-class MetaLazyConvTranspose1d(_Lazy, nn.LazyConvTranspose1d): ...
-class MetaLazyConvTranspose2d(_Lazy, nn.LazyConvTranspose2d): ...
-class MetaLazyConvTranspose3d(_Lazy, nn.LazyConvTranspose3d): ...
-class MetaLazyBatchNorm1d(_Lazy, nn.LazyBatchNorm1d): ...
-class MetaLazyBatchNorm2d(_Lazy, nn.LazyBatchNorm2d): ...
-class MetaLazyBatchNorm3d(_Lazy, nn.LazyBatchNorm3d): ...
-class MetaLazyInstanceNorm1d(_Lazy, nn.LazyInstanceNorm1d): ...
-class MetaLazyInstanceNorm2d(_Lazy, nn.LazyInstanceNorm2d): ...
-class MetaLazyInstanceNorm3d(_Lazy, nn.LazyInstanceNorm3d): ...
-
-if hasattr(nn, "LinearCrossEntropyLoss"):  # newer than the oldest torch accepted
-    class MetaLinearCrossEntropyLoss(_Composite, nn.LinearCrossEntropyLoss): ...
-    __all__ += ["MetaLinearCrossEntropyLoss"]
-# fmt: on
-
-
-class MetaSyncBatchNorm(MetaModule, nn.SyncBatchNorm):
-    """`nn.SyncBatchNorm` whose parameters may carry a graph."""
+class _SyncBatchNorm(MetaModule):
+    """nn.SyncBatchNorm converts modules that were updated, too."""
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group=None) -> MetaModule:
@@ -1059,23 +968,16 @@ class MetaSyncBatchNorm(MetaModule, nn.SyncBatchNorm):
         return converted
 
 
-class _Parametrizations(MetaModuleDict):
-    """What torch.nn.utils.parametrize puts on a meta layer: meta, too."""
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        super().add_module(name, to_meta(module, inplace=True))
-
-
-class MetaParameterList(MetaModule, nn.ParameterList):
-    """`nn.ParameterList` whose entries may carry a graph."""
+class _ParameterList(MetaModule):
+    """nn.ParameterList keeps the graph of what is put into it."""
 
     def __setitem__(self, idx: int, param) -> None:
         super().__setitem__(idx, param)
         _keep_graph(self, self._get_abs_string_index(idx), param)
 
 
-class MetaParameterDict(MetaModule, nn.ParameterDict):
-    """`nn.ParameterDict` whose entries may carry a graph."""
+class _ParameterDict(MetaModule):
+    """nn.ParameterDict likewise."""
 
     def __setitem__(self, key: str, value) -> None:
         super().__setitem__(key, value)
@@ -1085,9 +987,41 @@ class MetaParameterDict(MetaModule, nn.ParameterDict):
         """Without an argument a new dict of the same entries, as in torch; else `MetaModule.copy`."""
         if other is not None:
             return super().copy(other, same_var)
-        return MetaParameterDict([(key, self[key]) for key in self])
+        return _twin(nn.ParameterDict)([(key, self[key]) for key in self])
 
 
 def _keep_graph(module: MetaModule, name: str, value) -> None:
     if isinstance(value, Tensor) and not value.is_leaf:  # torch has made an nn.Parameter of it, a leaf
         module._buffers[name] = value
+
+
+_KINDS = {  # what the twins of these layers, and of their subclasses, have beside what MetaModule has
+    nn.RNNBase: _Recurrent,
+    nn.SyncBatchNorm: _SyncBatchNorm,
+    nn.ParameterList: _ParameterList,
+    nn.ParameterDict: _ParameterDict,
+    nn.AdaptiveLogSoftmaxWithLoss: _Composite,
+    nn.MultiheadAttention: _Composite,
+    nn.Transformer: _Composite,
+    nn.TransformerEncoder: _Composite,
+    nn.TransformerEncoderLayer: _Composite,
+    nn.TransformerDecoder: _Composite,
+    nn.TransformerDecoderLayer: _Composite,
+}
+if hasattr(nn, "LinearCrossEntropyLoss"):  # newer than the oldest torch accepted
+    _KINDS[nn.LinearCrossEntropyLoss] = _Composite
+    __all__ += ["MetaLinearCrossEntropyLoss"]
+
+for _name in __all__[3:]:
+    globals()[_name] = _twin(getattr(nn, _name.removeprefix("Meta")))
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[MetaModule]: ...  # those of __all__, for tools that do not run this
+
+
+class _Parametrizations(_twin(nn.ModuleDict)):
+    """What torch.nn.utils.parametrize puts on a meta layer: meta, too."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, to_meta(module, inplace=True))

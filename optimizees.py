@@ -19,7 +19,8 @@ from gradbuffer.checks import check_count
 from gradbuffer.contracts import Loss, MetaBatch, PerceptronData, Problem, QuadraticData, in_parts
 from gradbuffer.data.mnist import load_mnist
 from gradbuffer.data.roots import check_split
-from gradbuffer.kernels.choice import takes_numba
+from gradbuffer.devices import bring, drawn_on_cpu, whole_device
+from gradbuffer.kernels.choice import takes_numba, takes_triton
 from gradbuffer.problems.cifar10 import CIFAR10Net
 from gradbuffer.problems.images import (
     Chosen,
@@ -64,17 +65,19 @@ class Quadratics(Problem):
     def __init__(self, dim: int = 10, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         check_count(dim=dim)
         check_floating(dtype)
-        self.dim, self.dtype, self.device = dim, dtype, torch.device(device)
+        self.dim, self.dtype, self.device = dim, dtype, whole_device(device)
         self.name = f"Quadratics, {dim} dimensions"
 
     def to(self, device: torch.device | str) -> "Quadratics":
         return Quadratics(self.dim, self.dtype, device)
 
+    @drawn_on_cpu
     def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> MetaBatch:
         """Draw `meta_batch` functions; their loss is the same at every step. Returns `MetaBatch`."""
         check_count(meta_batch=meta_batch)
-        W = torch.randn(meta_batch, self.dim, self.dim, generator=generator, dtype=self.dtype).to(self.device)
-        y = torch.randn(meta_batch, self.dim, 1, generator=generator, dtype=self.dtype).to(self.device)
+        W = torch.randn(meta_batch, self.dim, self.dim, generator=generator, dtype=self.dtype)
+        y = torch.randn(meta_batch, self.dim, 1, generator=generator, dtype=self.dtype)
+        W, y = bring(W, self.device), bring(y, self.device)
 
         return in_parts(
             {"theta": torch.zeros(meta_batch, self.dim, dtype=self.dtype, device=self.device)}, QuadraticLoss(W, y)
@@ -99,6 +102,9 @@ class QuadraticLoss(Loss):
 
     def part(self, first, last):
         return QuadraticLoss(*(tensor[first:last] for tensor in self.data))
+
+    def join(self, others):
+        return QuadraticLoss(*map(torch.cat, zip(self.data, *(other.data for other in others))))
 
     def tensors(self, step):
         return self.data
@@ -192,7 +198,7 @@ class MNISTNet(ImageNets):
             side=side,
             dtype=dtype,
         )
-        self.device = torch.device(device)
+        self.device = whole_device(device)
         data = load_mnist(root)
         full = math.isqrt(data.train_images.shape[1])
         if side is not None and not (isinstance(side, int) and 0 < side <= full and full % side == 0):
@@ -202,6 +208,7 @@ class MNISTNet(ImageNets):
         self.sizes = (self.images.shape[1], *hidden_sizes, 10)
         self.name = f"{data.name} {'-'.join(map(str, self.sizes))} {activation}"
 
+    @drawn_on_cpu
     def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> MetaBatch:
         """Draw `meta_batch` networks with their sequences of minibatches. Returns `MetaBatch`."""
         check_count(meta_batch=meta_batch)
@@ -214,7 +221,7 @@ class MNISTNet(ImageNets):
                     draw.uniform_(-(inputs_at_full_size**-0.5), inputs_at_full_size**-0.5, generator=generator)
                 else:
                     draw.normal_(0, self.options["init_std"], generator=generator)
-                params[name] = draw.to(self.device)
+                params[name] = bring(draw, self.device)
         return in_parts(params, PerceptronLoss(self.minibatches(meta_batch, generator), self.options["activation"]))
 
 
@@ -269,16 +276,25 @@ class PerceptronLoss(MinibatchLoss):
         return losses, gradients
 
     def compiled(self, shapes):
-        names = [f"{kind}{layer}" for layer in range(len(shapes) // 2) for kind in ("weight", "bias")]
+        names = names_of(len(shapes) // 2)
         if not isinstance(self.minibatch, Chosen) or list(shapes) != names:
             return None
         sizes = [self.minibatch.images.shape[1], *(shapes[name][1] for name in names[1::2])]
         return PerceptronData(*self.minibatch, sizes, self.activation)
 
     def with_vector_gradient(self, theta, shapes, step):
+        if takes_triton(theta) and list(shapes) == names_of(len(shapes) // 2):
+            losses = import_module("gradbuffer.kernels.triton_losses")
+            if losses.passes_its_check(theta.device, theta.dtype):
+                return losses.losses_and_gradient(*self.minibatch(step), theta, shapes, self.activation)
         data = self.compiled(shapes)
         if data is None or not takes_numba(theta) or data.images.dtype != theta.dtype:
             return None
         return import_module("gradbuffer.kernels.numba_windows").losses_and_gradient(
             data.images, data.labels, data.index(step), theta, data.sizes, data.activation
         )
+
+
+def names_of(layers):
+    """The names of a perceptron's parameters."""
+    return [f"{kind}{layer}" for layer in range(layers) for kind in ("weight", "bias")]

@@ -2,10 +2,10 @@
 
 `CoordinatewiseLSTM` is the optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1 and appendix A). The
 others have their own modules in `gradbuffer.nets`, and their names here: `RNNProp` and `NormalizedLSTM` read what Adam
-would do, `LSTMWithGAC` and `NTMBFGS` have coordinates that tell each other something, `PerKind` is several networks in
-one. A learned optimizer is any `nn.Module` with `init_state(num_coordinates)` and `forward(grad, state) -> (update,
-state)`; `meta_training` trains a user's own as well as these. `LearnedOptimizer` makes a drop-in `torch.optim.Optimizer`
-of one.
+would do, `LSTMWithGAC` and `NTMBFGS` have coordinates that tell each other something, `SubspaceLSTM` weighs the last
+gradients and moves of whole tensors, `MLPOptimizer` reads statistics of them, `PerKind` is several networks in one. A
+learned optimizer is any `nn.Module` with `init_state(num_coordinates)` and `forward(grad, state) -> (update, state)`;
+`meta_training` trains a user's own as well as these. `LearnedOptimizer` makes a drop-in `torch.optim.Optimizer` of one.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from gradbuffer.nets.normalized import NormalizedLSTM, RNNProp, start_as_adam
 from gradbuffer.nets.per_kind import PerKind
 from gradbuffer.nets.readings import READINGS, check_preprocess, log_sign, odd_part
 from gradbuffer.nets.sharing import NTMBFGS, LSTMWithGAC, start_as_coordinatewise
+from gradbuffer.nets.subspace import SubspaceLSTM
 from gradbuffer.nets.torch_optim import LearnedOptimizer
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "NormalizedLSTM",
     "PerKind",
     "RNNProp",
+    "SubspaceLSTM",
     "explain",
     "load_optimizer",
     "log_sign",
@@ -252,6 +254,7 @@ LEARNED_OPTIMIZERS = {
     "NormalizedLSTM": NormalizedLSTM,
     "PerKind": PerKind,
     "RNNProp": RNNProp,
+    "SubspaceLSTM": SubspaceLSTM,
 }
 
 

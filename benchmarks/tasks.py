@@ -4,8 +4,8 @@
     python benchmarks/tasks.py --net weights.pt --table tasks.md --figure tasks.png
     python benchmarks/tasks.py --net start --tasks gru resnet --seeds 2       # normalized Adam, before any meta-training
 
-`--net` is "start", weights of an `MLPOptimizer()` ({"averaged": flat} or {"weights": flat} in a file of `torch.save`),
-or what `load_optimizer` reads. All optimizers have the same initial weights and minibatches; all but "Adam, constant"
+`--net` is "start", weights of an `MLPOptimizer` ({"averaged": flat} or {"weights": flat}, "config" beside it, in a file of
+`torch.save`), or what `load_optimizer` reads. All optimizers have the same initial weights and minibatches; all but "Adam, constant"
 anneal their rate by a cosine. Each tries as many rates, √10 apart around its own centre, on another seed; an e marks a
 best rate at the end of those tried. "Speed against X": how many times more steps X needs to end as low; ≥ and ≤ mark
 bounds (`gradbuffer.problems.races.speed_against`).
@@ -75,34 +75,34 @@ def learned(net):
     def contestant(network, lr=0.003):
         return Contestant(lambda params, lr: LearnedOptimizer(params, network, lr=lr), lr)
 
-    start = start_as_normalized_adam(MLPOptimizer())
     if net == "start":
-        return {"start": contestant(start)}
-    weights = weights_in(net)
-    if weights is not None:
-        trained = MLPOptimizer()
-        count = sum(p.numel() for p in trained.parameters())
-        if weights.shape != (count,):
-            raise ValueError(
-                f"--net must hold ({count},) weights of an MLPOptimizer(), got {tuple(weights.shape)} in {net}"
-            )
-        torch.nn.utils.vector_to_parameters(weights.detach(), trained.parameters())
-        return {"learned": contestant(trained), "start": contestant(start)}
-    network = load_optimizer(net)
-    if isinstance(network, MLPOptimizer):
-        return {"learned": contestant(network), "start": contestant(start)}
-    return {"learned": contestant(network, lr=1.0)}
+        return {"start": contestant(start_as_normalized_adam(MLPOptimizer()))}
+    network = weights_in(net) or load_optimizer(net)
+    if not isinstance(network, MLPOptimizer):
+        return {"learned": contestant(network, lr=1.0)}
+    start = start_as_normalized_adam(MLPOptimizer(**network.config))
+    return {"learned": contestant(network), "start": contestant(start)}
 
 
 def weights_in(net):
-    """Flat weights in a file of `torch.save`; None if it is none."""
+    """An `MLPOptimizer` of flat weights in a file of `torch.save`; None if it is none."""
+    from gradbuffer.nets.mlp import MLPOptimizer
+
     if Path(net).suffix not in (".pt", ".pth", ".state"):
         return None
     content = torch.load(net, weights_only=True, map_location="cpu")
     found = [content[name] for name in ("averaged", "weights") if name in content]
     if not found:
         raise ValueError(f'--net must hold "averaged" or "weights", got {sorted(content)} in {net}')
-    return found[0]
+    network = MLPOptimizer(**content.get("config", {}))
+    count = sum(p.numel() for p in network.parameters())
+    if found[0].shape != (count,):
+        raise ValueError(
+            f"--net must hold ({count},) weights of an MLPOptimizer, its config beside them, got "
+            f"{tuple(found[0].shape)} in {net}"
+        )
+    torch.nn.utils.vector_to_parameters(found[0].detach(), network.parameters())
+    return network
 
 
 def run_task(name, options):

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from gradbuffer.devices import whole_device
 from gradbuffer.unrolling import Coordinates, Recorded, pull_back_by_autograd, record_by_steps, replay_by_autograd
 
 __all__ = [
@@ -51,10 +52,11 @@ class Problem:
     """A distribution of functions to optimize. A subclass has `sample`, and says what differs from the rest.
 
     `name` is for titles; `device` is where functions live; `options` are the arguments that rebuild it, by which checkpoints tell
-    problems apart.
+    problems apart. `sample` takes meta-batches of a multiple of `multiple_of` functions.
     """
 
     name = ""
+    multiple_of = 1
     device = torch.device("cpu")
     options: dict = {}
 
@@ -122,6 +124,10 @@ class Loss:
     def part(self, first: int, last: int) -> "Loss":
         """The loss of functions first … last - 1, alone. Only where `divisible`."""
         raise NotImplementedError
+
+    def join(self, others: list["Loss"]) -> "Loss | None":
+        """The loss of these functions and of the others, whose losses are of this class, as one computation; None: there is none."""
+        return None
 
     def tensors(self, step: int) -> tuple:
         """What is read at that step, tensors of the same shapes in all batches: for a window that is captured as a CUDA graph."""
@@ -478,11 +484,11 @@ def device_of(net: Any, device: torch.device | str | None = None) -> torch.devic
     """The device asked for, else the one that the network is on."""
     rule = as_rule(net)
     if device is not None:
-        return torch.device(device)
+        return whole_device(device)
     return next((parameter.device for _, parameter in rule.named_parameters()), torch.device("cpu"))
 
 
 def on_device(problem: Any, device: torch.device) -> Problem:
     """The problem as a `Problem`, on a device, if it knows how to move there."""
-    problem = as_problem(problem)
-    return problem if problem.device == device else as_problem(problem.to(device))
+    problem, device = as_problem(problem), whole_device(device)
+    return problem if whole_device(problem.device) == device else as_problem(problem.to(device))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gradbuffer.devices import drawn_on_cpu
 from gradbuffer.nests import map_tensors, tensors_in
 
 __all__ = [
@@ -152,6 +153,7 @@ class Coordinates:
             (product,) = torch.autograd.grad(gradient, theta, vector, allow_unused=True)
         return torch.zeros_like(vector) if product is None else product
 
+    @drawn_on_cpu
     def subset(self, fraction: float, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
         """A random share of every tensor's coordinates, at least SMALLEST_SHARE of each: indices, and 1 / probability."""
         indices, weights, start = [], [], 0
@@ -223,12 +225,17 @@ def record_by_steps(
     tape: Any = None,
 ) -> Recorded:
     """`Rule.record`, step by step. advance: as of `unroll`; tape: what goes with it."""
-    losses, gradients, read = [], theta.new_empty(updates + 1, len(theta)), []
+    losses, gradients, read = (
+        [],
+        theta.new_empty(updates + 1, len(theta)) if theta.is_cpu else [None] * (updates + 1),
+        [],
+    )
     for values, gradient, theta, state in unroll(rule, loss, coordinates, theta, state, step, updates, advance=advance):
         if len(losses) < updates and rule.reads:
             read.append(coordinates.what(rule.reads, theta, values, step + len(losses)))
         gradients[len(losses)] = gradient
         losses.append(values)
+    gradients = gradients if theta.is_cpu else torch.stack(gradients)  # one launch, not one for each step
     return Recorded(torch.stack(losses), gradients, theta, state, tape, join_reads(read))
 
 

@@ -4,7 +4,16 @@ import torch
 
 from gradbuffer.data.cifar10 import generated_images
 from optimizees import CIFAR10Net, ConvexTerms, Mirrored, MNISTNet, Quadratics, RandomScaling
-from optimizers import NTMBFGS, CoordinatewiseLSTM, LSTMWithGAC, MLPOptimizer, NormalizedLSTM, PerKind, RNNProp
+from optimizers import (
+    NTMBFGS,
+    CoordinatewiseLSTM,
+    LSTMWithGAC,
+    MLPOptimizer,
+    NormalizedLSTM,
+    PerKind,
+    RNNProp,
+    SubspaceLSTM,
+)
 
 VECTORS = (
     "quadratics",
@@ -29,6 +38,7 @@ NETWORKS = {
     "MLP": lambda: MLPOptimizer((4,), lr=0.01),
     "MLP, orthogonal": lambda: MLPOptimizer((3, 3), orthogonalize=True, weight_decay=0.1, vectors="adamw", lr=0.003),
     "small_fc": lambda: MLPOptimizer((4,), "small_fc", lr=0.001),
+    "subspace": lambda: SubspaceLSTM(3, pairs=2),
 }
 
 PROBLEMS = {
@@ -55,3 +65,15 @@ def make_net(name):
 def make_batch(name, root, functions=2):
     """Functions of the problem of that name, always the same."""
     return PROBLEMS[name](root).sample(functions, torch.Generator().manual_seed(3))
+
+
+RESNET18 = [(64, 3, 7, 7), (64,), (64,)]  # the shapes of its parameters
+for inputs, outputs in ((64, 64), (64, 128), (128, 256), (256, 512)):
+    RESNET18 += [
+        (outputs, inputs, 3, 3),
+        (outputs,),
+        (outputs,),
+        *[(outputs, outputs, 3, 3), (outputs,), (outputs,)] * 3,
+    ]
+    RESNET18 += [(outputs, inputs, 1, 1), (outputs,), (outputs,)] if inputs != outputs else []
+RESNET18 += [(1000, 512), (1000,)]

@@ -6,6 +6,7 @@ on files that they write themselves, and never on the network.
 
 import gzip
 import pickle
+import re
 import shutil
 import tarfile
 import zlib
@@ -13,12 +14,34 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from gradbuffer.data import roots
 from gradbuffer.data.cifar10 import CIFAR10_CLASSES
 
 torch.set_num_threads(1)  # the tests' tensors are too small for more to help
+torch.backends.cudnn.allow_tf32 = False  # cuDNN's LSTM is exact in tests, see docs/cuda.md
+
+
+OPTIONAL = {"IPython", "PIL", "matplotlib", "mkdocs", "nbclient", "nbformat", "numba", "sklearn", "torchvision"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A file whose tests need a package that is not installed is skipped, so that the others run: on a machine lent with a GPU."""
+    report = yield
+    missing = re.findall(r"ModuleNotFoundError: No module named '(\w+)", str(report.longrepr)) if report.failed else ()
+    if OPTIONAL.intersection(missing):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: needs {missing[-1]}")
+        report.result = []
+    return report
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `cuda` are collected everywhere, and run where there is a device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +105,8 @@ def image_of(label, side, random):
 
 def write_cifar10(root, train=6, test=2, side=8, form="folder"):
     """A small CIFAR-10 in image files (PNG, so that they are exact) under root, or in zips of them."""
+    from PIL import Image
+
     random = np.random.default_rng(0)
     for split, count in (("train", train), ("test", test)):
         for label, name in enumerate(CIFAR10_CLASSES):
@@ -132,6 +157,8 @@ def huge_picture(side=20_000):
 
 def write_art(root, form="folder", side=20, counts=(("train", 6), ("validation", 3), ("test", 4), ("test_32", 2))):
     """Small images for Neural Art (PNG, so that they are exact) under root, or in tar archives of them."""
+    from PIL import Image
+
     random = np.random.default_rng(0)
     for folder, count in (*counts, ("style", 2)):
         size = 32 if folder.endswith("32") else side

@@ -227,7 +227,7 @@ def test_meta_training(plain, tiny_mnist, monkeypatch):
     assert 1 < len(captures) <= 6
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_on_cuda(monkeypatch, tiny_mnist, case, kernels):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gradbuffer.curvature import evaluate_conjugate_gradients, minimize_lbfgs
 from gradbuffer.evaluation import evaluate
+from gradbuffer.evaluation.curvature import evaluate_conjugate_gradients, minimize_lbfgs
 from optimizees import MetaBatch, MNISTNet, Quadratics
 from optimizers import CoordinatewiseLSTM
 

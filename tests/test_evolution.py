@@ -7,7 +7,7 @@ import torch
 
 from gradbuffer.kernels.numba_mlp_windows import PerceptronWindows
 from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
-from gradbuffer.training.evolution import Pairs, Perceptrons, signal_to_noise
+from gradbuffer.training.evolution import Episodes, Pairs, Perceptrons, signal_to_noise
 
 
 class Windows:
@@ -37,7 +37,8 @@ class Family:
 
 def make(**options):
     family = Family()
-    options = {"pairs": 6, "window": 10, "lengths": (20, 60), "generator": torch.Generator().manual_seed(0), **options}
+    given = {"pairs": 6, "window": 10, "episodes": Episodes((20, 60)), "generator": torch.Generator().manual_seed(0)}
+    options = given | options
     return family, Pairs(family, **options)
 
 
@@ -89,7 +90,7 @@ def test_episodes_end_and_begin_anew_at_different_times():
 @pytest.mark.parametrize("hold", [True, False])
 def test_the_estimate_is_the_gradient(hold):
     """Of the window's relative loss by the weights of all windows of the episode; linear losses, so up to sampling alone."""
-    family, pairs = make(pairs=4000, hold=hold, lengths=(40, 40))
+    family, pairs = make(pairs=4000, hold=hold, episodes=Episodes((40, 40)))
     total, expected = torch.zeros(5), torch.zeros(5)
     for _ in range(6):
         estimate = pairs.advance(torch.zeros(5))
@@ -100,6 +101,28 @@ def test_the_estimate_is_the_gradient(hold):
     torch.testing.assert_close(total, expected, rtol=0.1, atol=0.8)
 
 
+def test_late_windows_of_falling_episodes_count_more():
+    def estimates(**episodes):
+        _, pairs = make(pairs=3, episodes=Episodes((40, 40), **episodes))
+        found = []
+        for _ in range(6):
+            each = pairs.advance(torch.zeros(5)).each
+            found.append(((pairs.done - 5.5) / pairs.length, each))
+        return found
+
+    even, late = estimates(falling=1), estimates(falling=1, late=0.5)
+    for (progress, each), (_, counted) in zip(even, late):
+        torch.testing.assert_close(counted, each * (1 + 0.5 * (2 * progress - 1))[:, None])
+    for (_, each), (_, counted) in zip(estimates(falling=0), estimates(falling=0, late=0.5)):
+        assert torch.equal(each, counted)
+
+
+@pytest.mark.parametrize("change", [{"lengths": (5, 2)}, {"rates": (0, 1)}, {"falling": 1.5}, {"late": -0.1}], ids=str)
+def test_what_episodes_cannot_be(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))} must be"):
+        Episodes(**change)
+
+
 def test_real_perceptrons():
     """Finite estimates of the right form, the same from the same generator."""
     net = start_as_normalized_adam(MLPOptimizer(hidden_sizes=(4,)))
@@ -107,13 +130,13 @@ def test_real_perceptrons():
     inputs = torch.randn(200, 6, generator=generator)
     labels = (inputs @ torch.randn(6, 3, generator=generator)).argmax(1)
     family = Perceptrons(PerceptronWindows(net, (6, 5, 3)), inputs, labels, 16, 1.5 * math.log(3))
-    pairs = Pairs(family, pairs=4, window=10, lengths=(20, 40), generator=generator)
+    pairs = Pairs(family, pairs=4, window=10, episodes=Episodes((20, 40)), generator=generator)
     weights = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
     for _ in range(6):
         estimate = pairs.advance(weights)
         assert estimate.each.shape == (4, len(weights)) and estimate.each.isfinite().all() and 0 < estimate.loss < 1.7
-    again = Pairs(family, pairs=4, window=10, lengths=(20, 40), generator=torch.Generator().manual_seed(5))
-    other = Pairs(family, pairs=4, window=10, lengths=(20, 40), generator=torch.Generator().manual_seed(5))
+    again = Pairs(family, pairs=4, window=10, episodes=Episodes((20, 40)), generator=torch.Generator().manual_seed(5))
+    other = Pairs(family, pairs=4, window=10, episodes=Episodes((20, 40)), generator=torch.Generator().manual_seed(5))
     assert torch.equal(again.advance(weights).each, other.advance(weights).each)
 
 
@@ -125,12 +148,7 @@ def test_signal_to_noise():
 
 @pytest.mark.parametrize(
     "options, message",
-    [
-        (dict(pairs=0), "pairs must be at least 1"),
-        (dict(sigma=0), "sigma must be a positive number"),
-        (dict(lengths=(5, 2)), r"lengths must be the least and the most, above 0, got \(5, 2\)"),
-        (dict(rates=(0, 1)), "rates must be the least and the most"),
-    ],
+    [(dict(pairs=0), "pairs must be at least 1"), (dict(sigma=0), "sigma must be a positive number")],
 )
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):

@@ -898,7 +898,6 @@ def test_distributed_data_parallel(tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_parameters_with_a_network_on_the_cpu():
     net, there, network = model(), model().cuda(), lstm()
     x, y = data()

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +35,6 @@ def on_device(test):
     why_not = None if INSTALLED else "needs triton: pip install triton"
     if not INTERPRETED:
         test = pytest.mark.cuda(test)
-        why_not = why_not or (None if torch.cuda.is_available() else "needs a CUDA device, or TRITON_INTERPRET=1")
     return pytest.mark.skipif(why_not is not None, reason=why_not or "")(test)
 
 
@@ -214,12 +214,83 @@ def test_replay_is_deterministic_and_leaves_the_state(small_blocks):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_uses_them_where_asked(monkeypatch):
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device, not the interpreter")
+def test_cuda_uses_them_by_default(monkeypatch):
+    monkeypatch.delenv("L2O_KERNELS", raising=False)
     weight = CoordinatewiseLSTM().cuda().output.weight
-    assert kernels_for(weight) is TorchLSTM
-    monkeypatch.setenv("L2O_KERNELS", "triton")
     assert (kernels_for(weight) is TritonLSTM) != bool(TritonLSTM.reasons_against(weight, "step"))
+
+
+class OnCuda:
+    """Passes for a weight on a card, for what only looks at where it is."""
+
+    is_cuda, device, dtype, shape = True, torch.device("cuda:0"), torch.float32, (1, 20)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card, as far as the choice of kernels looks at it; its self-check runs where the tests do."""
+    if not INSTALLED:
+        pytest.skip("needs triton: pip install triton")
+    monkeypatch.setattr(triton_lstm, "kernels", SimpleNamespace(INTERPRETED=False))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_lstm, "missing_to_compile", lambda: None)
+    triton_lstm.failures.cache_clear()
+    yield
+    triton_lstm.failures.cache_clear()
+
+
+def test_a_kernel_that_fails_its_first_use_is_not_chosen(card, monkeypatch):
+    """Whatever a card, a driver or a compiler raises becomes a reason; torch runs then."""
+
+    class Broken(TritonLSTM):
+        def __init__(self, *weights):
+            raise RuntimeError("out of resource: shared memory, Required: 126976, Hardware limit: 101376")
+
+    monkeypatch.delenv("L2O_KERNELS", raising=False)
+    monkeypatch.setattr(triton_lstm, "TritonLSTM", Broken)
+    net = torch.nn.LSTM(2, 20, 2)
+    reasons = TritonLSTM.reasons_against(OnCuda, "step", lstm=net)
+    assert len(reasons) == 1 and "its self-check on cuda:0 failed: " in reasons[0]
+    assert kernels_for(OnCuda, "step", lstm=net) is TorchLSTM
+    assert TritonLSTM.reasons_against(OnCuda, "step") == []  # it is not tried out where sizes are not known
+
+
+@pytest.mark.parametrize("work", ["step", "replay"])
+@pytest.mark.parametrize("p", [0.0, 10.0])
+def test_the_self_check_finds_wrong_numbers(card, monkeypatch, work, p):
+    """With torch's own kernels in Triton's place it passes; with slightly wrong ones it tells."""
+
+    class Right(TorchLSTM):
+        def step(self, features, hidden, cells, inplace=False, p=0.0):
+            read = (lambda a, b: log_sign(features(a, b)[0], p)) if p else features
+            return super().step(read, hidden, cells, inplace)
+
+    class Wrong(Right):
+        def __init__(self, lstm, output, bias):
+            super().__init__(lstm, output * 1.01, bias)
+
+    for kind, count in ((Right, 0), (Wrong, 1)):
+        monkeypatch.setattr(triton_lstm, "TritonLSTM", kind)
+        triton_lstm.failures.cache_clear()
+        found = triton_lstm.failures(work, 2, 20, 2, torch.device("cpu"), torch.float32, p)
+        assert len(found) == count
+    assert re.match(f"its self-check on cpu failed: a {work} is off by .*, more than 1e-03", found[0])
+
+
+def test_what_is_missing_to_compile(monkeypatch, tmp_path):
+    triton_lstm.missing_to_compile.cache_clear()
+    monkeypatch.setattr(triton_lstm.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setenv("CC", "cc")
+    assert triton_lstm.missing_to_compile() == "needs Python.h, for its launchers: it comes with python3-dev"
+    triton_lstm.missing_to_compile.cache_clear()
+    (tmp_path / "Python.h").touch()
+    assert triton_lstm.missing_to_compile() is None
+    triton_lstm.missing_to_compile.cache_clear()
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(triton_lstm.shutil, "which", lambda name: None)
+    assert triton_lstm.missing_to_compile() == "needs a C compiler, for its launchers"
+    triton_lstm.missing_to_compile.cache_clear()
 
 
 # What needs no triton -------------------------------------------------------------------------------------------------
@@ -228,23 +299,28 @@ def test_cuda_uses_them_where_asked(monkeypatch):
 @pytest.mark.parametrize("inputs, hidden, layers", [(1, 20, 1), (2, 20, 2), (20, 5, 3), (2, 32, 2), (17, 16, 2)])
 def test_padded_weights(inputs, hidden, layers):
     """A gate from the padded weights is that from the packed ones, and the padding comes off again."""
-    sizes = [inputs] + [hidden] * (layers - 1)
-    packed = PackedWeights(
-        [
-            (w.detach(), u.detach(), (b + c).detach())
-            for w, u, b, c in lstm(inputs, hidden, layers, torch.float64, "cpu")[0].all_weights
-        ]
-    )
-    padded = triton_lstm.PaddedWeights(packed, torch.zeros(hidden).double())
-    for size, below, weight in zip(sizes, padded.below, packed.weights):
+    sizes, (net, *output) = [inputs] + [hidden] * (layers - 1), lstm(inputs, hidden, layers, torch.float64, "cpu")
+    packed = PackedWeights([(w.detach(), u.detach(), (b + c).detach()) for w, u, b, c in net.all_weights])
+    padded = triton_lstm.PaddedWeights(net, *output)
+    units, start = padded.sizes["UNITS"], 0
+    for layer, (size, weight) in enumerate(zip(sizes, packed.weights)):
+        below = padded.sizes["BELOW" if layer else "FIRST"]
         assert below > size and below & (below - 1) == 0
         x, h, one = torch.randn(size).double(), torch.randn(hidden).double(), torch.ones(1).double()
-        row = torch.zeros(below + padded.sizes["UNITS"]).double()
+        row = torch.zeros(below + units).double()
         row[:size], row[size], row[below : below + hidden] = x, 1, h
-        gates = row @ padded.pad(weight, below)
+        own = padded.weights[start : start + 4 * (below + units) * units].view(4, below + units, units)
+        start += own.numel()
+        gates = row @ own
         torch.testing.assert_close(gates[:, :hidden].flatten(), weight @ torch.cat([x, h, one]))
         assert not gates[:, hidden:].any()
-    assert all(map(torch.equal, padded.take_off(padded.weights), packed.weights))
+    assert start == len(padded.weights)
+    assert torch.equal(padded.output[:hidden], output[0]) and padded.output[-1] == output[1]
+    assert not padded.output[hidden:units].any()
+    layers, doutput = padded.gradients(torch.cat([padded.weights, padded.output[:-1]]))
+    assert torch.equal(doutput, output[0])
+    for (w, u, bias), (weight_ih, weight_hh, b, c) in zip(layers, net.all_weights, strict=True):
+        assert torch.equal(w, weight_ih) and torch.equal(u, weight_hh) and torch.equal(bias, b + c)
 
 
 def test_errors(monkeypatch):

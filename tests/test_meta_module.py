@@ -997,7 +997,7 @@ def test_running_statistics_move_with_the_weights():
         assert meta_module.MetaBatchNorm1d(3).weight.is_meta
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_moves_to_cuda():
     plain, net, x, y = twins()
     before = list(net.parameters())

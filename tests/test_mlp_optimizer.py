@@ -310,7 +310,15 @@ def test_float32_is_near_float64():
 
 
 def test_config_rebuilds_it():
-    options = dict(hidden_sizes=(4, 3), variant="celo", orthogonalize=True, vectors="adamw", weight_decay=0.1, lr=0.02)
+    options = dict(
+        hidden_sizes=(4, 3),
+        variant="celo",
+        orthogonalize=True,
+        vectors="adamw",
+        weight_decay=0.1,
+        lr=0.02,
+        context=True,
+    )
     net = MLPOptimizer(**options)
     assert net.config == options and MLPOptimizer(**net.config).config == options and "lr=0.02" in repr(net)
     params, grads = functions(dtype=torch.float32), functions(dtype=torch.float32, seed=1)

@@ -10,10 +10,10 @@ from conftest import huge_picture, write_art
 from PIL import Image
 from torch import nn
 
-from gradbuffer.curvature import evaluate_lbfgs, minimize_lbfgs
 from gradbuffer.data import art as art_data
 from gradbuffer.data.art import generated_textures, load_contents, load_style
 from gradbuffer.evaluation import evaluate, evaluate_baseline
+from gradbuffer.evaluation.curvature import evaluate_lbfgs, minimize_lbfgs
 from gradbuffer.problems import neural_art, vgg
 from gradbuffer.problems.neural_art import NeuralArt
 from gradbuffer.problems.vgg import VGGFeatures, from_pixels, to_pixels

@@ -64,7 +64,16 @@ def assert_near(ours, theirs, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("options", [{}, {"vectors": "adamw", "weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"vectors": "adamw", "weight_decay": 0.1},
+        {"context": True, "hidden_sizes": (6, 3)},
+        {"orthogonalize": True, "context": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_steps_are_those_of_the_reference(shape, options, dtype):
     assert_near(*run(network(dtype, **options), shape, dtype), dtype)
@@ -183,7 +192,7 @@ def test_what_is_given_is_checked(change, message):
     "net, dtype, message",
     [
         (torch.nn.Linear(2, 2), torch.float32, "net must be"),
-        (MLPOptimizer(orthogonalize=True), torch.float32, "net must have"),
+        (MLPOptimizer(variant="small_fc"), torch.float32, "net must have"),
         (MLPOptimizer(), torch.bfloat16, "dtype must be"),
     ],
 )

@@ -63,7 +63,8 @@ CASES = [
     ((17, 6, 17), "silu", "mse", 140, {"weight_decay": 0.1}, DTYPES),
     ((8, 6, 4, 4, 1), "sigmoid", "mse", 3, {"vectors": "adamw", "weight_decay": 0.1}, DTYPES),
     ((2, 33, 2), "relu", "cross_entropy", 33, {"hidden_sizes": (5, 4, 3)}, DTYPES[:1]),  # compiled for itself
-    ((12, 40, 12), "tanh", "mse", 17, {}, DTYPES),
+    ((12, 40, 12), "tanh", "mse", 17, {"context": True}, DTYPES),
+    ((20, 12, 5), "silu", "cross_entropy", 24, {"context": True, "orthogonalize": True}, DTYPES),
 ]
 
 
@@ -283,7 +284,6 @@ def test_what_is_given_is_checked(change, message):
     [
         ({"net": torch.nn.Linear(2, 2)}, "net must be an MLPOptimizer"),
         ({"net": MLPOptimizer(variant="small_fc")}, "net must have variant"),
-        ({"net": MLPOptimizer(orthogonalize=True)}, "net must have variant"),
         ({"sizes": (5,)}, "sizes must be"),
         ({"sizes": (5, 0)}, "sizes"),
         ({"activation": "gelu"}, "activation must be"),

@@ -247,7 +247,6 @@ def test_written_replay_passes_gradcheck():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_equals_cpu():
     net = CoordinatewiseLSTM(preprocess="log_sign")
     grads, adjoint = torch.randn(2, 20, 1000)

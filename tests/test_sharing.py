@@ -479,7 +479,6 @@ def test_the_bound_network_has_the_same_weights():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_on_cuda(name):
     net, gradients = network(name), torch.randn(4, 5, dtype=torch.float64)

@@ -267,8 +267,9 @@ def command(monkeypatch, capsys):
 
 
 def test_the_command_races_weights_of_a_file(command, tmp_path):
-    weights = torch.nn.utils.parameters_to_vector(MLPOptimizer().parameters()).detach()
-    torch.save({"averaged": weights, "k": 3}, tmp_path / "weights.pt")
+    net = MLPOptimizer(context=True)
+    weights = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    torch.save({"averaged": weights, "k": 3, "config": net.config}, tmp_path / "weights.pt")
     table, figure = tmp_path / "table.md", tmp_path / "figure.png"
     text = command(
         "--net",
@@ -298,7 +299,9 @@ def test_the_command_races_weights_of_a_file(command, tmp_path):
     ):
         assert part in text
     torch.save({"weights": weights[:-1]}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"--net must hold \(329,\) weights of an MLPOptimizer\(\), got \(328,\)"):
+    with pytest.raises(
+        ValueError, match=r"--net must hold \(329,\) weights of an MLPOptimizer, its config beside them, got \(473,\)"
+    ):
         command("--net", tmp_path / "weights.pt")
 
 

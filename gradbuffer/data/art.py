@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from gradbuffer.checks import check_count
 from gradbuffer.data.roots import check_split, data_root, decode, is_image
+from gradbuffer.devices import drawn_on_cpu
 
 __all__ = ["ArtImages", "generated_textures", "load_contents", "load_style"]
 
@@ -83,6 +84,7 @@ def load_style(root: str | Path | None = None, style: str = "starry_night", size
 
 
 @functools.lru_cache(maxsize=16)
+@drawn_on_cpu
 def _contents(root, split, size):
     source, folders = open_source(root / "neural_art", "content")
     if not any(folders.values()):
@@ -97,6 +99,7 @@ def _contents(root, split, size):
 
 
 @functools.lru_cache(maxsize=16)
+@drawn_on_cpu
 def _style(root, style, size):
     source, folders = open_source(root / "neural_art", "style")
     files = {path.stem: (path, read) for folder in folders.values() for path, read in folder.items()}
@@ -171,6 +174,7 @@ def middle_square(source, path, read, size):
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+@drawn_on_cpu
 def generated_textures(count: int, size: int = 64, seed: int = 0) -> torch.Tensor:
     """Smooth random textures: noise of several scales, one drawn over the other, in random colors.
 

@@ -15,6 +15,7 @@ import torch
 
 from gradbuffer.checks import check_count
 from gradbuffer.data.roots import data_root, decode, find_or_download, is_image
+from gradbuffer.devices import drawn_on_cpu
 
 __all__ = ["CIFAR10_CLASSES", "ColorImages", "check_color_images", "generated_images", "load_cifar10"]
 
@@ -83,6 +84,7 @@ def load_cifar10(root: str | Path | None = None) -> ColorImages:
 
 
 @functools.lru_cache(maxsize=4)
+@drawn_on_cpu
 def _load(root):
     splits = find_or_download(
         read_splits,
@@ -217,6 +219,7 @@ def label_images(source, readers):
     return images.permute(0, 3, 1, 2).contiguous(), labels
 
 
+@drawn_on_cpu
 def generated_images(train: int = 2000, test: int = 500, side: int = 32, seed: int = 0) -> ColorImages:
     """A stand-in for CIFAR-10: noisy gratings, whose direction and color tell the class and whose phase is random.
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from gradbuffer.data.roots import data_root, find_or_download
+from gradbuffer.devices import drawn_on_cpu
 
 __all__ = ["ImageData", "load_mnist"]
 
@@ -60,6 +61,7 @@ def load_mnist(root: str | Path | None = None) -> ImageData:
 
 
 @functools.lru_cache(maxsize=4)
+@drawn_on_cpu
 def _load(root):
     files = find_or_download(
         find_files,

@@ -1,7 +1,8 @@
 """Which kernels run where: for each piece of work the first of `KINDS` that has no reasons against it.
 
-L2O_KERNELS in the environment asks for one: "triton" (on CUDA), "numba", "torch" or "plain". Where that one has reasons
-against a piece of work, the ones after it are asked. "auto", the default, is "numba".
+L2O_KERNELS in the environment asks for one: "triton" (on CUDA, or on a CPU in its interpreter), "numba" (on a CPU), "torch" or
+"plain". Where that one has reasons against a piece of work, the ones after it are asked. "auto", the default, asks all: triton on
+CUDA where it is installed and has passed a check at its first use, numba on a CPU.
 """
 
 import functools
@@ -14,7 +15,7 @@ import torch
 
 from gradbuffer.kernels.interface import LSTMKernels
 
-__all__ = ["KINDS", "asked_for", "has_numba", "kernels_for", "load", "reasons_against", "takes_numba"]
+__all__ = ["KINDS", "asked_for", "has_numba", "kernels_for", "load", "reasons_against", "takes_numba", "takes_triton"]
 
 
 class Kind(NamedTuple):
@@ -26,7 +27,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "triton": Kind("gradbuffer.kernels.triton_lstm:TritonLSTM", "triton"),
+    "triton": Kind("gradbuffer.kernels.triton_lstm:TritonLSTM", "triton", ("cuda",)),
     "numba": Kind("gradbuffer.kernels.numba_lstm:NumbaLSTM", "numba", ("cpu",)),
     "torch": Kind("gradbuffer.kernels.torch_blocks:TorchLSTM"),
     "plain": Kind("gradbuffer.kernels.interface:LSTMKernels"),
@@ -47,6 +48,7 @@ def kernels_for(weight: torch.Tensor, work: str = "step", **needs) -> type[LSTMK
         if not refuse(name, weight, work, needs):
             return load(KINDS[name].place)
     reasons = {name: reasons_against(name, weight, work, **needs) for name in kinds_allowed()}
+    needs = {name: need for name, need in needs.items() if name not in ("lstm", "p")}
     raise ValueError(
         f"no kernels do a {work} with {needs} for a weight {tuple(weight.shape)} of {weight.dtype} on "
         f"{weight.device}: {reasons}"
@@ -56,16 +58,15 @@ def kernels_for(weight: torch.Tensor, work: str = "step", **needs) -> type[LSTMK
 def reasons_against(name: str, weight: torch.Tensor, work: str, **needs) -> list[str]:
     """Why the kernels of that name do not do this; empty where they do. Arguments as of `kernels_for`."""
     if name not in kinds_allowed():
-        return [
-            "L2O_KERNELS=triton must ask for it" if name == "triton" else f"L2O_KERNELS={asked_for()} asks for another"
-        ]
+        return [f"L2O_KERNELS={asked_for()} asks for another"]
     return refuse(name, weight, work, needs)
 
 
 def refuse(name, weight, work, needs):
     """`reasons_against` one of the kinds allowed."""
     kind = KINDS[name]
-    if kind.devices and weight.device.type not in kind.devices:
+    interpreted = name == asked_for() == "triton"  # on the CPU, where it is asked to; it says itself if it cannot
+    if kind.devices and weight.device.type not in kind.devices and not interpreted:
         return [f"runs on {' and '.join(kind.devices)}, the network is on {weight.device}"]
     if kind.needs and not is_installed(kind.needs):
         if asked_for() == name:
@@ -80,6 +81,12 @@ def takes_numba(tensor: torch.Tensor) -> bool:
     """Whether other loops compiled by numba may run on tensors like this one, and can be had."""
     fits = tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
     return fits and "numba" in kinds_allowed() and (has_numba() or asked_for() == "numba")
+
+
+def takes_triton(tensor: torch.Tensor) -> bool:
+    """Whether other kernels in Triton may run on tensors like this one, and can be had."""
+    fits = tensor.is_cuda and tensor.dtype in (torch.float32, torch.float64)
+    return fits and "triton" in kinds_allowed() and is_installed("triton")
 
 
 def has_numba() -> bool:
@@ -101,7 +108,7 @@ def kinds_allowed():
 
 
 ORDERS = {name: list(KINDS)[number:] for number, name in enumerate(KINDS)}
-ORDERS["auto"] = ORDERS["numba"]
+ORDERS["auto"] = list(KINDS)
 
 
 @functools.cache

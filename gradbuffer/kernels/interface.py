@@ -10,10 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from gradbuffer.devices import memory_of
+
 __all__ = ["LSTMKernels", "WORK"]
 
 WORK = ("step", "replay", "step_back")  # the pieces of work for which kernels are chosen
-REPLAY_BLOCK = 1 << 16  # coordinates over which autograd runs at once
+REPLAY_BLOCK = 1 << 16  # coordinates over which autograd runs at once on a CPU, at most
 
 
 class LSTMKernels:
@@ -37,6 +39,8 @@ class LSTMKernels:
         state: torch.dtype | None = None,
         squash: bool = False,
         inputs: bool = False,
+        lstm: nn.LSTM | None = None,
+        p: float = 0.0,
     ) -> list[str]:
         """Why these kernels do not do a piece of work; empty where they do.
 
@@ -45,6 +49,7 @@ class LSTMKernels:
             work: one of `WORK`.
             state: the dtype of the state to be overwritten; None for the weights' own.
             squash: the outputs go through a tanh. inputs: the derivatives by the features are wanted.
+            lstm: the LSTM, for its sizes: kernels that must be tried out are. p: of `log_sign`, which the kernels may do.
         """
         return [] if state in (None, weight.dtype) else [f"the state must be of {weight.dtype}, got {state}"]
 
@@ -119,9 +124,9 @@ class LSTMKernels:
         Returns:
             gradients, no graph: of each layer (weight_ih, weight_hh, bias), of output_weight, of output_bias.
         """
-        total = None
-        for start in range(0, adjoint.shape[1], REPLAY_BLOCK):
-            block = slice(start, start + REPLAY_BLOCK)
+        total, size = None, self.replay_block(len(adjoint))
+        for start in range(0, adjoint.shape[1], size):
+            block = slice(start, start + size)
             dfeatures, _, *parts = self.by_autograd(
                 features(start, min(block.stop, adjoint.shape[1])),
                 hidden[..., block],
@@ -196,6 +201,14 @@ class LSTMKernels:
         return None
 
     # Internals --------------------------------------------------------------------------------------------------------
+
+    def replay_block(self, steps):
+        """Coordinates over which autograd runs at once, so that what it keeps of so many steps (of each layer its input, the gates,
+        twice, and the states) takes an eighth of the card's memory at most, and on a CPU 4 GiB."""
+        weight = self.output_weight
+        numbers = steps * (self.inputs + self.layers * 12 * self.hidden)
+        fits = max((memory_of(weight.device) >> 3) // (numbers * weight.element_size()), 256)
+        return min(fits, REPLAY_BLOCK) if weight.device.type == "cpu" else fits
 
     def layer_weights(self):
         """Of each layer weight_ih (4H, in), weight_hh (4H, H) and the sum of its biases (4H,), in `nn.LSTM`'s order of gates."""

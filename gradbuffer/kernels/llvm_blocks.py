@@ -10,9 +10,8 @@ The 4H rows of an LSTM's gates are in an order of their own: unit after unit, of
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from gradbuffer.kernels.llvm_vectors import INDEX, LANES, REGISTER, REGISTERS, TO_POWERS, Vectors
+from gradbuffer.kernels.llvm_vectors import INDEX, LANES, REGISTER, REGISTERS, TO_POWERS, vector_code
 
 __all__ = [
     "LANES",
@@ -37,7 +36,6 @@ __all__ = [
 TOGETHER = 2  # vectors of a row, at most, that are in registers at once
 ROWS = 8 if REGISTERS == 32 else 5  # of a block of a product: with so many sums the multiplications hardly wait
 STREAM = 2  # see `cell_units`
-BFLOAT16 = types.int16  # as what numba is given it
 OUTER = 4 if REGISTERS == 32 else 2  # columns of `add_outer_blocks`: with 4 rows, as many sums as there is room for
 OUTER_OF_ONE_ROW = 4 * OUTER  # the same with one row
 
@@ -83,52 +81,26 @@ def products(vectors, rows, blocks, weight, width, count, x, out, first, column_
     vectors.loop(blocks, [], block)
 
 
-@intrinsic(prefer_literal=True)
-def add_product_blocks(typing, rows, blocks, weight, width, count, x, out):
+@vector_code("rows")
+def add_product_blocks(vectors, rows, blocks, weight, width, count, x, out):
     """out[r, :] += Σ_k weight[r, k] x[k, :] for r < rows · blocks (rows is a literal) and k < count.
 
     weight (…, ≥ count) is flat, its rows `width` apart; x (count, LANES); out (rows · blocks, LANES). Neither count nor
     blocks is 0.
     """
-    arrays, R = (weight, x, out), rows.literal_value
-
-    def generate(context, builder, signature, values):
-        vectors = Vectors(context, builder, weight.dtype)
-        w, source, target = vectors.pointers([values[k] for k in (2, 5, 6)], arrays)
-        products(
-            vectors,
-            R,
-            values[1],
-            w,
-            values[3],
-            values[4],
-            source,
-            target,
-            lambda _, spots: list(map(vectors.load, spots)),
-        )
-        return context.get_dummy_value()
-
-    return types.void(rows, types.intp, weight, types.intp, types.intp, x, out), generate
+    products(vectors, rows, blocks, weight, width, count, x, out, lambda _, spots: list(map(vectors.load, spots)))
 
 
-@intrinsic(prefer_literal=True)
-def affine_blocks(typing, rows, blocks, weight, width, bias, count, x, out):
+@vector_code("rows")
+def affine_blocks(vectors, rows, blocks, weight, width, bias, count, x, out):
     """out[r, :] = bias[r] + Σ_k weight[r, k] x[k, :], else as `add_product_blocks`, but of each block of weight (rows, width)
     column lies after column: it is read from one end to the other."""
-    arrays, R = (weight, bias, x, out), rows.literal_value
 
-    def generate(context, builder, signature, values):
-        vectors = Vectors(context, builder, weight.dtype)
-        w, b, source, target = vectors.pointers([values[k] for k in (2, 4, 6, 7)], arrays)
+    def biases(row, spots):
+        each = [vectors.spread(vectors.builder.load(vectors.at(bias, row, r))) for r in range(rows)]
+        return [one for one in each for _ in range(len(spots) // rows)]
 
-        def biases(row, spots):
-            each = [vectors.spread(builder.load(vectors.at(b, row, r))) for r in range(R)]
-            return [bias for bias in each for _ in range(len(spots) // R)]
-
-        products(vectors, R, values[1], w, values[3], values[5], source, target, biases, column_wise=True)
-        return context.get_dummy_value()
-
-    return types.void(rows, types.intp, weight, types.intp, bias, types.intp, x, out), generate
+    products(vectors, rows, blocks, weight, width, count, x, out, biases, column_wise=True)
 
 
 class Units:
@@ -153,307 +125,231 @@ class Units:
             self.vectors.store(value, self.vectors.at(pointer, *spot))
 
 
-@intrinsic
-def cell_units(typing, units, sums, cell, new_cell, hidden, keep, gates, tanhs):
+@vector_code()
+def cell_units(vectors, units, sums, cell, new_cell, hidden, keep, gates, tanhs):
     """A step of so many units, at least one: c' = f c + i g, h' = o tanh(c').
 
     sums are y (4 · units, LANES), scaled: i, f and o are 1 / (1 + 2^y), g is 2 / (1 + 2^y) - 1. cell is c, new_cell and hidden
     become c' and h', each by one division. If `keep` is not 0, gates, which may be the sums, become i, f, g and o, and tanhs
     tanh(c'); with `STREAM` the former go to memory, past the cache.
     """
-    arrays = sums, cell, new_cell, hidden, gates, tanhs
+    builder, of, times = vectors.builder, Units(vectors), vectors.times
+    one, two = vectors.constant(1.0), vectors.constant(2.0)
+    keeping, near, beyond = (
+        builder.icmp_signed(sign, keep, ir.Constant(INDEX, bound))
+        for sign, bound in (("!=", 0), ("==", 1), ("==", STREAM))
+    )
 
-    def generate(context, builder, signature, values):
-        vectors = Vectors(context, builder, sums.dtype)
-        ys, old, new, out, kept, kept_tanhs = vectors.pointers([*values[1:5], *values[6:]], arrays)
-        keeping, near, beyond = (
-            builder.icmp_signed(sign, values[5], ir.Constant(INDEX, bound))
-            for sign, bound in (("!=", 0), ("==", 1), ("==", STREAM))
-        )
-        of, times, one, two = Units(vectors), vectors.times, vectors.constant(1.0), vectors.constant(2.0)
+    def cells(unit, _):
+        for rows, here in of.spots(unit):  # with p = 1 + 2^y each: i = 1 / p_i and so on, g = (2 - p_g) / p_g
+            ps, (c,) = [vectors.one_plus_power(y) for y in of.load_gates(rows, sums)], of.load(here, cell)
+            i, f, g, o = ps
+            total = vectors.add_product(times(vectors.minus(two, g), f), c, times(i, g))
+            of.store(here, (builder.fdiv(total, times(times(i, g), f)), new_cell), (o, hidden))
+            for wanted, store in ((near, vectors.store), (beyond, vectors.stream)):
+                with builder.if_then(wanted):
+                    i, f, g, o = vectors.inverses(ps)
+                    for value, row in zip((i, f, vectors.minus(vectors.plus(g, g), one), o), rows):
+                        store(value, vectors.at(gates, *row))
+        return []
 
-        def cells(unit, _):
-            for rows, here in of.spots(unit):  # with p = 1 + 2^y each: i = 1 / p_i and so on, g = (2 - p_g) / p_g
-                ps, (c,) = [vectors.one_plus_power(y) for y in of.load_gates(rows, ys)], of.load(here, old)
-                i, f, g, o = ps
-                total = vectors.add_product(times(vectors.minus(two, g), f), c, times(i, g))
-                of.store(here, (builder.fdiv(total, times(times(i, g), f)), new), (o, out))
-                for wanted, store in ((near, vectors.store), (beyond, vectors.stream)):
-                    with builder.if_then(wanted):
-                        i, f, g, o = vectors.inverses(ps)
-                        for value, row in zip((i, f, vectors.minus(vectors.plus(g, g), one), o), rows):
-                            store(value, vectors.at(kept, *row))
-            return []
+    def outputs(unit, _):  # in another loop, for each of these steps waits for the one before
+        for _, here in of.spots(unit):
+            c, o = of.load(here, new_cell, hidden)  # 1 + 2^y of o
+            p = vectors.one_plus_power(times(vectors.constant(TO_POWERS), c))
+            of.store(here, (builder.fdiv(vectors.minus(two, p), times(p, o)), hidden))
+            with builder.if_then(keeping):
+                of.store(here, (builder.fdiv(vectors.minus(two, p), p), tanhs))
+        return []
 
-        def outputs(unit, _):  # in another loop, for each of these steps waits for the one before
-            for _, here in of.spots(unit):
-                c, o = of.load(here, new, out)  # 1 + 2^y of o
-                p = vectors.one_plus_power(times(vectors.constant(TO_POWERS), c))
-                of.store(here, (builder.fdiv(vectors.minus(two, p), times(p, o)), out))
-                with builder.if_then(keeping):
-                    of.store(here, (builder.fdiv(vectors.minus(two, p), p), kept_tanhs))
-            return []
-
-        for body in (cells, outputs):
-            vectors.loop(values[0], [], body)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, sums, cell, new_cell, hidden, types.intp, gates, tanhs), generate
+    for body in (cells, outputs):
+        vectors.loop(units, [], body)
 
 
-@intrinsic
-def cell_again_units(typing, units, gates, cell, new_cell, hidden, tanhs):
+@vector_code()
+def cell_again_units(vectors, units, gates, cell, new_cell, hidden, tanhs):
     """`cell_units` once more, of which gates were kept: what follows from them."""
-    arrays = gates, cell, new_cell, hidden, tanhs
+    of = Units(vectors)
 
-    def generate(context, builder, signature, values):
-        vectors = Vectors(context, builder, gates.dtype)
-        kept, old, new, out, kept_tanhs = vectors.pointers(values[1:], arrays)
-        of = Units(vectors)
+    def again(unit, _):
+        for rows, here in of.spots(unit):
+            (i, f, g, o), (c,) = of.load_gates(rows, gates), of.load(here, cell)
+            c = vectors.add_product(vectors.times(i, g), f, c)
+            t = vectors.tanh(c)
+            of.store(here, (c, new_cell), (t, tanhs), (vectors.times(o, t), hidden))
+        return []
 
-        def again(unit, _):
-            for rows, here in of.spots(unit):
-                (i, f, g, o), (c,) = of.load_gates(rows, kept), of.load(here, old)
-                c = vectors.add_product(vectors.times(i, g), f, c)
-                t = vectors.tanh(c)
-                of.store(here, (c, new), (t, kept_tanhs), (vectors.times(o, t), out))
-            return []
-
-        vectors.loop(values[0], [], again)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, gates, cell, new_cell, hidden, tanhs), generate
+    vectors.loop(units, [], again)
 
 
-@intrinsic
-def cell_back_units(typing, units, gates, cell, tanhs, dhidden, dcell, slopes):
+@vector_code()
+def cell_back_units(vectors, units, gates, cell, tanhs, dhidden, dcell, slopes):
     """Back through `cell_units`: slopes ← dL/dy (y not scaled), dcell ← dL/dc, from dhidden = dL/dh' and dcell = dL/dc'.
 
     Of the step it takes what was kept, and c, as `cell`. slopes may be gates.
     """
-    arrays = gates, cell, tanhs, dhidden, dcell, slopes
+    of, times = Units(vectors), vectors.times
 
-    def generate(context, builder, signature, values):
-        vectors = Vectors(context, builder, gates.dtype)
-        kept, old, kept_tanhs, dh, dc, out = vectors.pointers(values[1:], arrays)
-        of, times = Units(vectors), vectors.times
+    def back(unit, _):
+        for rows, here in of.spots(unit):
+            (i, f, g, o), (c, t, above, ahead) = of.load_gates(rows, gates), of.load(here, cell, tanhs, dhidden, dcell)
+            ahead = vectors.add_product(ahead, times(above, o), vectors.tanh_slope(t))
+            changes = (
+                times(times(ahead, g), vectors.sigmoid_slope(i)),
+                times(times(ahead, c), vectors.sigmoid_slope(f)),
+                times(times(ahead, i), vectors.tanh_slope(g)),
+                times(times(above, t), vectors.sigmoid_slope(o)),
+            )
+            of.store(here, (times(ahead, f), dcell))
+            for change, row in zip(changes, rows):
+                of.store(row, (change, slopes))
+        return []
 
-        def back(unit, _):
-            for rows, here in of.spots(unit):
-                (i, f, g, o), (c, t, above, ahead) = of.load_gates(rows, kept), of.load(here, old, kept_tanhs, dh, dc)
-                ahead = vectors.add_product(ahead, times(above, o), vectors.tanh_slope(t))
-                changes = (
-                    times(times(ahead, g), vectors.sigmoid_slope(i)),
-                    times(times(ahead, c), vectors.sigmoid_slope(f)),
-                    times(times(ahead, i), vectors.tanh_slope(g)),
-                    times(times(above, t), vectors.sigmoid_slope(o)),
-                )
-                of.store(here, (times(ahead, f), dc))
-                for change, row in zip(changes, rows):
-                    of.store(row, (change, out))
-            return []
-
-        vectors.loop(values[0], [], back)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, gates, cell, tanhs, dhidden, dcell, slopes), generate
+    vectors.loop(units, [], back)
 
 
-@intrinsic(prefer_literal=True)
-def add_outer_blocks(typing, rows, columns, row_blocks, column_blocks, y, y_step, x, x_step, steps, total, row_total):
+@vector_code("rows", "columns")
+def add_outer_blocks(vectors, rows, columns, row_blocks, column_blocks, y, y_step, x, x_step, steps, total, row_total):
     """total[r, k] += Σ_t Σ_j y_t[r, j] x_t[k, j] and row_total[r] += Σ_t Σ_j y_t[r, j], over steps and LANES.
 
     In blocks of rows by columns (literals). y_t (rows · row_blocks, LANES) begins at t · y_step of the flat y, x_t (columns
     · column_blocks, LANES) likewise. total (row_blocks, column_blocks, rows, columns) is flat and in float64, row_total
     too. rows · columns is a multiple of a vector's length; no number is 0.
     """
-    arrays, R, K = (y, x, total, row_total), rows.literal_value, columns.literal_value
+    builder, zero, size = vectors.builder, vectors.constant(0.0), rows * columns
 
-    def generate(context, builder, signature, values):
-        vectors = Vectors(context, builder, y.dtype)
-        ys, xs, target, row_target = vectors.pointers([values[k] for k in (4, 6, 9, 10)], arrays)
-        y_stride, x_stride, many, across = values[5], values[7], values[8], values[3]
-        zero = vectors.constant(0.0)
+    def rows_of_blocks(row, _):
+        left = vectors.at(y, builder.mul(row, ir.Constant(INDEX, rows * LANES)))
 
-        def rows_of_blocks(row, _):
-            left = vectors.at(ys, builder.mul(row, ir.Constant(INDEX, R * LANES)))
+        def block(column, with_rows):
+            right = vectors.at(x, builder.mul(column, ir.Constant(INDEX, columns * LANES)))
 
-            def block(column, with_rows):
-                right = vectors.at(xs, builder.mul(column, ir.Constant(INDEX, K * LANES)))
+            def add(t, totals):
+                a_t, b_t = vectors.at(left, builder.mul(t, y_step)), vectors.at(right, builder.mul(t, x_step))
+                for place in vectors.places:
+                    b = [vectors.load(vectors.at(b_t, k * LANES + place)) for k in range(columns)]
+                    a = [vectors.load(vectors.at(a_t, r * LANES + place)) for r in range(rows)]
+                    row_sums = [vectors.plus(total, part) for total, part in zip(totals[size:], a)]
+                    totals = [
+                        vectors.add_product(totals[r * columns + k], a[r], b[k])
+                        for r in range(rows)
+                        for k in range(columns)
+                    ] + row_sums
+                return totals
 
-                def add(t, totals):
-                    a_t, b_t = vectors.at(left, builder.mul(t, y_stride)), vectors.at(right, builder.mul(t, x_stride))
-                    for place in vectors.places:
-                        b = [vectors.load(vectors.at(b_t, k * LANES + place)) for k in range(K)]
-                        a = [vectors.load(vectors.at(a_t, r * LANES + place)) for r in range(R)]
-                        row_sums = [vectors.plus(total, part) for total, part in zip(totals[R * K :], a)]
-                        totals = [
-                            vectors.add_product(totals[r * K + k], a[r], b[k]) for r in range(R) for k in range(K)
-                        ] + row_sums
-                    return totals
+            totals = vectors.loop(steps, [zero] * (size + with_rows), add)
+            number = builder.add(builder.mul(row, column_blocks), column)
+            vectors.add_sums(totals[:size], vectors.at(total, builder.mul(number, ir.Constant(INDEX, size))))
+            return totals[size:]
 
-                totals = vectors.loop(many, [zero] * (R * K + with_rows), add)
-                number = builder.add(builder.mul(row, across), column)
-                vectors.add_sums(totals[: R * K], vectors.at(target, builder.mul(number, ir.Constant(INDEX, R * K))))
-                return totals[R * K :]
+        row_sums = block(ir.Constant(INDEX, 0), rows)
+        vectors.add_sums(row_sums, vectors.at(row_total, builder.mul(row, ir.Constant(INDEX, rows))))
+        others = builder.sub(column_blocks, ir.Constant(INDEX, 1))
+        with builder.if_then(builder.icmp_signed(">", others, ir.Constant(INDEX, 0))):
+            vectors.loop(others, [], lambda number, _: block(builder.add(number, ir.Constant(INDEX, 1)), 0))
+        return []
 
-            row_sums = block(ir.Constant(INDEX, 0), R)
-            vectors.add_sums(row_sums, vectors.at(row_target, builder.mul(row, ir.Constant(INDEX, R))))
-            others = builder.sub(across, ir.Constant(INDEX, 1))
-            with builder.if_then(builder.icmp_signed(">", others, ir.Constant(INDEX, 0))):
-                vectors.loop(others, [], lambda number, _: block(builder.add(number, ir.Constant(INDEX, 1)), 0))
-            return []
-
-        vectors.loop(values[2], [], rows_of_blocks)
-        return context.get_dummy_value()
-
-    return types.void(
-        rows, columns, types.intp, types.intp, y, types.intp, x, types.intp, types.intp, total, row_total
-    ), generate
+    vectors.loop(row_blocks, [], rows_of_blocks)
 
 
-@intrinsic
-def log_sign_row(typing, p, least, steepest, rows):
+@vector_code()
+def log_sign_row(vectors, p, least, steepest, rows):
     """`readings.log_sign` of the numbers in the second row of rows (2, LANES), not NaN: its two parts become the rows.
 
     least is e^-p, steepest e^p."""
-
-    def generate(context, builder, signature, values):
-        vectors = Vectors(context, builder, rows.dtype)
-        (start,) = vectors.pointers(values[3:], [rows])
-        p, least, steepest = (
-            vectors.spread(context.cast(builder, value, types.float64, rows.dtype)) for value in values[:3]
-        )
-        for place in vectors.places:
-            sizes, signs = vectors.at(start, place), vectors.at(start, LANES + place)
-            grad = vectors.load(signs)
-            size = builder.select(builder.fcmp_ordered("<", grad, vectors.constant(0.0)), builder.fneg(grad), grad)
-            size = builder.select(builder.fcmp_ordered("<", size, least), least, size)
-            vectors.store(builder.fdiv(vectors.log(size), p), sizes)
-            vectors.store(vectors.at_least_and_most(vectors.times(grad, steepest), -1.0, 1.0), signs)
-        return context.get_dummy_value()
-
-    return types.void(types.float64, types.float64, types.float64, rows), generate
-
-
-def copy_between(source, out):
-    """The numbers' dtype, and what of `Vectors` loads from one array and stores to the other: either may be bfloat16."""
-    number = out.dtype if source.dtype == BFLOAT16 else source.dtype
-    return (
-        number,
-        Vectors.load_bfloat16 if source.dtype == BFLOAT16 else Vectors.load,
-        Vectors.store_bfloat16 if out.dtype == BFLOAT16 else Vectors.store,
+    builder = vectors.builder
+    p, least, steepest = (
+        vectors.spread(vectors.context.cast(builder, value, types.float64, vectors.kinds["rows"].dtype))
+        for value in (p, least, steepest)
     )
+    for place in vectors.places:
+        sizes, signs = vectors.at(rows, place), vectors.at(rows, LANES + place)
+        grad = vectors.load(signs)
+        size = builder.select(builder.fcmp_ordered("<", grad, vectors.constant(0.0)), builder.fneg(grad), grad)
+        size = builder.select(builder.fcmp_ordered("<", size, least), least, size)
+        vectors.store(builder.fdiv(vectors.log(size), p), sizes)
+        vectors.store(vectors.at_least_and_most(vectors.times(grad, steepest), -1.0, 1.0), signs)
 
 
-@intrinsic
-def copy_rows(typing, rows, tiles, source, source_row, source_tile, out, out_row, out_tile):
+@vector_code()
+def copy_rows(vectors, rows, tiles, source, source_row, source_tile, out, out_row, out_tile):
     """out[r · out_row + k · out_tile + j] = source[r · source_row + k · source_tile + j] for r < rows, k < tiles, j < LANES.
 
     Neither rows nor tiles is 0. One of the arrays may be of bfloat16, as int16."""
-    number, load, store = copy_between(source, out)
+    builder, kinds = vectors.builder, vectors.kinds
 
-    def generate(context, builder, signature, values):
-        vectors = Vectors(context, builder, number)
-        origin, target = vectors.pointers([values[2], values[5]], [source, out])
+    def row(r, _):
+        old, new = vectors.at(source, builder.mul(r, source_row)), vectors.at(out, builder.mul(r, out_row))
 
-        def row(r, _):
-            old, new = vectors.at(origin, builder.mul(r, values[3])), vectors.at(target, builder.mul(r, values[6]))
-
-            def tile(k, _):
-                from_, to = vectors.at(old, builder.mul(k, values[4])), vectors.at(new, builder.mul(k, values[7]))
-                for place in vectors.places:
-                    store(vectors, load(vectors, vectors.at(from_, place)), vectors.at(to, place))
-                return []
-
-            return vectors.loop(values[1], [], tile)
-
-        vectors.loop(values[0], [], row)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, source, types.intp, types.intp, out, types.intp, types.intp), generate
-
-
-@intrinsic
-def copy_numbers(typing, count, source, first, out, at):
-    """out[at + k] = source[first + k] for k < count, which is not 0, of arrays as of `copy_rows`."""
-    number, load, store = copy_between(source, out)
-
-    def generate(context, builder, signature, values):
-        single = Vectors(context, builder, number, length=1)
-        origin, target = single.pointers([values[1], values[3]], [source, out])
-
-        def copy(k, _):
-            store(single, load(single, single.at(origin, values[2], k)), single.at(target, values[4], k))
+        def tile(k, _):
+            from_, to = vectors.at(old, builder.mul(k, source_tile)), vectors.at(new, builder.mul(k, out_tile))
+            for place in vectors.places:
+                value = vectors.load_from(kinds["source"], vectors.at(from_, place))
+                vectors.store_to(kinds["out"], value, vectors.at(to, place))
             return []
 
-        single.loop(values[0], [], copy)
-        return context.get_dummy_value()
+        return vectors.loop(tiles, [], tile)
 
-    return types.void(types.intp, source, types.intp, out, types.intp), generate
+    vectors.loop(rows, [], row)
 
 
-@intrinsic
-def gather_columns(typing, source, row, index, count, out):
+@vector_code(length=1)
+def copy_numbers(single, count, source, first, out, at):
+    """out[at + k] = source[first + k] for k < count, which is not 0, of arrays as of `copy_rows`."""
+
+    def copy(k, _):
+        value = single.load_from(single.kinds["source"], single.at(source, first, k))
+        single.store_to(single.kinds["out"], value, single.at(out, at, k))
+        return []
+
+    single.loop(count, [], copy)
+
+
+@vector_code()
+def gather_columns(vectors, source, row, index, count, out):
     """out[k · LANES + j] = source[index[j] · row + k] for j < LANES and k < count: rows become columns.
 
     count is a multiple of `LANES`, and not 0."""
-    arrays = source, index, out
+    builder = vectors.builder
+    blocks = builder.udiv(count, ir.Constant(INDEX, vectors.length))
+    for place in vectors.places:
+        rows = [
+            vectors.at(source, builder.mul(row, builder.load(vectors.at(index, place + j))))
+            for j in range(vectors.length)
+        ]
 
-    def generate(context, builder, signature, values):
-        vectors = Vectors(context, builder, source.dtype)
-        origin, numbers, target = vectors.pointers([values[k] for k in (0, 2, 4)], arrays)
-        blocks = builder.udiv(values[3], ir.Constant(INDEX, vectors.length))
-        for place in vectors.places:
-            rows = [
-                vectors.at(origin, builder.mul(values[1], builder.load(vectors.at(numbers, place + j))))
-                for j in range(vectors.length)
-            ]
+        def block(number, _):
+            first = builder.mul(number, ir.Constant(INDEX, vectors.length))
+            columns = vectors.transpose([vectors.load(vectors.at(row, first)) for row in rows])
+            target = vectors.at(out, builder.mul(first, ir.Constant(INDEX, LANES)), place)
+            for k, column in enumerate(columns):
+                vectors.store(column, vectors.at(target, k * LANES))
+            return []
 
-            def block(number, _):
-                first = builder.mul(number, ir.Constant(INDEX, vectors.length))
-                columns = vectors.transpose([vectors.load(vectors.at(row, first)) for row in rows])
-                out = vectors.at(target, builder.mul(first, ir.Constant(INDEX, LANES)), place)
-                for k, column in enumerate(columns):
-                    vectors.store(column, vectors.at(out, k * LANES))
-                return []
-
-            vectors.loop(blocks, [], block)
-        return context.get_dummy_value()
-
-    return types.void(source, types.intp, index, types.intp, out), generate
+        vectors.loop(blocks, [], block)
 
 
-@intrinsic
-def fetch_rows(typing, rows, tiles, source, source_row):
+@vector_code()
+def fetch_rows(vectors, rows, tiles, source, source_row):
     """Have source[r · source_row + j], r < rows and j < tiles · LANES, brought near while something else is computed.
 
     Neither rows nor tiles is 0."""
+    builder, byte, number = vectors.builder, ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+    fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+    line = 64 * 8 // vectors.kinds["source"].dtype.bitwidth  # elements
 
-    def generate(context, builder, signature, values):
-        vectors = Vectors(context, builder, source.dtype)
-        (origin,), byte, number = vectors.pointers([values[2]], [source]), ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        line = 64 * 8 // source.dtype.bitwidth  # elements
+    def row(r, _):
+        start = vectors.at(source, builder.mul(r, source_row))
 
-        def row(r, _):
-            start = vectors.at(origin, builder.mul(r, values[3]))
+        def tile(k, _):
+            here = vectors.at(start, builder.mul(k, ir.Constant(INDEX, LANES)))
+            for place in range(0, LANES, line):  # where rows begin within a line, the one before has brought that line
+                last = builder.bitcast(vectors.at(here, place + line - 1), byte)
+                how = (ir.Constant(number, flag) for flag in (0, 2, 1))  # to be read; not nearest; data
+                builder.call(fetch, [last, *how])
+            return []
 
-            def tile(k, _):
-                here = vectors.at(start, builder.mul(k, ir.Constant(INDEX, LANES)))
-                for place in range(
-                    0, LANES, line
-                ):  # where rows begin within a line, the one before has brought that line
-                    last = builder.bitcast(vectors.at(here, place + line - 1), byte)
-                    builder.call(
-                        fetch, [last, *(ir.Constant(number, how) for how in (0, 2, 1))]
-                    )  # to be read; not nearest; data
-                return []
+        return vectors.loop(tiles, [], tile)
 
-            return vectors.loop(values[1], [], tile)
-
-        vectors.loop(values[0], [], row)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, source, types.intp), generate
+    vectors.loop(rows, [], row)

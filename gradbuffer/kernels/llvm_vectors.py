@@ -3,15 +3,20 @@
 A matrix is given as a flat array, its rows of `LANES` columns one after the other; a row is one vector, or several.
 """
 
+import functools
+import inspect
 import math
+from collections.abc import Callable
 
 from llvmlite import binding, ir
 from numba import types
+from numba.extending import intrinsic
 
-__all__ = ["INDEX", "LANES", "NUMBERS", "REGISTER", "REGISTERS", "TO_POWERS", "Vectors"]
+__all__ = ["BFLOAT16", "INDEX", "LANES", "NUMBERS", "REGISTER", "REGISTERS", "TO_POWERS", "Vectors", "vector_code"]
 
 LANES = 16  # columns
 INDEX = ir.IntType(64)
+BFLOAT16 = types.int16  # as what numba is given it
 
 
 def registers():
@@ -89,6 +94,14 @@ class Vectors:
         rounded = builder.add(builder.add(whole, below_half), builder.and_(builder.lshr(whole, sixteen), one))
         upper = builder.select(builder.fcmp_unordered("uno", value, value), a_nan, builder.lshr(rounded, sixteen))
         builder.store(builder.trunc(upper, halves), builder.bitcast(pointer, halves.as_pointer()), align=2)
+
+    def load_from(self, array, pointer):
+        """From an array of that type of numba's: of these numbers, or of bfloat16."""
+        return self.load_bfloat16(pointer) if array.dtype == BFLOAT16 else self.load(pointer)
+
+    def store_to(self, array, value, pointer):
+        """To such an array."""
+        (self.store_bfloat16 if array.dtype == BFLOAT16 else self.store)(value, pointer)
 
     def halves_and_floats(self):
         return (ir.VectorType(kind, self.length) for kind in (ir.IntType(16), ir.IntType(32), ir.FloatType()))
@@ -265,3 +278,43 @@ class Vectors:
         builder.cbranch(builder.icmp_unsigned("<", after, count), head, done)
         builder.position_at_end(done)
         return new
+
+
+def vector_code(*literals: str, length: int | None = None) -> Callable:
+    """Decorator: `write(vectors, *arguments)` writes a function of these arguments that compiled functions can call.
+
+    It is given arrays as pointers and numbers as LLVM's. `vectors` are of the numbers in the first array that is not of bfloat16;
+    `vectors.kinds` is a dict from argument to numba's type of it.
+
+    Args:
+        literals: arguments that are literals in every call, and given as such numbers of Python's.
+        length: of the vectors. Default: a register's.
+    """
+
+    def declare(write):
+        names = list(inspect.signature(write).parameters)[1:]
+
+        @functools.wraps(write)
+        def function(typing, *given):
+            kinds = dict(zip(names, given))
+            arrays = [name for name, kind in kinds.items() if isinstance(kind, types.Array)]
+            dtype = next((kinds[name].dtype for name in arrays if kinds[name].dtype != BFLOAT16), BFLOAT16)
+            taken = {
+                name: types.float64 if isinstance(kind, types.Float) else types.intp for name, kind in kinds.items()
+            }
+            taken |= {name: kinds[name] for name in (*arrays, *literals)}
+
+            def generate(context, builder, signature, values):
+                vectors = Vectors(context, builder, dtype, length)
+                vectors.kinds, arguments = kinds, dict(zip(names, values))
+                pointers = vectors.pointers([arguments[name] for name in arrays], [kinds[name] for name in arrays])
+                arguments |= zip(arrays, pointers)
+                arguments |= {name: kinds[name].literal_value for name in literals}
+                write(vectors, **arguments)
+                return context.get_dummy_value()
+
+            return types.void(*taken.values()), generate
+
+        return intrinsic(prefer_literal=bool(literals))(function)
+
+    return declare

@@ -1,6 +1,9 @@
 """Tensors as matrices: what has rows and columns for the small learned optimizer, in plain torch and compiled."""
 
-__all__ = ["as_matrix", "from_matrix", "matrix_axes"]
+__all__ = ["ITERATIONS", "NEWTON_SCHULZ", "as_matrix", "from_matrix", "matrix_axes"]
+
+NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # Muon's: towards an orthogonal matrix, to about a quarter
+ITERATIONS = 5
 
 
 def matrix_axes(shape):

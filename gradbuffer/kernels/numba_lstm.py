@@ -49,7 +49,7 @@ class NumbaLSTM(LSTMKernels):
     reads_log_sign = frozenset({"step", "replay"})
 
     @classmethod
-    def reasons_against(cls, weight, work, *, state=None, squash=False, inputs=False):
+    def reasons_against(cls, weight, work, *, state=None, squash=False, inputs=False, lstm=None, p=0.0):
         reasons = []
         if weight.device.type != "cpu":
             reasons.append(f"runs on the CPU, the network is on {weight.device}")

@@ -1,10 +1,10 @@
 """The step of a small learned optimizer on a CPU, compiled by numba: few passes over a tensor, nothing stored between features.
 
-`gradbuffer.nets.mlp.MLPOptimizer` (variant "celo", without Newton-Schulz) is the plain version, which this one is tested against.
+`gradbuffer.nets.mlp.MLPOptimizer` (variant "celo") is the plain version, which this one is tested against.
 Here features go from a processor's registers straight into the first hidden layer. Those that are the same along a row or a column
 are added up once for it. A tensor is gone through four times: its averages and all sums over it;
 sums that need the rows' and columns' averages; the
-network's output; the update. Threads share the rows of large tensors.
+network's output; the update. Threads share the rows of large tensors. Newton-Schulz comes between the last two.
 """
 
 import math
@@ -16,6 +16,7 @@ from gradbuffer.contracts import Rule
 from gradbuffer.kernels.llvm_mlp import FACTORED, OF_MATRIX, READ
 from gradbuffer.kernels.matrices import as_matrix, from_matrix, matrix_axes
 from gradbuffer.kernels.numba_mlp_loops import (
+    FEATURES,
     after_factors,
     after_reading,
     direct_part,
@@ -26,16 +27,26 @@ from gradbuffer.kernels.numba_mlp_loops import (
     step_matrix,
     step_vector,
 )
+from gradbuffer.kernels.numba_orthogonal import orthogonalized
 from gradbuffer.kernels.numba_threads import buffer, parallel_for, threads_here
 
-__all__ = ["TOTALS", "TensorSteps", "check_net", "numbers_of_scratch", "step_adamw", "step_matrix", "step_vector"]
+__all__ = [
+    "TOTALS",
+    "TensorSteps",
+    "check_net",
+    "numbers_of_scratch",
+    "plain_weights",
+    "step_adamw",
+    "step_matrix",
+    "step_vector",
+]
 
 WORTHWHILE = 1 << 15  # coordinates of a matrix from which on threads share it
 TOTALS = READ + FACTORED + 1  # sums over a tensor, in float64
 
 
 class TensorSteps:
-    """Steps of an `MLPOptimizer`, variant "celo" without Newton-Schulz, of single tensors on a CPU, where they lie.
+    """Steps of an `MLPOptimizer`, variant "celo", of single tensors on a CPU, where they lie.
 
     Args:
         net: the `MLPOptimizer`. Its weights are copied: make another of these when they have changed.
@@ -60,7 +71,9 @@ class TensorSteps:
             net.weight_decay,
             net.vectors == "adamw",
         )
-        self.weights = torch.nn.utils.parameters_to_vector(net.parameters()).detach().to("cpu", dtype).numpy()
+        weights = torch.nn.utils.parameters_to_vector(net.parameters()).detach().to("cpu", dtype).numpy()
+        self.weights, self.context = weights[: plain_weights(self.hidden)], weights[plain_weights(self.hidden) :]
+        self.orthogonal = net.orthogonalize
         self.shape = tuple((0,) * size for size in self.hidden)
 
     def step(self, param, grad, state, lr):
@@ -114,6 +127,7 @@ class TensorSteps:
                     theta,
                     *own,
                     self.weights,
+                    self.context,
                     float(lr),
                     self.decay,
                     buffer("mlp out", theta.size, self.dtype),
@@ -162,10 +176,9 @@ class TensorSteps:
         width, H = columns * others, self.shape
         scratch = buffer("mlp scratch", numbers_of_scratch(self.hidden, rows, width), self.dtype)
         out, totals = buffer("mlp out", count, self.dtype), np.zeros((threads, TOTALS))
-        if threads == 1 or count < WORTHWHILE:
-            step_matrix(
-                H, rows, columns, others, grad, theta, m, v, r, c, self.weights, lr, self.decay, out, scratch, totals[0]
-            )
+        if not self.orthogonal and (threads == 1 or count < WORTHWHILE):
+            given = H, rows, columns, others, grad, theta, m, v, r, c, self.weights, self.context, False
+            step_matrix(*given, lr, self.decay, out, scratch, totals[0])
             return
         spans = [(k, rows * k // threads, rows * (k + 1) // threads) for k in range(threads)]
         squares = np.zeros((threads, width), theta.dtype)
@@ -175,22 +188,24 @@ class TensorSteps:
         if not after_reading(H, rows, columns, others, grad, r, c, scratch, squares.sum(0), totals.sum(0)):
             return
         parallel_for(lambda k, a, b: factor_part(H, a, b, rows, width, grad, m, scratch, totals[k]), spans)
-        after_factors(H, rows, columns, others, r, c, self.weights, scratch, totals.sum(0))
+        given = r, c, self.weights, self.context, lr
+        length = after_factors(H, rows, columns, others, *given, scratch, totals.sum(0))
         parallel_for(
             lambda k, a, b: direct_part(H, a, b, rows, width, grad, theta, m, v, scratch, out, totals[k]), spans
         )
         total = totals.sum(0)[READ + FACTORED]
-        parallel_for(lambda _, a, b: move(theta, out, a * width, b * width, total, lr, self.decay), spans)
+        if self.orthogonal:
+            matrix = torch.from_numpy(out).view(rows, width)
+            total = matrix.copy_(orthogonalized(matrix)).square().sum(dtype=torch.float64).item()
+        parallel_for(lambda _, a, b: move(theta, out, a * width, b * width, total, length, lr, self.decay), spans)
 
 
 def check_net(net):
     """Raise unless the compiled step is that of this network."""
     if not isinstance(net, Rule) or "orthogonalize" not in net.arguments:
         raise TypeError(f"net must be an MLPOptimizer, got {type(net).__name__}")
-    if net.variant != "celo" or net.orthogonalize:
-        raise ValueError(
-            f'net must have variant "celo" and orthogonalize False, got {net.variant!r} and {net.orthogonalize}'
-        )
+    if net.variant != "celo":
+        raise ValueError(f'net must have variant "celo", got {net.variant!r}')
 
 
 def in_one_piece(tensor, axes, several):
@@ -201,4 +216,9 @@ def in_one_piece(tensor, axes, several):
 def numbers_of_scratch(hidden, rows, width):
     """How many numbers `step_matrix` and `step_vector` write into for a tensor (rows, width) beside its update."""
     layers = sum((a + 1) * b for a, b in zip(hidden, (*hidden[1:], 1)))
-    return (rows + width) * (7 + hidden[0]) + OF_MATRIX * hidden[0] + layers
+    return (rows + width) * (7 + hidden[0]) + (OF_MATRIX + 1) * hidden[0] + layers
+
+
+def plain_weights(hidden):
+    """How many weights the network has without those of its context, which come last."""
+    return sum((a + 1) * b for a, b in zip((FEATURES, *hidden), (*hidden, 1)))

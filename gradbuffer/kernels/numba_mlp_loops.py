@@ -4,6 +4,7 @@ import math
 
 from gradbuffer.kernels.llvm_mlp import FACTORED, OF_MATRIX, OF_VECTOR, READ, direct_rows, factor_rows, read_rows
 from gradbuffer.kernels.numba_compiler import compiled
+from gradbuffer.kernels.numba_orthogonal import orthogonalize
 
 __all__ = [
     "BLOCK",
@@ -14,6 +15,8 @@ __all__ = [
     "advance_factored",
     "factors_and_roots",
     "inverse_size_of",
+    "log_size",
+    "read_context",
     "terms",
     "pack",
     "move",
@@ -30,6 +33,7 @@ __all__ = [
 ]
 
 FEATURES = 30
+CONTEXT_FEATURES, CONTEXT_UNITS, LARGEST_LOG = 7, 8, 3.0
 BLOCK = 1 << 14  # coordinates
 
 
@@ -101,10 +105,50 @@ def inverse_size_of(x, start, count):
 
 
 @compiled
-def terms(r, roots, rows, others, w, H, first, with_bias, out):
+def log_size(total, count, least):
+    """A third of the logarithm of the root mean square."""
+    return math.log(total / count + least) / 6
+
+
+@compiled
+def read_context(w, units, totals, count, is_vector, lr, context, bias):
+    """bias (units,): the first layer's, with what the context adds to it; returns the step's length. context: its weights."""
+    kind = w.dtype.type
+    for u in range(units):
+        bias[u] = w[FEATURES * units + u]
+    if len(context) == 0:
+        return 1.0
+    size, outputs = totals[2] / count + 1e-6, units + 1
+    read = (
+        log_size(totals[7], count, 1e-9),
+        log_size(totals[8], count, 1e-9),
+        log_size(totals[9], count, 1e-9),
+        log_size(totals[11], count, 1e-9),
+        math.log(size) / 6,
+        math.log((lr * lr + 1e-12) / size) / 6,
+        1.0 if is_vector else 0.0,
+    )
+    biases, length = context[CONTEXT_FEATURES * CONTEXT_UNITS :], 0.0
+    second = biases[CONTEXT_UNITS:]
+    last = second[CONTEXT_UNITS * outputs :]
+    for k in range(CONTEXT_UNITS):
+        hidden = float(biases[k])
+        for f in range(CONTEXT_FEATURES):
+            hidden += read[f] * context[f * CONTEXT_UNITS + k]
+        if hidden > 0:
+            for u in range(units):
+                bias[u] += kind(hidden * second[k * outputs + u])
+            length += hidden * second[k * outputs + units]
+    for u in range(units):
+        bias[u] += last[u]
+    return math.exp(LARGEST_LOG * math.tanh((length + last[units]) / LARGEST_LOG))
+
+
+@compiled
+def terms(r, roots, rows, others, w, H, first, bias, out):
     """out (H, rows · others): what r_k and 1 / √(r_k + 1e-8), over their sizes, add to each unit of the first layer.
 
-    Their weights in w (30, H) begin at rows `first` and first + 6; the layer's bias is added if so.
+    Their weights in w (30, H) begin at rows `first` and first + 6; bias: (H,), added, or of length 0.
     """
     width = rows * others
     s0, s1, s2 = (inverse_size_of(r, 0, rows), inverse_size_of(r, rows, rows), inverse_size_of(r, 2 * rows, rows))
@@ -114,14 +158,14 @@ def terms(r, roots, rows, others, w, H, first, with_bias, out):
         inverse_size_of(roots, 2 * width, width),
     )
     for u in range(H):
-        bias = w[FEATURES * H + u] if with_bias else w.dtype.type(0)
+        start = bias[u] if len(bias) > 0 else w.dtype.type(0)
         a0, a1, a2 = w[first * H + u] * s0, w[(first + 1) * H + u] * s1, w[(first + 2) * H + u] * s2
         b0, b1, b2 = w[(first + 6) * H + u] * t0, w[(first + 7) * H + u] * t1, w[(first + 8) * H + u] * t2
         own = out[u * width : (u + 1) * width]
         if others == 1:
             for i in range(rows):
                 own[i] = (
-                    bias
+                    start
                     + a0 * r[i]
                     + a1 * r[rows + i]
                     + a2 * r[2 * rows + i]
@@ -133,7 +177,7 @@ def terms(r, roots, rows, others, w, H, first, with_bias, out):
             for i in range(rows):
                 for j in range(i * others, (i + 1) * others):
                     own[j] = (
-                        bias
+                        start
                         + a0 * r[i]
                         + a1 * r[rows + i]
                         + a2 * r[2 * rows + i]
@@ -167,10 +211,10 @@ def pack(w, H, totals, count, matrix, packed):
 
 
 @compiled
-def move(theta, out, first, last, total, lr, decay):
-    """theta -= lr · (out over its root mean square + decay · theta), from `first` to `last` - 1."""
+def move(theta, out, first, last, total, length, lr, decay):
+    """theta -= lr · (length · out over its root mean square + decay · theta), from `first` to `last` - 1."""
     kind = theta.dtype.type
-    factor, keep = kind(lr * inverse_size(total, len(theta))), kind(1 - lr * decay)
+    factor, keep = kind(lr * length * inverse_size(total, len(theta))), kind(1 - lr * decay)
     for k in range(first, last):
         theta[k] = keep * theta[k] - factor * out[k]
 
@@ -178,7 +222,7 @@ def move(theta, out, first, last, total, lr, decay):
 @compiled
 def split_scratch(scratch, units, rows, width):
     """What passes over a matrix share: sums of g² of rows and columns; factors and roots of both; what they add to the first
-    layer; the packed weights."""
+    layer; the first layer's bias; the packed weights."""
     row_squares, at = part(scratch, 0, rows)
     column_squares, at = part(scratch, at, width)
     row_factors, at = part(scratch, at, 3 * rows)
@@ -187,6 +231,7 @@ def split_scratch(scratch, units, rows, width):
     column_roots, at = part(scratch, at, 3 * width)
     row_terms, at = part(scratch, at, units * rows)
     column_terms, at = part(scratch, at, units * width)
+    bias, at = part(scratch, at, units)
     return (
         row_squares,
         column_squares,
@@ -196,6 +241,7 @@ def split_scratch(scratch, units, rows, width):
         column_roots,
         row_terms,
         column_terms,
+        bias,
         scratch[at:],
     )
 
@@ -231,7 +277,7 @@ def read_part(H, first, last, rows, width, grad, theta, m, v, scratch, column_sq
 def after_reading(H, rows, columns, others, grad, r, c, scratch, column_squares, totals):
     """The rows' and columns' averages and factors; whether the tensor moves."""
     width = columns * others
-    row_squares, _, row_factors, row_roots, column_factors, column_roots, _, _, _ = split_scratch(
+    row_squares, _, row_factors, row_roots, column_factors, column_roots, _, _, _, _ = split_scratch(
         scratch, len(H[0]), rows, width
     )
     advance_factored(r, rows, row_squares, 1, width)
@@ -246,7 +292,7 @@ def after_reading(H, rows, columns, others, grad, r, c, scratch, column_squares,
 @compiled
 def factor_part(H, first, last, rows, width, grad, m, scratch, totals):
     """`factor_rows` for rows first … last - 1."""
-    _, _, row_factors, _, column_factors, _, _, _, _ = split_scratch(scratch, len(H[0]), rows, width)
+    _, _, row_factors, _, column_factors, _, _, _, _, _ = split_scratch(scratch, len(H[0]), rows, width)
     some = rows_at_once(width)
     for i in range(first, last, some):
         at = i * width
@@ -264,19 +310,23 @@ def factor_part(H, first, last, rows, width, grad, m, scratch, totals):
 
 
 @compiled
-def after_factors(H, rows, columns, others, r, c, w, scratch, totals):
-    """What the perceptron reads of rows and columns, and its weights over the features' sizes."""
+def after_factors(H, rows, columns, others, r, c, w, context, lr, scratch, totals):
+    """What the perceptron reads of rows and columns, and its weights over the features' sizes; returns the step's length."""
     width, units = columns * others, len(H[0])
-    _, _, _, row_roots, _, column_roots, row_terms, column_terms, packed = split_scratch(scratch, units, rows, width)
-    terms(r, row_roots, rows, 1, w, units, 15, True, row_terms)
-    terms(c, column_roots, columns, others, w, units, 18, False, column_terms)
+    _, _, _, row_roots, _, column_roots, row_terms, column_terms, bias, packed = split_scratch(
+        scratch, units, rows, width
+    )
+    length = read_context(w, units, totals, rows * width, False, lr, context, bias)
+    terms(r, row_roots, rows, 1, w, units, 15, bias, row_terms)
+    terms(c, column_roots, columns, others, w, units, 18, bias[:0], column_terms)
     pack(w, units, totals, rows * width, True, packed)
+    return length
 
 
 @compiled
 def direct_part(H, first, last, rows, width, grad, theta, m, v, scratch, out, totals):
     """`direct_rows` for rows first … last - 1."""
-    _, _, row_factors, _, column_factors, _, row_terms, column_terms, packed = split_scratch(
+    _, _, row_factors, _, column_factors, _, row_terms, column_terms, _, packed = split_scratch(
         scratch, len(H[0]), rows, width
     )
     some = rows_at_once(width)
@@ -304,11 +354,13 @@ def direct_part(H, first, last, rows, width, grad, theta, m, v, scratch, out, to
 
 
 @compiled
-def step_matrix(H, rows, columns, others, grad, theta, m, v, r, c, w, lr, decay, out, scratch, totals):
+def step_matrix(
+    H, rows, columns, others, grad, theta, m, v, r, c, w, context, orthogonal, lr, decay, out, scratch, totals
+):
     """One step of a tensor (rows, columns · others), theta and the state overwritten; out is of its size, too.
 
-    H: sizes of the hidden layers, as `llvm_mlp` says; w: all weights in the order of `MLPOptimizer.parameters()`.
-    totals (TOTALS,) is of float64.
+    H: sizes of the hidden layers, as `llvm_mlp` says; w, context: all weights in the order of `MLPOptimizer.parameters()`,
+    context's apart, or of length 0; orthogonal: whether the update becomes so. totals (TOTALS,) is of float64.
     """
     width = columns * others
     column_squares = split_scratch(scratch, len(H[0]), rows, width)[1]
@@ -317,19 +369,26 @@ def step_matrix(H, rows, columns, others, grad, theta, m, v, r, c, w, lr, decay,
     if not after_reading(H, rows, columns, others, grad, r, c, scratch, column_squares, totals):
         return
     factor_part(H, 0, rows, rows, width, grad, m, scratch, totals)
-    after_factors(H, rows, columns, others, r, c, w, scratch, totals)
+    length = after_factors(H, rows, columns, others, r, c, w, context, lr, scratch, totals)
     direct_part(H, 0, rows, rows, width, grad, theta, m, v, scratch, out, totals)
-    move(theta, out, 0, len(theta), totals[READ + FACTORED], lr, decay)
+    if orthogonal:
+        orthogonalize(out, rows, width, scratch)
+        totals[READ + FACTORED] = 0
+        for k in range(len(out)):
+            totals[READ + FACTORED] += out[k] * out[k]
+    move(theta, out, 0, len(theta), totals[READ + FACTORED], length, lr, decay)
 
 
 @compiled
-def step_vector(H, grad, theta, m, v, w, lr, decay, out, scratch, totals):
+def step_vector(H, grad, theta, m, v, w, context, lr, decay, out, scratch, totals):
     """`step_matrix` for a tensor with fewer than two axes."""
     units, count = len(H[0]), len(theta)
     totals[:] = 0
     read_rows(0, 1, count, grad, theta, m, count, v, scratch, scratch, totals)
     if totals[0] == 0 and is_zero(grad):
         return
+    bias, scratch = scratch[:units], scratch[units:]
+    length = read_context(w, units, totals, count, True, lr, context, bias)
     pack(w, units, totals, count, False, scratch)
     direct_rows(
         H,
@@ -344,13 +403,13 @@ def step_vector(H, grad, theta, m, v, w, lr, decay, out, scratch, totals):
         v,
         scratch,
         scratch,
-        w[FEATURES * units :],
+        bias,
         scratch,
         scratch,
         out,
         totals[READ + FACTORED :],
     )
-    move(theta, out, 0, count, totals[READ + FACTORED], lr, decay)
+    move(theta, out, 0, count, totals[READ + FACTORED], length, lr, decay)
 
 
 @compiled

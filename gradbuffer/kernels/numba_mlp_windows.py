@@ -2,8 +2,8 @@
 
 For meta-training by evolution strategies, where a window is run forward only and many times: each particle (a function to be
 minimized, with weights of the optimizer of its own if wanted) goes through all steps within a core's cache. Particles do not read
-each other; as many run at once as torch has threads. The optimizer is `gradbuffer.nets.mlp.MLPOptimizer`, variant "celo" without
-Newton-Schulz, which together with autograd is what this is tested against.
+each other; as many run at once as torch has threads. The optimizer is `gradbuffer.nets.mlp.MLPOptimizer`, variant "celo",
+which together with autograd is what this is tested against.
 """
 
 import itertools
@@ -15,8 +15,17 @@ import torch
 from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.kernels.llvm_blocks import LANES, OUTER
 from gradbuffer.kernels.numba_compiler import compiled
-from gradbuffer.kernels.numba_mlp import TOTALS, check_net, numbers_of_scratch, step_adamw, step_matrix, step_vector
+from gradbuffer.kernels.numba_mlp import (
+    TOTALS,
+    check_net,
+    numbers_of_scratch,
+    plain_weights,
+    step_adamw,
+    step_matrix,
+    step_vector,
+)
 from gradbuffer.kernels.numba_mlp_gradients import draw, value_and_gradient
+from gradbuffer.kernels.numba_orthogonal import numbers_to_orthogonalize
 from gradbuffer.kernels.numba_threads import buffer, parallel_for, threads_here
 from gradbuffer.kernels.numba_windows import IMAGE_TILES
 
@@ -35,7 +44,7 @@ class PerceptronWindows:
     vectors="adamw" m, v and the number of steps.
 
     Args:
-        net: the `MLPOptimizer` that says what the step is: variant "celo", orthogonalize False. Its weights are not taken from here.
+        net: the `MLPOptimizer` that says what the step is: variant "celo". Its weights are not taken from here.
         sizes: inputs, units of each hidden layer, outputs.
         activation: of the hidden layers, one of `ACTIVATIONS`.
         loss: "cross_entropy" of integer labels, or "mse", the mean over outputs and minibatch of the squared differences from
@@ -69,6 +78,7 @@ class PerceptronWindows:
                 raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
         self.sizes, self.activation, self.loss, self.dtype = tuple(sizes), activation, loss, dtype
         self.hidden, self.adamw, self.weight_decay = net.hidden_sizes, net.vectors == "adamw", net.weight_decay
+        self.orthogonal = net.orthogonalize
         self.num_weights = sum(part.numel() for part in net.parameters())
         self.shapes = [shape for inputs, units in itertools.pairwise(sizes) for shape in ((units, inputs), (units,))]
         self.num_params = sum(map(math.prod, self.shapes))
@@ -246,7 +256,10 @@ class PerceptronWindows:
         return losses
 
     def _kinds(self, batch):
-        return np.array([ACTIVATIONS.index(self.activation), LOSSES.index(self.loss), self.adamw, batch])
+        plain = plain_weights(self.hidden)
+        return np.array(
+            [ACTIVATIONS.index(self.activation), LOSSES.index(self.loss), self.adamw, batch, plain, self.orthogonal]
+        )
 
     def _check_targets(self, inputs, targets):
         if self.loss == "mse":
@@ -272,6 +285,8 @@ class PerceptronWindows:
         images = 2 * (tiles * rows + 4 + OUTER) * LANES + max(rows, 4) * LANES
         turned = max(inputs * units for inputs, units, *_ in layers)
         step = max(numbers_of_scratch(self.hidden, units, inputs) for inputs, units, *_ in layers)
+        if self.orthogonal:
+            step = max(step, *(numbers_to_orthogonalize(units, inputs) for inputs, units, *_ in layers))
         return images + turned + step + self.num_params + max(map(math.prod, self.shapes)), int(layers[-1, -1]) + TOTALS
 
 
@@ -316,21 +331,22 @@ def layers_of(sizes):
 
 
 @compiled
-def step_layer(H, layer, adamw, grad, theta, state, w, lr, decay, out, scratch, totals):
+def step_layer(H, layer, kinds, grad, theta, state, w, context, lr, decay, out, scratch, totals):
     """The step of one layer's weight and bias; returns how much of the state is theirs."""
     width, units, at = layer[0], layer[1], layer[2]
     n = width * units
     end = at + n
     m, v, r, c = state[: 3 * n], state[3 * n : 4 * n], state[4 * n :], state[4 * n + 3 * units :]
-    step_matrix(H, units, width, 1, grad[at:end], theta[at:end], m, v, r, c, w, lr, decay, out[:n], scratch, totals)
+    grads, thetas = grad[at:end], theta[at:end]
+    given = H, units, width, 1, grads, thetas, m, v, r, c, w, context, kinds[5] != 0
+    step_matrix(*given, lr, decay, out[:n], scratch, totals)
     own, grads, biases = state[4 * n + 3 * (units + width) :], grad[end : end + units], theta[end : end + units]
     used = 4 * n + 3 * (units + width)
-    if adamw:
+    if kinds[2]:
         step_adamw(grads, biases, own[:units], own[units : 2 * units], own[2 * units :], lr, decay)
         return used + 2 * units + 1
-    step_vector(
-        H, grads, biases, own[: 3 * units], own[3 * units : 4 * units], w, lr, decay, out[:units], scratch, totals
-    )
+    m, v = own[: 3 * units], own[3 * units : 4 * units]
+    step_vector(H, grads, biases, m, v, w, context, lr, decay, out[:units], scratch, totals)
     return used + 4 * units
 
 
@@ -359,7 +375,8 @@ def run_particles(
     sums,
     drawn,
 ):
-    """The windows of particles first … last - 1. kinds: activation, loss, whether AdamW moves vectors, batch."""
+    """The windows of particles first … last - 1. kinds: activation, loss, whether AdamW moves vectors, batch, how many
+    of the weights are not the context's, whether updates of matrices become orthogonal."""
     many, size, largest = losses.shape[1], params.shape[1], 0
     for l in range(len(layers)):
         largest = max(largest, layers[l, 0] * layers[l, 1], layers[l, 1])
@@ -367,6 +384,7 @@ def run_particles(
     totals, sums = sums[:TOTALS], sums[TOTALS:]
     for b in range(first, last):
         theta, own, w = params[b], state[b], weights[b if len(weights) > 1 else 0]
+        w, context = w[: kinds[4]], w[kinds[4] :]
         for t in range(many):
             if len(index) > 0:
                 numbers = index[b if len(index) > 1 else 0, t]
@@ -381,5 +399,17 @@ def run_particles(
             at = 0
             for l in range(len(layers)):
                 at += step_layer(
-                    H, layers[l], kinds[2], grad, theta, own[at:], w, lr[b, t], decay, rest, rest[largest:], totals
+                    H,
+                    layers[l],
+                    kinds,
+                    grad,
+                    theta,
+                    own[at:],
+                    w,
+                    context,
+                    lr[b, t],
+                    decay,
+                    rest,
+                    rest[largest:],
+                    totals,
                 )

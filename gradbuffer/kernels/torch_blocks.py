@@ -1,4 +1,4 @@
-"""The coordinatewise LSTM on a CPU, in blocks of coordinates that stay in cache.
+"""The coordinatewise LSTM in plain torch, on a CPU in blocks of coordinates that stay in cache.
 
 The optimizer of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1) is one small LSTM that every coordinate of
 the optimizee runs by itself. Here features lie along rows and coordinates along columns, so each gate is one
@@ -11,12 +11,14 @@ import threading
 
 import torch
 
+from gradbuffer.devices import memory_of
 from gradbuffer.kernels.interface import LSTMKernels
 
 __all__ = ["PackedWeights", "TorchLSTM", "gates_to_ifog"]
 
-STEP_BLOCK = 4096  # coordinates in a block of one forward step
+STEP_BLOCK = 4096  # coordinates in a block of one forward step, on a CPU
 STEP_BACK_BLOCK = 4096  # and of one backward step
+MEMORY = 32  # the part of another device's memory that a block's scratch takes there at most
 REPLAY_BLOCK = (256, 2048)  # bounds on the coordinates in a block of the replay
 REPLAY_BYTES = 48 << 20  # what the activations of one block of the replay should take, between those bounds
 
@@ -71,8 +73,9 @@ class TorchLSTM(LSTMKernels):
         new_hidden, new_cells = (hidden, cells) if inplace else (torch.empty_like(hidden), torch.empty_like(cells))
         states = [tensor.unbind() for tensor in (hidden, cells, new_hidden, new_cells)]
         rows = (4 * H, H, *(weight.shape[1] for weight in self.weights))  # gates, tanh(c), each layer's [input; h; 1]
-        scratch = scratch_for(self, "step", rows, STEP_BLOCK)
-        for start, stop in blocks(N, STEP_BLOCK):
+        most = step_width(self, rows, STEP_BLOCK, N)
+        scratch = scratch_for(self, "step", rows, most)
+        for start, stop in blocks(N, most):
             gates, tanh_cell, *columns = bands(scratch, rows, stop - start)
             below = features(start, stop)
             for weight, column, *layer in zip(self.forward_weights, columns, *states):
@@ -90,8 +93,9 @@ class TorchLSTM(LSTMKernels):
         # of each layer: [input; h; 1], gates, c', tanh(c'), h', and the derivative by [input; h]; then of the gates, twice
         rows = [count for weight in self.weights for count in (weight.shape[1], 4 * H, H, H, H, weight.shape[1] - 1)]
         rows += [4 * H, 4 * H]
-        scratch = scratch_for(self, "step back", rows, STEP_BACK_BLOCK)
-        for start, stop in blocks(N, STEP_BACK_BLOCK):
+        most = step_width(self, rows, STEP_BACK_BLOCK, N)
+        scratch = scratch_for(self, "step back", rows, most)
+        for start, stop in blocks(N, most):
             *own, dgates, slope = bands(scratch, rows, stop - start)
             below, run, into = features[:, start:stop], [], GateGradients(self, dgates, slope)
             for l in layers:
@@ -247,6 +251,13 @@ def blocks(length, most):
     """[(start, stop), ...] covering [0, length) in pieces of one size (the last may be smaller), at most `most`."""
     size = -(-length // -(-length // most))
     return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def step_width(packed, rows, most, N):
+    """Coordinates in a block whose scratch has so many rows: `most` on a CPU; elsewhere all N, if there is memory for them."""
+    if packed.one.device.type == "cpu":
+        return most
+    return min(N, max(memory_of(packed.one.device) // MEMORY // (sum(rows) * packed.one.element_size()), most))
 
 
 def replay_width(packed, steps):

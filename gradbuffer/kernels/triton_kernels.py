@@ -13,7 +13,7 @@ UNITS), gates i, f, o, g. `triton_lstm` pads, launches and takes the padding off
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "replay_kernel", "step_kernel"]
+__all__ = ["INTERPRETED", "replay_kernel", "sigmoid", "step_kernel"]
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def with_one(pointer, stride, columns, inside, COUNT: tl.constexpr, ROWS: tl.con
     return tl.where(rows == COUNT, 1.0, tile).to(tile.dtype)
 
 
-@triton.jit(do_not_specialize=["start", "width", "N"])  # compiling takes a minute: once is enough
+@triton.jit(do_not_specialize=["start", "width", "stride", "new_stride"])  # compiling takes a minute: once is enough
 def step_kernel(
     features,
     hidden,
@@ -98,7 +98,8 @@ def step_kernel(
     update,
     start,
     width,
-    N,
+    stride,
+    new_stride,
     INPUTS: tl.constexpr,
     H: tl.constexpr,
     LAYERS: tl.constexpr,
@@ -114,14 +115,15 @@ def step_kernel(
     """One step of the optimizer: preprocessing, all layers, the output and the next state of BLOCK coordinates.
 
     features (INPUTS, width) are made already, or with LOG_SIGN = p > 0 gradients (1, width), SHARPEST = e^p. They
-    belong to the coordinates from `start` on of states (LAYERS, H, N) and update (N,), which starts as the output's
-    bias.
+    belong to the coordinates from `start` on of states (LAYERS, H, N), whose rows lie `stride` and `new_stride` apart, and of
+    update (N,). The output's bias stands behind its weights, which are padded.
     """
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     units = tl.arange(0, UNITS)[None, :]
     wanted = inside[:, None] & (units < H)
-    places = (start + columns)[:, None] + units.to(tl.int64) * N
+    places = (start + columns)[:, None] + units.to(tl.int64) * stride
+    new_places = (start + columns)[:, None] + units.to(tl.int64) * new_stride
     if LOG_SIGN > 0:
         grad = tl.load(features + columns, mask=inside, other=0.0)
         size = tl.log(tl.maximum(tl.abs(grad), 1 / SHARPEST)) / LOG_SIGN
@@ -137,9 +139,10 @@ def step_kernel(
         i, f, o, g = gates(weights, below, h, PRECISION, INTERPRET)
         c = f * c + i * g
         h = o * tanh(c)
-        tl.store(new_hidden + places, h, mask=wanted)
-        tl.store(new_cells + places, c, mask=wanted)
-        places += tl.full((1, 1), H, tl.int64) * N
+        tl.store(new_hidden + new_places, h, mask=wanted)
+        tl.store(new_cells + new_places, c, mask=wanted)
+        places += tl.full((1, 1), H, tl.int64) * stride
+        new_places += tl.full((1, 1), H, tl.int64) * new_stride
         if layer == 0:
             weights += 4 * (FIRST + UNITS) * UNITS
         else:
@@ -149,11 +152,10 @@ def step_kernel(
                 below = tl.where(units == H, 1.0, h).to(h.dtype)
             else:
                 tl.debug_barrier()  # h was written by other threads of this program
-                stride = tl.full((1, 1), N, tl.int64)
-                below = with_one(new_hidden + start + layer * H * stride, stride, columns, inside, H, BELOW)
+                apart = tl.full((1, 1), new_stride, tl.int64)
+                below = with_one(new_hidden + start + layer * H * apart, apart, columns, inside, H, BELOW)
     out = tl.sum(h * tl.load(output_weight + units), axis=1)
-    bias = tl.load(update + start + columns, mask=inside, other=0.0)
-    tl.store(update + start + columns, out + bias, mask=inside)
+    tl.store(update + start + columns, out + tl.load(output_weight + UNITS), mask=inside)
 
 
 @triton.jit
@@ -336,7 +338,6 @@ def replay_kernel(
     weights,
     output_weight,
     sums,
-    output_sums,
     tape,
     start,
     width,
@@ -363,11 +364,11 @@ def replay_kernel(
     """
     program = tl.program_id(0)
     tape += program.to(tl.int64) * tape_size
-    sums += program.to(tl.int64) * sums_size
+    sums += program.to(tl.int64) * (sums_size + UNITS)  # of the weights, then of the output's
     plane = (T + 1) * H * BLOCK
     FIRST_SIZE: tl.constexpr = 4 * (FIRST + UNITS) * UNITS
     SIZE: tl.constexpr = 4 * (BELOW + UNITS) * UNITS
-    output_place = output_sums + program * UNITS + tl.arange(0, UNITS)
+    output_place = sums + sums_size + tl.arange(0, UNITS)
     output_sum = tl.load(output_place)
     for block in range(program, tl.cdiv(width, BLOCK), tl.num_programs(0)):
         columns = block * BLOCK + tl.arange(0, BLOCK)

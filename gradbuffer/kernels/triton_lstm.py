@@ -13,11 +13,13 @@ import functools
 import math
 import os
 import shutil
+import sysconfig
 
 import torch
 
+from gradbuffer.devices import memory_of
 from gradbuffer.kernels.interface import LSTMKernels
-from gradbuffer.kernels.torch_blocks import PackedWeights
+from gradbuffer.kernels.torch_blocks import PackedWeights, TorchLSTM
 
 try:
     from gradbuffer.kernels import triton_kernels as kernels
@@ -28,17 +30,25 @@ __all__ = ["PRECISIONS", "TritonLSTM"]
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 STEP_BLOCK = 64  # coordinates of a program of the step
-REPLAY_BLOCK = {torch.float32: 32, torch.float64: 16}  # and of the replay
-REPLAY_BYTES = 1 << 28  # bound on the memory of all programs of the replay together, unless one takes more
+REPLAY_BLOCK = {torch.float32: 16, torch.float64: 16}  # and of the replay; with 32 its registers overflow tenfold
+REPLAY_MEMORY = 16  # the part of a card's memory that all programs of the replay take together, unless one takes more
 PROGRAMS_PER_PROCESSOR = 4  # of the replay; it has registers for no more
-CHUNK = 1 << 20  # coordinates whose features are made at once
-MOST_HIDDEN = 32  # units whose tiles fit the shared memory of every such device (99 KB)
+CHUNK = 1 << 24  # coordinates whose features are made at once
+SELF_CHECK = {
+    torch.float32: 1e-3,
+    torch.float64: 1e-8,
+}  # relative errors that a device's first use of a kernel may show
+MOST_HIDDEN = 32  # units whose tiles fit the shared memory of most such devices; the self-check tells
 
 
 @functools.cache
-def has_compiler():
-    """Whether triton finds what it compiles its launchers with."""
-    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+def missing_to_compile():
+    """What triton compiles its launchers with and does not find, in words; None if it finds all."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "needs a C compiler, for its launchers"
+    if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+        return "needs Python.h, for its launchers: it comes with python3-dev"
+    return None
 
 
 class TritonLSTM(LSTMKernels):
@@ -57,7 +67,7 @@ class TritonLSTM(LSTMKernels):
     reads_log_sign = frozenset({"step"})
 
     @classmethod
-    def reasons_against(cls, weight, work, *, state=None, squash=False, inputs=False):
+    def reasons_against(cls, weight, work, *, state=None, squash=False, inputs=False, lstm=None, p=0.0):
         reasons = super().reasons_against(weight, work, state=state)
         if kernels is None:
             return [*reasons, "needs triton: it comes with CUDA builds of torch, or by `pip install triton` on Linux"]
@@ -72,12 +82,17 @@ class TritonLSTM(LSTMKernels):
                 reasons.append(f"runs on CUDA (on the CPU with TRITON_INTERPRET=1), the network is on {weight.device}")
             elif torch.cuda.get_device_capability(weight.device) < (8, 0):
                 reasons.append("needs a CUDA device of capability 8.0")
-            elif not has_compiler():
-                reasons.append("needs a C compiler, for its launchers")
+            elif missing_to_compile():
+                reasons.append(missing_to_compile())
         if work == "step_back":
             reasons.append("has no kernel for it")
         if work == "replay" and (squash or inputs):
             reasons.append("has no kernel for the replay of a squashed output, or with derivatives by the features")
+        if not reasons and lstm is not None and weight.is_cuda:
+            sizes = lstm.input_size, lstm.hidden_size, lstm.num_layers
+            reasons += failures(
+                work, *sizes, weight.device, weight.dtype, p if "step" == work and lstm.input_size == 2 else 0.0
+            )
         return reasons
 
     def __init__(self, lstm, output_weight, output_bias, precision=None):
@@ -86,48 +101,69 @@ class TritonLSTM(LSTMKernels):
         if reasons:
             raise RuntimeError("; ".join(reasons))
         self.precision = check_precision(output_weight, precision)
-        self.packed = PackedWeights(self.layer_weights())
-        self.padded = PaddedWeights(self.packed, output_weight)
+        self.padded = PaddedWeights(lstm, output_weight, output_bias)
+        self.options = dict(PRECISION=self.precision, INTERPRET=kernels.INTERPRETED, num_warps=4, num_stages=1)
 
     def step(self, features, hidden, cells, inplace=False, p=0.0):
-        """As of `LSTMKernels`, in one launch for each 2^20 coordinates. With `p` on gradients without NaN."""
+        """As of `LSTMKernels`, in one launch. With `p` on gradients without NaN."""
+        before = hidden, cells
+        new = (
+            before
+            if inplace
+            else tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in before)
+        )
+        return self.step_into(features, before, new, p), *new
+
+    def step_into(self, features, before, new, p):
+        """One step from a state (hidden, cells) to another, which may be the same. Returns the outputs."""
         if p and self.inputs != 2:
             raise ValueError(f"log_sign with p={p!r} makes two features, the network reads {self.inputs}")
-        N, padded, given = hidden.shape[-1], self.padded, (hidden, cells)
-        hidden, cells = hidden.contiguous(), cells.contiguous()
-        new = (hidden, cells) if inplace else (torch.empty_like(hidden), torch.empty_like(cells))
-        update = self.output_bias.new_empty(N).copy_(self.output_bias)
-        with torch.cuda.device_of(hidden):
+        N, padded = before[0].shape[-1], self.padded
+        outputs, target = self.output_bias.new_empty(N), new
+        if not in_rows(before):
+            before = tuple(part.contiguous() for part in before)
+        if not in_rows(new):
+            target = tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in new)
+        with torch.cuda.device_of(outputs):
             for start in range(0, N, CHUNK):
                 part = features(start, min(start + CHUNK, N)).contiguous()
                 width = part.shape[-1]
                 kernels.step_kernel[(-(-width // STEP_BLOCK),)](
                     part,
-                    hidden,
-                    cells,
-                    *new,
+                    *before,
+                    *target,
                     padded.weights,
-                    padded.output_weight,
-                    update,
+                    padded.output,
+                    outputs,
                     start,
                     width,
-                    N,
+                    before[0].stride(1),
+                    target[0].stride(1),
                     LOG_SIGN=float(p),
                     SHARPEST=math.exp(p),
                     **padded.sizes,
                     BLOCK=STEP_BLOCK,
-                    PRECISION=self.precision,
-                    INTERPRET=kernels.INTERPRETED,
-                    num_warps=4,
-                    num_stages=1,
+                    **self.options,
                 )
-        if inplace:
-            new = [old if old is there else old.copy_(there) for old, there in zip(given, new)]
-        return update, *new
+        if target is not new:
+            for old, part in zip(new, target):
+                old.copy_(part)
+        return outputs
+
+    def stepper(self, hidden, cells, new=None, p=0.0, tape=None):
+        before, after = (hidden, cells), new or (hidden, cells)
+
+        def step(features):
+            nonlocal before
+            outputs = self.step_into(features, before, after, p)
+            before = after
+            return outputs
+
+        return step
 
     def replay(self, features, hidden, cells, adjoint, squash=False, pull_inputs=None, p=0.0, tape=None):
-        """As of `LSTMKernels`, in one launch for each 2^20 coordinates. Its programs keep the states of one block each in memory
-        that does not grow with N (REPLAY_BYTES at most, in general)."""
+        """As of `LSTMKernels`, in one launch for each 2^24 coordinates. Its programs keep the states of one block each in memory
+        that does not grow with N (a sixteenth of the card's at most, in general)."""
         if squash or pull_inputs:
             return super().replay(features, hidden, cells, adjoint, squash, pull_inputs)
         (T, N), padded, layers, H = adjoint.shape, self.padded, self.layers, self.hidden
@@ -138,11 +174,10 @@ class TritonLSTM(LSTMKernels):
         programs = min(
             most_programs(adjoint.device),
             -(-min(N, chunk) // block),
-            max(REPLAY_BYTES // (tape_size * adjoint.element_size()), 1),
+            max(memory_of(adjoint.device) // REPLAY_MEMORY // (tape_size * adjoint.element_size()), 1),
         )
-        new = adjoint.new_empty
-        states, sums = new(programs * tape_size), new(programs, len(padded.weights)).zero_()
-        output_sums = new(programs, padded.sizes["UNITS"]).zero_()
+        new, size = adjoint.new_empty, len(padded.weights)
+        states, sums = new(programs * tape_size), new(programs, size + padded.sizes["UNITS"]).zero_()
         with torch.cuda.device_of(adjoint):
             for start in range(0, N, chunk):
                 stop = min(start + chunk, N)
@@ -152,24 +187,31 @@ class TritonLSTM(LSTMKernels):
                     cells,
                     adjoint[:, start:stop].contiguous(),
                     padded.weights,
-                    padded.output_weight,
+                    padded.output,
                     sums,
-                    output_sums,
                     states,
                     start,
                     stop - start,
                     N,
                     T,
-                    len(padded.weights),
+                    size,
                     tape_size,
                     **padded.sizes,
                     BLOCK=block,
-                    PRECISION=self.precision,
-                    INTERPRET=kernels.INTERPRETED,
-                    num_warps=4,
-                    num_stages=1,
+                    **self.options,
                 )
-        return self.packed.gradients(padded.take_off(sums.sum(0)), output_sums.sum(0)[:H], adjoint.sum())
+        return *padded.gradients(sums.sum(0)), adjoint.sum()
+
+
+def in_rows(state):
+    """Whether the parts (layers, H, N) of a state lie alike, row after row at one distance: whole, or a part of a larger one."""
+    layouts = {part.stride() for part in state}
+    apart, row, one = layouts.pop()
+    return (
+        not layouts
+        and (one == 1 or state[0].shape[2] == 1)
+        and (apart == row * state[0].shape[1] or state[0].shape[0] == 1)
+    )
 
 
 def check_precision(weight, precision):
@@ -191,56 +233,122 @@ def most_programs(device):
 
 
 class PaddedWeights:
-    """`PackedWeights` and the output's (H,) as the kernels read them: of each layer (4, BELOW + UNITS, UNITS), end to end.
+    """An LSTM's weights and its output's (H,) and () as the kernels read them, and the way back for their gradients.
 
-    Its rows are [below; bias; zeros] and [hidden; zeros], its columns the gate's units and zeros.
+    `weights` has of each layer (4, BELOW + UNITS, UNITS), end to end: rows [below; bias; zeros] and [hidden; zeros], columns the
+    gate's units and zeros. `output` (UNITS + 1,) is padded likewise, its bias last. All are gathered from one vector by indices, so
+    that a change of the weights costs a few launches and no wait.
     """
 
-    def __init__(self, packed, output_weight):
-        self.packed, H = packed, packed.hidden
-        self.sizes = dict(
-            INPUTS=packed.inputs[0],
-            H=H,
-            LAYERS=len(packed.inputs),
-            FIRST=padded_size(packed.inputs[0] + 1),
-            BELOW=padded_size(H + 1),
-            UNITS=padded_size(H),
-        )
-        self.below = [self.sizes["FIRST"]] + [self.sizes["BELOW"]] * (len(packed.inputs) - 1)
-        padded = [self.pad(weight, below) for weight, below in zip(packed.weights, self.below)]
-        self.weights = torch.cat([part.flatten() for part in padded])
-        self.output_weight = output_weight.new_zeros(self.sizes["UNITS"])
-        self.output_weight[:H] = output_weight
+    def __init__(self, lstm, output_weight, output_bias):
+        self.shapes = lstm.input_size, lstm.hidden_size, lstm.num_layers
+        self.sizes, self.first, self.second, self.back = layout(*self.shapes, output_weight.device)
+        own = [output_bias.new_zeros(1), *lstm._flat_weights, output_weight, output_bias.reshape(1)]
+        flat = torch.cat([part.detach().reshape(-1) for part in own])
+        padded = flat.index_select(0, self.first).add_(flat.index_select(0, self.second))
+        self.weights, self.output = padded.split([len(padded) - self.sizes["UNITS"] - 1, self.sizes["UNITS"] + 1])
 
-    def rows(self, inputs, below):
-        """Where the columns of W_l = [input; hidden; 1] stand among the padded rows: (columns, rows), three times."""
-        H = self.packed.hidden
-        return [
-            (slice(inputs), slice(inputs)),
-            (slice(inputs, inputs + H), slice(below, below + H)),
-            (slice(inputs + H, None), slice(inputs, inputs + 1)),
+    def gradients(self, sums):
+        """Sums like `weights` and the padded part of `output` -> of each layer (weight_ih, weight_hh, bias), of output_weight."""
+        inputs, H, layers = self.shapes
+        shapes = [shape for l in range(layers) for shape in ((4 * H, H if l else inputs), (4 * H, H), (4 * H,))] + [
+            (H,)
         ]
+        pieces = sums.index_select(0, self.back).split([math.prod(shape) for shape in shapes])
+        *parts, output = [piece.view(shape) for piece, shape in zip(pieces, shapes)]
+        return [parts[k : k + 3] for k in range(0, len(parts), 3)], output
 
-    def pad(self, weight, below):
-        """W_l (4H, inputs + H + 1) -> (4, BELOW + UNITS, UNITS)."""
-        H, units = self.packed.hidden, self.sizes["UNITS"]
-        padded, weight = weight.new_zeros(4, below + units, units), weight.view(4, H, -1).mT
-        for columns, rows in self.rows(weight.shape[1] - H - 1, below):
-            padded[:, rows, :H] = weight[:, columns]
-        return padded
 
-    def take_off(self, padded):
-        """The inverse of `pad` for all layers, from one tensor like `weights`."""
-        H, units = self.packed.hidden, self.sizes["UNITS"]
-        parts = padded.split([4 * (below + units) * units for below in self.below])
-        return [
-            torch.cat([part.view(4, -1, units)[:, rows, :H] for _, rows in self.rows(inputs, below)], 1).mT.reshape(
-                4 * H, -1
-            )
-            for part, inputs, below in zip(parts, self.packed.inputs, self.below)
-        ]
+@functools.cache
+def layout(inputs, hidden, layers, device):
+    """The kernels' sizes, and index tensors: for each padded number the weights whose sum it is, twice, and the way back.
+
+    The weights are one vector: a zero, those of each layer in `nn.LSTM`'s order (weight_ih, weight_hh, bias_ih, bias_hh), the
+    output's and its bias. Where the weights' own numbers in it are laid out as the weights would be, they are the indices.
+    """
+    H, units = hidden, padded_size(hidden)
+    sizes = dict(
+        INPUTS=inputs, H=H, LAYERS=layers, FIRST=padded_size(inputs + 1), BELOW=padded_size(H + 1), UNITS=units
+    )
+    widths, total, first, second, wanted = [inputs] + [H] * (layers - 1), 1, [], [], []
+
+    def numbered(*shape):
+        nonlocal total
+        total += math.prod(shape)
+        return torch.arange(total - math.prod(shape), total, device="cpu").view(shape)
+
+    def padded(w, u, b, below):
+        (matrix,) = PackedWeights([(w, u, b)]).weights  # (4H, in + H + 1), gates in the kernels' order
+        rows = matrix.view(4, H, -1).mT
+        out = rows.new_zeros(4, below + units, units)
+        out[:, : w.shape[1], :H], out[:, w.shape[1], :H] = rows[:, : w.shape[1]], rows[:, -1]
+        out[:, below : below + H, :H] = rows[:, w.shape[1] : -1]
+        return out.flatten()
+
+    for l, width in enumerate(widths):
+        w, u, b, c = numbered(4 * H, width), numbered(4 * H, H), numbered(4 * H), numbered(4 * H)
+        below = sizes["BELOW" if l else "FIRST"]
+        first.append(padded(w, u, b, below))
+        second.append(padded(torch.zeros_like(w), torch.zeros_like(u), c, below))
+        wanted += [w, u, b]
+    out = numbered(H)
+    first += [torch.nn.functional.pad(out, (0, units - H)), numbered(1)]
+    first, wanted = torch.cat(first), torch.cat([part.flatten() for part in (*wanted, out)])
+    second = torch.nn.functional.pad(torch.cat(second), (0, units + 1))
+    places = torch.zeros(total, dtype=torch.int64, device="cpu")
+    places[first] = torch.arange(len(first), device="cpu")
+    return sizes, *(part.to(device) for part in (first, second, places[wanted]))
 
 
 def padded_size(size):
     """The power of two from 16 on that holds it: what `tl.dot` takes."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+@functools.cache
+def failures(work, inputs, hidden, layers, device, dtype, p):
+    """Reasons against a kernel that this device gives at its first use: it is compiled, runs on a few coordinates, and is compared
+    with torch. It may need more shared memory than there is, or a driver; or be wrong."""
+    generator, N, T = torch.Generator().manual_seed(0), STEP_BLOCK + 1, 3
+
+    def draw(*shape):
+        return (0.5 * torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")).to(device, dtype)
+
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            lstm = torch.nn.LSTM(inputs, hidden, layers, device=device, dtype=dtype)
+            for parameter in lstm.parameters():
+                parameter.copy_(draw(*parameter.shape))
+            weights, state, adjoint = (
+                (lstm, draw(hidden), draw()),
+                (draw(layers, hidden, N), draw(layers, hidden, N)),
+                draw(T, N),
+            )
+            grads, features = draw(N), draw(T, inputs, N)
+            if work == "step" and p:
+                wanted = torch.stack(
+                    [grads.abs().clamp(min=math.exp(-p)).log() / p, (grads * math.exp(p)).clamp(-1, 1)]
+                )
+                found = TritonLSTM(*weights).step(lambda a, b: grads[None, a:b], *state, p=p)
+                expected = TorchLSTM(*weights).step(lambda a, b: wanted[:, a:b], *state)
+            else:
+                arguments = (
+                    (lambda a, b: features[0, :, a:b], *state)
+                    if work == "step"
+                    else (lambda a, b: features[..., a:b], *state, adjoint)
+                )
+                found, expected = (flat(getattr(kind(*weights), work)(*arguments)) for kind in (TritonLSTM, TorchLSTM))
+            errors = [((a - b).norm() / (b.norm() + 1e-3)).item() for a, b in zip(flat(found), flat(expected))]
+    except Exception as error:  # whatever a compiler, a driver or a launcher raises
+        return (
+            f"its self-check on {device} failed: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}",
+        )
+    limit = SELF_CHECK[dtype]
+    if not max(errors) <= limit:
+        return (f"its self-check on {device} failed: a {work} is off by {max(errors):.1e}, more than {limit:.0e}",)
+    return ()
+
+
+def flat(parts):
+    """The tensors in nested lists and tuples."""
+    return [tensor for part in parts for tensor in (flat(part) if isinstance(part, (list, tuple)) else [part])]

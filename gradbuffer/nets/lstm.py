@@ -49,6 +49,13 @@ class LSTMOptimizer(Rule, nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 
+    def train(self, mode: bool = True) -> "LSTMOptimizer":
+        """As of `nn.Module`, but the LSTM stays in training mode: without dropout both are the same, and cuDNN differentiates
+        in that one alone."""
+        super().train(mode)
+        self.lstm.train()
+        return self
+
     @property
     def built_in(self) -> float | None:
         """The `p` with which compiled kernels do by themselves what `read` and `embed` do; None: they cannot do that."""
@@ -239,7 +246,8 @@ class LSTMOptimizer(Rule, nn.Module):
         made, asked = kept[2], (asked_for(), work, state, squash, inputs)
         if asked in made:
             return made[asked]
-        kind = kernels_for(weight, work, state=state, squash=squash, inputs=inputs)
+        sizes = dict(lstm=lstm, p=self.built_in or 0.0)
+        kind = kernels_for(weight, work, state=state, squash=squash, inputs=inputs, **sizes)
         if kind not in made:
             with torch.inference_mode(False), torch.no_grad():
                 made[kind] = kind(lstm, scale * weight.detach()[0], scale * bias.detach()[0])
@@ -389,7 +397,9 @@ def explain(net: nn.Module) -> str:
         weight = module.output.weight
         lines.append(f"{name + ': ' if name else ''}{type(module).__name__} of {weight.dtype} on {weight.device}")
         for work in WORK:
-            needs = {} if work == "step" else dict(squash=module.squash, inputs=has_weights_below(module))
+            needs = dict(lstm=module.lstm, p=module.built_in or 0.0)
+            if work != "step":
+                needs |= dict(squash=module.squash, inputs=has_weights_below(module))
             reasons = {kind: reasons_against(kind, weight, work, **needs) for kind in KINDS}
             runs = next(kind for kind, against in reasons.items() if not against)
             lines.append(f"  {work}: {runs}")

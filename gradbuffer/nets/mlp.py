@@ -14,7 +14,7 @@ from torch import nn
 
 from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.contracts import Rule
-from gradbuffer.kernels.matrices import as_matrix, from_matrix, matrix_axes
+from gradbuffer.kernels.matrices import ITERATIONS, NEWTON_SCHULZ, as_matrix, from_matrix, matrix_axes
 
 __all__ = ["MLPOptimizer", "as_matrix", "from_matrix", "matrix_axes", "start_as_normalized_adam"]
 
@@ -27,7 +27,8 @@ NOT_IN_SMALL_FC = (1, 11)  # the clipped gradient and g / √(v + 1e-8), which c
 TIMES = (1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5)
 SMALL_FC_MAGNITUDE = 0.001
 ADAMW_BETAS, ADAMW_EPS, ADAMW_RATE = (0.9, 0.95), 1e-8, 20.0
-NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
+PARAM_FEATURE, SIGNAL_FEATURES = 2, (7, 8, 9, 11)  # θ; m_k and g over √(v + 1e-8)
+CONTEXT_FEATURES, CONTEXT_UNITS, LARGEST_LOG = 7, 8, 3.0
 
 
 class MLPOptimizer(Rule, nn.Module):
@@ -46,6 +47,9 @@ class MLPOptimizer(Rule, nn.Module):
         variant: "celo" or "small_fc".
         orthogonalize: five Newton-Schulz iterations of the output of tensors with two or more axes, as in Muon; "celo" only.
         vectors: who moves tensors with fewer than two axes: "mlp", this network, or "adamw", AdamW(0.9, 0.95) at 20 · lr.
+        context: a second perceptron reads seven numbers of the whole tensor: the sizes of its averaged and of its latest gradient
+            over √v (how much of them is noise), the size of its parameters, lr over that, and whether it is a vector. It adds
+            to the units of the first hidden layer and multiplies the direction by a factor from e⁻³ to e³. "celo" only.
         weight_decay: 0 or more, decoupled.
         lr: the rate where `forward` is given none, above 0; the default rate of `LearnedOptimizer`.
 
@@ -64,7 +68,7 @@ class MLPOptimizer(Rule, nn.Module):
     """
 
     tensorwise = True
-    arguments = ("hidden_sizes", "variant", "orthogonalize", "vectors", "weight_decay", "lr")
+    arguments = ("hidden_sizes", "variant", "orthogonalize", "vectors", "weight_decay", "lr", "context")
 
     def __init__(
         self,
@@ -74,6 +78,7 @@ class MLPOptimizer(Rule, nn.Module):
         vectors: str = "mlp",
         weight_decay: float = 0.0,
         lr: float = 1e-3,
+        context: bool = False,
     ):
         super().__init__()
         if not isinstance(hidden_sizes, (tuple, list)) or not hidden_sizes:
@@ -84,24 +89,31 @@ class MLPOptimizer(Rule, nn.Module):
             ("variant", variant, ("celo", "small_fc")),
             ("vectors", vectors, ("mlp", "adamw")),
             ("orthogonalize", orthogonalize, (False, True)),
+            ("context", context, (False, True)),
         ):
             if value not in accepted:
                 raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
-        if orthogonalize and variant == "small_fc":
-            raise ValueError(
-                'orthogonalize must be False with variant "small_fc", whose output has a size of its own, got True'
-            )
+        for name, value in (("orthogonalize", orthogonalize), ("context", context)):
+            if value and variant == "small_fc":
+                raise ValueError(
+                    f'{name} must be False with variant "small_fc", whose output has a size of its own, got True'
+                )
         if weight_decay != 0:
             check_positive_number(weight_decay=weight_decay)
         check_positive_number(lr=lr)
         self.hidden_sizes, self.variant, self.orthogonalize = tuple(hidden_sizes), variant, bool(orthogonalize)
         self.vectors, self.weight_decay, self.lr = vectors, float(weight_decay), float(lr)
+        self.context = bool(context)
         features = MATRIX_FEATURES if variant == "celo" else MATRIX_FEATURES - len(NOT_IN_SMALL_FC) + len(TIMES)
         sizes = (features, *hidden_sizes, 1 if variant == "celo" else 2)
         self.layers = nn.ParameterDict()
         for l, (inputs, outputs) in enumerate(zip(sizes, sizes[1:])):
             self.layers[f"weight_{l}"] = nn.Parameter(torch.randn(inputs, outputs) / math.sqrt(inputs))
             self.layers[f"bias_{l}"] = nn.Parameter(torch.zeros(outputs))
+        sizes = (CONTEXT_FEATURES, CONTEXT_UNITS, hidden_sizes[0] + 1)
+        for l, (inputs, outputs) in enumerate(zip(sizes, sizes[1:])) if context else ():
+            self.layers[f"context_weight_{l}"] = nn.Parameter(torch.randn(inputs, outputs) / math.sqrt(inputs))
+            self.layers[f"context_bias_{l}"] = nn.Parameter(torch.zeros(outputs))
 
     @property
     def reads(self) -> set:
@@ -173,7 +185,7 @@ class MLPOptimizer(Rule, nn.Module):
                 raise ValueError(
                     f"grads[{name!r}] must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
                 )
-            direction, after[name] = self.direction(grad, param, state[name], layers, step)
+            direction, after[name] = self.direction(grad, param, state[name], layers, lr, step)
             moves = (grad != 0).flatten(1).any(1) if grad.dim() > 1 else grad != 0
             direction = torch.where(over(moves, grad), direction, torch.zeros_like(direction))
             updates[name] = -over(lr, grad) * direction
@@ -185,6 +197,7 @@ class MLPOptimizer(Rule, nn.Module):
         param: torch.Tensor,
         state: dict[str, torch.Tensor],
         layers: list[tuple[torch.Tensor, torch.Tensor]],
+        lr: float | torch.Tensor,
         step: int | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What one tensor's update is -lr times, weight decay included, and its next state.
@@ -192,8 +205,9 @@ class MLPOptimizer(Rule, nn.Module):
         Args:
             grad, param: (B, *shape).
             state: that tensor's, as in `init_state`.
-            layers: list of pairs of a weight (inputs, outputs) or (B, inputs, outputs) and a bias (outputs,) or (B, 1, outputs).
-            step: as of `forward`.
+            layers: list of pairs of a weight (inputs, outputs) or (B, inputs, outputs) and a bias (outputs,) or (B, 1, outputs);
+                those of the context come last.
+            lr, step: as of `forward`.
 
         Returns:
             direction (B, *shape) and a dict like `state`; with a graph to whatever requires grad.
@@ -203,14 +217,18 @@ class MLPOptimizer(Rule, nn.Module):
             return self._adamw(grad, param, state)
         state = advance(state, grad, axes)
         features = self._features(grad, param, state, axes)  # each (B, n)
-        scales = [(x.square().mean(1, keepdim=True) + 1e-9).rsqrt() for x in features]
-        hidden = torch.stack([x * scale for x, scale in zip(features, scales)], -1)  # (B, n, features)
+        squares = [x.square().mean(1, keepdim=True) for x in features]  # each (B, 1)
+        hidden = torch.stack([x * (square + 1e-9).rsqrt() for x, square in zip(features, squares)], -1)
         if self.variant == "small_fc":
             hidden = self._with_times(hidden, step)
+        depth = len(self.hidden_sizes) + 1
+        layers, context, shift, size = layers[:depth], layers[depth:], 0.0, 1.0
+        if self.context:
+            shift, size = self._of_context(squares, lr, not axes, context)
         for l, (weight, bias) in enumerate(layers):
             if l == 0 and not axes:  # of vectors, those of matrices count as 0
                 weight = self._weight_of_vectors(weight)
-            hidden = hidden @ weight + bias
+            hidden = hidden @ weight + (bias + shift if l == 0 else bias)
             if l + 1 < len(layers):
                 hidden = hidden.relu()
         out = hidden[..., 0]  # (B, n)
@@ -220,8 +238,19 @@ class MLPOptimizer(Rule, nn.Module):
             rows = param.shape[1 + axes[0]]
             out = orthogonalize_matrices(out.unflatten(1, (rows, -1))).flatten(1)
         if self.variant == "celo":
-            out = out * (out.square().mean(1, keepdim=True) + 1e-9).rsqrt()
+            out = size * out * (out.square().mean(1, keepdim=True) + 1e-9).rsqrt()
         return from_matrix(out, param.shape, axes) + self.weight_decay * param, state
+
+    def _of_context(self, squares, lr, is_vector, layers):
+        """What is added to the first hidden layer (B, 1, units), and the step's length (B, 1); squares: the features', each (B, 1)."""
+        lr = torch.as_tensor(lr, dtype=squares[0].dtype, device=squares[0].device).reshape(-1, 1)
+        param = squares[PARAM_FEATURE] + 1e-6
+        logs = [(squares[number] + 1e-9).log() / 6 for number in SIGNAL_FEATURES]
+        flag = torch.full_like(param, is_vector)
+        read = torch.stack([*logs, param.log() / 6, ((lr * lr + 1e-12) / param).log() / 6, flag], -1)  # (B, 1, 7)
+        (first, bias), (second, last) = layers
+        out = (read @ first + bias).relu() @ second + last
+        return out[..., :-1], (LARGEST_LOG * torch.tanh(out[..., -1] / LARGEST_LOG)).exp()
 
     def _features(self, grad, param, state, axes):
         """Those of a tensor's coordinates, each (B, n) with n in the order of `as_matrix`, not yet divided by their sizes."""
@@ -312,6 +341,11 @@ def start_as_normalized_adam(net: MLPOptimizer, seed: int = 0) -> MLPOptimizer:
                 weight[adam, :2] = torch.tensor([1.0, -1.0])
             else:
                 weight[:2, :2] = torch.eye(2)
+        if net.context:
+            weight = net.layers["context_weight_0"]
+            weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(len(weight)))
+            for name in ("context_bias_0", "context_weight_1", "context_bias_1"):
+                net.layers[name].zero_()
     return net
 
 
@@ -347,7 +381,7 @@ def orthogonalize_matrices(matrices):
     x = matrices if wide else matrices.mT
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     a, b, c = NEWTON_SCHULZ
-    for _ in range(5):
+    for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x if wide else x.mT

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gradbuffer.checks import check_positive_number
+from gradbuffer.devices import constant
 from gradbuffer.nets.lstm import LSTMOptimizer
 from gradbuffer.nets.readings import odd_part
 
@@ -150,7 +151,7 @@ class NormalizedLSTM(LSTMOptimizer):
     def read(self, grads: torch.Tensor, memory: Sequence[torch.Tensor]) -> tuple[torch.Tensor, tuple]:
         """(T, N) -> readings (T, len(betas) + 2, N), and the averages and t after them."""
         (averages,), readings = memory, []
-        decay = averages.new_tensor([*self.betas, self.square_beta])[:, None]
+        decay = constant((*self.betas, self.square_beta), averages.device, averages.dtype)[:, None]
         for grad in grads:
             time = averages[-1:] + 1
             fresh = torch.cat([grad.expand(len(self.betas), -1), grad[None] * grad])

@@ -6,6 +6,7 @@ A state is stored flat, as a dict from the leaf's name to a tensor or a number, 
 
 import copy
 import inspect
+import itertools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -128,10 +129,8 @@ def takes(net: nn.Module, argument: str) -> bool:
 
 def place_of(net):
     """Device and dtype of a network's first tensor, or None: they change where a network moves as a whole."""
-    tensor = next(net.parameters(), None)
-    if tensor is None:
-        tensor = next(net.buffers(), None)
-    return None if tensor is None else (tensor.device, tensor.dtype)
+    tensors = itertools.chain(net.parameters(), net.buffers())
+    return next(((tensor.device, tensor.dtype) for tensor in tensors), None)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:

@@ -3,6 +3,7 @@
 Andrychowicz et al. 2016 (arXiv 1606.04474), appendix A. A new preprocessing is a new entry of `READINGS`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -77,22 +78,39 @@ def odd_part(tensors: dict, hidden_size: int, input_signs: tuple, shared: int = 
     Returns:
         dict of new tensors, no graph.
     """
+    first, shapes = next(iter(tensors.values())), tuple((name, tensor.shape) for name, tensor in tensors.items())
+    places, signs = exchange(shapes, hidden_size, tuple(input_signs), shared, first.device, first.dtype)
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+    parts = ((flat + flat.index_select(0, places) * signs) / 2).split([shape.numel() for _, shape in shapes])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes, parts)}
+
+
+@functools.cache
+def exchange(shapes, hidden_size, input_signs, shared, device, dtype):
+    """Which place of a vector of these tensors comes to which, and with what sign: indices, and 1 or -1."""
     H, own = hidden_size, hidden_size - shared
     odd, even = 3 * own // 10, own // 10 + (own - 3 * own // 10 - own // 10) % 2
-    place, sign = torch.arange(H), torch.ones(H)
+    place, sign = torch.arange(H, device="cpu"), torch.ones(H, device="cpu")
     place[odd + even : own] = place[odd + even : own].view(-1, 2).flip(1).flatten()
     sign[:odd] = -1
     units = place, sign
     rows = torch.cat([place + gate * H for gate in range(4)]), torch.cat([sign.abs(), sign.abs(), sign, sign.abs()])
-    inputs = torch.arange(len(input_signs)), torch.tensor([float(sign) for sign in input_signs])
-    symmetric = {}
-    for name, tensor in tensors.items():
-        exchanged, outputs = tensor, (torch.arange(tensor.shape[0]), -torch.ones(tensor.shape[0]))
-        kinds = [rows if name.startswith("lstm.") else outputs]
-        if tensor.dim() == 2:
+    inputs = torch.arange(len(input_signs), device="cpu"), torch.tensor(input_signs, device="cpu").float()
+    start, places, exchanged_signs = 0, [], []
+    for name, shape in shapes:
+        numbers = torch.arange(start, start + shape.numel(), device="cpu").view(shape)
+        changes, start = torch.ones(shape, device="cpu"), start + shape.numel()
+        kinds = [
+            rows
+            if name.startswith("lstm.")
+            else (torch.arange(shape[0], device="cpu"), -torch.ones(shape[0], device="cpu"))
+        ]
+        if len(shape) == 2:
             kinds.append(inputs if name == "lstm.weight_ih_l0" else units)
-        for dim, (places, signs) in enumerate(kinds):
-            signs = signs.to(tensor).view([-1] + [1] * (tensor.dim() - 1 - dim))
-            exchanged = exchanged.index_select(dim, places.to(tensor.device)) * signs
-        symmetric[name] = (tensor + exchanged) / 2
-    return symmetric
+        for dim, (which, signs) in enumerate(kinds):
+            numbers = numbers.index_select(dim, which)
+            changes = changes * signs.view([-1] + [1] * (len(shape) - 1 - dim))
+        places.append(numbers.flatten())
+        exchanged_signs.append(changes.flatten())
+    with torch.inference_mode(False):
+        return torch.cat(places).to(device), torch.cat(exchanged_signs).to(device, dtype)

@@ -84,7 +84,6 @@ class TensorNetwork(NetworkInPlace):
         self.is_compiled = (
             type(net) is MLPOptimizer
             and net.variant == "celo"
-            and not net.orthogonalize
             and takes_numba(torch.empty(0, device=device, dtype=self.dtype))
         )
         super().__init__(net, device, None if self.is_compiled else self.dtype, is_watched=self.is_compiled)

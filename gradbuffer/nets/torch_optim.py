@@ -44,7 +44,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     "loss" is refused, since a step need not know it. One that is `by_name`, such as `PerKind`, says by
     `network_for(name)` which network runs a parameter; it needs named ones. A `forward` with an argument `inplace` is
     called with `inplace=True` and is to write the next state over the given one, which may be a strided part of a
-    larger tensor: that saves a copy of the state. An `MLPOptimizer` of variant "celo" without Newton-Schulz takes
+    larger tensor: that saves a copy of the state. An `MLPOptimizer` of variant "celo" takes
     compiled steps on a CPU where numba is installed.
 
     A step looks at gradients, weights and states before it changes anything, and keeps new states only once all

@@ -12,6 +12,7 @@ from gradbuffer.checks import check_count
 from gradbuffer.contracts import MetaBatch, in_parts
 from gradbuffer.data.cifar10 import ColorImages, check_color_images, load_cifar10
 from gradbuffer.data.roots import check_split
+from gradbuffer.devices import bring, drawn_on_cpu, whole_device
 from gradbuffer.problems.images import ImageNets, MinibatchLoss, check_floating, mean_cross_entropy, on_device
 
 __all__ = ["CIFAR10Net"]
@@ -85,7 +86,7 @@ class CIFAR10Net(ImageNets):
             root=root,
             dtype=dtype,
         )
-        self.device = torch.device(device)
+        self.device = whole_device(device)
         data = root if isinstance(root, ColorImages) else load_cifar10(root)
         check_color_images(data)
         side = data.train_images.shape[-1]
@@ -120,6 +121,7 @@ class CIFAR10Net(ImageNets):
         some = f", labels {' '.join(map(str, classes))}" if classes else ""
         self.name = f"{data.name}{some}, {'-'.join(map(str, channels))} channels and {fc_size} units"
 
+    @drawn_on_cpu
     def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> MetaBatch:
         """Draw `meta_batch` networks with their sequences of minibatches. Returns `MetaBatch`."""
         check_count(meta_batch=meta_batch)
@@ -131,7 +133,7 @@ class CIFAR10Net(ImageNets):
                 draw.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
             elif name.endswith("scale"):
                 draw.fill_(1)
-            params[name] = draw.to(self.device)
+            params[name] = bring(draw, self.device)
         return in_parts(params, ConvolutionalLoss(self.minibatches(meta_batch, generator), self.options["dtype"]))
 
     @torch.no_grad()

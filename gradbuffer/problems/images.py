@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from gradbuffer.checks import check_count
 from gradbuffer.contracts import Loss, Problem
 from gradbuffer.contracts import on_device as problem_on_device
+from gradbuffer.devices import bring, drawn_on_cpu
 
 STEPS_PER_DRAW = 32  # minibatches whose indices are drawn at once
 
@@ -45,6 +46,7 @@ class ImageNets(Problem):
         """What `meta_train` validates on: the same networks, over images that no training function draws from."""
         return self.with_split("validation")
 
+    @drawn_on_cpu
     def minibatches(self, meta_batch: int, generator: torch.Generator | None) -> "Chosen":
         """Draw the sequences of minibatches of that many functions: `Chosen` of the problem's images and labels."""
         seed = int(torch.randint(2**62, (), generator=generator))
@@ -67,6 +69,11 @@ class Chosen(NamedTuple):
     def part(self, first: int, last: int) -> "Chosen":
         """Those of functions first … last - 1."""
         return self._replace(index=lambda step: self.index(step)[first:last])
+
+    def join(self, others: list["Chosen"]) -> "Chosen":
+        """These and those of other functions, of the same images."""
+        indices = [self.index, *(other.index for other in others)]
+        return self._replace(index=lambda step: torch.cat([index(step) for index in indices]))
 
 
 class Given(NamedTuple):
@@ -98,6 +105,14 @@ class MinibatchLoss(Loss):
 
     def part(self, first: int, last: int) -> "MinibatchLoss":
         return self.on(self.minibatch.part(first, last))
+
+    def join(self, others: list["MinibatchLoss"]) -> "MinibatchLoss | None":
+        minibatches = [self.minibatch, *(other.minibatch for other in others)]
+        if not all(
+            isinstance(minibatch, Chosen) and minibatch.images is self.minibatch.images for minibatch in minibatches
+        ):
+            return None
+        return self.on(self.minibatch.join(minibatches[1:]))
 
     def on(self, minibatch: Callable) -> "MinibatchLoss":
         """The same networks' loss on other minibatches."""
@@ -150,12 +165,13 @@ class Minibatches:
         drawn = self.drawn  # other threads may ask for other steps meanwhile
         if drawn[0] != chunk:
             generator = torch.Generator().manual_seed((self.seed + chunk) % 2**63)
-            indices = torch.randint(self.length, (STEPS_PER_DRAW, *self.shape), generator=generator)
-            self.drawn = drawn = chunk, indices.to(self.device)
+            indices = torch.randint(self.length, (STEPS_PER_DRAW, *self.shape), generator=generator, device="cpu")
+            self.drawn = drawn = chunk, bring(indices, self.device)
         return drawn[1][within]
 
 
 @functools.cache
+@drawn_on_cpu
 def on_device(
     data: Any, split: str, device: torch.device, prepare: Callable, *options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:

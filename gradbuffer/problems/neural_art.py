@@ -15,6 +15,7 @@ from gradbuffer.checks import check_count
 from gradbuffer.contracts import Loss, MetaBatch, in_parts
 from gradbuffer.data.art import load_contents, load_style
 from gradbuffer.data.roots import check_split
+from gradbuffer.devices import bring, drawn_on_cpu, whole_device
 from gradbuffer.problems.images import ImageNets, check_floating
 from gradbuffer.problems.vgg import VGGFeatures, from_pixels
 
@@ -124,7 +125,7 @@ class NeuralArt(ImageNets):
             gamma=gamma,
             dtype=dtype,
         )
-        self.device = torch.device(device)
+        self.device = device = whole_device(device)
         self.features = VGGFeatures(network, weights, seed, (content_layer, *style_layers), dtype, device)
         contents, painting = load_contents(root, split, size), load_style(root, style, size)
         self.contents = from_pixels(contents.images.to(device), dtype)
@@ -138,6 +139,7 @@ class NeuralArt(ImageNets):
         self.name = f"Neural Art, {painting.name} on {contents.name} of {size}×{size}, {self.features.name}"
         self.dealt = weakref.WeakKeyDictionary()  # generator -> (its state since, photographs still to come)
 
+    @drawn_on_cpu
     def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> MetaBatch:
         """Draw `meta_batch` photographs. Returns `MetaBatch` with `params["image"]`, (meta_batch, 3, size, size)."""
         check_count(meta_batch=meta_batch)
@@ -145,10 +147,10 @@ class NeuralArt(ImageNets):
             index = torch.randint(len(self.contents), (meta_batch,), generator=generator)
         else:
             index = self.deal(meta_batch, generator)
-        contents = self.contents[index.to(self.device)]
+        contents = self.contents[bring(index, self.device)]
         start = contents.clone()
         if self.options["start"] == "noise":
-            start = torch.randn(start.shape, dtype=start.dtype, generator=generator).to(self.device)
+            start = bring(torch.randn(start.shape, dtype=start.dtype, generator=generator), self.device)
         with torch.no_grad():
             targets = self.features(contents)[self.options["content_layer"]]
         if generator in self.dealt:

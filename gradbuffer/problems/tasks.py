@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from gradbuffer.data.cifar10 import load_cifar10
 from gradbuffer.data.mnist import load_mnist
+from gradbuffer.devices import drawn_on_cpu
 
 __all__ = ["GENERALIZATION", "TASKS", "Task"]
 
@@ -43,6 +44,10 @@ class Task:
     loss: Callable[[nn.Module, Any], torch.Tensor]
     kind: str
     description: str
+
+    def __post_init__(self):
+        object.__setattr__(self, "make_model", drawn_on_cpu(self.make_model))
+        object.__setattr__(self, "draw", drawn_on_cpu(self.draw))
 
 
 # Minibatches ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 
 from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.contracts import Loss, MetaBatch, Problem, as_loss, as_problem, in_parts, kind_of, part_if_any
+from gradbuffer.devices import bring, drawn_on_cpu
 from gradbuffer.unrolling import Coordinates
 
 __all__ = ["ConvexTerms", "Mirrored", "Mixture", "RandomScaling"]
@@ -30,6 +31,10 @@ class Variation(Problem):
 
     def validation_problem(self):
         return self.problem.validation_problem()
+
+    @property
+    def multiple_of(self) -> int:
+        return self.problem.multiple_of
 
     @property
     def problems(self):
@@ -104,6 +109,7 @@ class RandomScaling(Variation):
             raise ValueError(f"radius must be a number in [0, 20], got {radius!r}")
         super().__init__(problem, radius=radius, signs=bool(signs))
 
+    @drawn_on_cpu
     def vary(self, batch: MetaBatch, generator: torch.Generator | None) -> MetaBatch:
         scales = {}
         for name, tensor in batch.params.items():
@@ -111,7 +117,7 @@ class RandomScaling(Variation):
             scale = scale.mul_(self.options["radius"]).exp_()
             if self.options["signs"]:
                 scale *= 2 * torch.randint(2, tensor.shape, generator=generator) - 1
-            scales[name] = scale.to(tensor.device)
+            scales[name] = bring(scale, tensor.device)
         scaled = {name: tensor / scales[name] for name, tensor in batch.params.items()}
         return meta_batch_of(scaled, ScaledLoss([(scales, loss_of(batch))]))
 
@@ -185,6 +191,10 @@ class Mirrored(Variation):
 
     title = "{}, mirrored"
 
+    @property
+    def multiple_of(self) -> int:
+        return 2 * self.problem.multiple_of
+
     def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> MetaBatch | list[MetaBatch]:
         """Draw `meta_batch` functions, in pairs. Returns `MetaBatch`; of a `Mixture` a list of them."""
         check_count(meta_batch=meta_batch)
@@ -195,7 +205,7 @@ class Mirrored(Variation):
     def vary(self, batch: MetaBatch, generator: torch.Generator | None) -> MetaBatch:
         params = {name: torch.cat([tensor, -tensor]) for name, tensor in batch.params.items()}
         signs = [
-            {name: tensor.new_tensor(sign).expand_as(tensor) for name, tensor in batch.params.items()}
+            {name: tensor.new_full((), sign).expand_as(tensor) for name, tensor in batch.params.items()}
             for sign in (1, -1)
         ]
         return meta_batch_of(params, ScaledLoss([(scales, loss_of(batch)) for scales in signs]))
@@ -224,14 +234,16 @@ class ConvexTerms(Variation):
         check_count(dim=dim)
         super().__init__(problem, dim=dim)
 
+    @drawn_on_cpu
     def vary(self, batch: MetaBatch, generator: torch.Generator | None) -> MetaBatch:
         if "convex" in batch.params:
             raise ValueError('the problem has a parameter named "convex" already')
         like = next(iter(batch.params.values()))
         start, target = (
-            torch.empty(len(like), self.options["dim"], dtype=like.dtype)
-            .uniform_(-1, 1, generator=generator)
-            .to(like.device)
+            bring(
+                torch.empty(len(like), self.options["dim"], dtype=like.dtype).uniform_(-1, 1, generator=generator),
+                like.device,
+            )
             for _ in range(2)
         )
         return meta_batch_of({**batch.params, "convex": start}, ConvexLoss(loss_of(batch), target))
@@ -320,6 +332,7 @@ class Mixture(Problem):
         options = dict(weights=self.weights, families=self.families)
         return f"{kind_of(self)} {options} of {[problem.describe() for problem in self.problems]}"
 
+    @drawn_on_cpu
     def sample(self, meta_batch: int, generator: torch.Generator | None = None) -> list[MetaBatch]:
         """Draw `meta_batch` functions of each problem, or of each of the `families` drawn. Returns a list of `MetaBatch`, in the
         problems' order."""

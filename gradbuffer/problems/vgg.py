@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from gradbuffer.checks import check_count
 from gradbuffer.data.art import generated_textures
 from gradbuffer.data.roots import patience
+from gradbuffer.devices import drawn_on_cpu
 
 __all__ = ["VGGFeatures", "from_pixels", "to_pixels"]
 
@@ -115,6 +116,7 @@ def through(layer, images, weight, bias):
 
 
 @functools.lru_cache(maxsize=4)
+@drawn_on_cpu
 def scaled_convolutions(network, weights, seed, count):
     """(what it is, dict from layer to (weight, bias)) of the first `count`, with features of mean square 1."""
     title, state = f"VGG-{network[3:]}", None

@@ -18,7 +18,18 @@ from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.contracts import Loss, Rule
 from gradbuffer.unrolling import Coordinates, apply_objective, check_objective, trained, unroll
 
-__all__ = ["Estimate", "Method", "PES", "PESState", "Pairs", "Perceptrons", "Unrolled", "Window", "signal_to_noise"]
+__all__ = [
+    "Episodes",
+    "Estimate",
+    "Method",
+    "PES",
+    "PESState",
+    "Pairs",
+    "Perceptrons",
+    "Unrolled",
+    "Window",
+    "signal_to_noise",
+]
 
 
 class Window(NamedTuple):
@@ -223,21 +234,51 @@ class Perceptrons:
         )
 
 
+@dataclass(frozen=True)
+class Episodes:
+    """From what range the episodes of a family's pairs are drawn, log-uniformly.
+
+    Args:
+        lengths: least and most steps; multiples of the window come of them.
+        rates, scales, gains: least and most, above 0: the optimizer's rate, factors on the gradients that it reads, and factors
+            on the initial parameters.
+        falling: in [0, 1], the share of episodes whose rate falls to 0 on half a cosine; else it stays.
+        late: in [0, 1], how much more the end of a falling episode counts than its beginning: a window counts
+            1 + late · (2 · progress - 1).
+
+    Raises:
+        ValueError: an argument is not as said.
+    """
+
+    lengths: tuple[float, float] = (100, 2000)
+    rates: tuple[float, float] = (2e-4, 3e-2)
+    scales: tuple[float, float] = (1e-3, 1e3)
+    gains: tuple[float, float] = (0.7, 1.7)
+    falling: float = 0.5
+    late: float = 0.0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name in ("falling", "late"):
+                if not 0 <= value <= 1:
+                    raise ValueError(f"{name} must be from 0 to 1, got {value}")
+            elif not 0 < value[0] <= value[1] < math.inf:
+                raise ValueError(f"{name} must be the least and the most, above 0, got {value}")
+
+
 class Pairs:
     """The antithetic pairs of one family, on their way from window to window.
 
-    Every pair has episodes of its own: a start, a rate (kept, or falling on half a cosine), a scale of the gradients and a length,
-    the last three log-uniform. The first episodes begin part of the way through, so that pairs do not end together.
+    Every pair has episodes of its own: a start, a rate, a scale of the gradients and a length. The first episodes begin part of
+    the way through, so that pairs do not end together.
 
     Args:
         family: a `Perceptrons`.
         pairs: how many.
         window: steps in a window.
         sigma: standard deviation of the perturbations.
-        lengths: of episodes, least and most steps; multiples of `window` come of them.
-        rates, scales, gains: least and most; gains are factors on the initial parameters.
         hold: one perturbation for a whole episode; else a fresh one for each window.
-        falling: in [0, 1], the share of episodes whose rate falls.
+        episodes: what they are like, `Episodes`.
         generator: on the CPU, for all that is drawn.
     """
 
@@ -247,23 +288,15 @@ class Pairs:
         pairs: int = 8,
         window: int = 50,
         sigma: float = 0.01,
-        lengths: tuple[float, float] = (100, 2000),
-        rates: tuple[float, float] = (2e-4, 3e-2),
-        scales: tuple[float, float] = (1e-3, 1e3),
-        gains: tuple[float, float] = (0.7, 1.7),
         hold: bool = True,
-        falling: float = 0.5,
+        episodes: Episodes = Episodes(),
         *,
         generator: torch.Generator,
     ):
         check_count(pairs=pairs, window=window)
         check_positive_number(sigma=sigma)
-        for name, (least, most) in dict(lengths=lengths, rates=rates, scales=scales, gains=gains).items():
-            if not 0 < least <= most < math.inf:
-                raise ValueError(f"{name} must be the least and the most, above 0, got {(least, most)}")
         self.family, self.pairs, self.window, self.sigma, self.generator = family, pairs, window, sigma, generator
-        self.lengths, self.rates, self.scales, self.gains, self.hold = lengths, rates, scales, gains, hold
-        self.falling = falling
+        self.hold, self.episodes = hold, episodes
         W, windows = family.windows.num_weights, family.windows
         self.params, self.state = torch.empty(2 * pairs, windows.num_params), windows.init_state(2 * pairs)
         self.noise, self.total = torch.zeros(pairs, W), torch.zeros(pairs, W)
@@ -282,11 +315,14 @@ class Pairs:
     def begin(self, pair: int) -> None:
         """A new episode."""
         both, number = slice(2 * pair, 2 * pair + 2), int(torch.randint(2**40, (), generator=self.generator))
-        self.params[both] = self.log_uniform(self.gains) * self.family.windows.draw_params(1, number)
+        self.params[both] = self.log_uniform(self.episodes.gains) * self.family.windows.draw_params(1, number)
         self.state[both], self.total[pair], self.done[pair], self.seeds[pair] = 0, 0, 0, number
-        self.length[pair] = math.ceil(self.log_uniform(self.lengths) / self.window) * self.window
-        self.rate[pair], self.scale[pair] = self.log_uniform(self.rates), self.log_uniform(self.scales)
-        self.falls[pair] = self.uniform() < self.falling
+        self.length[pair] = math.ceil(self.log_uniform(self.episodes.lengths) / self.window) * self.window
+        self.rate[pair], self.scale[pair] = (
+            self.log_uniform(self.episodes.rates),
+            self.log_uniform(self.episodes.scales),
+        )
+        self.falls[pair] = self.uniform() < self.episodes.falling
         self.noise[pair] = self.sigma * torch.randn(self.noise.shape[1], generator=self.generator)
 
     def advance(self, weights: torch.Tensor) -> Estimate:
@@ -311,7 +347,8 @@ class Pairs:
         losses = self.family.run(both, self.params, self.state, self.window, **twice).mean(1).view(-1, 2)  # (pairs, 2)
         self.done += self.window
         difference = (losses[:, 0] - losses[:, 1]) / losses.mean(1).clamp(min=1e-12)
-        each = difference[:, None] * self.total / (2 * self.sigma**2)
+        counts = 1 + self.episodes.late * self.falls * (2 * progress.mean(1) - 1)
+        each = (counts * difference)[:, None] * self.total / (2 * self.sigma**2)
         return Estimate(each.mean(0), each, losses.mean().item())
 
 

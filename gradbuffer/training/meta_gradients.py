@@ -15,8 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from gradbuffer.checks import NonFiniteError, check_count, check_positive_number
-from gradbuffer.contracts import MetaBatch, Rule, as_loss, as_rule
+from gradbuffer.checks import (
+    NonFiniteError,
+    check_count,
+    check_finite,
+    check_positive_number,
+    values_are_checked,
+    values_unchecked,
+)
+from gradbuffer.contracts import MetaBatch, Rule, as_loss, as_rule, repack
+from gradbuffer.devices import bring
 from gradbuffer.nests import map_tensors, tensors_in
 from gradbuffer.training.evolution import PES, Method, Unrolled, Window
 from gradbuffer.unrolling import Coordinates, apply_objective, check_objective, gradients_of, multiply_by_slopes
@@ -28,6 +36,7 @@ __all__ = [
     "Replay",
     "WindowInfo",
     "check_replay_fraction",
+    "check_window",
     "finish_window",
     "flat_options",
     "meta_gradient",
@@ -234,28 +243,48 @@ def meta_gradient(
     method.check(as_rule(net))
     coordinates = Coordinates(params)
     rule, theta = as_rule(net, coordinates), coordinates.join(params).detach()
-    weights = torch.ones(unroll + 1) if weights is None else torch.as_tensor(weights)
+    weights = theta.new_ones(unroll + 1) if weights is None else torch.as_tensor(weights)
     if weights.shape != (unroll + 1,):
         raise ValueError(f"weights must have shape ({unroll + 1},) for unroll {unroll}, got {tuple(weights.shape)}")
-    weights = weights.to(theta) / coordinates.functions
+    weights = bring(weights, theta.device).to(theta) / coordinates.functions
     window = Window(rule, as_loss(batch.loss), coordinates, theta, state, step, weights)
-    return finish_window(window, method.window(window, generator), method.objective)
+    if theta.is_cpu:
+        return finish_window(window, method.window(window, generator), method.objective)
+    repack(net)  # instead of waiting for the device to see whether the weights have changed
+    with values_unchecked():
+        found = method.window(window, generator)
+    return finish_window(window, found, method.objective)
 
 
 def finish_window(
     window: Window, found: Unrolled, objective: str | Callable
 ) -> tuple[dict[str, torch.Tensor], WindowInfo]:
     """What `meta_gradient` returns, unless a loss is not finite."""
-    losses = found.losses
+    if values_are_checked():
+        check_window(found.grads, found.losses, window.step, objective)
+    grads = window.rule.symmetrize(found.grads) if window.rule.odd else found.grads
+    return grads, WindowInfo(found.losses, window.coordinates.split(found.theta), found.state)
+
+
+def check_window(grads: dict[str, torch.Tensor], losses: torch.Tensor, step: int, objective: str | Callable) -> None:
+    """Raise NonFiniteError unless what a window of these losses (T + 1, B) from that step on gave is finite.
+
+    On a CPU the network has looked at every gradient that it was fed. Elsewhere nobody has, and what was not finite shows in the
+    meta-gradient: both are looked at with one wait for the device.
+    """
     values = apply_objective(losses, objective)
-    if not math.isfinite(values.sum().item()) and not torch.isfinite(values).all():  # a sum may also overflow
+    looked_at = values if values.is_cpu else torch.cat([part.flatten() for part in (values, *grads.values())])
+    if math.isfinite(looked_at.sum().item()):
+        return
+    if not torch.isfinite(values).all():  # a sum may also overflow
         t, function = (~torch.isfinite(values)).nonzero()[0].tolist()
         raise NonFiniteError(
-            f"the loss of function {function} at step {window.step + t} is {losses[t, function].item()}"
+            f"the loss of function {function} at step {step + t} is {losses[t, function].item()}"
             + (', and objective="log" needs a positive one' if objective == "log" else "")
         )
-    grads = window.rule.symmetrize(found.grads) if window.rule.odd else found.grads
-    return grads, WindowInfo(losses, window.coordinates.split(found.theta), found.state)
+    if not values.is_cpu:
+        for name, grad in grads.items():
+            check_finite(grad, f"the meta-gradient by {name} of the window from step {step} on")
 
 
 @torch.no_grad()
@@ -297,9 +326,12 @@ def replay_window(window: Window, method: Replay, generator: torch.Generator | N
     losses, gradients = recorded.losses, recorded.gradients
     adjoint, inputs = weights[1:, None] * gradients[1:], gradients[:-1]
     multiply_by_slopes(adjoint, losses[1:], method.objective, coordinates)
-    rows = adjoint.unbind()
-    for later, row in zip(rows[:0:-1], rows[-2::-1]):  # λ_{t+1} = Σ_{s>t} w_s ∇_s, in place from the end
-        row += later
+    if adjoint.is_cpu:
+        rows = adjoint.unbind()
+        for later, row in zip(rows[:0:-1], rows[-2::-1]):  # λ_{t+1} = Σ_{s>t} w_s ∇_s, in place from the end
+            row += later
+    else:
+        adjoint = adjoint.flip(0).cumsum(0).flip(0)
     grads = replay_recorded(
         rule, coordinates, inputs, start, adjoint, fraction, generator, recorded.tape, recorded.read
     )
@@ -322,7 +354,7 @@ def replay_recorded(
     With a fraction below 1 an estimate of it, from that share of the coordinates. tape, read: see `Rule.replay`.
     """
     if fraction < 1:
-        kept, factor = (tensor.to(inputs.device) for tensor in coordinates.subset(fraction, generator))
+        kept, factor = (bring(tensor, inputs.device) for tensor in coordinates.subset(fraction, generator))
         inputs, adjoint = inputs[:, kept], adjoint[:, kept] * factor.to(inputs)
         start = map_tensors(lambda tensor: tensor[..., kept], start)
         read = read and {

@@ -51,7 +51,7 @@ class RandomHorizon:
         check_count(least=self.least, **{"horizons[1]": self.most})
 
     def __call__(self, iteration: int, generator: torch.Generator | None) -> int:
-        return int(torch.randint(self.least, self.most + 1, (), generator=generator))
+        return int(torch.randint(self.least, self.most + 1, (), generator=generator, device="cpu"))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Its options are `options.Training`; `meta_training.meta_train` is the door to it.
 """
 
+import contextlib
 import copy
 import math
 import sys
@@ -12,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradbuffer.checks import NonFiniteError, check_count
+from gradbuffer.checks import NonFiniteError, check_count, values_unchecked
 from gradbuffer.contracts import Problem, as_problem, as_rule, part_of
 from gradbuffer.evaluation import evaluate
 from gradbuffer.training.checkpoints import named_tuples, plain, read_checkpoint, regroup, unplain, write_checkpoint
 from gradbuffer.training.cuda_graphs import CapturedWindow
 from gradbuffer.training.evolution import PES, PESState
 from gradbuffer.training.imitation import imitation_gradient
-from gradbuffer.training.meta_gradients import Replay, WindowInfo, meta_gradient
+from gradbuffer.training.meta_gradients import Replay, WindowInfo, check_window, meta_gradient
 from gradbuffer.training.options import Curriculum, Training
 from gradbuffer.training.ranks import Ranks
 from gradbuffer.unrolling import Coordinates, trained
@@ -95,8 +96,13 @@ class Run:
         self.ranks = Ranks()
         self.first, self.last = self.ranks.share(options.meta_batch)
         self.trained = trained(as_rule(net))
-        make = options.meta_optimizer or (lambda params: torch.optim.Adam(params, lr=options.lr))
-        self.adam = make(list(self.trained.values()))
+        parameters = list(self.trained.values())
+        self.on_cpu = all(parameter.is_cpu for parameter in parameters)
+        # a device is waited for once an iteration, where nothing must be known earlier
+        self.looks_late = not self.on_cpu and self.ranks.size == 1 and not options.balance
+        fused = None if self.on_cpu else True
+        make = options.meta_optimizer or (lambda params: torch.optim.Adam(params, lr=options.lr, fused=fused))
+        self.adam = make(parameters)
         self.rates = [group["lr"] for group in self.adam.param_groups]
         self.generator = torch.Generator().manual_seed(options.seed)
         stages = options.horizon.curriculum if isinstance(options.horizon, Curriculum) else ()
@@ -136,9 +142,11 @@ class Run:
         options, history = self.options, self.history
         factor = (options.schedule or self.schedule)(self.iteration, options.iterations)
         try:
-            grads, (meta_loss, *squares, imitation) = self.window()
-            norm = torch.linalg.vector_norm(torch.stack([grad.norm() for grad in grads.values()])).item()
-            if not math.isfinite(norm):
+            grads, figures = self.window()
+            norm = torch.linalg.vector_norm(torch.stack([grad.norm() for grad in grads.values()]))
+            norm, meta_loss, *squares, imitation = numbers_of([norm, *figures])
+            if not (math.isfinite(norm) and math.isfinite(meta_loss)):
+                self.check_windows()
                 raise NonFiniteError(f"the norm of the meta-gradient is {norm}")
         except NonFiniteError as error:
             self.skip(error)
@@ -180,12 +188,14 @@ class Run:
             for average, now in zip(self.averaged.parameters(), self.net.parameters()):
                 average.lerp_(now, 1 - kept)
 
-    def window(self) -> tuple[dict[str, torch.Tensor], list[float]]:
-        """The next window's meta-gradient, and [meta-loss, squares of ‖θ_T - θ_0‖, ‖θ_0‖, ‖θ_T‖, imitation loss]."""
+    def window(self) -> tuple[dict[str, torch.Tensor], list]:
+        """The next window's meta-gradient, and [meta-loss, squares of ‖θ_T - θ_0‖, ‖θ_0‖, ‖θ_T‖, imitation loss]: numbers, or
+        where we look late tensors, and nothing has been checked."""
         if self.functions is None:
             self.draw()
         share = (self.last - self.first) / self.options.meta_batch
         grads = figures = failure = None
+        self.unchecked = []
         try:
             found = {functions.family: self.window_of(functions) for functions in self.functions}
         except NonFiniteError as error:
@@ -211,7 +221,12 @@ class Run:
         self.sizes[family] = 0.99 * self.sizes.get(family, square) + 0.01 * square
         return 1 / (self.sizes[family] ** 0.5 + 1e-12)
 
-    def window_of(self, functions: Functions) -> tuple[dict[str, torch.Tensor], list[float]]:
+    def check_windows(self) -> None:
+        """Raise NonFiniteError if it can be said what is not finite in the windows that nobody has looked at yet."""
+        for functions in self.unchecked:
+            check_window(*functions, self.options.method.objective)
+
+    def window_of(self, functions: Functions) -> tuple[dict[str, torch.Tensor], list]:
         """The same of one meta-batch, which goes on."""
         start, unroll = functions.params, self.options.unroll
         if functions.demonstration is not None:
@@ -227,10 +242,14 @@ class Run:
                 self.window_generator(functions.family),
             )
         else:
-            grads, info = self.meta_gradient(functions)
+            with values_unchecked() if self.looks_late else contextlib.nullcontext():
+                grads, info = self.meta_gradient(functions)
+            self.unchecked += [(grads, info.losses, self.step)] * self.looks_late
         functions.params, functions.state = info.params, info.state
-        imitation = 0.0 if functions.demonstration is None else info.imitation.item()
-        return grads, [info.losses.mean().item(), *squares_of_change(start, info.params), imitation]
+        imitation = 0.0 if functions.demonstration is None else info.imitation
+        figures = [info.losses.mean(), *norms_of_change(start, info.params), imitation]
+        loss, *norms, imitation = figures if self.looks_late else numbers_of(figures)
+        return grads, [loss, *(norm * norm for norm in norms), imitation]
 
     def meta_gradient(self, functions: Functions) -> tuple[dict[str, torch.Tensor], WindowInfo]:
         window, family = (functions.batch, functions.params, functions.state), functions.family
@@ -298,7 +317,7 @@ class Run:
                         raise stop_error(self.iteration - 1, f"in validation, {error}") from error
                     return math.inf
                 logs.append(losses.sum(1).mean().item())
-            score = logs[0] if len(logs) == 1 else math.exp(sum(map(math.log, logs)) / len(logs))
+            score = logs[0] if len(logs) == 1 else 0.0 if 0 in logs else math.exp(sum(map(math.log, logs)) / len(logs))
             return score if math.isfinite(score) else math.inf
 
         score, history = self.ranks.on_first(score), self.history
@@ -401,10 +420,17 @@ def replay_fraction_of(method):
     return method.replay_fraction if isinstance(method, Replay) else 1.0
 
 
-def squares_of_change(start, end):
-    """Squares of ‖end - start‖, ‖start‖ and ‖end‖ of dicts of tensors, as numbers."""
+def norms_of_change(start, end):
+    """‖end - start‖, ‖start‖ and ‖end‖ of dicts of tensors."""
     start, end = (torch.cat([tensor.flatten() for tensor in params.values()]) for params in (start, end))
-    return [norm * norm for norm in torch.stack([vector.norm() for vector in (end - start, start, end)]).tolist()]
+    return [vector.norm() for vector in (end - start, start, end)]
+
+
+def numbers_of(figures):
+    """The numbers in a list of tensors without axes and numbers, with one wait for their device."""
+    tensors = [figure for figure in figures if isinstance(figure, torch.Tensor)]
+    read = iter(torch.stack([tensor.double() for tensor in tensors]).tolist() if tensors else [])
+    return [next(read) if isinstance(figure, torch.Tensor) else figure for figure in figures]
 
 
 def stop_error(iteration, cause):

@@ -135,20 +135,27 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--state", type=Path)
     parser.add_argument("--second", action="store_true", help="the second part, from where the first has come to")
+    parser.add_argument("--third", action="store_true", help="likewise, with orthogonal updates and a context")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
-    from gradbuffer.training.evolution import Pairs
+    from gradbuffer.training.evolution import Episodes, Pairs
 
-    net = start_as_normalized_adam(MLPOptimizer())
+    net = start_as_normalized_adam(MLPOptimizer(orthogonalize=options.third, context=options.third))
     more, trained, watched = make_families(net, small_images())
     start = torch.nn.utils.parameters_to_vector(net.parameters()).detach().clone()
-    episodes, lr, families_a_step, end = {}, LR, FAMILIES_A_STEP, None
+    episodes, lr, families_a_step, end = Episodes(), LR, FAMILIES_A_STEP, None
     if options.second:  # more families, rates nearer to those that users choose, and an end
         trained, lr, families_a_step, end = more | trained, 5e-4, 5, 16000
-        episodes = dict(lengths=(150, 1200), rates=(5e-4, 2e-2), scales=(1e-2, 1e2), falling=0.85)
+        episodes = Episodes(lengths=(150, 1200), rates=(5e-4, 2e-2), scales=(1e-2, 1e2), falling=0.85)
         start = torch.load(HERE / "general_mlp.pt")["averaged"].clone()
         options.state = options.state or HERE / "general_mlp_second.pt"
+    if options.third:  # from the first part's weights, the context's as at the start
+        trained, lr, families_a_step = more | trained, 5e-4, 5
+        episodes = Episodes(lengths=(100, 1500), rates=(5e-4, 3e-2), scales=(1e-2, 1e2), falling=0.85, late=0.75)
+        first = torch.load(HERE / "general_mlp.pt")["averaged"]
+        start[: len(first)] = first
+        options.state = options.state or HERE / "general_mlp_third.pt"
     options.state = options.state or HERE / "general_mlp.pt"
     weights = torch.nn.Parameter(start.clone())
     adam = torch.optim.AdamW([weights], lr=lr, weight_decay=0.0)
@@ -158,11 +165,14 @@ def main():
         weights.data.copy_(run["weights"])
         adam.load_state_dict(run["adam"])
     generator = torch.Generator().manual_seed(1000 + run["k"])
-    pairs = {name: Pairs(family, PAIRS, generator=generator, **episodes) for name, family in trained.items()}
+    pairs = {name: Pairs(family, PAIRS, generator=generator, episodes=episodes) for name, family in trained.items()}
     names, begun, saved = [], time.time(), time.time()
 
     def save():
-        torch.save({**run, "weights": weights.data, "adam": adam.state_dict()}, options.state.with_suffix(".new"))
+        torch.save(
+            {**run, "config": net.config, "weights": weights.data, "adam": adam.state_dict()},
+            options.state.with_suffix(".new"),
+        )
         options.state.with_suffix(".new").replace(options.state)
 
     while time.time() - begun < options.seconds and (end is None or run["k"] < end):
@@ -181,7 +191,7 @@ def main():
         adam.step()
         run["k"] += 1
         run["averaged"].lerp_(weights.data, 1 - min(KEPT, run["k"] / (run["k"] + 10)))
-        if run["k"] % 500 == 0:
+        if run["k"] % (1000 if options.third else 500) == 0:
             run["history"]["validation"].append((run["k"], validate(run["averaged"], watched)))
             print(run["k"], round(time.time() - begun), run["history"]["validation"][-1][1], flush=True)
         if time.time() - saved > 60:

@@ -11,7 +11,7 @@ import torch
 
 from gradbuffer.checks import check_count
 from gradbuffer.contracts import MetaBatch, Problem, as_loss, part_if_any
-from gradbuffer.evaluation import draw_batches
+from gradbuffer.evaluation.drawing import draw_batches
 from gradbuffer.unrolling import Coordinates
 
 __all__ = ["evaluate_conjugate_gradients", "evaluate_lbfgs", "minimize_lbfgs"]

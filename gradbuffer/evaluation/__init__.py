@@ -4,6 +4,7 @@ The protocol of Andrychowicz et al. 2016 (arXiv 1606.04474), section 3: hand-des
 with the lowest final loss, and one seed gives every optimizer the same functions, initial points and minibatches.
 """
 
+import contextlib
 import functools
 import inspect
 import math
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
-from gradbuffer.checks import check_count
-from gradbuffer.contracts import Problem, as_loss, as_rule, device_of, on_device
+from gradbuffer.checks import check_count, check_finite, values_unchecked
+from gradbuffer.contracts import Problem, as_loss, as_rule, device_of
+from gradbuffer.evaluation.drawing import draw_batches, join_for
 from gradbuffer.unrolling import Coordinates, in_place
 
 __all__ = [
@@ -23,7 +25,6 @@ __all__ = [
     "check_baseline",
     "compare",
     "compare_final",
-    "draw_batches",
     "evaluate",
     "evaluate_baseline",
     "learned_rule",
@@ -31,9 +32,6 @@ __all__ = [
     "tune_baseline",
     "tune_baselines",
 ]
-
-FUNCTIONS_AT_ONCE = 32  # functions that evaluation runs as one computation; a seed's functions depend on both bounds
-COORDINATES_AT_ONCE = 1 << 17  # larger states leave the cache and cost a fresh page of memory at every step
 
 BASELINES = {
     "SGD": (torch.optim.SGD, {}),
@@ -77,7 +75,7 @@ def evaluate(
     """
     device = device_of(net, device)
     with torch.no_grad():
-        return loss_curves(learned_rule(net), problem, steps, num_functions, seed, device, watch)
+        return loss_curves(learned_rule(net), problem, steps, num_functions, seed, device, watch, must_be_finite=True)
 
 
 def evaluate_baseline(
@@ -167,34 +165,32 @@ def loss_curves(
     seed: int,
     device: torch.device | str | None,
     watch: Callable | None = None,
+    must_be_finite: bool = False,
 ):
-    """Curves (num_functions, steps) of a rule, begun anew for each meta-batch; `watch` as in `evaluate`."""
+    """Curves (num_functions, steps) of a rule, begun anew for each meta-batch; `watch` as in `evaluate`.
+
+    must_be_finite: gradients must be. A learned optimizer looks at each on a CPU; elsewhere that is done here, with one wait.
+    """
     check_count(steps=steps)
     curves = []
-    for batch in draw_batches(problem, num_functions, seed, device):
+    for batch in join_for(device, draw_batches(problem, num_functions, seed, device)):
         coordinates = Coordinates(batch.params)
         theta, loss = coordinates.join(batch.params).detach().clone(), as_loss(batch.loss)
-        advance, losses = rule(theta, coordinates), []
-        for step in range(steps):
-            if watch is not None:
-                watch(step, coordinates.split(theta.detach()))
-            values, gradient = coordinates.losses_and_gradient(loss, theta, step)
-            losses.append(values)
-            if step + 1 < steps:
-                advance(gradient, values, step)
+        advance, losses, sums = rule(theta, coordinates), [], []
+        with contextlib.nullcontext() if theta.is_cpu else values_unchecked():
+            for step in range(steps):
+                if watch is not None:
+                    watch(step, coordinates.split(theta.detach()))
+                values, gradient = coordinates.losses_and_gradient(loss, theta, step)
+                losses.append(values)
+                if step + 1 < steps:
+                    advance(gradient, values, step)
+                    if must_be_finite and not theta.is_cpu:
+                        sums.append(gradient.sum())
+        if sums:
+            check_finite(torch.stack(sums), "the gradient's sum, a coordinate for each step,")
         curves.append(torch.stack(losses, 1))
     return torch.cat(curves).cpu()
-
-
-def draw_batches(problem: Problem, num_functions: int, seed: int, device: torch.device | str | None):
-    """Meta-batches of `num_functions` functions in all: for a seed, the same to every optimizer."""
-    check_count(num_functions=num_functions)
-    check_count(least=0, seed=seed)
-    problem, generator = on_device(problem, device), torch.Generator().manual_seed(seed)
-    size = sum(tensor.numel() for tensor in problem.sample(1, generator=torch.Generator()).params.values())
-    at_once = min(max(COORDINATES_AT_ONCE // size, 1), FUNCTIONS_AT_ONCE)
-    for first in range(0, num_functions, at_once):
-        yield problem.sample(min(at_once, num_functions - first), generator=generator)
 
 
 @dataclass

@@ -1,0 +1,144 @@
+"""Budgets of the CUDA path, on a device whose kernels never run (see `null_cuda`): launches, waits, captures, devices.
+
+It is built with a C++ compiler for a CUDA build of torch; where one of the two is missing these tests are skipped. They run in
+child processes, one for each scenario of `null_cuda_child`.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import null_cuda
+import pytest
+from cases import NETWORKS, PROBLEMS
+
+CHILD = Path(__file__).with_name("null_cuda_child.py")
+STEPS = 20  # of the windows measured
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    try:
+        return null_cuda.build(tmp_path_factory.mktemp("null_cuda"))
+    except null_cuda.Missing as reason:
+        pytest.skip(f"the null device {reason}")
+
+
+@pytest.fixture(scope="module")
+def found(library):
+    """scenario -> dict from name to what was found, each scenario run once."""
+    results = {}
+
+    def run(scenario):
+        if scenario not in results:
+            command = [sys.executable, str(CHILD), scenario]
+            done = subprocess.run(
+                command, env=null_cuda.environment(library), capture_output=True, text=True, timeout=900
+            )
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+            lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+            results[scenario] = {name: figures for _, name, figures in lines}
+        return results[scenario]
+
+    return run
+
+
+def total(figures, start):
+    return sum(times for what, times in figures["all"].items() if what.startswith(start))
+
+
+def test_the_device_counts(library):
+    """What is counted is what was launched, waited for and captured."""
+    code = """
+import torch, null_cuda
+x = torch.zeros(1000, device="cuda")
+torch.cuda.synchronize()
+null_cuda.reset()
+for _ in range(3):
+    x.add_(1)
+y = x.clone()
+assert x.sum().item() == 0
+found = null_cuda.counts()
+assert null_cuda.launches(found) == 5 and null_cuda.waits(found) == 1, found
+null_cuda.reset()
+torch.ones(3).to("cuda")
+torch.ones(3).pin_memory().to("cuda", non_blocking=True)
+found = null_cuda.counts()
+assert null_cuda.waits(found) == 1 and found["copy up, pageable"] == found["copy up, pinned"] == 1, found
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    y = x * 2
+null_cuda.reset()
+graph.replay()
+assert null_cuda.launches(null_cuda.counts()) == 1
+try:
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x.sum().item()
+except Exception:
+    assert any(what.startswith("refused") for what in null_cuda.counts())
+else:
+    raise AssertionError("a wait in a capture was let pass")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=null_cuda.environment(library), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", ["quadratics x1", "quadratics x128", "MNIST x1", "MNIST x128", "MNIST x1, odd"])
+def test_launches_of_a_window(found, name):
+    """A step of a coordinatewise LSTM: at most 15 launches, the window's beginning, end and replay included."""
+    assert found("windows")[name]["launches"] <= 15 * STEPS
+
+
+@pytest.mark.parametrize("name", ["MNIST x1, RNNProp", "MNIST x1, NormalizedLSTM"])
+def test_launches_of_networks_that_read_averages(found, name):
+    assert found("windows")[name]["launches"] <= 60 * STEPS
+
+
+def test_windows_wait_once(found):
+    assert {name: figures["waits"] for name, figures in found("windows").items() if figures["waits"] > 1} == {}
+
+
+def test_torch_does_not_cut_into_a_cpus_blocks(found):
+    """Without Triton: no more launches for 64,000 coordinates than for a few, a tenth of what blocks of a cache's size took."""
+    assert found("kernels")["torch"]["launches"] <= 65 * STEPS
+
+
+def test_iterations_of_training_wait_once(found):
+    assert {name: figures["waits"] for name, figures in found("training").items() if figures["waits"] > 1} == {}
+    assert len(found("training")) == 6
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_every_window_can_be_captured(found, network, problem):
+    figures = found("captures")[f"{network} on {problem}"]
+    if "mlp.py" in figures.get("error", ""):
+        pytest.xfail("nets/mlp.py brings its decays to the device in every step")
+    assert figures == {}
+
+
+def test_no_public_function_mixes_devices(found):
+    assert {name: figures["error"] for name, figures in found("public").items() if figures} == {}
+    assert len(found("public")) > 100
+
+
+def test_what_is_drawn_comes_without_a_wait_and_data_once(found):
+    figures = found("uploads")
+    for problem in ("quadratics", "MNIST"):
+        assert (
+            figures[f"sample {problem}"]["waits"] == 0 and total(figures[f"sample {problem}"], "copy up, pageable") == 0
+        )
+        assert total(figures[f"sample {problem}"], "copy up, pinned") > 0
+    assert figures["data sets"]["before"] == figures["data sets"]["after"] == 1
+    assert figures["evaluate MNIST"]["waits"] <= 3
+
+
+def test_triton_is_the_default_and_torch_says_how_exact(found):
+    figures = found("kernels")
+    assert "step: triton\n" in figures["explain"]["text"] and "replay: triton\n" in figures["explain"]["text"]
+    for tf32, said in ((False, "cuDNN LSTM, exact products"), (True, "cuDNN LSTM, products in TF32 allowed")):
+        own = figures[f"TF32 {tf32}"]
+        assert total(own, "cuDNN LSTM") == total(own, said) > 0
