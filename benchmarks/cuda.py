@@ -278,7 +278,7 @@ def optimizer(part):
 
     nets = {
         "mnist": (load_optimizer("mnist"), {}),
-        "general": (load_optimizer("general"), {}),
+        "general_lstm": (load_optimizer("general_lstm"), {}),
         "RNNProp": (RNNProp(), {}),
     }
     nets["mnist, state in bfloat16"] = load_optimizer("mnist"), {"state_dtype": torch.bfloat16}
@@ -423,7 +423,7 @@ def steps(part):
         f"step of {N:,} coordinates, AdamW",
         milliseconds(seconds(torch.optim.AdamW(params, lr=1e-6, **fused).step)),
     )
-    for kind, name in itertools.product(kinds(), ("mnist", "general")):
+    for kind, name in itertools.product(kinds(), ("mnist", "general_lstm")):
         with attempt(f"step, {name}, {kind}"), kernels_are(kind):
             net = load_optimizer(name).to(DEVICE)
             own = LearnedOptimizer(params, net, lr=1e-6)

@@ -1,6 +1,6 @@
 """A learned optimizer where it was not trained: ReLU, ten times the horizon, a convolutional network, a transformer.
 
-    python benchmarks/general_optimizer.py                          # pretrained/general; --net FILE for another
+    python benchmarks/general_optimizer.py                          # pretrained/general_lstm; --net FILE for another
     python benchmarks/general_optimizer.py --parts relu transformer # only these
 
 Loss curves are means over functions or seeds; all optimizers get the same functions, starting points and minibatches.
@@ -152,7 +152,7 @@ def spread(values):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("relu", "horizon", "far", "cnn", "transformer")
-    parser.add_argument("--net", default="general", help="a file or a name in pretrained/ (default general)")
+    parser.add_argument("--net", default="general_lstm", help="a file or a name in pretrained/ (default general_lstm)")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to run (default all)")
     parser.add_argument("--functions", type=int, default=100, help="MNIST functions (default 100)")
     parser.add_argument("--tuning-functions", type=int, default=4, help="and to tune baselines on (default 4)")

@@ -540,7 +540,7 @@ def test_the_shipped_general_optimizer():
             optimizer.step()
         return loss.item()
 
-    net = load_optimizer("general")
+    net = load_optimizer("general_lstm")
     learned = end(lambda parameters: LearnedOptimizer(parameters, net), 100)
     assert type(net) is NormalizedLSTM and learned < 0.8 * end(torch.optim.Adam, 100)
     assert end(lambda parameters: LearnedOptimizer(parameters, net), 1500) < learned
@@ -735,10 +735,12 @@ def test_loading_gives_a_network_that_can_be_used_and_trained_anywhere(context):
 
 def test_pretrained_optimizers_are_listed_with_their_notes(tmp_path, monkeypatch):
     listed = pretrained_optimizers()
-    assert {"quadratics", "quadratics_odd", "mnist", "mnist_from_nag", "general"} <= set(listed)
+    assert {"quadratics", "quadratics_odd", "mnist", "mnist_from_nag", "general", "general_lstm"} <= set(listed)
     for name, notes in listed.items():
         assert notes["class"] == type(load_optimizer(name)).__name__ and notes["problem"] and notes["validation"]
-        assert notes["seed"].isdigit() and re.search("meta_training.py|README|ipynb", notes["command"])
+        assert notes["seed"][0].isdigit() and re.search(
+            "meta_training.py|README|ipynb|general_mlp.py", notes["command"]
+        )
         assert re.search(r"\d", notes["result"])
         assert (optimizers.PRETRAINED / f"{name}.safetensors").stat().st_size < 100_000
     monkeypatch.setattr(optimizers, "PRETRAINED", tmp_path)

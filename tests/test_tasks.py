@@ -163,7 +163,7 @@ def test_divergence_is_a_result():
 def test_an_optimizer_that_refuses_a_gradient_has_diverged():
     from optimizers import LearnedOptimizer, load_optimizer
 
-    net = load_optimizer("general")
+    net = load_optimizer("general_lstm")
     assert train(CUSP, lambda params: LearnedOptimizer(params, net), 3, 0).tolist() == [0.0, math.inf, math.inf]
 
 
@@ -305,7 +305,7 @@ def test_the_command_races_weights_of_a_file(command, tmp_path):
         command("--net", tmp_path / "weights.pt")
 
 
-@pytest.mark.parametrize("net", ["start", "general"])
+@pytest.mark.parametrize("net", ["start", "general_lstm"])
 def test_the_command_races_starts_and_names(command, net):
     text = command(
         "--net",
