@@ -273,6 +273,7 @@ class Rule:
     by_name = False  # whether `network_for` tells parameters apart
     odd = False
     overwrites = False  # whether `stepper` gives steps that write over the state they are given
+    steps_in_groups = False  # whether `group_steps` gives steps of many tensors at once
     reads: Any = frozenset()
     arguments: tuple = ()  # the constructor's arguments, which the network keeps under their names
 
@@ -292,6 +293,9 @@ class Rule:
     def stepper(self, state: Any) -> Callable:
         """step(gradient) -> update, many times from this state on, which each step overwrites. Only where `overwrites`."""
         raise NotImplementedError
+
+    def group_steps(self, *arguments: Any) -> Any:
+        """What takes steps of many tensors at once, see `LSTMKernels.group_steps`. Only where `steps_in_groups`."""
 
     def renews(self, dtype: torch.dtype) -> bool:
         """Whether such steps take a state that is stored in that dtype."""

@@ -19,7 +19,8 @@ from gradbuffer.kernels.interface import LSTMKernels
 from gradbuffer.nests import tensors_in
 from gradbuffer.problems.neural_art import NeuralArt
 from gradbuffer.problems.tasks import TASKS
-from gradbuffer.training.options import RandomHorizon
+from gradbuffer.training.options import RandomHorizon, training_of
+from gradbuffer.training.run import Run
 from gradbuffer.unrolling import Coordinates
 from meta_training import evaluate, meta_gradient, tune_baseline
 from optimizees import Mirrored, Mixture, MNISTNet, Quadratics, RandomScaling
@@ -273,3 +274,37 @@ def test_the_check_on_a_gpu_can_be_rehearsed():
     assert any(line.startswith("TIME a CPU") and "TB/s" in line for line in lines)
     none_left = subprocess.run([*command, "machine", "--seconds", "1"], capture_output=True, text=True, timeout=600)
     assert none_left.returncode == 1 and "FAIL machine 0: no time left" in none_left.stdout
+
+
+# One look an iteration ------------------------------------------------------------------------------------------------
+
+
+class SometimesNaN(Quadratics):
+    """Every third meta-batch has a function whose loss is not a number."""
+
+    draws = 0
+
+    def sample(self, meta_batch, generator=None):
+        batch = super().sample(meta_batch, generator)
+        self.draws += 1
+        if self.draws % 3 == 0:
+            batch.loss.data.y[1] = torch.nan
+        return batch
+
+
+def test_training_that_looks_late_skips_the_same_windows():
+    """As on CUDA: nothing is looked at before the iteration's end, and what was not finite is told then."""
+    histories = []
+    for late in (False, True):
+        torch.manual_seed(0)
+        options = dict(steps=4, unroll=2, meta_batch=2, iterations=9, skip_non_finite=3)
+        run = Run(CoordinatewiseLSTM(4), SometimesNaN(3), training_of(CoordinatewiseLSTM(4), **options))
+        run.looks_late = late
+        while run.iteration < 9:
+            run.advance()
+        histories.append(run.history)
+    early, later = histories
+    assert [iteration for iteration, _ in early.skipped] == [iteration for iteration, _ in later.skipped] != []
+    assert all("the loss of function 1 at step 0 is nan" in cause for _, cause in later.skipped)
+    for name in ("meta_loss", "grad_norm", "update_size"):
+        assert getattr(early, name) == pytest.approx(getattr(later, name), rel=1e-6, nan_ok=True)

@@ -101,6 +101,12 @@ def test_windows_wait_once(found):
     assert {name: figures["waits"] for name, figures in found("windows").items() if figures["waits"] > 1} == {}
 
 
+def test_a_learned_optimizer_takes_two_launches_a_group(found):
+    """On the 62 tensors of ResNet-18, in one group."""
+    assert found("optimizer")["LSTM"]["launches"] <= 2 and found("optimizer")["LSTM"]["waits"] <= 1
+    assert found("optimizer")["RNNProp"]["waits"] <= 1
+
+
 def test_torch_does_not_cut_into_a_cpus_blocks(found):
     """Without Triton: no more launches for 64,000 coordinates than for a few, a tenth of what blocks of a cache's size took."""
     assert found("kernels")["torch"]["launches"] <= 65 * STEPS

@@ -738,7 +738,9 @@ def test_pretrained_optimizers_are_listed_with_their_notes(tmp_path, monkeypatch
     assert {"quadratics", "quadratics_odd", "mnist", "mnist_from_nag", "general", "general_lstm"} <= set(listed)
     for name, notes in listed.items():
         assert notes["class"] == type(load_optimizer(name)).__name__ and notes["problem"] and notes["validation"]
-        assert notes["seed"][0].isdigit() and re.search("meta_training.py|README|ipynb|general_mlp.py", notes["command"])
+        assert notes["seed"][0].isdigit() and re.search(
+            "meta_training.py|README|ipynb|general_mlp.py", notes["command"]
+        )
         assert re.search(r"\d", notes["result"])
         assert (optimizers.PRETRAINED / f"{name}.safetensors").stat().st_size < 100_000
     monkeypatch.setattr(optimizers, "PRETRAINED", tmp_path)

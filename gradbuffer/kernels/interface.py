@@ -96,6 +96,14 @@ class LSTMKernels:
 
         return step
 
+    def takes_groups(self, p: float) -> bool:
+        """Whether there are `group_steps`; p: of `log_sign`, 0 for gradients as they are."""
+        return False
+
+    def group_steps(self, p: float, params: list, states: list, watched: list, kept: torch.Tensor | None):
+        """What takes a `LearnedOptimizer`'s steps of many tensors at once, as `triton_group.GroupSteps`."""
+        raise NotImplementedError
+
     def tape(self, coordinates: int, steps: int):
         """Room for what so many steps compute and their replay would else compute again; None where nothing is kept."""
         return None

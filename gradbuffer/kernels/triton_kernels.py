@@ -1,4 +1,4 @@
-"""The coordinatewise LSTM as two Triton kernels: one step of all layers, and the backward pass of a whole unroll.
+"""The coordinatewise LSTM in Triton: one step of all layers as one kernel, and what the other kernels share with it.
 
 The LSTM of Andrychowicz et al. 2016 (arXiv 1606.04474, section 2.1) is too small for a GPU's libraries: its products
 have 20 columns, and what it takes is launches and state traffic. Here one program carries a block of coordinates
@@ -13,7 +13,18 @@ UNITS), gates i, f, o, g. `triton_lstm` pads, launches and takes the padding off
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "replay_kernel", "sigmoid", "step_kernel"]
+__all__ = [
+    "INTERPRETED",
+    "add_product",
+    "advance_block",
+    "gates",
+    "log_sign_tile",
+    "matrix",
+    "sigmoid",
+    "step_kernel",
+    "tanh",
+    "with_one",
+]
 
 
 @triton.jit
@@ -86,6 +97,70 @@ def with_one(pointer, stride, columns, inside, COUNT: tl.constexpr, ROWS: tl.con
     return tl.where(rows == COUNT, 1.0, tile).to(tile.dtype)
 
 
+@triton.jit
+def log_sign_tile(grad, FIRST: tl.constexpr, LOG_SIGN: tl.constexpr, SHARPEST: tl.constexpr):
+    """The tile [log|∇| / p; sgn ∇; 1; zeros] (BLOCK, FIRST) of gradients (BLOCK,), with LOG_SIGN = p and SHARPEST = e^p."""
+    size = tl.log(tl.maximum(tl.abs(grad), 1 / SHARPEST)) / LOG_SIGN
+    sign = tl.minimum(tl.maximum(grad * SHARPEST, -1.0), 1.0)
+    rows = tl.arange(0, FIRST)[None, :]
+    below = tl.where(rows == 0, size[:, None], tl.where(rows == 1, sign[:, None], tl.where(rows == 2, 1.0, 0.0)))
+    return below.to(grad.dtype)
+
+
+@triton.jit
+def advance_block(
+    below,
+    hidden,
+    cells,
+    new_hidden,
+    new_cells,
+    columns,
+    inside,
+    weights,
+    output_weight,
+    stride,
+    new_stride,
+    H: tl.constexpr,
+    LAYERS: tl.constexpr,
+    FIRST: tl.constexpr,
+    BELOW: tl.constexpr,
+    UNITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """All layers' step of a block of coordinates, from states (LAYERS, H, N) to others, whose rows lie so far apart. Returns the outputs.
+
+    below: the tile that the first layer reads beside its state. The output's bias stands behind its weights, which are padded.
+    """
+    units = tl.arange(0, UNITS)[None, :]
+    wanted = inside[:, None] & (units < H)
+    places = columns[:, None] + units.to(tl.int64) * stride
+    new_places = columns[:, None] + units.to(tl.int64) * new_stride
+    h = tl.zeros((columns.shape[0], UNITS), below.dtype)
+    for layer in tl.static_range(LAYERS):
+        h = tl.load(hidden + places, mask=wanted, other=0.0)
+        c = tl.load(cells + places, mask=wanted, other=0.0)
+        i, f, o, g = gates(weights, below, h, PRECISION, INTERPRET)
+        c = f * c + i * g
+        h = o * tanh(c)
+        tl.store(new_hidden + new_places, h, mask=wanted)
+        tl.store(new_cells + new_places, c, mask=wanted)
+        places += tl.full((1, 1), H, tl.int64) * stride
+        new_places += tl.full((1, 1), H, tl.int64) * new_stride
+        if layer == 0:
+            weights += 4 * (FIRST + UNITS) * UNITS
+        else:
+            weights += 4 * (BELOW + UNITS) * UNITS
+        if layer < LAYERS - 1:  # [h; 1]; where the padded units have no room for the 1, the tile is twice as wide
+            if BELOW == UNITS:
+                below = tl.where(units == H, 1.0, h).to(h.dtype)
+            else:
+                tl.debug_barrier()  # h was written by other threads of this program
+                apart = tl.full((1, 1), new_stride, tl.int64)
+                below = with_one(new_hidden + layer * H * apart, apart, columns, inside, H, BELOW)
+    return tl.sum(h * tl.load(output_weight + units), axis=1) + tl.load(output_weight + UNITS)
+
+
 @triton.jit(do_not_specialize=["start", "width", "stride", "new_stride"])  # compiling takes a minute: once is enough
 def step_kernel(
     features,
@@ -114,359 +189,37 @@ def step_kernel(
 ):
     """One step of the optimizer: preprocessing, all layers, the output and the next state of BLOCK coordinates.
 
-    features (INPUTS, width) are made already, or with LOG_SIGN = p > 0 gradients (1, width), SHARPEST = e^p. They
-    belong to the coordinates from `start` on of states (LAYERS, H, N), whose rows lie `stride` and `new_stride` apart, and of
-    update (N,). The output's bias stands behind its weights, which are padded.
+    features (INPUTS, width) are made already, or with LOG_SIGN = p > 0 gradients (1, width), SHARPEST = e^p. They belong to the
+    coordinates from `start` on of the states, see `advance_block`, and of update (N,).
     """
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    units = tl.arange(0, UNITS)[None, :]
-    wanted = inside[:, None] & (units < H)
-    places = (start + columns)[:, None] + units.to(tl.int64) * stride
-    new_places = (start + columns)[:, None] + units.to(tl.int64) * new_stride
     if LOG_SIGN > 0:
         grad = tl.load(features + columns, mask=inside, other=0.0)
-        size = tl.log(tl.maximum(tl.abs(grad), 1 / SHARPEST)) / LOG_SIGN
-        sign = tl.minimum(tl.maximum(grad * SHARPEST, -1.0), 1.0)
-        rows = tl.arange(0, FIRST)[None, :]
-        below = tl.where(rows == 0, size[:, None], tl.where(rows == 1, sign[:, None], tl.where(rows == 2, 1.0, 0.0)))
-        below = below.to(grad.dtype)
+        below = log_sign_tile(grad, FIRST, LOG_SIGN, SHARPEST)
     else:
         below = with_one(features, width, columns, inside, INPUTS, FIRST)
-    for layer in tl.static_range(LAYERS):
-        h = tl.load(hidden + places, mask=wanted, other=0.0)
-        c = tl.load(cells + places, mask=wanted, other=0.0)
-        i, f, o, g = gates(weights, below, h, PRECISION, INTERPRET)
-        c = f * c + i * g
-        h = o * tanh(c)
-        tl.store(new_hidden + new_places, h, mask=wanted)
-        tl.store(new_cells + new_places, c, mask=wanted)
-        places += tl.full((1, 1), H, tl.int64) * stride
-        new_places += tl.full((1, 1), H, tl.int64) * new_stride
-        if layer == 0:
-            weights += 4 * (FIRST + UNITS) * UNITS
-        else:
-            weights += 4 * (BELOW + UNITS) * UNITS
-        if layer < LAYERS - 1:  # [h; 1]; where the padded units have no room for the 1, the tile is twice as wide
-            if BELOW == UNITS:
-                below = tl.where(units == H, 1.0, h).to(h.dtype)
-            else:
-                tl.debug_barrier()  # h was written by other threads of this program
-                apart = tl.full((1, 1), new_stride, tl.int64)
-                below = with_one(new_hidden + start + layer * H * apart, apart, columns, inside, H, BELOW)
-    out = tl.sum(h * tl.load(output_weight + units), axis=1)
-    tl.store(update + start + columns, out + tl.load(output_weight + UNITS), mask=inside)
-
-
-@triton.jit
-def below_tile(
-    features,
-    tape,
-    layer: tl.constexpr,
-    t,
-    columns,
-    inside,
-    width,
-    plane,
-    INPUTS: tl.constexpr,
-    H: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """What a layer reads at step t beside its state: the features, or the next hidden state of the layer below."""
-    if layer == 0:
-        return with_one(features + t * INPUTS * width, width, columns, inside, INPUTS, ROWS)
-    else:
-        lanes = tl.arange(0, BLOCK)
-        return with_one(tape + 2 * (layer - 1) * plane + (t + 1) * H * BLOCK, BLOCK, lanes, lanes >= 0, H, ROWS)
-
-
-@triton.jit
-def record_layer(
-    features,
-    hidden,
-    cells,
-    weights,
-    tape,
-    layer: tl.constexpr,
-    columns,
-    inside,
-    start,
-    width,
-    N,
-    T,
-    plane,
-    INPUTS: tl.constexpr,
-    H: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """One layer's forward pass through all steps: its states before and after each go to the tape."""
-    units = tl.arange(0, UNITS)[None, :]
-    wanted = (units < H) & (columns >= 0)[:, None]
-    places = (start + columns)[:, None] + (layer * H + units).to(tl.int64) * N
-    h = tl.load(hidden + places, mask=inside[:, None] & (units < H), other=0.0)
-    c = tl.load(cells + places, mask=inside[:, None] & (units < H), other=0.0)
-    now = tape + 2 * layer * plane + units * BLOCK + tl.arange(0, BLOCK)[:, None]
-    tl.store(now, h, mask=wanted)
-    tl.store(now + plane, c, mask=wanted)
-    for t in range(T):
-        below = below_tile(features, tape, layer, t, columns, inside, width, plane, INPUTS, H, ROWS, BLOCK)
-        i, f, o, g = gates(weights, below, h, PRECISION, INTERPRET)
-        c = f * c + i * g
-        h = o * tanh(c)
-        tl.store(now + (t + 1) * H * BLOCK, h, mask=wanted)
-        tl.store(now + plane + (t + 1) * H * BLOCK, c, mask=wanted)
-    tl.debug_barrier()  # the passes that follow read what other threads of this program wrote
-
-
-@triton.jit
-def pull_back_layer(
-    features,
-    adjoint,
-    weights,
-    output_weight,
-    sums,
-    output_sum,
-    tape,
-    layer: tl.constexpr,
-    columns,
-    inside,
-    width,
-    T,
-    plane,
-    INPUTS: tl.constexpr,
-    H: tl.constexpr,
-    LAYERS: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """One layer's backward pass through all steps, from the last; adds to the sums and returns that of the output."""
-    units = tl.arange(0, UNITS)[None, :]
-    lanes = tl.arange(0, BLOCK)[:, None]
-    kept = (units < H) & (lanes >= 0)
-    now = tape + 2 * layer * plane + units * BLOCK + lanes
-    rows = tl.arange(0, ROWS)[None, :]
-    handed = tape + 2 * LAYERS * plane  # derivatives by the hidden states, from each layer to the one below
-    GATE: tl.constexpr = (ROWS + UNITS) * UNITS
-    HIDDEN: tl.constexpr = ROWS * UNITS
-    w_out = tl.load(output_weight + units)
-    into_i, into_hidden_i = tl.load(matrix(sums, ROWS, UNITS)), tl.load(matrix(sums + HIDDEN, UNITS, UNITS))
-    into_f = tl.load(matrix(sums + GATE, ROWS, UNITS))
-    into_hidden_f = tl.load(matrix(sums + GATE + HIDDEN, UNITS, UNITS))
-    into_o = tl.load(matrix(sums + 2 * GATE, ROWS, UNITS))
-    into_hidden_o = tl.load(matrix(sums + 2 * GATE + HIDDEN, UNITS, UNITS))
-    into_g = tl.load(matrix(sums + 3 * GATE, ROWS, UNITS))
-    into_hidden_g = tl.load(matrix(sums + 3 * GATE + HIDDEN, UNITS, UNITS))
-    dh = tl.zeros((BLOCK, UNITS), w_out.dtype)
-    dc = tl.zeros((BLOCK, UNITS), w_out.dtype)
-    for back in range(T):
-        t = T - 1 - back
-        below = below_tile(features, tape, layer, t, columns, inside, width, plane, INPUTS, H, ROWS, BLOCK)
-        h = tl.load(now + t * H * BLOCK, mask=kept, other=0.0)
-        c = tl.load(now + plane + t * H * BLOCK, mask=kept, other=0.0)
-        i, f, o, g = gates(weights, below, h, PRECISION, INTERPRET)
-        tanh_c = tanh(f * c + i * g)
-        if layer == LAYERS - 1:
-            pull = tl.load(adjoint + t * width + columns, mask=inside, other=0.0)[:, None]
-            dh += pull * w_out
-            output_sum += tl.sum(pull * o * tanh_c, axis=0)
-        else:
-            dh += tl.load(handed + (layer * T + t) * H * BLOCK + units * BLOCK + lanes, mask=kept, other=0.0)
-        dc += dh * o * (1 - tanh_c * tanh_c)
-        di = dc * g * i * (1 - i)
-        df = dc * c * f * (1 - f)
-        do = dh * tanh_c * o * (1 - o)
-        dg = dc * i * (1 - g * g)
-        dc *= f
-        below, h = tl.trans(below), tl.trans(h)
-        into_i = add_product(into_i, below, di, PRECISION, INTERPRET)
-        into_f = add_product(into_f, below, df, PRECISION, INTERPRET)
-        into_o = add_product(into_o, below, do, PRECISION, INTERPRET)
-        into_g = add_product(into_g, below, dg, PRECISION, INTERPRET)
-        into_hidden_i = add_product(into_hidden_i, h, di, PRECISION, INTERPRET)
-        into_hidden_f = add_product(into_hidden_f, h, df, PRECISION, INTERPRET)
-        into_hidden_o = add_product(into_hidden_o, h, do, PRECISION, INTERPRET)
-        into_hidden_g = add_product(into_hidden_g, h, dg, PRECISION, INTERPRET)
-        dh = tl.zeros_like(dh)
-        dh = add_back(dh, di, weights + HIDDEN, UNITS, PRECISION, INTERPRET)
-        dh = add_back(dh, df, weights + GATE + HIDDEN, UNITS, PRECISION, INTERPRET)
-        dh = add_back(dh, do, weights + 2 * GATE + HIDDEN, UNITS, PRECISION, INTERPRET)
-        dh = add_back(dh, dg, weights + 3 * GATE + HIDDEN, UNITS, PRECISION, INTERPRET)
-        if layer > 0:
-            dbelow = tl.zeros((BLOCK, ROWS), w_out.dtype)
-            dbelow = add_back(dbelow, di, weights, ROWS, PRECISION, INTERPRET)
-            dbelow = add_back(dbelow, df, weights + GATE, ROWS, PRECISION, INTERPRET)
-            dbelow = add_back(dbelow, do, weights + 2 * GATE, ROWS, PRECISION, INTERPRET)
-            dbelow = add_back(dbelow, dg, weights + 3 * GATE, ROWS, PRECISION, INTERPRET)
-            tl.store(
-                handed + ((layer - 1) * T + t) * H * BLOCK + rows * BLOCK + lanes,
-                dbelow,
-                mask=(rows < H) & (lanes >= 0),
-            )
-    tl.store(matrix(sums, ROWS, UNITS), into_i)
-    tl.store(matrix(sums + HIDDEN, UNITS, UNITS), into_hidden_i)
-    tl.store(matrix(sums + GATE, ROWS, UNITS), into_f)
-    tl.store(matrix(sums + GATE + HIDDEN, UNITS, UNITS), into_hidden_f)
-    tl.store(matrix(sums + 2 * GATE, ROWS, UNITS), into_o)
-    tl.store(matrix(sums + 2 * GATE + HIDDEN, UNITS, UNITS), into_hidden_o)
-    tl.store(matrix(sums + 3 * GATE, ROWS, UNITS), into_g)
-    tl.store(matrix(sums + 3 * GATE + HIDDEN, UNITS, UNITS), into_hidden_g)
-    tl.debug_barrier()
-    return output_sum
-
-
-@triton.jit
-def add_back(total, dgate, weights, ROWS: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """total + dgate · (those ROWS of a gate's weights)ᵀ."""
-    weight = tl.load(matrix(weights, ROWS, dgate.shape[1]))
-    return add_product(total, dgate, tl.trans(weight), PRECISION, INTERPRET)
-
-
-@triton.jit(do_not_specialize=["start", "width", "N", "T", "sums_size", "tape_size"])
-def replay_kernel(
-    features,
-    hidden,
-    cells,
-    adjoint,
-    weights,
-    output_weight,
-    sums,
-    tape,
-    start,
-    width,
-    N,
-    T,
-    sums_size,
-    tape_size,
-    INPUTS: tl.constexpr,
-    H: tl.constexpr,
-    LAYERS: tl.constexpr,
-    FIRST: tl.constexpr,
-    BELOW: tl.constexpr,
-    UNITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """Backward pass through T steps: each program takes every so-many-th block and adds to sums of its own.
-
-    Layer by layer, not step by step: the gradients of one layer's weights then stay in registers through all steps.
-    The tape, (2 · LAYERS, T + 1, H, BLOCK) and (LAYERS - 1, T, H, BLOCK) for each program, keeps hidden states, cells
-    and what each layer hands to the one below; the gates are computed again, which saves their memory. features
-    (T, INPUTS, width) and adjoint (T, width) belong to the coordinates from `start` on of states (LAYERS, H, N).
-    """
-    program = tl.program_id(0)
-    tape += program.to(tl.int64) * tape_size
-    sums += program.to(tl.int64) * (sums_size + UNITS)  # of the weights, then of the output's
-    plane = (T + 1) * H * BLOCK
-    FIRST_SIZE: tl.constexpr = 4 * (FIRST + UNITS) * UNITS
-    SIZE: tl.constexpr = 4 * (BELOW + UNITS) * UNITS
-    output_place = sums + sums_size + tl.arange(0, UNITS)
-    output_sum = tl.load(output_place)
-    for block in range(program, tl.cdiv(width, BLOCK), tl.num_programs(0)):
-        columns = block * BLOCK + tl.arange(0, BLOCK)
-        inside = columns < width
-        record_layer(
-            features,
-            hidden,
-            cells,
-            weights,
-            tape,
-            0,
-            columns,
-            inside,
-            start,
-            width,
-            N,
-            T,
-            plane,
-            INPUTS,
-            H,
-            FIRST,
-            UNITS,
-            BLOCK,
-            PRECISION,
-            INTERPRET,
-        )
-        for layer in tl.static_range(1, LAYERS):
-            record_layer(
-                features,
-                hidden,
-                cells,
-                weights + FIRST_SIZE + (layer - 1) * SIZE,
-                tape,
-                layer,
-                columns,
-                inside,
-                start,
-                width,
-                N,
-                T,
-                plane,
-                INPUTS,
-                H,
-                BELOW,
-                UNITS,
-                BLOCK,
-                PRECISION,
-                INTERPRET,
-            )
-        for above in tl.static_range(1, LAYERS):
-            offset = FIRST_SIZE + (LAYERS - above - 1) * SIZE
-            output_sum = pull_back_layer(
-                features,
-                adjoint,
-                weights + offset,
-                output_weight,
-                sums + offset,
-                output_sum,
-                tape,
-                LAYERS - above,
-                columns,
-                inside,
-                width,
-                T,
-                plane,
-                INPUTS,
-                H,
-                LAYERS,
-                BELOW,
-                UNITS,
-                BLOCK,
-                PRECISION,
-                INTERPRET,
-            )
-        output_sum = pull_back_layer(
-            features,
-            adjoint,
-            weights,
-            output_weight,
-            sums,
-            output_sum,
-            tape,
-            0,
-            columns,
-            inside,
-            width,
-            T,
-            plane,
-            INPUTS,
-            H,
-            LAYERS,
-            FIRST,
-            UNITS,
-            BLOCK,
-            PRECISION,
-            INTERPRET,
-        )
-    tl.store(output_place, output_sum)
+    out = advance_block(
+        below,
+        hidden + start,
+        cells + start,
+        new_hidden + start,
+        new_cells + start,
+        columns,
+        inside,
+        weights,
+        output_weight,
+        stride,
+        new_stride,
+        H,
+        LAYERS,
+        FIRST,
+        BELOW,
+        UNITS,
+        PRECISION,
+        INTERPRET,
+    )
+    tl.store(update + start + columns, out, mask=inside)
 
 
 INTERPRETED = not isinstance(step_kernel, triton.JITFunction)  # by TRITON_INTERPRET=1: on the CPU, without a compiler

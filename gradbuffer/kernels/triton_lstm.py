@@ -23,6 +23,8 @@ from gradbuffer.kernels.torch_blocks import PackedWeights, TorchLSTM
 
 try:
     from gradbuffer.kernels import triton_kernels as kernels
+    from gradbuffer.kernels.triton_group import GroupSteps
+    from gradbuffer.kernels.triton_replay import replay_kernel
 except ImportError:  # no triton
     kernels = None
 
@@ -161,6 +163,15 @@ class TritonLSTM(LSTMKernels):
 
         return step
 
+    def takes_groups(self, p):
+        weight = self.output_weight
+        return kernels.INTERPRETED or not failures(
+            "group", self.inputs, self.hidden, self.layers, weight.device, weight.dtype, float(p)
+        )
+
+    def group_steps(self, p, params, states, watched, kept):
+        return GroupSteps(self, p, params, states, watched, kept)
+
     def replay(self, features, hidden, cells, adjoint, squash=False, pull_inputs=None, p=0.0, tape=None):
         """As of `LSTMKernels`, in one launch for each 2^24 coordinates. Its programs keep the states of one block each in memory
         that does not grow with N (a sixteenth of the card's at most, in general)."""
@@ -181,7 +192,7 @@ class TritonLSTM(LSTMKernels):
         with torch.cuda.device_of(adjoint):
             for start in range(0, N, chunk):
                 stop = min(start + chunk, N)
-                kernels.replay_kernel[(programs,)](
+                replay_kernel[(programs,)](
                     features(start, stop).contiguous(),
                     hidden,
                     cells,
@@ -325,19 +336,29 @@ def failures(work, inputs, hidden, layers, device, dtype, p):
                 draw(T, N),
             )
             grads, features = draw(N), draw(T, inputs, N)
-            if work == "step" and p:
-                wanted = torch.stack(
-                    [grads.abs().clamp(min=math.exp(-p)).log() / p, (grads * math.exp(p)).clamp(-1, 1)]
+            ours, plain = TritonLSTM(*weights), TorchLSTM(*weights)
+            if work == "replay":
+                found, expected = (
+                    kind.replay(lambda a, b: features[..., a:b], *state, adjoint) for kind in (ours, plain)
                 )
-                found = TritonLSTM(*weights).step(lambda a, b: grads[None, a:b], *state, p=p)
-                expected = TorchLSTM(*weights).step(lambda a, b: wanted[:, a:b], *state)
+            elif work == "group":
+                read, parts = (
+                    (lambda x: log_sign(x, p)) if p else (lambda x: x[None]),
+                    [state, tuple(draw(layers, hidden, 5) for _ in "hc")],
+                )
+                found, rest = [draw(N), draw(5)], [draw(N), draw(5)]
+                steps = [plain.step(lambda a, b, x=x: read(x)[:, a:b], *own) for x, own in zip(rest, parts)]
+                expected = [(theta + 0.5 * update, *after) for theta, (update, *after) in zip(found, steps)]
+                own = ours.group_steps(p, found, parts, [], None)
+                own.look(rest, 0.5)
+                own.step()
+                found = [(theta, *after) for theta, after in zip(found, parts)]
+            elif p:
+                wanted = log_sign(grads, p)
+                found = ours.step(lambda a, b: grads[None, a:b], *state, p=p)
+                expected = plain.step(lambda a, b: wanted[:, a:b], *state)
             else:
-                arguments = (
-                    (lambda a, b: features[0, :, a:b], *state)
-                    if work == "step"
-                    else (lambda a, b: features[..., a:b], *state, adjoint)
-                )
-                found, expected = (flat(getattr(kind(*weights), work)(*arguments)) for kind in (TritonLSTM, TorchLSTM))
+                found, expected = (kind.step(lambda a, b: features[0, :, a:b], *state) for kind in (ours, plain))
             errors = [((a - b).norm() / (b.norm() + 1e-3)).item() for a, b in zip(flat(found), flat(expected))]
     except Exception as error:  # whatever a compiler, a driver or a launcher raises
         return (
@@ -347,6 +368,11 @@ def failures(work, inputs, hidden, layers, device, dtype, p):
     if not max(errors) <= limit:
         return (f"its self-check on {device} failed: a {work} is off by {max(errors):.1e}, more than {limit:.0e}",)
     return ()
+
+
+def log_sign(grads, p):
+    """As of `nets.readings`."""
+    return torch.stack([grads.abs().clamp(min=math.exp(-p)).log() / p, (grads * math.exp(p)).clamp(-1, 1)])
 
 
 def flat(parts):

@@ -140,6 +140,14 @@ class LSTMOptimizer(Rule, nn.Module):
         self._check(state[0][0, 0], state, state[0].shape[-1:])
         return self._stepper(state, state)
 
+    @property
+    def steps_in_groups(self) -> bool:
+        return self.built_in is not None and not self.squash and self.kernels().takes_groups(self.built_in)
+
+    def group_steps(self, params: list, states: list, watched: list, kept: torch.Tensor | None) -> Any:
+        """See `LSTMKernels.group_steps`."""
+        return self.kernels().group_steps(self.built_in, params, states, watched, kept)
+
     def recorder(
         self, state: tuple, steps: int | None = None
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], tuple, Any]:

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 from gradbuffer.checks import NonFiniteError, check_finite, sum_is_finite, values_unchecked
 from gradbuffer.contracts import as_rule, is_learned
+from gradbuffer.nets.groups import Group, fits_group
 from gradbuffer.nets.optimizer_state import label
 from gradbuffer.nets.sharded import check_sharded, local_size, true_everywhere
 from gradbuffer.nets.tensorwise import TensorNetwork, own_rate
@@ -243,13 +245,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _work(self, group, number):
         """What this group has to do in a step: what its networks read, as far as there are gradients."""
         lr, networks = float(group["lr"]), {}  # one look at a network's weights for each device and dtype
+        together = {}  # network -> members that it steps at once
         for net, members in readers_of(group, self._rules):
             params = [group["params"][index] for index in members]
             if any(parameter.grad is not None for parameter in params):
                 key = net, params[0].device, params[0].dtype
                 if key not in networks:
                     networks[key] = self._network(net, params)
-                yield networks[key].work(networks[key], group, number, members, lr)
+                if len(members) == 1 and fits_group(networks[key], group, params[0]):
+                    together.setdefault(networks[key], []).extend(members)
+                else:
+                    yield networks[key].work(networks[key], group, number, members, lr)
+        for network, members in together.items():
+            yield Group(network, group, number, members, lr, self.state)
 
     def _state_from(self, saved):
         """dict from parameter to a copy of its saved state, which must fit. Empty if the groups differ: torch tells."""
@@ -367,13 +375,15 @@ def check_step(work, networks):
     One synchronization for each device that is not a CPU, one for each mesh of processes.
     """
     flags, finite, meshes, unchanged = {}, True, [], {}
+    groups = [part for part in work if isinstance(part, Group)]
+    networks = [network for network in networks if not any(watches(part, network) for part in groups)]
     for part in work:
         meshes += [mesh for mesh in part.meshes if mesh not in meshes]
-        for gradient in part.gradients:
+        for gradient in part.gradients if not isinstance(part, Group) else ():
             if gradient.is_cpu:
                 finite = finite and sum_is_finite(gradient)
             else:
-                flags.setdefault(gradient.device, []).append(torch.isfinite(gradient).all())
+                flags.setdefault(gradient.device, []).append(gradient)
     for network in networks:
         flag = network.unchanged()
         if isinstance(flag, torch.Tensor):  # read with the others
@@ -381,12 +391,14 @@ def check_step(work, networks):
         elif not flag:
             network.renew()
     for device in {**flags, **unchanged}:
-        own = flags.get(device, [])
-        read = torch.stack([*own, *(flag for _, flag in unchanged.get(device, []))]).tolist()
-        finite = finite and all(read[: len(own)])
-        for (network, _), same_weights in zip(unchanged.get(device, []), read[len(own) :]):
+        own = [torch.isfinite(get_total_norm(flags[device], math.inf))] if device in flags else []
+        own = torch.stack([*own, *(flag for _, flag in unchanged.get(device, []))])
+        read = [True] * len(own) if own.all().item() else own.tolist()
+        finite = finite and (device not in flags or read.pop(0))
+        for (network, _), same_weights in zip(unchanged.get(device, []), read):
             if not same_weights:
                 network.renew()
+    finite = not (groups and not look_at_groups(groups)) and finite
     error = None
     if not finite:
         try:
@@ -402,3 +414,21 @@ def check_step(work, networks):
             )
     if error:
         raise error
+
+
+def watches(group, network):
+    """Whether the group's kernels look at this network's weights."""
+    return group.network is network and network.kept_vector is not None
+
+
+def look_at_groups(groups):
+    """Whether all their gradients are finite; networks whose weights have changed are renewed. One wait."""
+    flags = [group.look() for group in groups]
+    read, finite = (flags[0] if len(flags) == 1 else torch.cat(flags)).tolist(), True
+    for group, bad, changed in zip(groups, read[::2], read[1::2]):
+        if bad:
+            group.steps.lower()
+            finite = False
+        elif changed:
+            group.renew()
+    return finite

@@ -27,10 +27,10 @@ from gradbuffer.nets.optimizer_state import (
 )
 from gradbuffer.nets.sharded import as_sharded, check_not_divided, from_sharded, is_sharded, local, local_size
 
-__all__ = ["Vector", "VectorNetwork"]
+__all__ = ["Vector", "VectorNetwork", "flat_gradient"]
 
 # Coordinates that a coordinatewise network gets at once, at most: more where it writes over what is stored, without copies.
-CHUNK = {"cpu": 1 << 14, "cpu, in place": 1 << 18, "elsewhere": 1 << 18}
+CHUNK = {"cpu": 1 << 14, "cpu, in place": 1 << 18, "elsewhere": 1 << 22}
 SMALL = 2048  # coordinates of a parameter up to which it runs together with others: a call costs as much as some 1,000
 
 
@@ -80,7 +80,7 @@ class Vector(Work):
                 place.add_(update.view(place.shape), alpha=self.lr)
 
 
-def flat_gradient(parameter, group, dtype):
+def flat_gradient(parameter: torch.Tensor, group: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
     """(n,), what the network is to read for this parameter, in its dtype. May share memory with `.grad`."""
     if parameter.grad is None:
         return torch.zeros(local_size(parameter), dtype=dtype, device=parameter.device)
@@ -121,6 +121,23 @@ class VectorNetwork(NetworkInPlace):
         kinds = [tensor.dtype for tensor in tensors_of(net)], [part.dtype for part in self.parts.values() if part.dtype]
         weights, state = ([kind for kind in some if kind.is_floating_point] for some in kinds)
         self.dtype = weights[0] if weights else reduce(torch.promote_types, state) if state else None
+
+    def renew(self) -> None:
+        super().renew()
+        self.groups, self._steps_in_groups = {}, None  # by the numbers of groups, what steps them
+
+    @property
+    def steps_in_groups(self) -> bool:
+        """Whether the network takes the steps of many tensors at once; looked at once."""
+        if self._steps_in_groups is None:
+            self._steps_in_groups = len(self.parts) == 2 and self.rule.steps_in_groups
+        return self._steps_in_groups
+
+    @property
+    def kept_vector(self) -> torch.Tensor | None:
+        """What the weights were, one vector on the device; None where they are elsewhere, or of several dtypes."""
+        vectors = [] if self.is_copy or self.kept is None or self.kept.on_cpu else self.kept.kept
+        return vectors[0] if len(vectors) == 1 and vectors[0].dtype == self.dtype else None
 
     def check_group(self, group: dict[str, Any], params: list[torch.Tensor], where: str) -> None:
         """Raise unless it can run in this place."""
@@ -175,10 +192,13 @@ class VectorNetwork(NetworkInPlace):
         """A copy of the saved leaves of these parameters' state; ValueError if they are not this network's."""
         return copy_of_state(leaves, self.parts, params, self.device, state_dtype, where)
 
-    def advance(self, vectors: Iterable[Vector]) -> None:
+    def advance(self, vectors: Iterable[Work]) -> None:
         """One step: fills the vectors' updates and renews their states. Small vectors run together, large ones cut."""
         batch, size = [], 0
         for vector in vectors:
+            if not isinstance(vector, Vector):  # many at once
+                vector.steps.step()
+                continue
             if not self.joins or vector.size > min(SMALL, self.most[False]):
                 for span in self.chunks(vector.size, self.in_place(vector)):  # none of a part without coordinates
                     self.run([(vector, *span)])

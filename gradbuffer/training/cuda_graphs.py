@@ -134,11 +134,19 @@ class CapturedWindow:
             raise ValueError(f"the window captured has shapes {self.shapes}, got one with {shapes}")
         with torch.no_grad():
             self.window.theta.copy_(self.window.coordinates.join(params))
-            for kept, new in zip(tensors_in((self.window.state, self.data)), tensors_in((state, data))):
-                kept.copy_(new)
+            copy_all(tensors_in((self.window.state, self.data)), tensors_in((state, data)))
             self.launch()
             found = map_tensors(clone, self.results)
         return finish_window(self.window._replace(step=step), found, self.objective)
+
+
+def copy_all(kept, new):
+    """Copy a list of tensors over another, with a few launches for all of one dtype."""
+    by_dtype = {}
+    for pair in zip(kept, new):
+        by_dtype.setdefault(pair[0].dtype, []).append(pair)
+    for pairs in by_dtype.values():
+        torch._foreach_copy_(*map(list, zip(*pairs)))
 
 
 def shapes_of(params, state, data):

@@ -429,7 +429,10 @@ def norms_of_change(start, end):
 def numbers_of(figures):
     """The numbers in a list of tensors without axes and numbers, with one wait for their device."""
     tensors = [figure for figure in figures if isinstance(figure, torch.Tensor)]
-    read = iter(torch.stack([tensor.double() for tensor in tensors]).tolist() if tensors else [])
+    if all(tensor.is_cpu for tensor in tensors):
+        read = iter([tensor.item() for tensor in tensors])
+    else:
+        read = iter(torch.stack([tensor.double() for tensor in tensors]).tolist())
     return [next(read) if isinstance(figure, torch.Tensor) else figure for figure in figures]
 
 
