@@ -179,7 +179,9 @@ def minimizer(moves, changes, gradient, ridge):
     products = (products + products.mT) / 2
     curvatures = products.diagonal(dim1=1, dim2=2)
     scale = torch.where(curvatures > 0, above_zero(curvatures).rsqrt(), 0.0)  # 0: left out
-    products = scale[:, :, None] * products * scale[:, None] + ridge * torch.eye(moves.shape[1]).to(moves)
+    products = scale[:, :, None] * products * scale[:, None] + ridge * torch.eye(
+        moves.shape[1], dtype=moves.dtype, device=moves.device
+    )
     slopes = scale * (moves @ gradient[..., None])[..., 0]
     weights = -scale * torch.linalg.solve_ex(products, slopes[..., None])[0][..., 0]  # `solve` would wait for a GPU
     return (weights[:, None] @ moves)[:, 0], (weights[:, None] @ changes)[:, 0]
