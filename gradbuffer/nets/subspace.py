@@ -32,9 +32,10 @@ class SubspaceLSTM(Rule, nn.Module):
         update = -eᵃ ρ ∇ + b d + c ρ y + e Dγ + f ρ Yγ,
 
     at most three times as long as the larger of d and ρ∇. ρ is a rate that follows the function: the smallest ⟨d, y⟩ / ⟨y, y⟩ so far,
-    growing by 2 % a step. An LSTM writes a (kept within -4 … 3), b, c, e and f. It reads, for each tensor as a whole, logarithms
-    of the ratios of ‖∇‖ to the last one, of ⟨d, y⟩ / ⟨y, y⟩ to ρ, of ‖d‖ and ‖Dγ‖ to ρ‖∇‖ and of ‖∇ + Yγ‖ to ‖∇‖, and the cosines between ∇, d
-    and y. All of it stays the same if the loss or θ are measured in another unit, the first step apart, which is -eᵃ first_rate ∇.
+    growing by 2 % a step. An LSTM writes a (kept within -4 … 3), b, c, e and f. It reads, for each tensor as a whole,
+    logarithms of the ratios of ‖∇‖ to the last one, of ⟨d, y⟩ / ⟨y, y⟩ to ρ, of ‖d‖ and ‖Dγ‖ to ρ‖∇‖ and of ‖∇ + Yγ‖
+    to ‖∇‖, and the cosines between ∇, d and y. All of it stays the same if the loss or θ are measured in another
+    unit, the first step apart, which is -eᵃ first_rate ∇.
 
     A move along which the gradient has not grown (⟨d, y⟩ ≤ 0) has no part in γ, and one of length 0 is not kept.
 
