@@ -612,7 +612,8 @@ def _check_like(name: str, new: Tensor, old: Tensor | None) -> None:
 def _put(updates: list[tuple[list[tuple[nn.Module, str]], Tensor]], given: bool = False) -> None:
     """Put each tensor in its places, all of them or none; `given`: the tensors are the user's own."""
     plain = {module for places, _ in updates for module, _ in places if not isinstance(module, MetaModule)}
-    _convert((type(module).__name__, module) for module in plain)
+    if plain:
+        _convert((type(module).__name__, module) for module in plain)
     remember = not _is_compiling()
     for places, tensor in updates:
         for module, name in places:

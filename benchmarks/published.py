@@ -167,7 +167,7 @@ def spread(values, digits):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=["sigmoid"])
-    parser.add_argument("--nets", nargs="*", default=["mnist_learned", "mnist_from_nag", "mnist_long", "general"])
+    parser.add_argument("--nets", nargs="*", default=["mnist_learned", "mnist_from_nag", "mnist_long", "general_lstm"])
     parser.add_argument("--published", type=Path, metavar="FOLDER", help="of their optimizers as arrays")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of these; default all in FOLDER")
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000], help="the marks, each at least 100")

@@ -66,10 +66,10 @@ def test_runs_top_to_bottom(tmp_path, monkeypatch, at_smoke_scale):
     assert text_of(notebook).count("by hand, ") == 10  # the meta-gradient's parts
     for line in re.findall("largest difference (.*)", text_of(notebook)):
         assert float(line) < 1e-2, "by hand it is another meta-gradient"
-    assert text_of(notebook).count("sum over 20 steps") == 6 and text_of(notebook).count("loss at step 39") == 2
+    assert text_of(notebook).count("sum over 20 steps") == 6 and text_of(notebook).count("| loss at step 39 |") == 2
     assert text_of(notebook).count("Learning rates of") == 9
-    sizes = re.findall(r"^\| \d × \d+(?: \| (?:[\d.± *]+|\**diverged\**)){6} \|$", text_of(notebook), re.M)
-    assert len(sizes) == 4  # one and two layers of two sizes, for two learned optimizers and four baselines
+    sizes = re.findall(r"^\| \d × \d+(?: \| (?:[\d.± *]+|\**diverged\**)){7} \|$", text_of(notebook), re.M)
+    assert len(sizes) == 4  # one and two layers of two sizes, for three learned optimizers and four baselines
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted(
         f"{run}_smoke.{kind}" for run in RECIPES for kind in ("run", "safetensors")
     )

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from gradbuffer.checks import check_count, check_positive_number
-from gradbuffer.kernels.llvm_blocks import LANES, OUTER
 from gradbuffer.kernels.numba_compiler import compiled
 from gradbuffer.kernels.numba_mlp import (
     TOTALS,
@@ -24,14 +23,12 @@ from gradbuffer.kernels.numba_mlp import (
     step_matrix,
     step_vector,
 )
-from gradbuffer.kernels.numba_mlp_gradients import draw, value_and_gradient
+from gradbuffer.kernels.numba_mlp_gradients import ACTIVATIONS, draw, layers_of, scratch_of, value_and_gradient
 from gradbuffer.kernels.numba_orthogonal import numbers_to_orthogonalize
 from gradbuffer.kernels.numba_threads import buffer, parallel_for, threads_here
-from gradbuffer.kernels.numba_windows import IMAGE_TILES
 
 __all__ = ["ACTIVATIONS", "LOSSES", "PerceptronWindows", "minibatches"]
 
-ACTIVATIONS = "sigmoid", "relu", "tanh", "silu"  # in compiled code by their numbers
 LOSSES = "cross_entropy", "mse"
 PIECES = 4  # for each thread: cores that do other work, too, then take fewer
 
@@ -222,7 +219,7 @@ class PerceptronWindows:
         weights = weights.detach().to(self.dtype).reshape(-1, self.num_weights)
         given = (
             self._shape,
-            layers_of(self.sizes),
+            layers_of(self.sizes)[0],
             self._kinds(batch),
             *map(
                 numpy,
@@ -280,14 +277,12 @@ class PerceptronWindows:
 
     def _scratch(self, batch):
         """Numbers of the buffers that `run_particles` splits."""
-        tiles, layers = min(IMAGE_TILES, -(-batch // LANES)), layers_of(self.sizes)
-        rows = sum(self.sizes)
-        images = 2 * (tiles * rows + 4 + OUTER) * LANES + max(rows, 4) * LANES
-        turned = max(inputs * units for inputs, units, *_ in layers)
-        step = max(numbers_of_scratch(self.hidden, units, inputs) for inputs, units, *_ in layers)
+        images, sums = scratch_of(self.sizes, batch)
+        shapes = [(units, inputs) for inputs, units in itertools.pairwise(self.sizes)]
+        step = max(numbers_of_scratch(self.hidden, *shape) for shape in shapes)
         if self.orthogonal:
-            step = max(step, *(numbers_to_orthogonalize(units, inputs) for inputs, units, *_ in layers))
-        return images + turned + step + self.num_params + max(map(math.prod, self.shapes)), int(layers[-1, -1]) + TOTALS
+            step = max(step, *(numbers_to_orthogonalize(*shape) for shape in shapes))
+        return images + step + self.num_params + max(map(math.prod, self.shapes)), sums + TOTALS
 
 
 def minibatches(seeds, first_steps, steps, batch, examples):
@@ -313,18 +308,6 @@ def numbers_of(seeds, first_steps, B):
 
 def numpy(tensor):
     return tensor.detach().contiguous().numpy()
-
-
-def layers_of(sizes):
-    """Of each layer its inputs, its units, where its weight begins in a particle's parameters, at which row of a tile its inputs
-    do, where the sums of its gradient do, and where they end."""
-    layers, at, row, place = [], 0, 0, 0
-    for inputs, units in itertools.pairwise(sizes):
-        blocks = -(-units // 4) * 4
-        end = place + blocks + blocks * -(-inputs // OUTER) * OUTER
-        layers.append((inputs, units, at, row, place, end))
-        at, row, place = at + (inputs + 1) * units, row + inputs, end
-    return np.array(layers)
 
 
 # What is compiled ---------------------------------------------------------------------------------------------------
@@ -391,7 +374,7 @@ def run_particles(
             else:
                 draw(seeds[b], first_steps[b] + t, len(inputs), drawn)
                 numbers = drawn
-            loss = value_and_gradient(layers, kinds, inputs, targets, labels, numbers, theta, grad, rest, sums)
+            loss = value_and_gradient(layers, kinds, False, inputs, targets, labels, numbers, theta, grad, rest, sums)
             losses[b, t] = loss if loss < bound else bound  # a NaN is not below it
             if scales[b] != 1:
                 for i in range(size):

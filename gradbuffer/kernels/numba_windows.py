@@ -6,26 +6,22 @@ Images lie along columns, in tiles as there.
 """
 
 import functools
-import itertools
-import math
 
 import numpy as np
 import torch
 
 from gradbuffer.contracts import PerceptronData, QuadraticData
-from gradbuffer.kernels.llvm_blocks import LANES, OUTER, add_outer_blocks, gather_columns
+from gradbuffer.kernels.llvm_blocks import LANES
 from gradbuffer.kernels.numba_compiler import compiled
-from gradbuffer.kernels.numba_loops import MORE_TILES, State, Tape, Weights, add_product, run_step
+from gradbuffer.kernels.numba_loops import MORE_TILES, State, Tape, Weights, run_step
+from gradbuffer.kernels.numba_mlp_gradients import ACTIVATIONS, CROSS_ENTROPY, layers_of, scratch_of, value_and_gradient
 from gradbuffer.kernels.numba_tape import GateTape, array, as_rows
 from gradbuffer.kernels.numba_threads import buffer, parallel_for, pieces_of, shares_of, threads_here
 from gradbuffer.nests import clone
 
-__all__ = ["ACTIVATIONS", "IMAGE_TILES", "gather", "losses_and_gradient", "record_window"]
+__all__ = ["losses_and_gradient", "record_window"]
 
-ACTIVATIONS = "sigmoid", "relu", "tanh"  # in compiled code by their numbers
-SIGMOID, RELU = 0, 1
 CHUNK = 64 * LANES  # coordinates that go through all steps together, their states of some 300 kB in the cache
-IMAGE_TILES = 8  # of images that go through all layers together: what the first layer reads of them is some 400 kB
 
 
 @functools.singledispatch
@@ -67,7 +63,7 @@ def record_perceptrons(data: PerceptronData, kernels, theta, state, step, update
     if data.images.dtype != theta.dtype or kernels.dtype != theta.dtype or threads_here() > 1:
         return None
     index, N = torch.stack([data.index(step + t) for t in range(updates + 1)]), len(theta)
-    (layers, buffers), theta, hidden = layout(data.sizes, *index.shape[1:]), clone(theta), state[0]
+    theta, hidden = clone(theta), state[0]
     losses, gradients = theta.new_empty(index.shape[:2]), theta.new_empty(updates + 1, N)
     tape, own = (
         GateTape(kernels, N, updates) if keep else None,
@@ -77,8 +73,7 @@ def record_perceptrons(data: PerceptronData, kernels, theta, state, step, update
     between = (*tape.state, tape.strides) if tape and tape.state.size else end
     perceptron_window(
         *map(array, (data.images, data.labels, index, theta)),
-        layers,
-        ACTIVATIONS.index(data.activation),
+        *tables_of(index.shape[1], data.sizes, data.activation),
         float(p),
         *kernels.packed,
         *as_rows(*state),
@@ -87,7 +82,7 @@ def record_perceptrons(data: PerceptronData, kernels, theta, state, step, update
         array(losses),
         array(gradients),
         np.empty(N, kernels.weights.dtype),
-        *buffers(theta.dtype),
+        *buffers(data.sizes, index.shape[2], theta.dtype),
         kernels.scratch(1, MORE_TILES),
         *kernels.gates_on(tape),
     )
@@ -104,42 +99,33 @@ def losses_and_gradient(
         sizes: inputs, units of each layer.
         activation: one of `ACTIVATIONS`.
     """
-    losses, gradient, (layers, buffers) = (
-        theta.new_empty(len(index)),
-        torch.empty_like(theta),
-        layout(sizes, *index.shape),
-    )
-    given = *map(array, (images, labels, index, theta)), layers, ACTIVATIONS.index(activation)
+    losses, gradient = theta.new_empty(len(index)), torch.empty_like(theta)
+    given = *map(array, (images, labels, index, theta)), *tables_of(len(index), sizes, activation)
     results = array(losses), array(gradient)
 
     def work(first, last):
-        run_perceptrons(*given, first, last, *results, *buffers(theta.dtype))
+        run_perceptrons(*given, first, last, *results, *buffers(sizes, index.shape[1], theta.dtype))
 
     parallel_for(work, shares_of(len(index)))
     return losses, gradient
 
 
-def layout(sizes, B, batch):
-    """The layers of B perceptrons as `run_perceptrons` wants them, and a function of a dtype that gives this thread's scratch
-    and sums for it."""
-    layers, at, row, place = [], 0, 0, max(sizes) + 3  # in blocks of 4
-    for inputs, units in itertools.pairwise(sizes):
-        layers.append((inputs, units, at, row, place))
-        at, row, place = at + B * (inputs + 1) * units, row + inputs, place + units + (inputs + 3) * (units + OUTER)
-    tiles, matrix = min(IMAGE_TILES, -(-batch // LANES)), max(inputs * units for inputs, units, *_ in layers)
-    numbers = (2 * tiles * (row + sizes[-1]) + 2 + OUTER) * LANES + matrix  # blocks read beyond
+def tables_of(B, sizes, activation):
+    """The layers and kinds of B such perceptrons, as `run_perceptrons` wants them."""
+    return layers_of(tuple(sizes), B), np.array([ACTIVATIONS.index(activation), CROSS_ENTROPY])
 
-    def buffers(dtype):
-        return buffer("images", numbers, dtype), buffer("sums", place, torch.float64)
 
-    return np.array(layers), buffers
+def buffers(sizes, batch, dtype):
+    """This thread's scratch and sums for it."""
+    images, sums = scratch_of(tuple(sizes), batch)
+    return buffer("images", images, dtype), buffer("sums", sums, torch.float64)
 
 
 # What is compiled ---------------------------------------------------------------------------------------------------
 
 
 @compiled
-def value_and_gradient(W, y, twice, theta, residual, gradient):
+def quadratic_and_gradient(W, y, twice, theta, residual, gradient):
     """‖Wθ − y‖², and gradient ← 2 Wᵀ(Wθ − y); twice is 2 Wᵀ, residual (n,) is overwritten."""
     n, loss = len(theta), residual.dtype.type(0)
     for i in range(n):
@@ -192,7 +178,7 @@ def quadratic_window(
     for t in range(updates + 1):
         for b in range(first, last):
             here = slice(b * n, (b + 1) * n)
-            losses[t, b] = value_and_gradient(W[b], y[b], twice[b], theta[here], residual, gradients[t, here])
+            losses[t, b] = quadratic_and_gradient(W[b], y[b], twice[b], theta[here], residual, gradients[t, here])
         if t < updates:
             run_step(weights, p, gradients[t : t + 1], 0, state, start, stop, update, state, scratch, tape, t)
             for i in range(start, stop):
@@ -200,161 +186,17 @@ def quadratic_window(
 
 
 @compiled
-def gather(images, index, start, columns):
-    """Images index[start:start + LANES] into the columns of a tile, filled up with zeros."""
-    pixels, width, done = images.shape[1], min(LANES, len(index) - start), 0
-    if width == LANES and pixels >= LANES:
-        done = pixels - pixels % LANES
-        gather_columns(images, pixels, index[start:], done, columns)
-    for k in range(done, pixels):
-        for j in range(LANES):
-            columns[k * LANES + j] = images[index[start + j], k] if j < width else 0
-
-
-@compiled
-def activate(kind, y):
-    for k in range(len(y)):
-        if kind == SIGMOID:
-            y[k] = 1 / (1 + math.exp(-y[k]))
-        elif kind == RELU:
-            y[k] = 0 if y[k] < 0 else y[k]
-        else:
-            y[k] = math.tanh(y[k])
-
-
-@compiled
-def pull_through(kind, y, d):
-    """d = dL/dy becomes dL/dx, where the activation of x is y."""
-    for k in range(len(y)):
-        if kind == SIGMOID:
-            d[k] *= y[k] * (1 - y[k])
-        elif kind == RELU:
-            d[k] = d[k] if y[k] > 0 else 0
-        else:
-            d[k] *= 1 - y[k] * y[k]
-
-
-@compiled
-def cross_entropy(scores, classes, labels, index, start, d, top, total):
-    """The sum over a tile's images of the cross-entropy; d becomes its derivative by the scores, over the batch's size."""
-    width, loss = min(LANES, len(index) - start), 0.0
-    top[:], total[:] = -math.inf, 0
-    for r in range(classes):
-        for j in range(LANES):
-            top[j] = max(top[j], scores[r * LANES + j])
-    for r in range(classes):
-        for j in range(LANES):
-            d[r * LANES + j] = math.exp(scores[r * LANES + j] - top[j])
-            total[j] += d[r * LANES + j]
-    for j in range(width):
-        label = labels[index[start + j]]
-        loss += math.log(total[j]) + top[j] - scores[label * LANES + j]
-        d[label * LANES + j] -= total[j]
-    for j in range(LANES):
-        total[j] = 1 / (total[j] * len(index)) if j < width else 0
-    for r in range(classes):
-        for j in range(LANES):
-            d[r * LANES + j] *= total[j]
-    return loss
-
-
-@compiled
-def forward(layer, B, b, tiles, theta, kind, last, x, step, turned):
-    """What a layer of perceptron b puts out, of all tiles, `step` apart in x. layer: as of `run_perceptrons`."""
-    inputs, units, at, row = layer[0], layer[1], layer[2], layer[3]
-    weights, biases = theta[at + b * inputs * units :], theta[at + (B * inputs + b) * units :]
-    for k in range(inputs):
-        for u in range(units):
-            turned[u * inputs + k] = weights[k * units + u]
-    for tile in range(tiles):
-        below = x[tile * step + row * LANES :]
-        above = below[inputs * LANES : (inputs + units) * LANES]
-        for u in range(units):
-            above[u * LANES : (u + 1) * LANES] = biases[u]
-        add_product(turned, inputs, units, inputs, below, above)
-        if not last:
-            activate(kind, above)
-
-
-@compiled
-def backward(layer, B, b, tiles, theta, kind, x, d, step, sums):
-    """From dL/d(what the layer put out), in d as that is in x, to that of what it reads; the layer's own go to the sums."""
-    inputs, units, at, row, place = layer[0], layer[1], layer[2], layer[3], layer[4]
-    weights, above = theta[at + b * inputs * units :], (row + inputs) * LANES
-    add_outer_blocks(
-        4,
-        OUTER,
-        (inputs + 3) // 4,
-        (units + OUTER - 1) // OUTER,
-        x[row * LANES :],
-        step,
-        d[above:],
-        step,
-        tiles,
-        sums[place + units :],
-        sums,
-    )
-    for tile in range(tiles):
-        start = tile * step + row * LANES
-        read, slopes, own = (
-            x[start : start + inputs * LANES],
-            d[start : start + inputs * LANES],
-            d[tile * step + above :],
-        )
-        for u in range(units):
-            sums[place + u] += own[u * LANES : (u + 1) * LANES].sum()
-        if row > 0:
-            slopes[:] = 0
-            add_product(weights, units, inputs, units, own, slopes)
-            pull_through(kind, read, slopes)
-
-
-@compiled
-def hand_over(layer, B, b, sums, gradient):
-    """A layer's sums to their places in the gradient."""
-    inputs, units, at, place = layer[0], layer[1], layer[2], layer[4]
-    weights, biases = gradient[at + b * inputs * units :], gradient[at + (B * inputs + b) * units :]
-    across = (units + OUTER - 1) // OUTER
-    for u in range(units):
-        biases[u] = sums[place + u]
-    for k in range(inputs):
-        for u in range(units):
-            block, within = k // 4 * across + u // OUTER, k % 4 * OUTER + u % OUTER
-            weights[k * units + u] = sums[place + units + block * 4 * OUTER + within]
-
-
-@compiled
-def run_perceptrons(images, labels, index, theta, layers, kind, first, last, losses, gradient, scratch, sums):
+def run_perceptrons(images, labels, index, theta, layers, kinds, first, last, losses, gradient, scratch, sums):
     """Perceptrons first … last - 1 of those in theta (N,): layer after layer all their weights (inputs, units), then all their
     biases (units,).
 
-    layers: of each, its inputs, its units, where its weights begin in theta, at which row of a tile its inputs do, and where
-    its sums do (biases', then the weights' in blocks; the first sums are wanted by nobody). index (B, batch): which images each
-    one reads. gradient (N,), losses (B,).
+    layers: `layers_of` them all; kinds: as of `value_and_gradient`. index (B, batch): which images each one reads. gradient (N,),
+    losses (B,).
     """
-    (B, batch), classes, scores = (
-        index.shape,
-        layers[-1, 1],
-        layers[-1, 0] + layers[-1, 3],
-    )  # rows of a tile, before the scores
-    tiles, step = min(IMAGE_TILES, -(-batch // LANES)), (scores + classes) * LANES
-    x, d, rest = scratch[: tiles * step], scratch[tiles * step : 2 * tiles * step], scratch[2 * tiles * step :]
     for b in range(first, last):
-        own, loss, sums[:] = index[b], 0.0, 0
-        for begin in range(0, batch, tiles * LANES):
-            count = min(tiles, -(-(batch - begin) // LANES))
-            for tile in range(count):
-                gather(images, own, begin + tile * LANES, x[tile * step :])
-            for l in range(len(layers)):
-                forward(layers[l], B, b, count, theta, kind, l + 1 == len(layers), x, step, rest)
-            for tile in range(count):
-                at = tile * step + scores * LANES
-                loss += cross_entropy(x[at:], classes, labels, own, begin + tile * LANES, d[at:], rest, rest[LANES:])
-            for l in range(len(layers) - 1, -1, -1):
-                backward(layers[l], B, b, count, theta, kind, x, d, step, sums)
-        losses[b] = loss / batch
-        for l in range(len(layers)):
-            hand_over(layers[l], B, b, sums, gradient)
+        losses[b] = value_and_gradient(
+            layers[b], kinds, True, images, images, labels, index[b], theta, gradient, scratch, sums
+        )
 
 
 @compiled
@@ -364,7 +206,7 @@ def perceptron_window(
     index,
     theta,
     layers,
-    kind,
+    kinds,
     p,
     matrices,
     biases,
@@ -394,7 +236,7 @@ def perceptron_window(
     before, after = State(hidden, cells, strides), State(mid_hidden, mid_cells, mid_strides)
     for t in range(updates + 1):
         run_perceptrons(
-            images, labels, index[t], theta, layers, kind, 0, index.shape[1], losses[t], gradients[t], scratch, sums
+            images, labels, index[t], theta, layers, kinds, 0, index.shape[1], losses[t], gradients[t], scratch, sums
         )
         if t < updates:
             if t == updates - 1:

@@ -32,10 +32,10 @@ class SubspaceLSTM(Rule, nn.Module):
         update = -eᵃ ρ ∇ + b d + c ρ y + e Dγ + f ρ Yγ,
 
     at most three times as long as the larger of d and ρ∇. ρ is a rate that follows the function: the smallest ⟨d, y⟩ / ⟨y, y⟩ so far,
-    growing by 2 % a step. An LSTM writes a (kept within -4 … 3), b, c, e and f. It reads, for each tensor as a whole, logarithms of
-    the ratios of ‖∇‖ to the last one, of ⟨d, y⟩ / ⟨y, y⟩ to ρ, of ‖d‖ and ‖Dγ‖ to ρ‖∇‖ and of ‖∇ + Yγ‖ to ‖∇‖, and the cosines
-    between ∇, d and y. All of it stays the same if the loss or θ are measured in another unit, the first step apart, which is
-    -eᵃ first_rate ∇.
+    growing by 2 % a step. An LSTM writes a (kept within -4 … 3), b, c, e and f. It reads, for each tensor as a whole,
+    logarithms of the ratios of ‖∇‖ to the last one, of ⟨d, y⟩ / ⟨y, y⟩ to ρ, of ‖d‖ and ‖Dγ‖ to ρ‖∇‖ and of ‖∇ + Yγ‖
+    to ‖∇‖, and the cosines between ∇, d and y. All of it stays the same if the loss or θ are measured in another
+    unit, the first step apart, which is -eᵃ first_rate ∇.
 
     A move along which the gradient has not grown (⟨d, y⟩ ≤ 0) has no part in γ, and one of length 0 is not kept.
 
@@ -180,7 +180,9 @@ def minimizer(moves, changes, gradient, ridge):
     products = (products + products.mT) / 2
     curvatures = products.diagonal(dim1=1, dim2=2)
     scale = torch.where(curvatures > 0, above_zero(curvatures).rsqrt(), 0.0)  # 0: left out
-    products = scale[:, :, None] * products * scale[:, None] + ridge * torch.eye(moves.shape[1]).to(moves)
+    products = scale[:, :, None] * products * scale[:, None] + ridge * torch.eye(
+        moves.shape[1], dtype=moves.dtype, device=moves.device
+    )
     slopes = scale * (moves @ gradient[..., None])[..., 0]
     weights = -scale * torch.linalg.solve_ex(products, slopes[..., None])[0][..., 0]  # `solve` would wait for a GPU
     return (weights[:, None] @ moves)[:, 0], (weights[:, None] @ changes)[:, 0]
