@@ -40,6 +40,22 @@ class Reader(nn.Module):
         return self.weight @ readings, {"mean": mean}
 
 
+class Keeper(nn.Module):
+    """Keeps the parameters that it read in its state, and moves by what they have changed since."""
+
+    reads = {"params"}
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+    def init_state(self, num_coordinates, device=None, dtype=None):
+        return torch.zeros(num_coordinates, dtype=torch.float64)
+
+    def forward(self, grad, state, *, params):
+        return self.weight * (params - state) - 0.01 * grad, params
+
+
 class Tensors(Rule, nn.Module):
     """Reads whole tensors: a step along each tensor's gradient, whose size is of its root mean square."""
 
@@ -128,6 +144,14 @@ def test_a_share_of_the_coordinates_of_a_network_that_reads(batches, monkeypatch
     )
     error = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - exact).abs() < 4 * error).all() and (error > 0).all()
+
+
+def test_a_network_may_keep_the_parameters_that_it_read():
+    """In an evaluation θ moves in place: the losses are those along a window all the same."""
+    losses = evaluate(Keeper(), Quadratics(3, torch.float64), steps=6, num_functions=4, seed=1)
+    batch, net = Quadratics(3, torch.float64).sample(4, generator=torch.Generator().manual_seed(1)), Keeper()
+    _, info = meta_gradient(net, batch, batch.params, net.init_state(12), unroll=5)
+    torch.testing.assert_close(losses, info.losses.mT)
 
 
 @pytest.mark.parametrize("net", [Reader(), Tensors()])
