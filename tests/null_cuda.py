@@ -2,7 +2,8 @@
 
 A child process that preloads it sees torch's real CUDA dispatch, Triton's real compiler and launcher, and real captures, on
 tensors in zeroed host memory. So it finds wrong devices, launches, waits of the host and what cannot be captured; it finds no
-wrong numbers and no device time. A value read from the device is 0, a truth value True. cuDNN has an LSTM and no convolutions.
+wrong numbers and no device time. A value read from the device is 0, a truth value True. cuDNN has an LSTM and no
+convolutions; there is no cuSOLVER.
 
     LIBRARY = build(folder)                    # needs g++, nm and a CUDA build of torch; raises Missing elsewhere
     subprocess.run([...], env=environment(LIBRARY))
