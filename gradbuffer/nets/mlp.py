@@ -14,6 +14,7 @@ from torch import nn
 
 from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.contracts import Rule
+from gradbuffer.devices import constant
 from gradbuffer.kernels.matrices import ITERATIONS, NEWTON_SCHULZ, as_matrix, from_matrix, matrix_axes
 
 __all__ = ["MLPOptimizer", "as_matrix", "from_matrix", "matrix_axes", "start_as_normalized_adam"]
@@ -243,7 +244,9 @@ class MLPOptimizer(Rule, nn.Module):
 
     def _of_context(self, squares, lr, is_vector, layers):
         """What is added to the first hidden layer (B, 1, units), and the step's length (B, 1); squares: the features', each (B, 1)."""
-        lr = torch.as_tensor(lr, dtype=squares[0].dtype, device=squares[0].device).reshape(-1, 1)
+        if not isinstance(lr, torch.Tensor):
+            lr = squares[0].new_full((), lr)  # a number brought to a device would be waited for
+        lr = lr.to(squares[0]).reshape(-1, 1)
         param = squares[PARAM_FEATURE] + 1e-6
         logs = [(squares[number] + 1e-9).log() / 6 for number in SIGNAL_FEATURES]
         flag = torch.full_like(param, is_vector)
@@ -274,8 +277,10 @@ class MLPOptimizer(Rule, nn.Module):
         return [feature.flatten(1) for number, feature in enumerate(features) if number not in left_out]
 
     def _with_times(self, features, step):
-        step = torch.as_tensor(step, dtype=features.dtype, device=features.device).reshape(-1, 1, 1)
-        times = torch.tanh(step / torch.tensor(TIMES, dtype=features.dtype, device=features.device) - 1)
+        if not isinstance(step, torch.Tensor):
+            step = features.new_full((), step)  # a number brought to a device would be waited for
+        step = step.to(features).reshape(-1, 1, 1)
+        times = torch.tanh(step / constant(TIMES, features.device, features.dtype) - 1)
         return torch.cat([features, times.expand(*features.shape[:2], -1)], -1)
 
     def _weight_of_vectors(self, weight):
@@ -351,13 +356,13 @@ def start_as_normalized_adam(net: MLPOptimizer, seed: int = 0) -> MLPOptimizer:
 
 def advance(state, grad, axes):
     """The averages after one more gradient (B, *shape)."""
-    decays = grad.new_tensor(MOMENTS).reshape(1, -1, *[1] * (grad.dim() - 1))
+    decays = constant(MOMENTS, grad.device, grad.dtype).reshape(1, -1, *[1] * (grad.dim() - 1))
     new = {
         "m": decays * state["m"] + (1 - decays) * grad[:, None],
         "v": SECOND * state["v"] + (1 - SECOND) * grad * grad,
     }
     if axes:
-        squares, decays = as_matrix(grad, axes).square() + 1e-30, grad.new_tensor(MOMENTS)[:, None]
+        squares, decays = as_matrix(grad, axes).square() + 1e-30, constant(MOMENTS, grad.device, grad.dtype)[:, None]
         for name, over_axes in (("rows", (2, 3)), ("columns", (1, 3))):
             new[name] = decays * state[name] + (1 - decays) * squares.mean(over_axes)[:, None]
     return new
