@@ -190,7 +190,9 @@ class PES(Method):
             return before, before
         fresh = {
             name: self.sigma
-            * torch.randn([*lead, *parameter.shape], generator=generator, dtype=parameter.dtype).to(parameter.device)
+            * torch.randn([*lead, *parameter.shape], generator=generator, dtype=parameter.dtype, device="cpu").to(
+                parameter.device
+            )
             for name, parameter in parameters.items()
         }
         return fresh, {name: before[name] + fresh[name] for name in fresh}
@@ -307,14 +309,17 @@ class Pairs:
             self.length[pair] = math.ceil(self.length[pair] * self.uniform() / window) * window
 
     def uniform(self) -> float:
-        return float(torch.rand((), generator=self.generator))
+        return float(torch.rand((), generator=self.generator, device="cpu"))
 
     def log_uniform(self, bounds: tuple[float, float]) -> float:
         return bounds[0] * (bounds[1] / bounds[0]) ** self.uniform()
 
     def begin(self, pair: int) -> None:
         """A new episode."""
-        both, number = slice(2 * pair, 2 * pair + 2), int(torch.randint(2**40, (), generator=self.generator))
+        both, number = (
+            slice(2 * pair, 2 * pair + 2),
+            int(torch.randint(2**40, (), generator=self.generator, device="cpu")),
+        )
         self.params[both] = self.log_uniform(self.episodes.gains) * self.family.windows.draw_params(1, number)
         self.state[both], self.total[pair], self.done[pair], self.seeds[pair] = 0, 0, 0, number
         self.length[pair] = math.ceil(self.log_uniform(self.episodes.lengths) / self.window) * self.window
@@ -323,14 +328,14 @@ class Pairs:
             self.log_uniform(self.episodes.scales),
         )
         self.falls[pair] = self.uniform() < self.episodes.falling
-        self.noise[pair] = self.sigma * torch.randn(self.noise.shape[1], generator=self.generator)
+        self.noise[pair] = self.sigma * torch.randn(self.noise.shape[1], generator=self.generator, device="cpu")
 
     def advance(self, weights: torch.Tensor) -> Estimate:
         """One window of all pairs around these weights (W,): an `Estimate`."""
         for pair in (self.done >= self.length).nonzero().flatten().tolist():
             self.begin(pair)
         if not self.hold:
-            fresh = self.sigma * torch.randn(self.noise.shape, generator=self.generator)
+            fresh = self.sigma * torch.randn(self.noise.shape, generator=self.generator, device="cpu")
             self.noise = torch.where(self.done[:, None] > 0, fresh, self.noise)
         self.total = self.noise.clone() if self.hold else self.total + self.noise
         both = torch.stack([weights + self.noise, weights - self.noise], 1).flatten(0, 1)  # (2 pairs, W)
