@@ -357,3 +357,20 @@ def test_what_is_given_is_checked():
         given = {"grads": params, "state": state, "params": params, **change}
         with pytest.raises(ValueError, match=message):
             net(given.pop("grads"), given.pop("state"), **given)
+
+
+def test_the_length_of_a_step_does_not_depend_on_the_gradients_scale():
+    """What the context reads are ratios: gradients of 1e-7, as in the first layers of a deep network, make steps as long as others."""
+    net, params = start_as_normalized_adam(MLPOptimizer(context=True).double()), functions(2)
+    with torch.no_grad():
+        for name in ("context_weight_1", "context_bias_1"):
+            net.layers[name][..., -1] = torch.randn(net.layers[name][..., -1].shape, dtype=torch.float64)
+    lengths = []
+    for scale in (1.0, 1e-7):
+        state = net.init_state(params)
+        for seed in range(3):
+            grads = {name: scale * value for name, value in functions(2, seed=seed + 1).items()}
+            updates, state = net(grads, state, params=params, lr=1.0)
+        lengths.append(torch.stack([value.reshape(2, -1).square().mean(1).sqrt() for value in updates.values()]))
+    torch.testing.assert_close(*lengths, rtol=1e-3, atol=0)
+    assert lengths[0].std() > 0.01  # tensors differ

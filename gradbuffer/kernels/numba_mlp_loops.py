@@ -118,12 +118,12 @@ def read_context(w, units, totals, count, is_vector, lr, context, bias):
         bias[u] = w[FEATURES * units + u]
     if len(context) == 0:
         return 1.0
-    size, outputs = totals[2] / count + 1e-6, units + 1
+    size, second, outputs = totals[2] / count + 1e-6, log_size(totals[6], count, 1e-38) / 2, units + 1
     read = (
-        log_size(totals[7], count, 1e-9),
-        log_size(totals[8], count, 1e-9),
-        log_size(totals[9], count, 1e-9),
-        log_size(totals[11], count, 1e-9),
+        log_size(totals[3], count, 1e-30) - second,
+        log_size(totals[4], count, 1e-30) - second,
+        log_size(totals[5], count, 1e-30) - second,
+        log_size(totals[0], count, 1e-30) - second,
         math.log(size) / 6,
         math.log((lr * lr + 1e-12) / size) / 6,
         1.0 if is_vector else 0.0,

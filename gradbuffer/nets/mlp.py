@@ -28,7 +28,7 @@ NOT_IN_SMALL_FC = (1, 11)  # the clipped gradient and g / √(v + 1e-8), which c
 TIMES = (1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5)
 SMALL_FC_MAGNITUDE = 0.001
 ADAMW_BETAS, ADAMW_EPS, ADAMW_RATE = (0.9, 0.95), 1e-8, 20.0
-PARAM_FEATURE, SIGNAL_FEATURES = 2, (7, 8, 9, 11)  # θ; m_k and g over √(v + 1e-8)
+PARAM_FEATURE, SECOND_FEATURE, SIGNAL_FEATURES = 2, 6, (3, 4, 5, 0)  # θ; v; m_k and g
 CONTEXT_FEATURES, CONTEXT_UNITS, LARGEST_LOG = 7, 8, 3.0
 
 
@@ -49,7 +49,7 @@ class MLPOptimizer(Rule, nn.Module):
         orthogonalize: five Newton-Schulz iterations of the output of tensors with two or more axes, as in Muon; "celo" only.
         vectors: who moves tensors with fewer than two axes: "mlp", this network, or "adamw", AdamW(0.9, 0.95) at 20 · lr.
         context: a second perceptron reads seven numbers of the whole tensor: the sizes of its averaged and of its latest gradient
-            over √v (how much of them is noise), the size of its parameters, lr over that, and whether it is a vector. It adds
+            over the root of v's (how much of them is noise), the size of its parameters, lr over that, and whether it is a vector. It adds
             to the units of the first hidden layer and multiplies the direction by a factor from e⁻³ to e³. "celo" only.
         weight_decay: 0 or more, decoupled.
         lr: the rate where `forward` is given none, above 0; the default rate of `LearnedOptimizer`.
@@ -248,7 +248,10 @@ class MLPOptimizer(Rule, nn.Module):
             lr = squares[0].new_full((), lr)  # a number brought to a device would be waited for
         lr = lr.to(squares[0]).reshape(-1, 1)
         param = squares[PARAM_FEATURE] + 1e-6
-        logs = [(squares[number] + 1e-9).log() / 6 for number in SIGNAL_FEATURES]
+        second = (
+            squares[SECOND_FEATURE] + 1e-38
+        ).log() / 2  # whatever the gradient's scale, the network reads the same
+        logs = [((squares[number] + 1e-30).log() - second) / 6 for number in SIGNAL_FEATURES]
         flag = torch.full_like(param, is_vector)
         read = torch.stack([*logs, param.log() / 6, ((lr * lr + 1e-12) / param).log() / 6, flag], -1)  # (B, 1, 7)
         (first, bias), (second, last) = layers
