@@ -10,10 +10,10 @@ import torch
 from cases import PROBLEMS, make_net
 from conftest import write_art
 
-from gradbuffer import drawing
 from gradbuffer.contracts import as_loss, device_of, on_device
 from gradbuffer.data import mnist
 from gradbuffer.devices import constant, whole_device
+from gradbuffer.evaluation import drawing
 from gradbuffer.evaluation.drawing import draw_batches, join_batches, join_for
 from gradbuffer.kernels.interface import LSTMKernels
 from gradbuffer.nests import tensors_in
