@@ -20,7 +20,13 @@ from timing import alternate, milliseconds, ratio, table_head, table_row
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-OPTIMIZERS = ("LearnedOptimizer", "LearnedOptimizer, bfloat16 state", "LearnedOptimizer, MLPOptimizer", "Adam")
+OPTIMIZERS = (
+    "LearnedOptimizer",
+    "LearnedOptimizer, bfloat16 state",
+    "LearnedOptimizer, MLPOptimizer",
+    "LearnedOptimizer, general",
+    "Adam",
+)
 
 
 def parameters(architecture):
@@ -42,6 +48,8 @@ def optimizer_of(name, params):
 
     if name == "LearnedOptimizer, MLPOptimizer":
         return LearnedOptimizer(params, start_as_normalized_adam(MLPOptimizer()), lr=0.0)
+    if name == "LearnedOptimizer, general":  # an MLPOptimizer with Newton-Schulz and a context
+        return LearnedOptimizer(params, load_optimizer("general"), lr=0.0)
     if name == "Adam":
         return torch.optim.Adam(params, lr=1e-5)
     state_dtype = torch.bfloat16 if "bfloat16" in name else None
