@@ -4,8 +4,8 @@
 
 Names are files, or those in `pretrained/`. With a `SubspaceLSTM` come two more rows: the random weights with which its training began, and
 the step that one would write by hand, to the minimum along the moves so far and on down the gradient there, with its first rate.
-Baselines have the rate with the best mean loss at the last step on other functions. L-BFGS counts every evaluation; conjugate gradients
-are given the Hessian's product with each direction for nothing. ± is a standard error; differences are paired.
+Baselines have the rate with the best mean loss at the last step on other functions. L-BFGS counts every evaluation.
+± is a standard error; differences are paired.
 """
 
 import argparse
@@ -17,24 +17,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gradbuffer.evaluation import draw_batches, evaluate_lbfgs
+from gradbuffer.evaluation.curvature import evaluate_conjugate_gradients, evaluate_lbfgs
 from meta_training import compare, tune_baselines
 from optimizees import Quadratics
 from optimizers import SubspaceLSTM, load_optimizer
-
-
-def conjugate_gradients(batch, steps):
-    """Losses (B, steps), the first before any step, by the formulas of Hestenes and Stiefel 1952."""
-    W, y, twice = (tensor.double() for tensor in batch.loss.data)
-    hessian, theta, losses = twice @ W, torch.zeros_like(y), []
-    residual = direction = twice @ y  # -∇ at θ = 0
-    for _ in range(steps):
-        losses.append((W @ theta - y).square().sum((1, 2)))
-        size, product = residual.square().sum(1, keepdim=True), hessian @ direction
-        rate = size / (direction * product).sum(1, keepdim=True).clamp_min(1e-300)
-        theta, residual = theta + rate * direction, residual - rate * product
-        direction = residual + residual.square().sum(1, keepdim=True) / size.clamp_min(1e-300) * direction
-    return torch.stack(losses, 1)
 
 
 def with_random_weights(net, seed=0):
@@ -76,8 +62,7 @@ def main():
     curves = compare(nets, tuned, problem, *given, progress=False)
     if not options.without_lbfgs:
         curves["L-BFGS"] = evaluate_lbfgs(problem, *given)
-    batches = draw_batches(problem, options.functions, options.seed, "cpu")
-    curves["conjugate gradients"] = torch.cat([conjugate_gradients(batch, options.steps) for batch in batches])
+    curves["conjugate gradients"] = evaluate_conjugate_gradients(problem, *given)
     head, (first, *others) = f"sum over {options.steps} steps | mean loss at the last", curves
     print(
         f"{problem.name}, {options.functions} functions\n\n| optimizer | {head} | median | largest |\n{'| --- ' * 5}|"

@@ -213,3 +213,14 @@ def test_paired_differences(tmp_path):
     for place in range(1, 4):
         one, other, difference = (float(row[place].split(" ± ")[0]) for row in (losses[1], losses[2], differences[1]))
         assert difference == pytest.approx(one - other, abs=2e-3 * abs(one))
+
+
+def test_quadratics_prints_figures_and_paired_differences(monkeypatch, capsys):
+    import quadratics as benchmark
+
+    monkeypatch.setattr(sys, "argv", ["quadratics.py", "quadratics_subspace", "--functions", "3", "--steps", "8"])
+    benchmark.main()
+    text = capsys.readouterr().out
+    names = ["quadratics_subspace", "random weights", "coefficients by hand", "NAG", "L-BFGS", "conjugate gradients"]
+    for name in names:
+        assert len(re.findall(rf"^\| {name}[^|]*\| [-\d]", text, re.M)) == (1 if name == names[0] else 2), name

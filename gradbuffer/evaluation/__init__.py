@@ -134,9 +134,8 @@ def learned_rule(net: torch.nn.Module) -> Callable:
         @torch.no_grad()
         def advance(gradient, losses: torch.Tensor | None = None, step: int = 0):
             nonlocal state
-            params = (
-                theta.clone() if "params" in rule.reads else theta
-            )  # θ moves in place, and a network may keep what it read
+            # θ moves in place, and a network may keep what it read
+            params = theta.clone() if "params" in rule.reads else theta
             update, state = take(gradient, state, **coordinates.what(rule.reads, params, losses, step))
             theta.add_(update)
 

@@ -1,9 +1,23 @@
-"""Tensors as matrices: what has rows and columns for the small learned optimizer, in plain torch and compiled."""
+"""What the small learned optimizer is in plain torch and compiled: tensors as matrices, and its constants."""
 
-__all__ = ["ITERATIONS", "NEWTON_SCHULZ", "as_matrix", "from_matrix", "matrix_axes"]
+__all__ = [
+    "CONTEXT_FEATURES",
+    "CONTEXT_UNITS",
+    "ITERATIONS",
+    "LARGEST_LOG",
+    "NEWTON_SCHULZ",
+    "as_matrix",
+    "from_matrix",
+    "matrix_axes",
+]
 
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # Muon's: towards an orthogonal matrix, to about a quarter
 ITERATIONS = 5
+CONTEXT_FEATURES, CONTEXT_UNITS, LARGEST_LOG = (
+    7,
+    8,
+    3.0,
+)  # of `MLPOptimizer(context=True)`; a step is e^±3 times as long at most
 
 
 def matrix_axes(shape):

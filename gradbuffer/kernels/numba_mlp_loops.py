@@ -3,6 +3,7 @@
 import math
 
 from gradbuffer.kernels.llvm_mlp import FACTORED, OF_MATRIX, OF_VECTOR, READ, direct_rows, factor_rows, read_rows
+from gradbuffer.kernels.matrices import CONTEXT_FEATURES, CONTEXT_UNITS, LARGEST_LOG
 from gradbuffer.kernels.numba_compiler import compiled
 from gradbuffer.kernels.numba_orthogonal import orthogonalize
 
@@ -33,7 +34,6 @@ __all__ = [
 ]
 
 FEATURES = 30
-CONTEXT_FEATURES, CONTEXT_UNITS, LARGEST_LOG = 7, 8, 3.0
 BLOCK = 1 << 14  # coordinates
 
 

@@ -15,7 +15,16 @@ from torch import nn
 from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.contracts import Rule
 from gradbuffer.devices import constant
-from gradbuffer.kernels.matrices import ITERATIONS, NEWTON_SCHULZ, as_matrix, from_matrix, matrix_axes
+from gradbuffer.kernels.matrices import (
+    CONTEXT_FEATURES,
+    CONTEXT_UNITS,
+    ITERATIONS,
+    LARGEST_LOG,
+    NEWTON_SCHULZ,
+    as_matrix,
+    from_matrix,
+    matrix_axes,
+)
 
 __all__ = ["MLPOptimizer", "as_matrix", "from_matrix", "matrix_axes", "start_as_normalized_adam"]
 
@@ -29,7 +38,6 @@ TIMES = (1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5)
 SMALL_FC_MAGNITUDE = 0.001
 ADAMW_BETAS, ADAMW_EPS, ADAMW_RATE = (0.9, 0.95), 1e-8, 20.0
 PARAM_FEATURE, SECOND_FEATURE, SIGNAL_FEATURES = 2, 6, (3, 4, 5, 0)  # θ; v; m_k and g
-CONTEXT_FEATURES, CONTEXT_UNITS, LARGEST_LOG = 7, 8, 3.0
 
 
 class MLPOptimizer(Rule, nn.Module):
