@@ -28,16 +28,6 @@ from gradbuffer.problems.tasks import GENERALIZATION, TASKS  # noqa: E402
 ALL = TASKS | GENERALIZATION
 BASELINES = ("AdamW, cosine", "Adam, constant")  # speeds are taken against these, and against the own start
 
-STYLES = {
-    "learned": {"color": "black", "linewidth": 2.4},
-    "start": {"color": "tab:red", "linewidth": 1.6},
-    "Adam, constant": {"color": "tab:orange", "linestyle": ":"},
-    "Adam, cosine": {"color": "tab:orange"},
-    "AdamW, cosine": {"color": "tab:green"},
-    "NAG, cosine": {"color": "tab:blue"},
-    "Muon, cosine": {"color": "tab:purple"},
-}
-
 
 def hand_designed():
     """dict from name to `Contestant`."""
@@ -190,6 +180,10 @@ def draw(results, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    from gradbuffer.figures.style import STYLE, looks_of
+
+    plt.style.use(STYLE)
+    looks = looks_of(next(iter(results.values()))[0], hand_designed())
     columns = min(4, len(results))
     rows = math.ceil(len(results) / columns)
     size = max(3.4 * columns, 8), 2.6 * rows + 0.8
@@ -198,7 +192,7 @@ def draw(results, path):
         ax.axis("off")
     for ax, (name, (races, _)) in zip(axes.flat, results.items()):
         for contestant, one in races.items():
-            ax.plot(smooth(one.curves).mean(0), label=contestant, **STYLES[contestant])
+            ax.plot(smooth(one.curves).mean(0), label=contestant, **looks[contestant])
         ax.set(yscale="log")
         ax.set_title(name, fontsize=9)
         ax.tick_params(labelsize=7, which="both")
