@@ -196,7 +196,7 @@ def draw(results, path):
         ax.set(yscale="log")
         ax.set_title(name, fontsize=9)
         ax.tick_params(labelsize=7, which="both")
-    figure.supxlabel("step; losses are means over a tenth of all steps, and over seeds", fontsize=8)
+    figure.suptitle("training losses over steps: means over a tenth of all steps, and over seeds", fontsize=9)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=130)
 
