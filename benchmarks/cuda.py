@@ -280,6 +280,7 @@ def optimizer(part):
         "mnist": (load_optimizer("mnist"), {}),
         "general_lstm": (load_optimizer("general_lstm"), {}),
         "RNNProp": (RNNProp(), {}),
+        "general": (load_optimizer("general"), {}),
     }
     nets["mnist, state in bfloat16"] = load_optimizer("mnist"), {"state_dtype": torch.bfloat16}
     for (name, (net, options)), dtype, kind in itertools.product(nets.items(), (torch.float64, torch.float32), kinds()):
@@ -410,7 +411,7 @@ def steps(part):
     """One optimizer step on parameters of ResNet-18's shapes, beside Adam's and the bytes that must be moved."""
     from cases import RESNET18
 
-    from optimizers import LearnedOptimizer, load_optimizer
+    from optimizers import LearnedOptimizer, RNNProp, load_optimizer
 
     shapes = RESNET18 if DEVICE == "cuda" else RESNET18[:8]
     params = [torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in shapes]
@@ -423,11 +424,11 @@ def steps(part):
         f"step of {N:,} coordinates, AdamW",
         milliseconds(seconds(torch.optim.AdamW(params, lr=1e-6, **fused).step)),
     )
-    for kind, name in itertools.product(kinds(), ("mnist", "general_lstm")):
+    for kind, name in itertools.product(kinds(), ("mnist", "general_lstm", "RNNProp", "general")):
         with attempt(f"step, {name}, {kind}"), kernels_are(kind):
-            net = load_optimizer(name).to(DEVICE)
+            net = (RNNProp() if name == "RNNProp" else load_optimizer(name)).to(DEVICE)
             own = LearnedOptimizer(params, net, lr=1e-6)
-            value = seconds(own.step, 3)
+            value = seconds(own.step, 5, 8.0)
             read = sum(
                 leaf.nbytes for state in own.state.values() for leaf in state.values() if isinstance(leaf, torch.Tensor)
             )
@@ -440,6 +441,46 @@ def steps(part):
             del own
 
 
+def profile(part):
+    """Where the device's time goes: the kernels that take most of a window, and of a step, and what the host takes."""
+    from cases import RESNET18
+    from torch.profiler import ProfilerActivity
+
+    from meta_training import meta_gradient
+    from optimizers import LearnedOptimizer, load_optimizer
+
+    if DEVICE != "cuda":
+        return say("NOTE", "profile", "needs a CUDA device")
+    work = {}
+    for name, problem, make, functions in window_cases():
+        net, batch = make().to(DEVICE), problem(DEVICE).sample(functions, generator())
+        state = net.init_state(sum(tensor.numel() for tensor in batch.params.values()))
+        work[f"window, {name}"] = lambda net=net, batch=batch, state=state: meta_gradient(
+            net, batch, batch.params, state, unroll=20
+        )
+    for name in ("mnist", "general"):
+        params = [torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in RESNET18]
+        for param in params:
+            param.grad = 1e-3 * torch.randn_like(param)
+        work[f"step, {name}"] = LearnedOptimizer(params, load_optimizer(name).to(DEVICE), lr=1e-6).step
+    for name, run in work.items():
+        with attempt(f"profile, {name}"):
+            run(), run()
+            torch.cuda.synchronize()
+            with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+                run()
+                torch.cuda.synchronize()
+            events = [event for event in found.key_averages() if event.self_device_time_total > 0]
+            events.sort(key=lambda event: -event.self_device_time_total)
+            total, launches = (
+                sum(event.self_device_time_total for event in events),
+                sum(event.count for event in events),
+            )
+            say("TIME", f"profile, {name}", f"{launches} pieces of work on the device, {total / 1e3:.3g} ms")
+            for event in events[:9]:
+                print(f"    {event.self_device_time_total / 1e3:8.3f} ms {event.count:6d} x {event.key[:90]}")
+
+
 CHECKS = {
     "equal": (equal, PARTS, 200),
     "exactness": (exactness, 1, 150),
@@ -447,7 +488,12 @@ CHECKS = {
     "graphs": (graphs, 1, 200),
 }
 CHECKS |= {"optimizer": (optimizer, 1, 120), "tests": (tests, 1, 240)}
-TIMES = {"machine": (machine, 1, 60), "windows": (windows, 1, 120), "steps": (steps, 1, 60)}
+TIMES = {
+    "machine": (machine, 1, 60),
+    "windows": (windows, 1, 120),
+    "steps": (steps, 1, 90),
+    "profile": (profile, 1, 60),
+}
 SECTIONS = CHECKS | TIMES
 
 
@@ -505,7 +551,7 @@ def main():
             print(text, flush=True)
             texts.append(text)
 
-        for sections, at_once in ((CHECKS, max((os.cpu_count() or 2) // 2, 1)), (TIMES, 1)):
+        for sections, at_once in ((CHECKS, max((os.cpu_count() or 2) * 2 // 3, 1)), (TIMES, 1)):
             jobs = [(name, part) for name in sections if name in arguments.only for part in range(sections[name][1])]
             with ThreadPoolExecutor(at_once) as pool:
                 list(pool.map(run, jobs))
