@@ -126,8 +126,9 @@ def with_one(pointer, stride, columns, inside, COUNT: tl.constexpr, ROWS: tl.con
 @triton.jit
 def log_sign_tile(grad, FIRST: tl.constexpr, LOG_SIGN: tl.constexpr, SHARPEST: tl.constexpr):
     """The tile [log|∇| / p; sgn ∇; 1; zeros] (BLOCK, FIRST) of gradients (BLOCK,), with LOG_SIGN = p and SHARPEST = e^p."""
-    size = tl.log(tl.maximum(tl.abs(grad), 1 / SHARPEST)) / LOG_SIGN
-    sign = tl.minimum(tl.maximum(grad * SHARPEST, -1.0), 1.0)
+    sharpest = tl.full((), SHARPEST, grad.dtype)  # a plain number would be rounded to float32
+    size = tl.log(tl.maximum(tl.abs(grad), 1 / sharpest)) / tl.full((), LOG_SIGN, grad.dtype)
+    sign = tl.minimum(tl.maximum(grad * sharpest, -1.0), 1.0)
     rows = tl.arange(0, FIRST)[None, :]
     below = tl.where(rows == 0, size[:, None], tl.where(rows == 1, sign[:, None], tl.where(rows == 2, 1.0, 0.0)))
     return below.to(grad.dtype)
