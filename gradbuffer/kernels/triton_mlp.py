@@ -7,6 +7,7 @@ together, 17 more. Sums are deterministic: there are no atomics. The plain versi
 """
 
 import functools
+import operator
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,6 @@ WARPS = 8
 CHUNK = 64  # sums that a program adds up at once
 LOOK_BLOCK = 2048
 MOST_UNITS, MOST_LAYERS = 16, 2  # of which a program holds all units in registers
-MOST_COORDINATES = 1 << 31
 SELF_CHECK = {torch.float32: 1e-3, torch.float64: 1e-8}  # relative errors that a device's first use may show
 ROUNDED_CHECK = 0.02  # and where products of Newton-Schulz have factors rounded to float16
 INTERPRETED = not isinstance(look_kernel, triton.JITFunction)
@@ -80,13 +80,8 @@ class MLPSteps:
 
     def __init__(self, net, params, watched, kept):
         like = params[0]
-        self.net, self.params, self.kept, self.device, self.dtype = (
-            net,
-            list(params),
-            kept,
-            like.device,
-            next(net.parameters()).dtype,
-        )
+        self.net, self.params, self.kept, self.device = net, list(params), kept, like.device
+        self.dtype = next(net.parameters()).dtype
         self.watched, self.factors = list(watched) if kept is not None else [], factors_of(net, self.dtype)
         self.flags = torch.zeros(2, dtype=torch.int32, device=self.device)
         sizes = [tensor.numel() for tensor in (*params, *self.watched)]
@@ -99,11 +94,17 @@ class MLPSteps:
         own = [weight for name, weight in net.layers.items() if not name.startswith("context")]
         self.context = self.weights[sum(weight.numel() for weight in own) :]
         self.brought = {}  # small vectors on the device, and what they were made of
+        self.known, self.places, self.asked = None, None, None  # tensors that lie as the kernels read them, and where
 
     def holds(self, params, kept) -> bool:
         """Whether it is for these very tensors."""
-        same = len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params))
-        return same and self.kept is kept and self.factors == factors_of(self.net, self.dtype)
+        return self.kept is kept and same(params, self.params) and self.factors == factors_of(self.net, self.dtype)
+
+    def knows(self, tensors) -> bool:
+        """Whether these are the values, then the states' parts, of the last step, where they were, and nothing had to be copied."""
+        if self.known is None or not same(tensors, self.known):
+            return False
+        return [tensor.data_ptr() for tensor in tensors] == self.places
 
     def bring(self, name, values, dtype):
         """Numbers as a vector on the device, anew only where they have changed."""
@@ -145,7 +146,7 @@ class MLPSteps:
             states: list of dicts of tensors like those of `MLPOptimizer.init_state`, without their leading axis.
             lr: the rate. sign: 1 or -1. keep: a factor on parameters, before the network reads them.
         """
-        back, addresses = [], [[], [], [], [], [], []]
+        self.known, back, addresses = None, [], [[], [], [], [], [], []]
         for value, gradient, state, form in zip(values, gradients, states, self.forms):
             parts = gradient, value, state["m"], state["v"], state.get("rows"), state.get("columns")
             for place, (tensor, own) in enumerate(zip(parts, addresses)):
@@ -154,21 +155,34 @@ class MLPSteps:
                     back.append((tensor, laid, form.axes, place))
                     tensor = laid
                 own.append(0 if tensor is None else tensor.data_ptr())
-        pointers = self.bring("step", sum(addresses, []), torch.int64)
-        numbers = self.bring("numbers", [sign, lr, keep, self.net.weight_decay, *DECAYS], self.dtype)
-        with torch.cuda.device_of(self.weights):
-            self.launch(pointers, numbers)
+        self.asked = addresses[1:]
+        self.run(addresses[0], lr, sign, keep)
         for tensor, laid, axes, place in back:
             if place:  # the gradient stays
                 put_back(laid, tensor, axes, place)
+        if not back:
+            self.known = [*values, *(leaf for state in states for leaf in state.values())]
+            self.places = [tensor.data_ptr() for tensor in self.known]
+
+    def step_again(self, gradients, lr, sign=1.0, keep=1.0) -> None:
+        """`step` of tensors that it `knows`, with gradients each in one piece."""
+        self.run([gradient.data_ptr() for gradient in gradients], lr, sign, keep)
+
+    def run(self, addresses, lr, sign, keep):
+        """addresses: of the gradients."""
+        pointers = self.bring("step", sum(self.asked, addresses), torch.int64)
+        numbers = self.bring("numbers", [sign, lr, keep, self.net.weight_decay, *DECAYS], self.dtype)
+        with torch.cuda.device_of(self.weights):
+            self.launch(pointers, numbers)
 
     def launch(self, pointers, numbers):
         tables, count, units = self.tables, len(self.params), self.net.hidden_sizes[0]
         new = functools.partial(torch.empty, dtype=self.dtype, device=self.device)
         tiles, options = len(tables.tiles), dict(num_warps=WARPS, **TILE)
-        parts, sums, slots = new(tiles * PARTS), new(tables.sums), new(len(tables.lines) * SLOTS)
-        scaled, facts = torch.zeros_like(new(count * (FEATURES + 1) * units)), new(count * FACTS)
-        out, squares, totals = new(tables.out), new(tiles), new(count)
+        sizes = tiles * PARTS, tables.sums, len(tables.lines) * SLOTS, count * (FEATURES + 1) * units, count * FACTS
+        sizes = [-(-size // 16) * 16 for size in (*sizes, tiles, count)]
+        parts, sums, slots, scaled, facts, squares, totals = torch.split_with_sizes(new(sum(sizes)), sizes)
+        out = new(tables.out)
         given = pointers, tables.tiles, tables.forms, numbers
         later = self.weights[(FEATURES + 1) * units :]  # the layers after the first
         read_kernel[(tiles,)](*given, parts, sums, count, **options)
@@ -199,6 +213,11 @@ class MLPSteps:
             squares = tables.orthogonalizer.run(out, totals)
             total_kernel[(len(tables.matrix_spans),)](squares, tables.matrix_spans, totals, BLOCK=1024)
         move_kernel[(tiles,)](*given, facts, totals, out, count, **options)
+
+
+def same(tensors, others):
+    """Whether two lists hold the very same tensors."""
+    return len(tensors) == len(others) and all(map(operator.is_, tensors, others))
 
 
 def factors_of(net, dtype):
@@ -234,7 +253,7 @@ def form_of(shape):
 def blocks_of(sizes, device):
     """(blocks, 3) for tensors of these sizes: the tensor, the first coordinate, the size."""
     blocks = [(tensor, start, size) for tensor, size in enumerate(sizes) for start in range(0, size, LOOK_BLOCK)]
-    return bring(torch.tensor(blocks, dtype=torch.int32, device="cpu"), device)
+    return bring(torch.tensor(blocks, dtype=torch.int64, device="cpu"), device)
 
 
 def in_order(tensor, axes, place):

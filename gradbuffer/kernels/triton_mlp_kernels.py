@@ -69,16 +69,18 @@ def memory(pointers, count, WHAT: tl.constexpr, tensor, like):
 
 @triton.jit
 def tile_of(tiles, forms, ROWS_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr):
-    """The program's tile: tensor, its rows, its columns · others, which of these are there, where in the tensor's memory."""
+    """The program's tile: tensor, its rows, its columns · others, which of these are there; where it begins in the tensor's memory, and
+    where from there its coordinates are."""
     row = tiles + 3 * tl.program_id(0)
     tensor, first, left = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     width = form(forms, tensor, WIDTH).to(tl.int32)
     rows = first + tl.arange(0, ROWS_BLOCK)
     columns = left + tl.arange(0, WIDTH_BLOCK)
-    within = rows[:, None] * width + columns[None, :]
+    begin = first.to(tl.int64) * width + left  # a large tensor's coordinates are not counted in 32 bits
+    within = tl.arange(0, ROWS_BLOCK)[:, None] * width + tl.arange(0, WIDTH_BLOCK)[None, :]
     inside = (rows[:, None] < form(forms, tensor, ROWS)) & (columns[None, :] < width)
-    inside = inside & (within < form(forms, tensor, SIZE))  # the last row of a vector may be shorter
-    return tensor, rows, columns, inside, within
+    inside = inside & (within < form(forms, tensor, SIZE) - begin)  # the last row of a vector may be shorter
+    return tensor, rows, columns, inside, begin, within
 
 
 @triton.jit
@@ -92,9 +94,9 @@ def clipped(x, MOST: tl.constexpr):
 
 
 @triton.jit
-def gradient_of(pointers, count, tensor, inside, within, numbers):
+def gradient_of(pointers, count, tensor, inside, begin, within, numbers):
     """± ∇, clipped."""
-    grad = tl.load(memory(pointers, count, GRADIENT, tensor, numbers) + within, mask=inside, other=0.0)
+    grad = tl.load(memory(pointers, count, GRADIENT, tensor, numbers) + begin + within, mask=inside, other=0.0)
     return clipped(tl.load(numbers + SIGN) * grad, BOUND)
 
 
@@ -130,10 +132,10 @@ def read_kernel(
     pointers, tiles, forms, numbers, parts, sums, count, ROWS_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr
 ):
     """The new averages of both moments; sums of squares: of features, and of each row and column of the gradient in the tile."""
-    tensor, rows, columns, inside, within = tile_of(tiles, forms, ROWS_BLOCK, WIDTH_BLOCK)
-    grad = gradient_of(pointers, count, tensor, inside, within, numbers)
-    param = tl.load(memory(pointers, count, PARAM, tensor, numbers) + within, mask=inside, other=0.0)
-    square = memory(pointers, count, SQUARE, tensor, numbers) + within
+    tensor, rows, columns, inside, begin, within = tile_of(tiles, forms, ROWS_BLOCK, WIDTH_BLOCK)
+    grad = gradient_of(pointers, count, tensor, inside, begin, within, numbers)
+    param = tl.load(memory(pointers, count, PARAM, tensor, numbers) + begin + within, mask=inside, other=0.0)
+    square = memory(pointers, count, SQUARE, tensor, numbers) + begin + within
     second = tl.load(square, mask=inside, other=0.0) * AVERAGE + grad * (1 - AVERAGE) * grad
     tl.store(square, second, mask=inside)
     root = tl.where(inside, tl.rsqrt(second + 1e-8), 0.0)
@@ -146,7 +148,7 @@ def read_kernel(
     tl.store(parts + tl.program_id(0) * PART_SIZE + LARGEST, tl.max(tl.abs(grad)))
     size = form(forms, tensor, SIZE)
     for k in tl.static_range(3):
-        place = memory(pointers, count, MOMENTS, tensor, numbers) + k * size + within
+        place = memory(pointers, count, MOMENTS, tensor, numbers) + k * size + begin + within
         decay = tl.load(numbers + FIRST_DECAY + k)
         moment = decay * tl.load(place, mask=inside, other=0.0) + (1 - decay) * grad
         tl.store(place, moment, mask=inside)
@@ -217,26 +219,26 @@ def factor_kernel(
     pointers, tiles, forms, numbers, parts, slots, count, ROWS_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr
 ):
     """Sums of squares of the features that need the averages of all rows and columns."""
-    tensor, rows, columns, inside, within = tile_of(tiles, forms, ROWS_BLOCK, WIDTH_BLOCK)
-    grad = gradient_of(pointers, count, tensor, inside, within, numbers)
+    tensor, rows, columns, inside, begin, within = tile_of(tiles, forms, ROWS_BLOCK, WIDTH_BLOCK)
+    grad = gradient_of(pointers, count, tensor, inside, begin, within, numbers)
     is_matrix, size = form(forms, tensor, IS_MATRIX) != 0, form(forms, tensor, SIZE)
-    square = memory(pointers, count, SQUARE, tensor, numbers) + within
+    square = memory(pointers, count, SQUARE, tensor, numbers) + begin + within
     second = tl.load(square, mask=inside & (is_matrix == 0), other=0.0)
     for k in tl.static_range(3):
         factor, _, _ = factor_of(pointers, forms, slots, count, tensor, rows, columns, second, numbers, k)
-        place = memory(pointers, count, MOMENTS, tensor, numbers) + k * size + within
+        place = memory(pointers, count, MOMENTS, tensor, numbers) + k * size + begin + within
         leave(parts, FACTORED + k, grad * factor)
         leave(parts, FACTORED + 3 + k, tl.load(place, mask=inside & is_matrix, other=0.0) * factor)
 
 
 @triton.jit
-def scaled_weights(weights, scaled, feature, mean, there, units, UNITS: tl.constexpr):
-    """Store the weights of some features, divided by the roots of these features' mean squares."""
+def scaled_weights(weights, scaled, feature, mean, there, is_matrix, units, UNITS: tl.constexpr):
+    """Store the weights of some features, divided by the roots of these features' mean squares; 0 for what vectors do not have."""
     place = feature[:, None] * UNITS + units[None, :]
-    mean = tl.where(there, mean, 0.0)
-    there = there[:, None] & (units[None, :] < UNITS)
-    weight = tl.load(weights + place, mask=there, other=0.0) * (1 / tl.sqrt(mean + 1e-9))[:, None]
-    tl.store(scaled + place, weight, mask=there)
+    own, within = there & (is_matrix | (feature < OF_VECTORS)), units[None, :] < UNITS
+    weight = tl.load(weights + place, mask=own[:, None] & within, other=0.0)
+    weight = weight * (1 / tl.sqrt(tl.where(own, mean, 0.0) + 1e-9))[:, None]
+    tl.store(scaled + place, weight, mask=there[:, None] & within)
 
 
 @triton.jit
@@ -286,17 +288,17 @@ def gather_kernel(
     units, own = tl.arange(0, PADDED), scaled + tensor * (ALL + 1) * UNITS
     factored = number - FACTORED  # 0 … 2: of the gradient, 3 … 5: of the moments
     feature = tl.where(number < FACTORED, number, tl.where(factored < 3, 12 + factored, 24 + factored))
-    there = (number < LARGEST) | ((factored >= 0) & (factored < 3)) | ((factored >= 3) & (factored < 6) & is_matrix)
-    scaled_weights(weights, own, feature, mean, there, units, UNITS)
+    there = (number < LARGEST) | ((factored >= 0) & (factored < 6))
+    scaled_weights(weights, own, feature, mean, there, is_matrix, units, UNITS)
     slot = tl.arange(0, SLOT_SIZE)
-    there = (slot >= 3) & (slot < 9) & is_matrix
+    there = (slot >= 3) & (slot < 9)
     feature = tl.where(slot < 6, 12 + slot, 15 + slot)
     rows = form(forms, tensor, ROWS)
     columns = form(forms, tensor, WIDTH) // form(forms, tensor, OTHERS)
     of_rows = sums_of_lines(slots, forms, tensor, ROW_LINES, ROW_BLOCKS, CHUNK) / rows.to(tl.float64)
     of_columns = sums_of_lines(slots, forms, tensor, COLUMN_LINES, COLUMN_BLOCKS, CHUNK) / columns.to(tl.float64)
-    scaled_weights(weights, own, feature, of_rows, there, units, UNITS)
-    scaled_weights(weights, own, feature + 3, of_columns, there, units, UNITS)
+    scaled_weights(weights, own, feature, of_rows, there, is_matrix, units, UNITS)
+    scaled_weights(weights, own, feature + 3, of_columns, there, is_matrix, units, UNITS)
     shift, length = tl.zeros([PADDED], tl.float64), 1.0
     if CONTEXT > 0:
         param = tl.sum(tl.where(number == 2, mean, 0.0)) + 1e-6
@@ -355,11 +357,11 @@ def forward_kernel(
 
     weights: those after the first layer. SECOND: units of the second hidden layer, 0 where there is one layer.
     """
-    tensor, rows, columns, inside, within = tile_of(tiles, forms, ROWS_BLOCK, WIDTH_BLOCK)
+    tensor, rows, columns, inside, begin, within = tile_of(tiles, forms, ROWS_BLOCK, WIDTH_BLOCK)
     size = form(forms, tensor, SIZE)
-    grad = gradient_of(pointers, count, tensor, inside, within, numbers)
-    param = tl.load(memory(pointers, count, PARAM, tensor, numbers) + within, mask=inside, other=0.0)
-    second = tl.load(memory(pointers, count, SQUARE, tensor, numbers) + within, mask=inside, other=0.0)
+    grad = gradient_of(pointers, count, tensor, inside, begin, within, numbers)
+    param = tl.load(memory(pointers, count, PARAM, tensor, numbers) + begin + within, mask=inside, other=0.0)
+    second = tl.load(memory(pointers, count, SQUARE, tensor, numbers) + begin + within, mask=inside, other=0.0)
     first = scaled + tensor * (ALL + 1) * UNITS
     root = tl.rsqrt(second + 1e-8)
     units = ()
@@ -372,7 +374,7 @@ def forward_kernel(
     units = plus(units, root, first + 10 * UNITS, UNITS)
     units = plus(units, grad * root, first + 11 * UNITS, UNITS)
     for k in tl.static_range(3):
-        place = memory(pointers, count, MOMENTS, tensor, numbers) + k * size + within
+        place = memory(pointers, count, MOMENTS, tensor, numbers) + k * size + begin + within
         moment = tl.load(place, mask=inside, other=0.0)
         factor, row, column = factor_of(pointers, forms, slots, count, tensor, rows, columns, second, numbers, k)
         units = plus(units, moment, first + (3 + k) * UNITS, UNITS)
@@ -433,8 +435,8 @@ def move_kernel(
     pointers, tiles, forms, numbers, facts, totals, out, count, ROWS_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr
 ):
     """θ ← keep · θ, and where there is a gradient θ ← θ - lr · (length · output / its root mean square + weight_decay · θ)."""
-    tensor, rows, columns, inside, within = tile_of(tiles, forms, ROWS_BLOCK, WIDTH_BLOCK)
-    place = memory(pointers, count, PARAM, tensor, numbers) + within
+    tensor, rows, columns, inside, begin, within = tile_of(tiles, forms, ROWS_BLOCK, WIDTH_BLOCK)
+    place = memory(pointers, count, PARAM, tensor, numbers) + begin + within
     param = tl.load(numbers + KEEP) * tl.load(place, mask=inside, other=0.0)
     mean = tl.load(totals + tensor) / form(forms, tensor, SIZE).to(param.dtype)
     length = tl.load(facts + tensor * FACT_SIZE) / tl.sqrt(mean + 1e-9)

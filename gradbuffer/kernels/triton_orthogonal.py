@@ -36,8 +36,8 @@ def tile_of(tiles, forms):
 @triton.jit
 def at(first, ROWS: tl.constexpr, left, COLUMNS: tl.constexpr, apart):
     """Offsets of (ROWS, COLUMNS) of a matrix with rows so far apart."""
-    rows, columns = first + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
-    return rows[:, None] * apart + columns[None, :]
+    begin = first.to(tl.int64) * apart + left  # a large matrix is not counted in 32 bits
+    return begin + tl.arange(0, ROWS)[:, None] * apart + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit
@@ -109,7 +109,10 @@ def apply_kernel(
     """A tile of a X + (b G + c G²) X, written over X's, with its copy for the next products and the sum of its squares."""
     rows, width, start, square, first, left = tile_of(tiles, forms)
     total = tl.zeros([HIGH, WIDE], dtype=x.dtype.element_ty)
-    power, factor = powers + square + at(first, HIGH, 0, DEEP, rows), factors + start + at(0, DEEP, left, WIDE, width)
+    power, factor = (
+        powers + square + at(first, HIGH, 0, DEEP, rows),
+        factors + start + at(first * 0, DEEP, left, WIDE, width),
+    )
     for k in range(0, rows, DEEP):
         a, b = tl.load(power + k), tl.load(factor)
         total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)

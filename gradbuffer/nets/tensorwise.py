@@ -54,10 +54,18 @@ class Tensors(Work):
             raise ValueError(f"lr of group {number} must be a number of at least 0, got {lr}")
         members = [index for index in members if group["params"][index].grad is not None]
         super().__init__(network, group, number, members, lr)
-        self.names = [group["param_names"][index] if "param_names" in group else str(index) for index in members]
         self.keep = 1 - lr * group["weight_decay"]
-        negate = group["maximize"] and not self.looks  # kernels that look do it themselves
-        self.gradients = [dense_gradient(parameter, negate, network.dtype) for parameter in self.params]
+        self.gradients = self.read_gradients()
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """What the network calls them."""
+        return [self.group["param_names"][k] if "param_names" in self.group else str(k) for k in self.members]
+
+    def read_gradients(self) -> list[torch.Tensor]:
+        """What the network reads of each."""
+        maximize, dtype = self.group["maximize"], self.network.dtype
+        return [dense_gradient(parameter, maximize, dtype) for parameter in self.params]
 
     def prepare(self, states: dict) -> None:
         """Find the states, or begin them; nothing of the optimizer's is changed."""
@@ -71,6 +79,10 @@ class Tensors(Work):
     def apply(self, states: dict) -> None:
         """Keep the new parameters and states."""
         self.network.finish(self)
+        self.keep_new(states)
+
+    def keep_new(self, states: dict) -> None:
+        """Keep what is not where it belongs yet."""
         for parameter, value, state in zip(self.params, self.values, self.states):
             states[parameter] = state
             if value.dtype != parameter.dtype:
@@ -78,14 +90,23 @@ class Tensors(Work):
 
 
 class TensorGroup(Tensors):
-    """Those that kernels step all at once."""
+    """Those that kernels step all at once. What did not change since the last step is not looked at again: that takes a host longer
+    than a device needs for the step."""
 
     looks = True
+
+    def read_gradients(self) -> list[torch.Tensor]:
+        """Each in one piece; the kernels turn their sign."""
+        dtype, found = self.network.dtype, []
+        for parameter in self.params:
+            gradient = parameter.grad
+            plain = type(gradient) is torch.Tensor and gradient.dtype is dtype and gradient.layout is torch.strided
+            found.append((gradient if plain else dense_gradient(parameter, False, dtype)).contiguous())
+        return found
 
     def look(self) -> torch.Tensor:
         """Flags (2,) on the device: a gradient is not finite; the network's weights have changed. One launch."""
         network, kept = self.network, self.network.kept_vector
-        self.gradients = [gradient.contiguous() for gradient in self.gradients]
         made = network.groups.get(self.number)
         if made is None or not made.holds(self.params, kept):
             made = load(TOGETHER)(network.net, self.params, tensors_of(network.source), kept)
@@ -99,12 +120,27 @@ class TensorGroup(Tensors):
         self.network.renew()
         self.look()
 
-    def step(self) -> None:
-        """Write over parameters and states."""
+    def prepare(self, states: dict) -> None:
+        """Find the states, or begin them; nothing of the optimizer's is changed."""
+        found = [states.get(parameter, {}) for parameter in self.params]
+        self.is_known = self.steps.knows([*self.params, *(leaf for state in found for leaf in state.values())])
+        if not self.is_known:
+            super().prepare(states)
+            pairs = zip(self.params, self.values)
+            self.values = [
+                param if param.dtype == value.dtype else value for param, value in pairs
+            ]  # themselves: known
+
+    def apply(self, states: dict) -> None:
+        """Write over parameters and states, and keep those that are new."""
         sign = -1.0 if self.group["maximize"] else 1.0
-        nests = [{name.removeprefix("state."): leaf for name, leaf in state.items()} for state in self.states]
-        self.steps.step(self.values, self.gradients, nests, self.lr, sign, self.keep)
-        torch.autograd.graph.increment_version([value for value in self.values if not value.is_inference()])
+        if self.is_known:
+            self.steps.step_again(self.gradients, self.lr, sign, self.keep)
+        else:
+            nests = [{name.removeprefix("state."): leaf for name, leaf in state.items()} for state in self.states]
+            self.steps.step(self.values, self.gradients, nests, self.lr, sign, self.keep)
+            self.keep_new(states)
+        torch.autograd.graph.increment_version([param for param in self.params if not param.is_inference()])
 
 
 class TensorNetwork(NetworkInPlace):
@@ -242,9 +278,6 @@ class TensorNetwork(NetworkInPlace):
 
     def finish(self, work: Tensors) -> None:
         """Write what follows from the step over parameters and states."""
-        if work.looks:
-            work.step()
-            return
         for value in work.values if work.keep != 1 else ():
             value.mul_(work.keep)
         if self.is_compiled:
