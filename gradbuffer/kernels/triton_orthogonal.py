@@ -17,6 +17,7 @@ __all__ = ["Orthogonalizer", "padded_sizes"]
 
 HIGH, WIDE = 64, 128  # sizes of a tile, to which places are padded
 DEEP = {torch.float16: 64, torch.float32: 32, torch.float64: 16}  # terms of a product at once
+WARPS = 4
 STAGES = {torch.float16: 3, torch.float32: 3, torch.float64: 2}  # of loads on their way
 FORM_SIZE = tl.constexpr(4)  # of `forms`: rows, width, where the matrix begins, and where its square ones do
 
@@ -160,7 +161,7 @@ class Orthogonalizer:
         self.owners = bring(owners, device)
         precise = dtype == torch.float64 or INTERPRETED or torch.version.hip or factors == torch.float16
         self.options = dict(
-            DEEP=DEEP[factors], PRECISION="ieee" if precise else "tf32x3", num_stages=STAGES[factors], num_warps=4
+            DEEP=DEEP[factors], PRECISION="ieee" if precise else "tf32x3", num_stages=STAGES[factors], num_warps=WARPS
         )
 
     def run(self, x, totals):
