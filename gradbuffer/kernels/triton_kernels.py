@@ -63,9 +63,12 @@ def tanh(x, PTX: tl.constexpr = False):
 
 
 @triton.jit
-def tf32(x):
-    """The upper part of a float32, as tensor cores read it."""
-    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+def tf32(x, NEAREST: tl.constexpr = False):
+    """The upper part of a float32, as tensor cores read it; or what it is nearest to."""
+    bits = x.to(tl.int32, bitcast=True)
+    if NEAREST:
+        bits += 4096
+    return (bits & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -87,7 +90,7 @@ def add_product(total, a, b, PRECISION: tl.constexpr, PTX: tl.constexpr):
         total = tl.dot(upper, b - right, total, input_precision=KIND)
         return tl.dot(upper, right, total, input_precision=KIND)
     elif PRECISION == "tf32":
-        return tl.dot(tf32(a), tf32(b), total, input_precision=KIND)
+        return tl.dot(tf32(a, True), tf32(b, True), total, input_precision=KIND)
     else:
         return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
 

@@ -32,8 +32,12 @@ __all__ = ["PRECISIONS", "TritonLSTM"]
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 STEP_BLOCK = 64  # coordinates of a program of the step
-STEP_REGISTERS = 168  # of a thread of the step in float32: three programs side by side on a processor, without spills
-REPLAY_BLOCK = {torch.float32: 64, torch.float64: 16}  # and of the replay
+STEP_REGISTERS = 128  # of a thread of the step in float32: four programs side by side on a processor
+REPLAY_BLOCK = {
+    torch.float32: 64,
+    torch.float64: 16,
+}  # and of the replay, where there are more than 16 for each processor
+FEW = 16  # coordinates of a program of the replay elsewhere: a step of its takes less time
 WEIGHT_BLOCK = {torch.float32: 64, torch.float64: 16}  # and of the products that the weights' gradients are
 REPLAY_MEMORY = 8  # the part of a card's memory that a replay takes at most, unless one block takes more
 PROGRAMS_PER_PROCESSOR = 2  # of those products
@@ -42,6 +46,7 @@ SELF_CHECK = {
     torch.float32: 1e-3,
     torch.float64: 1e-8,
 }  # relative errors that a device's first use of a kernel may show
+ROUNDED_CHECK = 2e-2  # and where products are rounded to TF32
 MOST_HIDDEN = 32  # units whose tiles fit the shared memory of most such devices; the self-check tells
 
 
@@ -60,8 +65,9 @@ class TritonLSTM(LSTMKernels):
 
     Args:
         precision: of the products: "ieee", "tf32x3" (three products on tensor cores, nearly as exact), "tf32", or
-            "bf16", which rounds the factors to bfloat16. Sums and states keep their dtype. Default None is "tf32x3" for
-            float32 on NVIDIA's devices, where plain products of float32 overflow the registers, and "ieee" otherwise.
+            "bf16", which rounds the factors to bfloat16. Sums and states keep their dtype. Default None is, for float32 on NVIDIA's
+            devices, what cuDNN's LSTM does: "tf32" where `torch.backends.cudnn.allow_tf32`, torch's default, else "tf32x3"; "ieee"
+            otherwise.
 
     Raises:
         RuntimeError: there is no triton, or the kernels cannot run where the weights lie.
@@ -106,13 +112,22 @@ class TritonLSTM(LSTMKernels):
         reasons = self.reasons_against(output_weight, "step")
         if reasons:
             raise RuntimeError("; ".join(reasons))
-        self.precision = check_precision(output_weight, precision)
+        check_precision(output_weight, precision)
+        self.precision = precision
         self.padded = PaddedWeights(lstm, output_weight, output_bias)
-        self.options = dict(
-            PRECISION=self.precision, PTX=not (kernels.INTERPRETED or torch.version.hip), num_warps=4, num_stages=1
-        )
-        bound = self.options["PTX"] and output_weight.dtype == torch.float32
-        self.step_options = self.options | ({"maxnreg": STEP_REGISTERS} if bound else {})
+
+    @property
+    def options(self):
+        """Of every kernel's launch."""
+        precision = check_precision(self.output_weight, self.precision)  # torch's choice of TF32 may change
+        ptx = not (kernels.INTERPRETED or torch.version.hip)
+        return dict(PRECISION=precision, PTX=ptx, num_warps=4, num_stages=1)
+
+    @property
+    def step_options(self):
+        options = self.options
+        bound = options["PTX"] and self.output_weight.dtype == torch.float32
+        return options | ({"maxnreg": STEP_REGISTERS} if bound else {})
 
     def step(self, features, hidden, cells, inplace=False, p=0.0):
         """As of `LSTMKernels`, in one launch. With `p` on gradients without NaN."""
@@ -214,16 +229,22 @@ class TritonLSTM(LSTMKernels):
         """[(start, stop), ...] of coordinates that are replayed at once."""
         weight, H, layers = self.output_weight, self.hidden, self.layers
         numbers = T * (layers * 7 * H + 2 * self.inputs + 1) + 2 * layers * H  # of one coordinate
-        block = REPLAY_BLOCK[weight.dtype]
+        block = self.replay_block_of(N)
         most = memory_of(weight.device) // REPLAY_MEMORY // (numbers * weight.element_size())
         size = max(min(most, CHUNK) // block, 1) * block
         return [(start, min(start + size, N)) for start in range(0, N, size)]
 
+    def replay_block_of(self, N):
+        """Coordinates of a program of the replay of so many."""
+        weight = self.output_weight
+        return FEW if N <= FEW * processors(weight.device) else REPLAY_BLOCK[weight.dtype]
+
     def room_for_sums(self, chunks, T):
         """What each program of `pull_back` adds up: for each layer (chunks, programs, gates, rows), for the output (blocks, H + 1)."""
         sizes, weight, (_, width) = self.padded.sizes, self.output_weight, chunks[0]
-        blocks = sum(-(-(stop - start) // REPLAY_BLOCK[weight.dtype]) for start, stop in chunks)
-        programs = min(most_programs(weight.device), T * -(-width // WEIGHT_BLOCK[weight.dtype]))
+        block = self.replay_block_of(chunks[-1][1])
+        blocks = sum(-(-(stop - start) // block) for start, stop in chunks)
+        programs = min(PROGRAMS_PER_PROCESSOR * processors(weight.device), T * -(-width // WEIGHT_BLOCK[weight.dtype]))
         rows, units = max(1 << (4 * self.hidden - 1).bit_length(), 16), sizes["UNITS"]
         return [
             weight.new_empty(len(chunks), programs, rows, sizes["BELOW" if layer else "FIRST"] + units)
@@ -236,7 +257,7 @@ class TritonLSTM(LSTMKernels):
         (hidden, cells) and of ends, the derivatives by the state after the last step, which become those by `state`; None for zeros.
         The derivatives by the features go to `dfeatures`, if it is not None."""
         (T, width), padded, layers, H = adjoint.shape, self.padded, self.layers, self.hidden
-        new, block = adjoint.new_empty, REPLAY_BLOCK[adjoint.dtype]
+        new, block = adjoint.new_empty, self.replay_block_of(state[0].shape[-1])
         hs, cs = new(layers, T + 1, H, width), new(layers, T + 1, H, width)
         dgates, handed = new(layers, T, 4 * H, width), new(max(layers - 1, 1), T, H, width)
         with torch.cuda.device_of(adjoint):
@@ -315,8 +336,10 @@ def in_rows(state):
 
 def check_precision(weight, precision):
     """The precision of the products, if it is one for such weights."""
-    if precision is None:
-        precision = "tf32x3" if weight.is_cuda and weight.dtype == torch.float32 and not torch.version.hip else "ieee"
+    if precision is None and weight.is_cuda and weight.dtype == torch.float32 and not torch.version.hip:
+        precision = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+    elif precision is None:
+        precision = "ieee"
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be None or one of {PRECISIONS}, got {precision!r}")
     if precision != "ieee" and weight.dtype != torch.float32:
@@ -324,11 +347,9 @@ def check_precision(weight, precision):
     return precision
 
 
-def most_programs(device):
-    """Programs of the weights' products that the device runs side by side."""
-    if device.type != "cuda":
-        return 3  # interpreted one after the other: enough to see that their sums meet
-    return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+def processors(device):
+    """How many run programs side by side; interpreted, they run one after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 class PaddedWeights:
@@ -394,65 +415,71 @@ def padded_size(size):
 def failures(work, inputs, hidden, layers, device, dtype, p, squash=False, pulls=False):
     """Reasons against a kernel that this device gives at its first use: it is compiled, runs on a few coordinates, and is compared
     with torch. It may need more shared memory than there is, or a driver; or be wrong."""
-    generator, N, T = torch.Generator().manual_seed(0), STEP_BLOCK + 1, 3
-
-    def draw(*shape):
-        return (0.5 * torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")).to(device, dtype)
-
+    sizes = [STEP_BLOCK + 1]
+    if work in ("replay", "step_back"):  # in both kinds of blocks
+        sizes.append(FEW * processors(device) + 1)
     try:
         with torch.inference_mode(False), torch.no_grad():
-            lstm = torch.nn.LSTM(inputs, hidden, layers, device=device, dtype=dtype)
-            for parameter in lstm.parameters():
-                parameter.copy_(draw(*parameter.shape))
-            weights, state, adjoint = (
-                (lstm, draw(hidden), draw()),
-                (draw(layers, hidden, N), draw(layers, hidden, N)),
-                draw(T, N),
-            )
-            grads, features = draw(N), draw(T, inputs, N)
-            ours, plain = TritonLSTM(*weights), TorchLSTM(*weights)
-            if work == "replay":
-                found, expected, grads = [], [], draw(T, N)
-                plain_read = torch.stack([log_sign(grad, p) for grad in grads]) if p else features
-                for kind, parts, read, own in (
-                    (ours, found, grads[:, None] if p else features, p),
-                    (plain, expected, plain_read, 0.0),
-                ):
-                    pull = (lambda a, b, part: parts.append(part)) if pulls else None  # noqa: B023
-                    features_of = lambda a, b: read[..., a:b]  # noqa: B023, E731
-                    parts.append(kind.replay(features_of, *state, adjoint, squash, pull, own))
-            elif work == "step_back":
-                found, expected = [], []
-                for kind, parts in ((ours, found), (plain, expected)):
-                    ends = [part.flip(0) for part in state]
-                    parts += [kind.step_back(features[0], *state, adjoint[0], *ends, squash), *ends]
-            elif work == "group":
-                read, parts = (
-                    (lambda x: log_sign(x, p)) if p else (lambda x: x[None]),
-                    [state, tuple(draw(layers, hidden, 5) for _ in "hc")],
-                )
-                found, rest = [draw(N), draw(5)], [draw(N), draw(5)]
-                steps = [plain.step(lambda a, b, x=x: read(x)[:, a:b], *own) for x, own in zip(rest, parts)]
-                expected = [(theta + 0.5 * update, *after) for theta, (update, *after) in zip(found, steps)]
-                own = ours.group_steps(p, found, parts, [], None)
-                own.look(rest, 0.5)
-                own.step()
-                found = [(theta, *after) for theta, after in zip(found, parts)]
-            elif p:
-                wanted = log_sign(grads, p)
-                found = ours.step(lambda a, b: grads[None, a:b], *state, p=p)
-                expected = plain.step(lambda a, b: wanted[:, a:b], *state)
-            else:
-                found, expected = (kind.step(lambda a, b: features[0, :, a:b], *state) for kind in (ours, plain))
-            errors = [((a - b).norm() / (b.norm() + 1e-3)).item() for a, b in zip(flat(found), flat(expected))]
+            error = max(error_of(work, (inputs, hidden, layers), device, dtype, p, squash, pulls, N) for N in sizes)
     except Exception as error:  # whatever a compiler, a driver or a launcher raises
         return (
             f"its self-check on {device} failed: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}",
         )
-    limit = SELF_CHECK[dtype]
-    if not max(errors) <= limit:
-        return (f"its self-check on {device} failed: a {work} is off by {max(errors):.1e}, more than {limit:.0e}",)
+    exact = check_precision(torch.empty(0, device=device, dtype=dtype), None) != "tf32"
+    limit = SELF_CHECK[dtype] if exact else ROUNDED_CHECK
+    if not error <= limit:
+        return (f"its self-check on {device} failed: a {work} is off by {error:.1e}, more than {limit:.0e}",)
     return ()
+
+
+def error_of(work, sizes, device, dtype, p, squash, pulls, N):
+    """How far a piece of work of random weights and N coordinates is from torch's, relatively; see `failures`."""
+    generator, T, (inputs, hidden, layers) = torch.Generator().manual_seed(0), 3, sizes
+
+    def draw(*shape):
+        return (0.5 * torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")).to(device, dtype)
+
+    lstm = torch.nn.LSTM(*sizes, device=device, dtype=dtype)
+    for parameter in lstm.parameters():
+        parameter.copy_(draw(*parameter.shape))
+    weights, state = (lstm, draw(hidden), draw()), (draw(layers, hidden, N), draw(layers, hidden, N))
+    adjoint, grads, features = draw(T, N), draw(T, N), draw(T, inputs, N)
+    ours, plain = TritonLSTM(*weights), TorchLSTM(*weights)
+    if work == "replay":
+        read = torch.stack([log_sign(grad, p) for grad in grads]) if p else features
+        cases = (ours, grads[:, None] if p else features, p), (plain, read, 0.0)
+        found, expected = (replayed(*case, state, adjoint, squash, pulls) for case in cases)
+    elif work == "step_back":
+        found, expected = [], []
+        for kind, parts in ((ours, found), (plain, expected)):
+            ends = [part.flip(0) for part in state]
+            parts += [kind.step_back(features[0], *state, adjoint[0], *ends, squash), *ends]
+    elif work == "group":
+        read, parts = (
+            (lambda x: log_sign(x, p)) if p else (lambda x: x[None]),
+            [state, tuple(draw(layers, hidden, 5) for _ in "hc")],
+        )
+        found, rest = [draw(N), draw(5)], [draw(N), draw(5)]
+        steps = [plain.step(lambda a, b, x=x: read(x)[:, a:b], *own) for x, own in zip(rest, parts)]
+        expected = [(theta + 0.5 * update, *after) for theta, (update, *after) in zip(found, steps)]
+        own = ours.group_steps(p, found, parts, [], None)
+        own.look(rest, 0.5)
+        own.step()
+        found = [(theta, *after) for theta, after in zip(found, parts)]
+    elif p:
+        wanted = log_sign(grads[0], p)
+        found = ours.step(lambda a, b: grads[:1, a:b], *state, p=p)
+        expected = plain.step(lambda a, b: wanted[:, a:b], *state)
+    else:
+        found, expected = (kind.step(lambda a, b: features[0, :, a:b], *state) for kind in (ours, plain))
+    return max(((a - b).norm() / (b.norm() + 1e-3)).item() for a, b in zip(flat(found), flat(expected)))
+
+
+def replayed(kernels, read, p, state, adjoint, squash, pulls):
+    """A replay's results, the derivatives by the features among them if it pulls."""
+    parts = []
+    pull = (lambda a, b, part: parts.append(part)) if pulls else None
+    return [kernels.replay(lambda a, b: read[..., a:b], *state, adjoint, squash, pull, p), *parts]
 
 
 def log_sign(grads, p):
