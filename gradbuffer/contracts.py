@@ -478,8 +478,10 @@ class PerFunction(Rule):
 
 
 def repack(net: Any) -> None:
-    """Have every part of a network make anew what it keeps of its weights."""
-    for module in net.modules():
+    """Have every part of a network, or of what `as_rule` makes of one, make anew what it keeps of its weights."""
+    while isinstance(net, (ModuleRule, Tensorwise)):
+        net = net.net
+    for module in net.modules() if isinstance(net, nn.Module) else [net]:
         if isinstance(module, Rule):
             module.repack()
 

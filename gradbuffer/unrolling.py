@@ -37,6 +37,10 @@ SMALLEST_SHARE = 1024  # coordinates of a tensor that a partial replay reads at 
 class Coordinates:
     """How a dict of parameters (B, ...) lies in one vector (N,)."""
 
+    first_step: int | torch.Tensor = (
+        0  # added to the number of a step that a network reads; a tensor in a captured window
+    )
+
     def __init__(self, params: dict[str, torch.Tensor]):
         if not isinstance(params, dict) or not params:
             raise TypeError(f"params must be a dict from name to tensor (B, ...), got {type(params).__name__}")
@@ -126,7 +130,7 @@ class Coordinates:
         if "loss" in reads:
             given["loss"] = self.spread(losses)
         if "step" in reads:
-            given["step"] = step
+            given["step"] = self.first_step + step
         return given
 
     def pull_back_reads(self, adjoints: dict[str, torch.Tensor], gradient: torch.Tensor) -> torch.Tensor:

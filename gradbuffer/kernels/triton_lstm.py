@@ -18,13 +18,13 @@ import sysconfig
 import torch
 
 from gradbuffer.devices import memory_of
-from gradbuffer.kernels.interface import LSTMKernels
+from gradbuffer.kernels.interface import LSTMKernels, add_gradients
 from gradbuffer.kernels.torch_blocks import PackedWeights, TorchLSTM
 
 try:
     from gradbuffer.kernels import triton_kernels as kernels
     from gradbuffer.kernels.triton_group import GroupSteps
-    from gradbuffer.kernels.triton_replay import replay_kernel
+    from gradbuffer.kernels.triton_replay import replay_kernel, weight_kernel
 except ImportError:  # no triton
     kernels = None
 
@@ -32,9 +32,10 @@ __all__ = ["PRECISIONS", "TritonLSTM"]
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 STEP_BLOCK = 64  # coordinates of a program of the step
-REPLAY_BLOCK = {torch.float32: 16, torch.float64: 16}  # and of the replay; with 32 its registers overflow tenfold
-REPLAY_MEMORY = 16  # the part of a card's memory that all programs of the replay take together, unless one takes more
-PROGRAMS_PER_PROCESSOR = 4  # of the replay; it has registers for no more
+REPLAY_BLOCK = {torch.float32: 64, torch.float64: 16}  # and of the replay
+WEIGHT_BLOCK = {torch.float32: 32, torch.float64: 16}  # and of the products that the weights' gradients are
+REPLAY_MEMORY = 16  # the part of a card's memory that a replay takes at most, unless one block takes more
+PROGRAMS_PER_PROCESSOR = 4  # of those products
 CHUNK = 1 << 24  # coordinates whose features are made at once
 SELF_CHECK = {
     torch.float32: 1e-3,
@@ -54,7 +55,7 @@ def missing_to_compile():
 
 
 class TritonLSTM(LSTMKernels):
-    """The kernels in Triton, of float32 and float64 and at most 32 hidden units; it has none for `step_back`.
+    """The kernels in Triton, of float32 and float64 and at most 32 hidden units.
 
     Args:
         precision: of the products: "ieee", "tf32x3" (three products on tensor cores, nearly as exact), "tf32", or
@@ -86,14 +87,16 @@ class TritonLSTM(LSTMKernels):
                 reasons.append("needs a CUDA device of capability 8.0")
             elif missing_to_compile():
                 reasons.append(missing_to_compile())
-        if work == "step_back":
-            reasons.append("has no kernel for it")
-        if work == "replay" and (squash or inputs):
-            reasons.append("has no kernel for the replay of a squashed output, or with derivatives by the features")
         if not reasons and lstm is not None and weight.is_cuda:
             sizes = lstm.input_size, lstm.hidden_size, lstm.num_layers
             reasons += failures(
-                work, *sizes, weight.device, weight.dtype, p if "step" == work and lstm.input_size == 2 else 0.0
+                work,
+                *sizes,
+                weight.device,
+                weight.dtype,
+                p if work == "step" and lstm.input_size == 2 else 0.0,
+                work != "step" and squash,
+                work == "replay" and inputs,
             )
         return reasons
 
@@ -104,7 +107,9 @@ class TritonLSTM(LSTMKernels):
             raise RuntimeError("; ".join(reasons))
         self.precision = check_precision(output_weight, precision)
         self.padded = PaddedWeights(lstm, output_weight, output_bias)
-        self.options = dict(PRECISION=self.precision, INTERPRET=kernels.INTERPRETED, num_warps=4, num_stages=1)
+        self.options = dict(
+            PRECISION=self.precision, PTX=not (kernels.INTERPRETED or torch.version.hip), num_warps=4, num_stages=1
+        )
 
     def step(self, features, hidden, cells, inplace=False, p=0.0):
         """As of `LSTMKernels`, in one launch. With `p` on gradients without NaN."""
@@ -173,45 +178,99 @@ class TritonLSTM(LSTMKernels):
         return GroupSteps(self, p, params, states, watched, kept)
 
     def replay(self, features, hidden, cells, adjoint, squash=False, pull_inputs=None, p=0.0, tape=None):
-        """As of `LSTMKernels`, in one launch for each 2^24 coordinates. Its programs keep the states of one block each in memory
-        that does not grow with N (a sixteenth of the card's at most, in general)."""
-        if squash or pull_inputs:
-            return super().replay(features, hidden, cells, adjoint, squash, pull_inputs)
-        (T, N), padded, layers, H = adjoint.shape, self.padded, self.layers, self.hidden
-        hidden, cells = hidden.contiguous(), cells.contiguous()
-        block = REPLAY_BLOCK[adjoint.dtype]
-        tape_size = (2 * layers * (T + 1) + (layers - 1) * T) * H * block
-        chunk = max(min(CHUNK, (2**31 - 1) // (T * self.inputs)), 1)  # the kernel counts within it in 32 bits
-        programs = min(
-            most_programs(adjoint.device),
-            -(-min(N, chunk) // block),
-            max(memory_of(adjoint.device) // REPLAY_MEMORY // (tape_size * adjoint.element_size()), 1),
-        )
-        new, size = adjoint.new_empty, len(padded.weights)
-        states, sums = new(programs * tape_size), new(programs, size + padded.sizes["UNITS"]).zero_()
+        """As of `LSTMKernels`, in three launches and a few sums for as many coordinates as a sixteenth of the card's memory holds the
+        states and derivatives of all steps of."""
+        hidden, cells, total = hidden.contiguous(), cells.contiguous(), None
+        for start, stop in self.chunks(*adjoint.shape):
+            part = features(start, stop).contiguous()
+            pull, dfeatures = adjoint[:, start:stop].contiguous(), torch.empty_like(part) if pull_inputs else None
+            found = self.pull_back(part, (hidden, cells), pull, start, None, squash, dfeatures)
+            if pull_inputs:
+                pull_inputs(start, stop, dfeatures)
+            total = found if total is None else add_gradients(total, found)
+        return total
+
+    def step_back(self, features, hidden, cells, adjoint, dhidden, dcells, squash=False):
+        hidden, cells, ends, total = hidden.contiguous(), cells.contiguous(), (dhidden, dcells), None
+        inner, dfeatures = tuple(part.contiguous() for part in ends), torch.empty_like(features)
+        for start, stop in self.chunks(1, len(adjoint)):
+            part, pull = features[None, :, start:stop].contiguous(), adjoint[None, start:stop].contiguous()
+            own = torch.empty_like(part)
+            found = self.pull_back(part, (hidden, cells), pull, start, inner, squash, own)
+            dfeatures[:, start:stop] = own[0]
+            total = found if total is None else add_gradients(total, found)
+        for old, new in zip(ends, inner):
+            if old is not new:
+                old.copy_(new)
+        return dfeatures, *total
+
+    def chunks(self, T, N):
+        """[(start, stop), ...] of coordinates that are replayed at once."""
+        weight, H, layers = self.output_weight, self.hidden, self.layers
+        numbers = T * (layers * 7 * H + 2 * self.inputs + 1) + 2 * layers * H  # of one coordinate
+        block = REPLAY_BLOCK[weight.dtype]
+        most = memory_of(weight.device) // REPLAY_MEMORY // (numbers * weight.element_size()) // block * block
+        size = min(max(most, block), CHUNK)
+        return [(start, min(start + size, N)) for start in range(0, N, size)]
+
+    def pull_back(self, features, state, adjoint, start, ends, squash, dfeatures):
+        """Derivatives by the weights, of features (T, inputs, width) and adjoint (T, width), which belong to the coordinates from
+        `start` on of the contiguous state (hidden, cells) and of ends, the derivatives by the state after the last step, which
+        become those by `state`; None for zeros. The derivatives by the features go to `dfeatures`, if it is not None."""
+        (T, width), padded, layers, H = adjoint.shape, self.padded, self.layers, self.hidden
+        sizes, new = padded.sizes, adjoint.new_empty
+        blocks, weight_block = -(-width // REPLAY_BLOCK[adjoint.dtype]), WEIGHT_BLOCK[adjoint.dtype]
+        hs, cs = new(layers, T + 1, H, width), new(layers, T + 1, H, width)
+        dgates, handed = new(layers, T, 4 * H, width), new(max(layers - 1, 1), T, H, width)
+        outputs, rows = new(blocks, sizes["UNITS"] + 1), 1 << (4 * H - 1).bit_length()
+        programs, found = min(most_programs(adjoint.device), T * -(-width // weight_block)), []
         with torch.cuda.device_of(adjoint):
-            for start in range(0, N, chunk):
-                stop = min(start + chunk, N)
-                replay_kernel[(programs,)](
-                    features(start, stop).contiguous(),
-                    hidden,
-                    cells,
-                    adjoint[:, start:stop].contiguous(),
-                    padded.weights,
-                    padded.output,
+            replay_kernel[(blocks,)](
+                features,
+                *state,
+                adjoint,
+                padded.weights,
+                padded.output,
+                hs,
+                cs,
+                handed,
+                dgates,
+                features if dfeatures is None else dfeatures,
+                *(ends or state),
+                outputs,
+                start,
+                width,
+                state[0].shape[-1],
+                T,
+                **sizes,
+                BLOCK=REPLAY_BLOCK[adjoint.dtype],
+                SQUASH=squash,
+                PULL_INPUTS=dfeatures is not None,
+                ENDS=ends is not None,
+                **self.options,
+            )
+            for layer in range(layers):
+                count, below = (H, sizes["BELOW"]) if layer else (self.inputs, sizes["FIRST"])
+                sums = new(programs, rows, below + sizes["UNITS"])
+                weight_kernel[(programs,)](
+                    hs[layer - 1, 1:] if layer else features,
+                    hs[layer],
+                    dgates[layer],
                     sums,
-                    states,
-                    start,
-                    stop - start,
-                    N,
+                    width,
                     T,
-                    size,
-                    tape_size,
-                    **padded.sizes,
-                    BLOCK=block,
+                    COUNT=count,
+                    H=H,
+                    GATES=max(rows, 16),
+                    ROWS=below,
+                    UNITS=sizes["UNITS"],
+                    BLOCK=weight_block,
                     **self.options,
                 )
-        return *padded.gradients(sums.sum(0)), adjoint.sum()
+                total = sums.sum(0)[: 4 * H]
+                found.append([total[:, :count], total[:, below : below + H], total[:, count]])
+        outputs = outputs.sum(0)
+        return found, outputs[:H], outputs[-1]
 
 
 def in_rows(state):
@@ -237,42 +296,32 @@ def check_precision(weight, precision):
 
 
 def most_programs(device):
-    """Programs of the replay that the device runs side by side."""
+    """Programs of the weights' products that the device runs side by side."""
     if device.type != "cuda":
         return 3  # interpreted one after the other: enough to see that their sums meet
     return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class PaddedWeights:
-    """An LSTM's weights and its output's (H,) and () as the kernels read them, and the way back for their gradients.
+    """An LSTM's weights and its output's (H,) and () as the kernels read them.
 
-    `weights` has of each layer (4, BELOW + UNITS, UNITS), end to end: rows [below; bias; zeros] and [hidden; zeros], columns the
-    gate's units and zeros. `output` (UNITS + 1,) is padded likewise, its bias last. All are gathered from one vector by indices, so
-    that a change of the weights costs a few launches and no wait.
+    `weights` has of each layer (4 · UNITS, BELOW) and (4 · UNITS, UNITS), end to end: rows (2, UNITS, 2) as in `triton_kernels`, the
+    units' followed by zeros, columns [below; bias; zeros] and [hidden; zeros]. `output` (UNITS + 1,) is padded likewise, its bias
+    last. All are gathered from one vector by indices, so that a change of the weights costs a few launches and no wait.
     """
 
     def __init__(self, lstm, output_weight, output_bias):
-        self.shapes = lstm.input_size, lstm.hidden_size, lstm.num_layers
-        self.sizes, self.first, self.second, self.back = layout(*self.shapes, output_weight.device)
+        shapes = lstm.input_size, lstm.hidden_size, lstm.num_layers
+        self.sizes, first, second = layout(*shapes, output_weight.device)
         own = [output_bias.new_zeros(1), *lstm._flat_weights, output_weight, output_bias.reshape(1)]
         flat = torch.cat([part.detach().reshape(-1) for part in own])
-        padded = flat.index_select(0, self.first).add_(flat.index_select(0, self.second))
+        padded = flat.index_select(0, first).add_(flat.index_select(0, second))
         self.weights, self.output = padded.split([len(padded) - self.sizes["UNITS"] - 1, self.sizes["UNITS"] + 1])
-
-    def gradients(self, sums):
-        """Sums like `weights` and the padded part of `output` -> of each layer (weight_ih, weight_hh, bias), of output_weight."""
-        inputs, H, layers = self.shapes
-        shapes = [shape for l in range(layers) for shape in ((4 * H, H if l else inputs), (4 * H, H), (4 * H,))] + [
-            (H,)
-        ]
-        pieces = sums.index_select(0, self.back).split([math.prod(shape) for shape in shapes])
-        *parts, output = [piece.view(shape) for piece, shape in zip(pieces, shapes)]
-        return [parts[k : k + 3] for k in range(0, len(parts), 3)], output
 
 
 @functools.cache
 def layout(inputs, hidden, layers, device):
-    """The kernels' sizes, and index tensors: for each padded number the weights whose sum it is, twice, and the way back.
+    """The kernels' sizes, and index tensors: for each padded number the weights whose sum it is, twice.
 
     The weights are one vector: a zero, those of each layer in `nn.LSTM`'s order (weight_ih, weight_hh, bias_ih, bias_hh), the
     output's and its bias. Where the weights' own numbers in it are laid out as the weights would be, they are the indices.
@@ -281,7 +330,7 @@ def layout(inputs, hidden, layers, device):
     sizes = dict(
         INPUTS=inputs, H=H, LAYERS=layers, FIRST=padded_size(inputs + 1), BELOW=padded_size(H + 1), UNITS=units
     )
-    widths, total, first, second, wanted = [inputs] + [H] * (layers - 1), 1, [], [], []
+    widths, total, first, second = [inputs] + [H] * (layers - 1), 1, [], []
 
     def numbered(*shape):
         nonlocal total
@@ -290,25 +339,21 @@ def layout(inputs, hidden, layers, device):
 
     def padded(w, u, b, below):
         (matrix,) = PackedWeights([(w, u, b)]).weights  # (4H, in + H + 1), gates in the kernels' order
-        rows = matrix.view(4, H, -1).mT
-        out = rows.new_zeros(4, below + units, units)
-        out[:, : w.shape[1], :H], out[:, w.shape[1], :H] = rows[:, : w.shape[1]], rows[:, -1]
-        out[:, below : below + H, :H] = rows[:, w.shape[1] : -1]
-        return out.flatten()
+        rows, count = matrix.view(4, H, -1), w.shape[1]
+        out = rows.new_zeros(4, units, below + units)
+        out[:, :H, :count], out[:, :H, count] = rows[..., :count], rows[..., -1]
+        out[:, :H, below : below + H] = rows[..., count:-1]
+        out = out.view(2, 2, units, -1).transpose(1, 2).flatten(0, 2)  # (2, units, 2) rows
+        return torch.cat([out[:, :below].flatten(), out[:, below:].flatten()])
 
     for l, width in enumerate(widths):
         w, u, b, c = numbered(4 * H, width), numbered(4 * H, H), numbered(4 * H), numbered(4 * H)
         below = sizes["BELOW" if l else "FIRST"]
         first.append(padded(w, u, b, below))
         second.append(padded(torch.zeros_like(w), torch.zeros_like(u), c, below))
-        wanted += [w, u, b]
-    out = numbered(H)
-    first += [torch.nn.functional.pad(out, (0, units - H)), numbered(1)]
-    first, wanted = torch.cat(first), torch.cat([part.flatten() for part in (*wanted, out)])
+    first += [torch.nn.functional.pad(numbered(H), (0, units - H)), numbered(1)]
     second = torch.nn.functional.pad(torch.cat(second), (0, units + 1))
-    places = torch.zeros(total, dtype=torch.int64, device="cpu")
-    places[first] = torch.arange(len(first), device="cpu")
-    return sizes, *(part.to(device) for part in (first, second, places[wanted]))
+    return sizes, torch.cat(first).to(device), second.to(device)
 
 
 def padded_size(size):
@@ -317,7 +362,7 @@ def padded_size(size):
 
 
 @functools.cache
-def failures(work, inputs, hidden, layers, device, dtype, p):
+def failures(work, inputs, hidden, layers, device, dtype, p, squash=False, pulls=False):
     """Reasons against a kernel that this device gives at its first use: it is compiled, runs on a few coordinates, and is compared
     with torch. It may need more shared memory than there is, or a driver; or be wrong."""
     generator, N, T = torch.Generator().manual_seed(0), STEP_BLOCK + 1, 3
@@ -338,9 +383,15 @@ def failures(work, inputs, hidden, layers, device, dtype, p):
             grads, features = draw(N), draw(T, inputs, N)
             ours, plain = TritonLSTM(*weights), TorchLSTM(*weights)
             if work == "replay":
-                found, expected = (
-                    kind.replay(lambda a, b: features[..., a:b], *state, adjoint) for kind in (ours, plain)
-                )
+                found, expected = [], []
+                for kind, parts in ((ours, found), (plain, expected)):
+                    pull = (lambda a, b, part: parts.append(part)) if pulls else None
+                    parts.append(kind.replay(lambda a, b: features[..., a:b], *state, adjoint, squash, pull))
+            elif work == "step_back":
+                found, expected = [], []
+                for kind, parts in ((ours, found), (plain, expected)):
+                    ends = [part.flip(0) for part in state]
+                    parts += [kind.step_back(features[0], *state, adjoint[0], *ends, squash), *ends]
             elif work == "group":
                 read, parts = (
                     (lambda x: log_sign(x, p)) if p else (lambda x: x[None]),

@@ -249,8 +249,11 @@ class LSTMOptimizer(Rule, nn.Module):
         lstm, output = self.lstm, self.output
         weight, bias = output.weight, output.bias
         weights, scale, kept = [*lstm._flat_weights, weight, bias], self._packed_scale(), self._packed
-        if kept is None or kept[0] != scale or not kept[1].holds(weights, wait=values_are_checked()):
-            self._packed = kept = scale, Snapshot(weights), {}  # the snapshot first: a change in between is then seen
+        # under `functional_call` other tensors stand in the weights' place
+        wait = values_are_checked() or kept is not None and any(a is not b for a, b in zip(kept[3], weights))
+        if kept is None or kept[0] != scale or not kept[1].holds(weights, wait):
+            # the snapshot first: a change in between is then seen
+            self._packed = kept = scale, Snapshot(weights), {}, weights
         made, asked = kept[2], (asked_for(), work, state, squash, inputs)
         if asked in made:
             return made[asked]
