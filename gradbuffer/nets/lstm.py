@@ -46,9 +46,6 @@ class LSTMOptimizer(Rule, nn.Module):
         self.output = nn.Linear(hidden_size, 1)
         self._packed = None
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-
     def train(self, mode: bool = True) -> "LSTMOptimizer":
         """As of `nn.Module`, but the LSTM stays in training mode: without dropout both are the same, and cuDNN differentiates
         in that one alone."""
