@@ -18,7 +18,7 @@ from cases import NETWORKS, PROBLEMS, RESNET18, make_net
 from conftest import write_mnist
 
 from gradbuffer.contracts import as_rule
-from gradbuffer.kernels import triton_lstm
+from gradbuffer.kernels import triton_lstm, triton_mlp
 from gradbuffer.problems.images import on_device as problems_on_device
 from gradbuffer.training.cuda_graphs import CapturedWindow
 from gradbuffer.unrolling import Coordinates
@@ -32,11 +32,13 @@ from optimizers import (
     PerKind,
     RNNProp,
     explain,
+    load_optimizer,
     start_as_normalized_adam,
 )
 
 UNROLL = 20
-triton_lstm.SELF_CHECK = dict.fromkeys(triton_lstm.SELF_CHECK, float("inf"))  # kernels that never run give no numbers
+for kernels_of in (triton_lstm, triton_mlp):  # kernels that never run give no numbers
+    kernels_of.SELF_CHECK = dict.fromkeys(kernels_of.SELF_CHECK, float("inf"))
 
 
 def figures(work, times=2):
@@ -96,6 +98,7 @@ def optimizer(root):
     for param in params:
         param.grad = torch.zeros_like(param)
     nets = {"LSTM": log_sign, "MLP": lambda: start_as_normalized_adam(MLPOptimizer()), "RNNProp": RNNProp}
+    nets["general"] = lambda: load_optimizer("general")
     for name, make in nets.items():
         optimizer = LearnedOptimizer(params, make().cuda(), lr=0.001)
         yield name, figures(optimizer.step, 1)
@@ -153,6 +156,7 @@ def captures(root):
 def kernels(root):
     """What is chosen on CUDA, and why not the others."""
     yield "explain", {"text": explain(log_sign().cuda())}
+    yield "explain general", {"text": explain(load_optimizer("general").cuda())}
     os.environ["L2O_KERNELS"] = "torch"
     net, batch = log_sign().cuda(), MNISTNet(root=root, device="cuda").sample(4, torch.Generator().manual_seed(0))
     state = net.init_state(sum(tensor.numel() for tensor in batch.params.values()))

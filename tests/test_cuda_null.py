@@ -107,6 +107,12 @@ def test_a_learned_optimizer_takes_two_launches_a_group(found):
     assert found("optimizer")["RNNProp"]["waits"] <= 1
 
 
+@pytest.mark.parametrize("name, most", [("MLP", 8), ("general", 25)])
+def test_all_tensors_of_the_small_optimizer_share_launches(found, name, most):
+    """On the same tensors; with Newton-Schulz three launches an iteration."""
+    assert found("optimizer")[name]["launches"] <= most and found("optimizer")[name]["waits"] <= 1
+
+
 def test_torch_does_not_cut_into_a_cpus_blocks(found):
     """Without Triton: no more launches for 64,000 coordinates than for a few, a tenth of what blocks of a cache's size took."""
     assert found("kernels")["torch"]["launches"] <= 65 * STEPS
@@ -142,6 +148,7 @@ def test_what_is_drawn_comes_without_a_wait_and_data_once(found):
 def test_triton_is_the_default_and_torch_says_how_exact(found):
     figures = found("kernels")
     assert "step: triton\n" in figures["explain"]["text"] and "replay: triton\n" in figures["explain"]["text"]
+    assert "LearnedOptimizer: triton\n" in figures["explain general"]["text"]
     for tf32, said in ((False, "cuDNN LSTM, exact products"), (True, "cuDNN LSTM, products in TF32 allowed")):
         own = figures[f"TF32 {tf32}"]
         assert total(own, "cuDNN LSTM") == total(own, said) > 0

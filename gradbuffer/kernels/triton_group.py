@@ -214,7 +214,7 @@ class GroupSteps:
                 LOG_SIGN=self.p,
                 SHARPEST=math.exp(self.p),
                 BLOCK=STEP_BLOCK,
-                **self.kernels.options,
+                **self.kernels.step_options,
             )
 
 

@@ -18,7 +18,7 @@ import sysconfig
 import torch
 
 from gradbuffer.devices import memory_of
-from gradbuffer.kernels.interface import LSTMKernels, add_gradients
+from gradbuffer.kernels.interface import LSTMKernels
 from gradbuffer.kernels.torch_blocks import PackedWeights, TorchLSTM
 
 try:
@@ -32,10 +32,11 @@ __all__ = ["PRECISIONS", "TritonLSTM"]
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 STEP_BLOCK = 64  # coordinates of a program of the step
+STEP_REGISTERS = 168  # of a thread of the step in float32: three programs side by side on a processor, without spills
 REPLAY_BLOCK = {torch.float32: 64, torch.float64: 16}  # and of the replay
-WEIGHT_BLOCK = {torch.float32: 32, torch.float64: 16}  # and of the products that the weights' gradients are
-REPLAY_MEMORY = 16  # the part of a card's memory that a replay takes at most, unless one block takes more
-PROGRAMS_PER_PROCESSOR = 4  # of those products
+WEIGHT_BLOCK = {torch.float32: 64, torch.float64: 16}  # and of the products that the weights' gradients are
+REPLAY_MEMORY = 8  # the part of a card's memory that a replay takes at most, unless one block takes more
+PROGRAMS_PER_PROCESSOR = 2  # of those products
 CHUNK = 1 << 24  # coordinates whose features are made at once
 SELF_CHECK = {
     torch.float32: 1e-3,
@@ -67,7 +68,7 @@ class TritonLSTM(LSTMKernels):
         ValueError: `precision` is none of these, or not "ieee" for float64.
     """
 
-    reads_log_sign = frozenset({"step"})
+    reads_log_sign = frozenset({"step", "replay"})
 
     @classmethod
     def reasons_against(cls, weight, work, *, state=None, squash=False, inputs=False, lstm=None, p=0.0):
@@ -94,7 +95,7 @@ class TritonLSTM(LSTMKernels):
                 *sizes,
                 weight.device,
                 weight.dtype,
-                p if work == "step" and lstm.input_size == 2 else 0.0,
+                p if work != "step_back" and lstm.input_size == 2 and not inputs else 0.0,
                 work != "step" and squash,
                 work == "replay" and inputs,
             )
@@ -110,6 +111,8 @@ class TritonLSTM(LSTMKernels):
         self.options = dict(
             PRECISION=self.precision, PTX=not (kernels.INTERPRETED or torch.version.hip), num_warps=4, num_stages=1
         )
+        bound = self.options["PTX"] and output_weight.dtype == torch.float32
+        self.step_options = self.options | ({"maxnreg": STEP_REGISTERS} if bound else {})
 
     def step(self, features, hidden, cells, inplace=False, p=0.0):
         """As of `LSTMKernels`, in one launch. With `p` on gradients without NaN."""
@@ -150,7 +153,7 @@ class TritonLSTM(LSTMKernels):
                     SHARPEST=math.exp(p),
                     **padded.sizes,
                     BLOCK=STEP_BLOCK,
-                    **self.options,
+                    **self.step_options,
                 )
         if target is not new:
             for old, part in zip(new, target):
@@ -178,54 +181,66 @@ class TritonLSTM(LSTMKernels):
         return GroupSteps(self, p, params, states, watched, kept)
 
     def replay(self, features, hidden, cells, adjoint, squash=False, pull_inputs=None, p=0.0, tape=None):
-        """As of `LSTMKernels`, in three launches and a few sums for as many coordinates as a sixteenth of the card's memory holds the
-        states and derivatives of all steps of."""
-        hidden, cells, total = hidden.contiguous(), cells.contiguous(), None
-        for start, stop in self.chunks(*adjoint.shape):
-            part = features(start, stop).contiguous()
-            pull, dfeatures = adjoint[:, start:stop].contiguous(), torch.empty_like(part) if pull_inputs else None
-            found = self.pull_back(part, (hidden, cells), pull, start, None, squash, dfeatures)
+        """As of `LSTMKernels`, in three launches for as many coordinates as an eighth of the card's memory holds the states and
+        derivatives of all steps of, and a few sums."""
+        adjoint = adjoint if adjoint.stride(1) == 1 else adjoint.contiguous()
+        state, chunks = (hidden.contiguous(), cells.contiguous()), self.chunks(*adjoint.shape)
+        sums = self.room_for_sums(chunks, len(adjoint))
+        for number, (start, stop) in enumerate(chunks):
+            part = features(start, stop)
+            part = part if p and part.stride(-1) == 1 else part.contiguous()
+            pull, dfeatures = adjoint[:, start:stop], torch.empty_like(part) if pull_inputs else None
+            self.pull_back(number, part, state, pull, start, None, squash, dfeatures, sums, p)
             if pull_inputs:
                 pull_inputs(start, stop, dfeatures)
-            total = found if total is None else add_gradients(total, found)
-        return total
+        return self.gradients(sums)
 
     def step_back(self, features, hidden, cells, adjoint, dhidden, dcells, squash=False):
-        hidden, cells, ends, total = hidden.contiguous(), cells.contiguous(), (dhidden, dcells), None
-        inner, dfeatures = tuple(part.contiguous() for part in ends), torch.empty_like(features)
-        for start, stop in self.chunks(1, len(adjoint)):
-            part, pull = features[None, :, start:stop].contiguous(), adjoint[None, start:stop].contiguous()
+        adjoint, ends = adjoint.contiguous(), (dhidden, dcells)
+        state, chunks = (hidden.contiguous(), cells.contiguous()), self.chunks(1, len(adjoint))
+        sums, inner = self.room_for_sums(chunks, 1), tuple(part.contiguous() for part in ends)
+        dfeatures = torch.empty_like(features)
+        for number, (start, stop) in enumerate(chunks):
+            part, pull = features[None, :, start:stop].contiguous(), adjoint[None, start:stop]
             own = torch.empty_like(part)
-            found = self.pull_back(part, (hidden, cells), pull, start, inner, squash, own)
+            self.pull_back(number, part, state, pull, start, inner, squash, own, sums, 0.0)
             dfeatures[:, start:stop] = own[0]
-            total = found if total is None else add_gradients(total, found)
         for old, new in zip(ends, inner):
             if old is not new:
                 old.copy_(new)
-        return dfeatures, *total
+        return dfeatures, *self.gradients(sums)
 
     def chunks(self, T, N):
         """[(start, stop), ...] of coordinates that are replayed at once."""
         weight, H, layers = self.output_weight, self.hidden, self.layers
         numbers = T * (layers * 7 * H + 2 * self.inputs + 1) + 2 * layers * H  # of one coordinate
         block = REPLAY_BLOCK[weight.dtype]
-        most = memory_of(weight.device) // REPLAY_MEMORY // (numbers * weight.element_size()) // block * block
-        size = min(max(most, block), CHUNK)
+        most = memory_of(weight.device) // REPLAY_MEMORY // (numbers * weight.element_size())
+        size = max(min(most, CHUNK) // block, 1) * block
         return [(start, min(start + size, N)) for start in range(0, N, size)]
 
-    def pull_back(self, features, state, adjoint, start, ends, squash, dfeatures):
-        """Derivatives by the weights, of features (T, inputs, width) and adjoint (T, width), which belong to the coordinates from
-        `start` on of the contiguous state (hidden, cells) and of ends, the derivatives by the state after the last step, which
-        become those by `state`; None for zeros. The derivatives by the features go to `dfeatures`, if it is not None."""
+    def room_for_sums(self, chunks, T):
+        """What each program of `pull_back` adds up: for each layer (chunks, programs, gates, rows), for the output (blocks, H + 1)."""
+        sizes, weight, (_, width) = self.padded.sizes, self.output_weight, chunks[0]
+        blocks = sum(-(-(stop - start) // REPLAY_BLOCK[weight.dtype]) for start, stop in chunks)
+        programs = min(most_programs(weight.device), T * -(-width // WEIGHT_BLOCK[weight.dtype]))
+        rows, units = max(1 << (4 * self.hidden - 1).bit_length(), 16), sizes["UNITS"]
+        return [
+            weight.new_empty(len(chunks), programs, rows, sizes["BELOW" if layer else "FIRST"] + units)
+            for layer in range(self.layers)
+        ], weight.new_empty(blocks, units + 1)
+
+    def pull_back(self, number, features, state, adjoint, start, ends, squash, dfeatures, sums, p):
+        """One chunk: sums of the derivatives by the weights, of features (T, inputs, width), with `p` gradients (T, 1, width), and adjoint
+        (T, width), along whose rows numbers are contiguous. They belong to the coordinates from `start` on of the contiguous state
+        (hidden, cells) and of ends, the derivatives by the state after the last step, which become those by `state`; None for zeros.
+        The derivatives by the features go to `dfeatures`, if it is not None."""
         (T, width), padded, layers, H = adjoint.shape, self.padded, self.layers, self.hidden
-        sizes, new = padded.sizes, adjoint.new_empty
-        blocks, weight_block = -(-width // REPLAY_BLOCK[adjoint.dtype]), WEIGHT_BLOCK[adjoint.dtype]
+        new, block = adjoint.new_empty, REPLAY_BLOCK[adjoint.dtype]
         hs, cs = new(layers, T + 1, H, width), new(layers, T + 1, H, width)
         dgates, handed = new(layers, T, 4 * H, width), new(max(layers - 1, 1), T, H, width)
-        outputs, rows = new(blocks, sizes["UNITS"] + 1), 1 << (4 * H - 1).bit_length()
-        programs, found = min(most_programs(adjoint.device), T * -(-width // weight_block)), []
         with torch.cuda.device_of(adjoint):
-            replay_kernel[(blocks,)](
+            replay_kernel[(-(-width // block),)](
                 features,
                 *state,
                 adjoint,
@@ -237,40 +252,54 @@ class TritonLSTM(LSTMKernels):
                 dgates,
                 features if dfeatures is None else dfeatures,
                 *(ends or state),
-                outputs,
+                sums[1][start // block :],
                 start,
                 width,
+                features.stride(0) if p else width,
+                adjoint.stride(0),
                 state[0].shape[-1],
                 T,
-                **sizes,
-                BLOCK=REPLAY_BLOCK[adjoint.dtype],
+                **padded.sizes,
+                BLOCK=block,
                 SQUASH=squash,
                 PULL_INPUTS=dfeatures is not None,
                 ENDS=ends is not None,
+                LOG_SIGN=float(p),
+                SHARPEST=math.exp(p),
                 **self.options,
             )
-            for layer in range(layers):
-                count, below = (H, sizes["BELOW"]) if layer else (self.inputs, sizes["FIRST"])
-                sums = new(programs, rows, below + sizes["UNITS"])
-                weight_kernel[(programs,)](
+            for layer, own in enumerate(sums[0]):
+                weight_kernel[own.shape[1:2]](
                     hs[layer - 1, 1:] if layer else features,
                     hs[layer],
                     dgates[layer],
-                    sums,
+                    own[number],
                     width,
+                    features.stride(0) if p and not layer else width,
                     T,
-                    COUNT=count,
+                    COUNT=H if layer else self.inputs,
                     H=H,
-                    GATES=max(rows, 16),
-                    ROWS=below,
-                    UNITS=sizes["UNITS"],
-                    BLOCK=weight_block,
+                    GATES=own.shape[2],
+                    ROWS=padded.sizes["BELOW" if layer else "FIRST"],
+                    UNITS=padded.sizes["UNITS"],
+                    BLOCK=WEIGHT_BLOCK[adjoint.dtype],
+                    LOG_SIGN=0.0 if layer else float(p),
+                    SHARPEST=math.exp(0.0 if layer else p),
                     **self.options,
                 )
-                total = sums.sum(0)[: 4 * H]
-                found.append([total[:, :count], total[:, below : below + H], total[:, count]])
-        outputs = outputs.sum(0)
-        return found, outputs[:H], outputs[-1]
+
+    def gradients(self, sums):
+        """As of `LSTMKernels.replay`, from the sums of all programs."""
+        H, sizes, layers = self.hidden, self.padded.sizes, []
+        for layer, own in enumerate(sums[0]):
+            total, count, below = (
+                own.sum((0, 1))[: 4 * H],
+                H if layer else self.inputs,
+                sizes["BELOW" if layer else "FIRST"],
+            )
+            layers.append([total[:, :count], total[:, below : below + H], total[:, count]])
+        outputs = sums[1].sum(0)
+        return layers, outputs[:H], outputs[-1]
 
 
 def in_rows(state):
@@ -383,10 +412,15 @@ def failures(work, inputs, hidden, layers, device, dtype, p, squash=False, pulls
             grads, features = draw(N), draw(T, inputs, N)
             ours, plain = TritonLSTM(*weights), TorchLSTM(*weights)
             if work == "replay":
-                found, expected = [], []
-                for kind, parts in ((ours, found), (plain, expected)):
-                    pull = (lambda a, b, part: parts.append(part)) if pulls else None
-                    parts.append(kind.replay(lambda a, b: features[..., a:b], *state, adjoint, squash, pull))
+                found, expected, grads = [], [], draw(T, N)
+                plain_read = torch.stack([log_sign(grad, p) for grad in grads]) if p else features
+                for kind, parts, read, own in (
+                    (ours, found, grads[:, None] if p else features, p),
+                    (plain, expected, plain_read, 0.0),
+                ):
+                    pull = (lambda a, b, part: parts.append(part)) if pulls else None  # noqa: B023
+                    features_of = lambda a, b: read[..., a:b]  # noqa: B023, E731
+                    parts.append(kind.replay(features_of, *state, adjoint, squash, pull, own))
             elif work == "step_back":
                 found, expected = [], []
                 for kind, parts in ((ours, found), (plain, expected)):

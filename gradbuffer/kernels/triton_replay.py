@@ -8,7 +8,7 @@ So no kernel holds both in its registers. This module needs triton.
 import triton
 import triton.language as tl
 
-from gradbuffer.kernels.triton_kernels import add_product, gates, long, tanh, with_one
+from gradbuffer.kernels.triton_kernels import add_product, gates, log_sign_tile, long, tanh, with_one
 
 __all__ = ["replay_kernel", "weight_kernel"]
 
@@ -22,14 +22,20 @@ def below_tile(
     columns,
     inside,
     width,
+    apart,
     plane,
     INPUTS: tl.constexpr,
     H: tl.constexpr,
     ROWS: tl.constexpr,
+    LOG_SIGN: tl.constexpr,
+    SHARPEST: tl.constexpr,
 ):
     """What a layer reads at step t beside its state: the features, or the next hidden state of the layer below."""
-    if layer == 0:
-        return with_one(features + long(t) * INPUTS * width, width, columns, inside, INPUTS, ROWS)
+    if layer == 0 and LOG_SIGN > 0:
+        grad = tl.load(features + long(t) * apart + columns, mask=inside, other=0.0)
+        return log_sign_tile(grad, ROWS, LOG_SIGN, SHARPEST)
+    elif layer == 0:
+        return with_one(features + long(t) * INPUTS * apart, apart, columns, inside, INPUTS, ROWS)
     else:
         return with_one(hs + ((layer - 1) * plane + (t + 1) * H) * width, width, columns, inside, H, ROWS)
 
@@ -47,6 +53,8 @@ def record_layer(
     inside,
     start,
     width,
+    apart,
+    adjoint_apart,
     N,
     T,
     plane,
@@ -54,6 +62,8 @@ def record_layer(
     H: tl.constexpr,
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
+    LOG_SIGN: tl.constexpr,
+    SHARPEST: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -67,8 +77,10 @@ def record_layer(
     tl.store(hs + now, h, mask=wanted)
     tl.store(cs + now, c, mask=wanted)
     for t in range(T):
-        below = below_tile(features, hs, layer, t, columns, inside, width, plane, INPUTS, H, ROWS)
-        i, f, o, g = gates(weights, below, h, PRECISION, PTX)
+        below = below_tile(
+            features, hs, layer, t, columns, inside, width, apart, plane, INPUTS, H, ROWS, LOG_SIGN, SHARPEST
+        )
+        i, f, o, g = gates(weights, below, h, 0, UNITS, PRECISION, PTX)
         c = f * c + i * g
         h = o * tanh(c, PTX)
         now += H * width
@@ -114,6 +126,8 @@ def pull_back_layer(
     inside,
     start,
     width,
+    apart,
+    adjoint_apart,
     N,
     T,
     plane,
@@ -126,6 +140,8 @@ def pull_back_layer(
     SQUASH: tl.constexpr,
     PULL_INPUTS: tl.constexpr,
     ENDS: tl.constexpr,
+    LOG_SIGN: tl.constexpr,
+    SHARPEST: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -147,13 +163,15 @@ def pull_back_layer(
         dc = tl.load(dcells + ends, mask=wanted, other=0.0)
     for back in range(T):
         t = T - 1 - back
-        below = below_tile(features, hs, layer, t, columns, inside, width, plane, INPUTS, H, ROWS)
+        below = below_tile(
+            features, hs, layer, t, columns, inside, width, apart, plane, INPUTS, H, ROWS, LOG_SIGN, SHARPEST
+        )
         h = tl.load(hs + now, mask=wanted, other=0.0)
         c = tl.load(cs + now, mask=wanted, other=0.0)
-        i, f, o, g = gates(weights, below, h, PRECISION, PTX)
+        i, f, o, g = gates(weights, below, h, 0, UNITS, PRECISION, PTX)
         tanh_c = tanh(f * c + i * g, PTX)
         if layer == LAYERS - 1:
-            pull = tl.load(adjoint + long(t) * width + columns, mask=inside, other=0.0)
+            pull = tl.load(adjoint + long(t) * adjoint_apart + columns, mask=inside, other=0.0)
             if SQUASH:
                 squashed = tanh(tl.sum(o * tanh_c * w_out, axis=1) + w_out_bias, PTX)
                 pull *= 1 - squashed * squashed
@@ -191,7 +209,7 @@ def pull_back_layer(
     return output_sum, bias_sum
 
 
-@triton.jit(do_not_specialize=["start", "width", "N", "T"])
+@triton.jit(do_not_specialize=["start", "width", "apart", "adjoint_apart", "N", "T"])
 def replay_kernel(
     features,
     hidden,
@@ -209,6 +227,8 @@ def replay_kernel(
     output_sums,
     start,
     width,
+    apart,
+    adjoint_apart,
     N,
     T,
     INPUTS: tl.constexpr,
@@ -221,12 +241,15 @@ def replay_kernel(
     SQUASH: tl.constexpr,
     PULL_INPUTS: tl.constexpr,
     ENDS: tl.constexpr,
+    LOG_SIGN: tl.constexpr,
+    SHARPEST: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """T steps of a block of coordinates, forward and back, layer by layer.
 
-    features (T, INPUTS, width) and adjoint (T, width) belong to the coordinates from `start` on of states (LAYERS, H, N).
+    features (T, INPUTS, width), with LOG_SIGN as in `step_kernel` gradients (T, width), and adjoint (T, width), whose rows lie
+    `apart` and `adjoint_apart`, belong to the coordinates from `start` on of states (LAYERS, H, N).
     Written are, of width columns each: hs, cs (LAYERS, T + 1, H, ·), the states; dgates (LAYERS, T, 4, H, ·), the derivatives by the
     gates i, f, g, o before their activation; handed (LAYERS - 1, T, H, ·), those by the hidden states below; with PULL_INPUTS
     dfeatures (T, INPUTS, ·). Of each program output_sums (UNITS + 1) gets the gradients of the output's weights and bias.
@@ -253,6 +276,8 @@ def replay_kernel(
         inside,
         start,
         width,
+        apart,
+        adjoint_apart,
         N,
         T,
         plane,
@@ -260,6 +285,8 @@ def replay_kernel(
         H,
         FIRST,
         UNITS,
+        LOG_SIGN,
+        SHARPEST,
         PRECISION,
         PTX,
     )
@@ -276,6 +303,8 @@ def replay_kernel(
             inside,
             start,
             width,
+            apart,
+            adjoint_apart,
             N,
             T,
             plane,
@@ -283,6 +312,8 @@ def replay_kernel(
             H,
             BELOW,
             UNITS,
+            LOG_SIGN,
+            SHARPEST,
             PRECISION,
             PTX,
         )
@@ -306,6 +337,8 @@ def replay_kernel(
             inside,
             start,
             width,
+            apart,
+            adjoint_apart,
             N,
             T,
             plane,
@@ -318,6 +351,8 @@ def replay_kernel(
             SQUASH,
             PULL_INPUTS,
             ENDS,
+            LOG_SIGN,
+            SHARPEST,
             PRECISION,
             PTX,
         )
@@ -340,6 +375,8 @@ def replay_kernel(
         inside,
         start,
         width,
+        apart,
+        adjoint_apart,
         N,
         T,
         plane,
@@ -352,6 +389,8 @@ def replay_kernel(
         SQUASH,
         PULL_INPUTS,
         ENDS,
+        LOG_SIGN,
+        SHARPEST,
         PRECISION,
         PTX,
     )
@@ -360,13 +399,14 @@ def replay_kernel(
     tl.store(output_sums + UNITS, bias_sum)
 
 
-@triton.jit(do_not_specialize=["width", "T"])
+@triton.jit(do_not_specialize=["width", "apart", "T"])
 def weight_kernel(
     below,
     hidden,
     dgates,
     sums,
     width,
+    apart,
     T,
     COUNT: tl.constexpr,
     H: tl.constexpr,
@@ -374,13 +414,15 @@ def weight_kernel(
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LOG_SIGN: tl.constexpr,
+    SHARPEST: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """Of one layer sums (programs, GATES, ROWS + UNITS): dgates times [below; 1; zeros] and [hidden; zeros], over coordinates and steps.
 
-    below (T, COUNT, width), hidden (T, H, width), dgates (T, 4 H, width); GATES is a power of two, 4 H or more. Each program takes every
-    so-many-th block of one step's coordinates.
+    below (T, COUNT, width), with LOG_SIGN gradients (T, width), whose rows lie `apart`, hidden (T, H, width), dgates (T, 4 H, width);
+    GATES is a power of two, 4 H or more. Each program takes every so-many-th block of one step's coordinates.
     """
     gate = tl.arange(0, GATES)[:, None]
     units = tl.arange(0, UNITS)[None, :]
@@ -393,7 +435,11 @@ def weight_kernel(
         inside = columns < width
         own = dgates + (t * 4 * H + gate) * width + columns[None, :]
         pulls = tl.load(own, mask=inside[None, :] & (gate < 4 * H), other=0.0)
-        read = with_one(below + t * COUNT * width, width, columns, inside, COUNT, ROWS)
+        if LOG_SIGN > 0:
+            grad = tl.load(below + t * apart + columns, mask=inside, other=0.0)
+            read = log_sign_tile(grad, ROWS, LOG_SIGN, SHARPEST)
+        else:
+            read = with_one(below + t * COUNT * apart, apart, columns, inside, COUNT, ROWS)
         h = tl.load(hidden + (t * H + units) * width + columns[:, None], mask=inside[:, None] & (units < H), other=0.0)
         into = add_product(into, pulls, read, PRECISION, PTX)
         recurrent = add_product(recurrent, pulls, h, PRECISION, PTX)

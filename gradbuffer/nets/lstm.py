@@ -16,6 +16,8 @@ from gradbuffer.contracts import Loss, Rule
 from gradbuffer.kernels.choice import KINDS, asked_for, kernels_for, reasons_against
 from gradbuffer.kernels.interface import WORK, LSTMKernels
 from gradbuffer.nests import Snapshot, clone
+from gradbuffer.nets.mlp import MLPOptimizer
+from gradbuffer.nets.tensorwise import explain_steps
 from gradbuffer.unrolling import Coordinates, Recorded, record_by_steps, trained
 
 __all__ = ["LSTMOptimizer", "explain"]
@@ -391,19 +393,23 @@ def explain(net: nn.Module) -> str:
         net: a learned optimizer; a `PerKind` is explained network by network.
 
     Returns:
-        text, some lines for each LSTM that has kernels.
+        text, some lines for each LSTM and each `MLPOptimizer`.
 
     Example:
         >>> from optimizers import CoordinatewiseLSTM
         >>> print(explain(CoordinatewiseLSTM()))
     """
-    found = {name: module for name, module in net.named_modules() if isinstance(module, LSTMOptimizer)}
+    found = {name: each for name, each in net.named_modules() if isinstance(each, (LSTMOptimizer, MLPOptimizer))}
     if not found:
         return f"{type(net).__name__} has no kernels: its forward runs as it is written, and autograd differentiates it"
     lines = []
     for name, module in found.items():
-        weight = module.output.weight
+        weight = next(module.parameters())
         lines.append(f"{name + ': ' if name else ''}{type(module).__name__} of {weight.dtype} on {weight.device}")
+        if isinstance(module, MLPOptimizer):
+            lines += explain_steps(module)
+            continue
+        weight = module.output.weight
         for work in WORK:
             needs = dict(lstm=module.lstm, p=module.built_in or 0.0)
             if work != "step":

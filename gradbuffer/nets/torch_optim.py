@@ -374,11 +374,11 @@ def check_step(work, networks):
     One synchronization for each device that is not a CPU, one for each mesh of processes.
     """
     flags, finite, meshes, unchanged = {}, True, [], {}
-    groups = [part for part in work if isinstance(part, Group)]
+    groups = [part for part in work if part.looks]
     networks = [network for network in networks if not any(watches(part, network) for part in groups)]
     for part in work:
         meshes += [mesh for mesh in part.meshes if mesh not in meshes]
-        for gradient in part.gradients if not isinstance(part, Group) else ():
+        for gradient in part.gradients if not part.looks else ():
             if gradient.is_cpu:
                 finite = finite and sum_is_finite(gradient)
             else:
