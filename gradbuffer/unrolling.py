@@ -229,11 +229,8 @@ def record_by_steps(
     tape: Any = None,
 ) -> Recorded:
     """`Rule.record`, step by step. advance: as of `unroll`; tape: what goes with it."""
-    losses, gradients, read = (
-        [],
-        theta.new_empty(updates + 1, len(theta)) if theta.is_cpu else [None] * (updates + 1),
-        [],
-    )
+    losses, read = [], []
+    gradients = theta.new_empty(updates + 1, len(theta)) if theta.is_cpu else [None] * (updates + 1)
     for values, gradient, theta, state in unroll(rule, loss, coordinates, theta, state, step, updates, advance=advance):
         if len(losses) < updates and rule.reads:
             read.append(coordinates.what(rule.reads, theta, values, step + len(losses)))
@@ -306,18 +303,15 @@ def pull_back_by_autograd(
     read: dict[str, Any] | None = None,
 ) -> tuple:
     """`Rule.pull_back` for any network: run the step again, with a graph."""
-    wanted, read = trained(rule), dict(read or {})
+    wanted, read = trained(rule), read or {}
     with torch.enable_grad():
         grad = grad.detach().requires_grad_()
-        read |= {
+        beside = {
             name: value.detach().requires_grad_() for name, value in read.items() if isinstance(value, torch.Tensor)
         }
         state = map_tensors(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), state)
-        before, beside = (
-            tensors_in(state),
-            {name: value for name, value in read.items() if isinstance(value, torch.Tensor)},
-        )
-        update, after = rule(grad, state, **read)
+        before = tensors_in(state)
+        update, after = rule(grad, state, **{**read, **beside})
         ends = [
             (end, d) for end, d in zip([update, *tensors_in(after)], [adjoint, *next_adjoints]) if end.requires_grad
         ]

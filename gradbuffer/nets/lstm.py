@@ -48,9 +48,6 @@ class LSTMOptimizer(Rule, nn.Module):
         self.output = nn.Linear(hidden_size, 1)
         self._packed = None
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-
     def train(self, mode: bool = True) -> "LSTMOptimizer":
         """As of `nn.Module`, but the LSTM stays in training mode: without dropout both are the same, and cuDNN differentiates
         in that one alone."""
@@ -280,13 +277,13 @@ class LSTMOptimizer(Rule, nn.Module):
         if not isinstance(grad, torch.Tensor):
             raise TypeError(f"grad must be a tensor, got {type(grad).__name__}")
         weight, N = self.output.weight, grad.shape[-1] if grad.dim() else 0
-        if tuple(grad.shape) != shape or N == 0:
+        if grad.shape != shape or N == 0:
             raise ValueError(f"grad must have shape (N,) with N ≥ 1, or (T, N) in replay; got {tuple(grad.shape)}")
         names = ["hidden", "cell", *(f"memory[{k}]" for k in range(len(self.memory_shapes)))]
         if not (isinstance(state, (tuple, list)) and len(state) == len(names)):
             raise TypeError(f"state must be init_state's tuple of {len(names)} tensors, hidden and cell first")
         for name, tensor, rows in zip(names, state, self._state_shapes()):
-            if tuple(tensor.shape) != (*rows, N):
+            if tensor.shape != (*rows, N):
                 raise ValueError(
                     f"state's {name} must have shape {(*rows, N)} for {N} coordinates, got {tuple(tensor.shape)}"
                 )

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from gradbuffer.checks import NonFiniteError, check_finite, sum_is_finite, values_unchecked
-from gradbuffer.contracts import as_rule, is_learned
+from gradbuffer.contracts import as_rule
 from gradbuffer.nets.groups import Group, fits_group
 from gradbuffer.nets.optimizer_state import label
 from gradbuffer.nets.sharded import check_sharded, local_size, true_everywhere
@@ -294,8 +294,7 @@ def check_options(options):
         )
     if isinstance(net, type):
         raise TypeError(f"net must be a network, not its class: give {net.__name__}(...); got {net!r}")
-    if not is_learned(net):
-        raise TypeError(f"net must be a learned optimizer, an nn.Module with init_state, got {type(net).__name__}")
+    as_rule(net)  # raises unless it is a learned optimizer
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
     for name in ("lr", "weight_decay"):
