@@ -136,9 +136,6 @@ class MLPOptimizer(Rule, nn.Module):
         """What `forward` reads beside gradients and state."""
         return {"params"} if self.variant == "celo" else {"params", "step"}
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-
     def init_state(self, params: dict) -> dict:
         """The state before the first step: zeros, in the parameters' dtype and on their device.
 
