@@ -120,7 +120,19 @@ def test_torch_does_not_cut_into_a_cpus_blocks(found):
 
 def test_iterations_of_training_wait_once(found):
     assert {name: figures["waits"] for name, figures in found("training").items() if figures["waits"] > 1} == {}
-    assert len(found("training")) == 6
+    assert len(found("training")) == 9
+
+
+def test_windows_are_graphs_by_default(found):
+    for name in ("quadratics", "MNIST", "NormalizedLSTM"):
+        plain, graph, default = (found("training")[name + end] for end in ("", ", graph", ", by default"))
+        assert default == graph and default["launches"] < plain["launches"] / 2
+
+
+def test_training_goes_on_where_a_window_cannot_be_captured(found):
+    run = found("uncaptured")["a network that waits"]
+    assert run["iterations"] == 6 and len(run["warnings"]) == 1
+    assert run["warnings"][0].startswith("windows are not launched as CUDA graphs: ")
 
 
 @pytest.mark.parametrize("network", NETWORKS)
