@@ -364,9 +364,11 @@ def forward_kernel(
     second = tl.load(memory(pointers, count, SQUARE, tensor, numbers) + begin + within, mask=inside, other=0.0)
     first = scaled + tensor * (ALL + 1) * UNITS
     root = tl.rsqrt(second + 1e-8)
-    units = ()
+    units, of_rows, of_columns = (), (), ()
     for j in tl.static_range(UNITS):
-        units = units + (tl.zeros_like(grad) + tl.load(first + ALL * UNITS + j),)
+        units = units + (tl.zeros_like(grad),)
+        of_rows = of_rows + (tl.full([ROWS_BLOCK], 0.0, grad.dtype) + tl.load(first + ALL * UNITS + j),)
+        of_columns = of_columns + (tl.full([WIDTH_BLOCK], 0.0, grad.dtype),)
     units = plus(units, grad, first, UNITS)
     units = plus(units, clipped(grad, SMALL), first + UNITS, UNITS)
     units = plus(units, tl.load(numbers + KEEP) * param, first + 2 * UNITS, UNITS)
@@ -381,29 +383,26 @@ def forward_kernel(
         units = plus(units, moment * root, first + (7 + k) * UNITS, UNITS)
         units = plus(units, grad * factor, first + (12 + k) * UNITS, UNITS)
         units = plus(units, moment * factor, first + (27 + k) * UNITS, UNITS)
-        # the features that are alike along a row or a column are added up for it
-        of_row, of_column, added = (), (), ()
-        for j in tl.static_range(UNITS):
-            weight = first + j
-            of_row = row * tl.load(weight + (15 + k) * UNITS) + tl.rsqrt(row + 1e-8) * tl.load(
-                weight + (21 + k) * UNITS
-            )
-            of_column = column * tl.load(weight + (18 + k) * UNITS)
-            of_column += tl.rsqrt(column + 1e-8) * tl.load(weight + (24 + k) * UNITS)
-            added = added + (units[j] + of_row[:, None] + of_column[None, :],)
-        units = added
+        # what is alike along a row or a column is added up for it
+        of_rows = plus(of_rows, row, first + (15 + k) * UNITS, UNITS)
+        of_rows = plus(of_rows, tl.rsqrt(row + 1e-8), first + (21 + k) * UNITS, UNITS)
+        of_columns = plus(of_columns, column, first + (18 + k) * UNITS, UNITS)
+        of_columns = plus(of_columns, tl.rsqrt(column + 1e-8), first + (24 + k) * UNITS, UNITS)
+    hidden = ()
+    for j in tl.static_range(UNITS):
+        hidden = hidden + (tl.maximum(units[j] + of_rows[j][:, None] + of_columns[j][None, :], 0.0),)
     total = tl.zeros_like(grad)
     if SECOND > 0:
         last = weights + UNITS * SECOND + SECOND
         for j in tl.static_range(SECOND):
             unit = tl.zeros_like(grad) + tl.load(weights + UNITS * SECOND + j)
             for i in tl.static_range(UNITS):
-                unit += tl.maximum(units[i], 0.0) * tl.load(weights + i * SECOND + j)
+                unit += hidden[i] * tl.load(weights + i * SECOND + j)
             total += tl.maximum(unit, 0.0) * tl.load(last + j)
         total += tl.load(last + SECOND)
     else:
         for i in tl.static_range(UNITS):
-            total += tl.maximum(units[i], 0.0) * tl.load(weights + i)
+            total += hidden[i] * tl.load(weights + i)
         total += tl.load(weights + UNITS)
     total = tl.where(inside, total, 0.0)
     tl.store(squares + tl.program_id(0), tl.sum(total * total))
