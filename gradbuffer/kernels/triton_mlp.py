@@ -2,7 +2,7 @@
 
 Programs find their tiles in tables: which tensor, which rows and columns of it. A step goes four times through the coordinates:
 averages and sums of squares; sums that need the rows' and columns' averages; the network's output; the update. Small kernels between
-them add up what the tiles have left. All tensors share each launch: one to look, 7 to step, and with Newton-Schulz, of all matrices
+them add up what the tiles have left. All tensors share each launch: one to look, 8 to step, and with Newton-Schulz, of all matrices
 together, 17 more. Sums are deterministic: there are no atomics. The plain version is `gradbuffer.nets.mlp`. This module needs triton.
 """
 
@@ -31,15 +31,16 @@ from gradbuffer.kernels.triton_mlp_kernels import (
     look_kernel,
     move_kernel,
     read_kernel,
+    spread_kernel,
     total_kernel,
 )
 from gradbuffer.kernels.triton_orthogonal import Orthogonalizer, padded_sizes
 
 __all__ = ["MLPSteps"]
 
-TILE = dict(ROWS_BLOCK=16, WIDTH_BLOCK=128)
-WARPS = 8
-CHUNK = 64  # sums that a program adds up at once
+TILE = dict(ROWS_BLOCK=8, WIDTH_BLOCK=128)
+WARPS, FORWARD_WARPS = 4, 8  # of a tile; the network's output takes more registers
+CHUNK, MANY = 64, 256  # sums that a program adds up at once, of a row or column and of a tensor
 LOOK_BLOCK = 2048
 MOST_UNITS, MOST_LAYERS = 16, 2  # of which a program holds all units in registers
 SELF_CHECK = {torch.float32: 1e-3, torch.float64: 1e-8}  # relative errors that a device's first use may show
@@ -178,18 +179,16 @@ class MLPSteps:
     def launch(self, pointers, numbers):
         tables, count, units = self.tables, len(self.params), self.net.hidden_sizes[0]
         new = functools.partial(torch.empty, dtype=self.dtype, device=self.device)
-        tiles, options = len(tables.tiles), dict(num_warps=WARPS, **TILE)
-        sizes = tiles * PARTS, tables.sums, len(tables.lines) * SLOTS, count * (FEATURES + 1) * units, count * FACTS
-        sizes = [-(-size // 16) * 16 for size in (*sizes, tiles, count)]
-        parts, sums, slots, scaled, facts, squares, totals = torch.split_with_sizes(new(sum(sizes)), sizes)
+        tiles, lines, options = len(tables.tiles), len(tables.lines), dict(num_warps=WARPS, **TILE)
+        sizes = tiles * PARTS, tables.sums, lines * SLOTS, count * (FEATURES + 1) * units, count * FACTS
+        sizes = [-(-size // 16) * 16 for size in (*sizes, tiles, count, lines * (3 + units) * LINES)]
+        parts, sums, slots, scaled, facts, squares, totals, added = torch.split_with_sizes(new(sum(sizes)), sizes)
         out = new(tables.out)
         given = pointers, tables.tiles, tables.forms, numbers
         later = self.weights[(FEATURES + 1) * units :]  # the layers after the first
         read_kernel[(tiles,)](*given, parts, sums, count, **options)
-        if len(tables.lines):
-            line_kernel[(len(tables.lines),)](
-                pointers, tables.lines, numbers, sums, slots, count, BLOCK=LINES, CHUNK=CHUNK
-            )
+        if lines:
+            line_kernel[(lines,)](pointers, tables.lines, numbers, sums, slots, count, BLOCK=LINES, CHUNK=CHUNK)
         factor_kernel[(tiles,)](*given, parts, slots, count, **options)
         gather_kernel[(count,)](
             tables.forms,
@@ -203,11 +202,17 @@ class MLPSteps:
             UNITS=units,
             PADDED=triton.next_power_of_2(units + 1),
             CONTEXT=CONTEXT_UNITS if self.net.context else 0,
-            CHUNK=CHUNK,
+            CHUNK=MANY,
+            num_warps=8,
         )
+        if lines:
+            spread = pointers, tables.lines, tables.forms, slots, scaled, added, self.weights, count
+            spread_kernel[(lines,)](*spread, UNITS=units, BLOCK=LINES, num_warps=1)
         second = self.net.hidden_sizes[1] if len(self.net.hidden_sizes) > 1 else 0
-        forward = slots, scaled, later, out, squares, count
-        forward_kernel[(tiles,)](*given, *forward, UNITS=units, SECOND=second, **options)
+        forward = added, scaled, later, out, squares, count
+        forward_kernel[(tiles,)](
+            *given, *forward, UNITS=units, SECOND=second, BLOCK=LINES, **{**options, "num_warps": FORWARD_WARPS}
+        )
         total_kernel[(count,)](squares, tables.spans, totals, BLOCK=1024)
         if tables.orthogonalizer:
             squares = tables.orthogonalizer.run(out, totals)

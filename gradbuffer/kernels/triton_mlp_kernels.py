@@ -24,6 +24,7 @@ __all__ = [
     "look_kernel",
     "move_kernel",
     "read_kernel",
+    "spread_kernel",
     "total_kernel",
 ]
 
@@ -189,11 +190,29 @@ def line_kernel(pointers, lines, numbers, sums, slots, count, BLOCK: tl.constexp
 
 
 @triton.jit
-def factor_of(pointers, forms, slots, count, tensor, rows, columns, second, numbers, NUMBER: tl.constexpr):
-    """What the gradient is multiplied with in feature 12 + NUMBER: of a row and a column, or of each coordinate of a vector.
+def mean_of_rows(slots, forms, tensor, NUMBER: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the averages of a tensor's rows."""
+    first, blocks = form(forms, tensor, ROW_LINES), form(forms, tensor, ROW_BLOCKS)
+    total = tl.zeros([BLOCK], dtype=slots.dtype.element_ty)
+    for start in range(0, blocks, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        total += tl.load(slots + (first + block) * SLOT_SIZE + NUMBER, mask=block < blocks, other=0.0)
+    return tl.sum(total, axis=0) / form(forms, tensor, ROWS).to(total.dtype)
 
-    Returns it, and the averages of the rows and of the columns.
-    """
+
+@triton.jit
+def row_factor(row, mean):
+    return tl.rsqrt(at_least(row / (mean + 1e-9), 1e-9))
+
+
+@triton.jit
+def column_factor(column):
+    return tl.rsqrt(at_least(column, 1e-9))
+
+
+@triton.jit
+def factor_of(pointers, forms, slots, count, tensor, rows, columns, second, numbers, NUMBER: tl.constexpr):
+    """What the gradient is multiplied with in feature 12 + NUMBER: of a row and a column, or of each coordinate of a vector."""
     is_matrix, row_count = form(forms, tensor, IS_MATRIX) != 0, form(forms, tensor, ROWS)
     others = form(forms, tensor, OTHERS).to(tl.int32)
     column_count = form(forms, tensor, WIDTH) // others
@@ -202,16 +221,9 @@ def factor_of(pointers, forms, slots, count, tensor, rows, columns, second, numb
     own = columns // others
     column_place = memory(pointers, count, COLUMN_STATE, tensor, numbers) + NUMBER * column_count + own
     column = tl.load(column_place, mask=(own < column_count) & is_matrix, other=0.0)
-    first, blocks = form(forms, tensor, ROW_LINES), form(forms, tensor, ROW_BLOCKS)
-    total = tl.zeros([64], dtype=numbers.dtype.element_ty)
-    for start in range(0, blocks, 64):
-        block = start + tl.arange(0, 64)
-        total += tl.load(slots + (first + block) * SLOT_SIZE + NUMBER, mask=block < blocks, other=0.0)
-    mean = tl.sum(total, axis=0) / row_count.to(total.dtype)
-    of_rows = tl.rsqrt(at_least(row / (mean + 1e-9), 1e-9))
-    of_columns = tl.rsqrt(at_least(column, 1e-9))
-    of_vector = tl.rsqrt(at_least(second, 1e-9))
-    return tl.where(is_matrix, of_rows[:, None] * of_columns[None, :], of_vector), row, column
+    of_row = row_factor(row, mean_of_rows(slots, forms, tensor, NUMBER, 64))
+    of_matrix = of_row[:, None] * column_factor(column)[None, :]
+    return tl.where(is_matrix, of_matrix, column_factor(second))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -225,7 +237,7 @@ def factor_kernel(
     square = memory(pointers, count, SQUARE, tensor, numbers) + begin + within
     second = tl.load(square, mask=inside & (is_matrix == 0), other=0.0)
     for k in tl.static_range(3):
-        factor, _, _ = factor_of(pointers, forms, slots, count, tensor, rows, columns, second, numbers, k)
+        factor = factor_of(pointers, forms, slots, count, tensor, rows, columns, second, numbers, k)
         place = memory(pointers, count, MOMENTS, tensor, numbers) + k * size + begin + within
         leave(parts, FACTORED + k, grad * factor)
         leave(parts, FACTORED + 3 + k, tl.load(place, mask=inside & is_matrix, other=0.0) * factor)
@@ -337,12 +349,44 @@ def plus(units, feature, weights, UNITS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["count"])
+def spread_kernel(pointers, lines, forms, slots, scaled, added, like, count, UNITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a block of rows or columns, what its coordinates share: three factors, and what the first layer's units are given.
+
+    added: of each block (3 + UNITS, BLOCK).
+    """
+    line = lines + tl.program_id(0) * LINE_SIZE
+    tensor, state, total = tl.load(line), tl.load(line + 1), tl.load(line + 3)
+    own = tl.load(line + 8) + tl.arange(0, BLOCK)
+    is_row = state == ROW_STATE
+    places = tl.load(pointers + state * count + tensor).to(like.dtype) + own
+    first = scaled + tensor * (ALL + 1) * UNITS + tl.where(is_row, 15, 18) * UNITS
+    out = added + tl.program_id(0) * (3 + UNITS) * BLOCK + tl.arange(0, BLOCK)
+    units = ()
+    for j in tl.static_range(UNITS):
+        units = units + (tl.full([BLOCK], 0.0, like.dtype.element_ty),)
+    for k in tl.static_range(3):
+        average = tl.load(places + k * total, mask=own < total, other=0.0)
+        of_row = row_factor(average, mean_of_rows(slots, forms, tensor, k, 64))
+        tl.store(out + k * BLOCK, tl.where(is_row, of_row, column_factor(average)))
+        units = plus(units, average, first + k * UNITS, UNITS)
+        units = plus(units, tl.rsqrt(average + 1e-8), first + (6 + k) * UNITS, UNITS)
+    for j in tl.static_range(UNITS):
+        tl.store(out + (3 + j) * BLOCK, units[j])
+
+
+@triton.jit
+def shared_by(added, first, own, UNITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Where what `spread_kernel` leaves begins, for rows or columns of a tensor whose blocks begin there."""
+    return added + (first + own // BLOCK) * ((3 + UNITS) * BLOCK) + own % BLOCK
+
+
+@triton.jit(do_not_specialize=["count"])
 def forward_kernel(
     pointers,
     tiles,
     forms,
     numbers,
-    slots,
+    added,
     scaled,
     weights,
     out,
@@ -352,6 +396,7 @@ def forward_kernel(
     SECOND: tl.constexpr,
     ROWS_BLOCK: tl.constexpr,
     WIDTH_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The network's output, in a layout that its reader wants, with zeros around it, and the sum of its squares in the tile.
 
@@ -363,7 +408,15 @@ def forward_kernel(
     param = tl.load(memory(pointers, count, PARAM, tensor, numbers) + begin + within, mask=inside, other=0.0)
     second = tl.load(memory(pointers, count, SQUARE, tensor, numbers) + begin + within, mask=inside, other=0.0)
     first = scaled + tensor * (ALL + 1) * UNITS
-    root = tl.rsqrt(second + 1e-8)
+    root, of_vector = tl.rsqrt(second + 1e-8), column_factor(second)
+    is_matrix = form(forms, tensor, IS_MATRIX) != 0
+    own = columns // form(forms, tensor, OTHERS).to(tl.int32)
+    has_row, has_column = (
+        (rows < form(forms, tensor, ROWS)) & is_matrix,
+        (columns < form(forms, tensor, WIDTH)) & is_matrix,
+    )
+    of_rows = shared_by(added, form(forms, tensor, ROW_LINES), rows, UNITS, BLOCK)
+    of_columns = shared_by(added, form(forms, tensor, COLUMN_LINES), own, UNITS, BLOCK)
     units = ()
     for j in tl.static_range(UNITS):
         units = units + (tl.zeros_like(grad) + tl.load(first + ALL * UNITS + j),)
@@ -376,34 +429,30 @@ def forward_kernel(
     for k in tl.static_range(3):
         place = memory(pointers, count, MOMENTS, tensor, numbers) + k * size + begin + within
         moment = tl.load(place, mask=inside, other=0.0)
-        factor, row, column = factor_of(pointers, forms, slots, count, tensor, rows, columns, second, numbers, k)
+        factor = tl.load(of_rows + k * BLOCK, mask=has_row, other=0.0)[:, None]
+        factor = factor * tl.load(of_columns + k * BLOCK, mask=has_column, other=0.0)[None, :]
+        factor = tl.where(is_matrix, factor, of_vector)
         units = plus(units, moment, first + (3 + k) * UNITS, UNITS)
         units = plus(units, moment * root, first + (7 + k) * UNITS, UNITS)
         units = plus(units, grad * factor, first + (12 + k) * UNITS, UNITS)
         units = plus(units, moment * factor, first + (27 + k) * UNITS, UNITS)
-        # the features that are alike along a row or a column are added up for it
-        of_row, of_column, added = (), (), ()
-        for j in tl.static_range(UNITS):
-            weight = first + j
-            of_row = row * tl.load(weight + (15 + k) * UNITS) + tl.rsqrt(row + 1e-8) * tl.load(
-                weight + (21 + k) * UNITS
-            )
-            of_column = column * tl.load(weight + (18 + k) * UNITS)
-            of_column += tl.rsqrt(column + 1e-8) * tl.load(weight + (24 + k) * UNITS)
-            added = added + (units[j] + of_row[:, None] + of_column[None, :],)
-        units = added
+    hidden = ()
+    for j in tl.static_range(UNITS):
+        row = tl.load(of_rows + (3 + j) * BLOCK, mask=has_row, other=0.0)
+        column = tl.load(of_columns + (3 + j) * BLOCK, mask=has_column, other=0.0)
+        hidden = hidden + (tl.maximum(units[j] + row[:, None] + column[None, :], 0.0),)
     total = tl.zeros_like(grad)
     if SECOND > 0:
         last = weights + UNITS * SECOND + SECOND
         for j in tl.static_range(SECOND):
             unit = tl.zeros_like(grad) + tl.load(weights + UNITS * SECOND + j)
             for i in tl.static_range(UNITS):
-                unit += tl.maximum(units[i], 0.0) * tl.load(weights + i * SECOND + j)
+                unit += hidden[i] * tl.load(weights + i * SECOND + j)
             total += tl.maximum(unit, 0.0) * tl.load(last + j)
         total += tl.load(last + SECOND)
     else:
         for i in tl.static_range(UNITS):
-            total += tl.maximum(units[i], 0.0) * tl.load(weights + i)
+            total += hidden[i] * tl.load(weights + i)
         total += tl.load(weights + UNITS)
     total = tl.where(inside, total, 0.0)
     tl.store(squares + tl.program_id(0), tl.sum(total * total))

@@ -312,10 +312,10 @@ def explain_steps(net: MLPOptimizer) -> list[str]:
     """Lines that say what takes a `LearnedOptimizer`'s steps where the network lies, and why not the others."""
     like = next(net.parameters()).detach()
     reasons = {"triton": reasons_against_steps(net, like)}
-    if not (net.variant == "celo" and takes_numba(like)):
-        reasons["numba"] = [
-            f'runs on a CPU where it is installed, variant "celo"; got {net.variant!r} on {like.device}'
-        ]
+    if not takes_numba(like):
+        reasons["numba"] = [f"runs on a CPU where it is installed and asked for, the network is on {like.device}"]
+    elif net.variant != "celo":
+        reasons["numba"] = [f'the variant must be "celo", got {net.variant!r}']
     runs = next(kind for kind in ("triton", "numba", "torch") if not reasons.get(kind))
     lines = [f"  step of a LearnedOptimizer: {runs}"]
     return lines + [f"    not {kind}: {'; '.join(against)}" for kind, against in reasons.items() if against]
