@@ -32,7 +32,9 @@ __all__ = ["PRECISIONS", "TritonLSTM"]
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 STEP_BLOCK = 64  # coordinates of a program of the step
-STEP_REGISTERS = 128  # of a thread of the step in float32: four programs side by side on a processor
+STEP_REGISTERS = (
+    128  # of a thread of the step in float32, from capability 9.0 on: four programs side by side on a processor
+)
 REPLAY_BLOCK = {
     torch.float32: 64,
     torch.float64: 16,
@@ -125,8 +127,10 @@ class TritonLSTM(LSTMKernels):
 
     @property
     def step_options(self):
-        options = self.options
-        bound = options["PTX"] and self.output_weight.dtype == torch.float32
+        options, weight = self.options, self.output_weight
+        bound = (
+            options["PTX"] and weight.dtype == torch.float32 and torch.cuda.get_device_capability(weight.device)[0] >= 9
+        )
         return options | ({"maxnreg": STEP_REGISTERS} if bound else {})
 
     def step(self, features, hidden, cells, inplace=False, p=0.0):
