@@ -253,13 +253,14 @@ def test_the_self_check(monkeypatch):
     from gradbuffer.kernels import triton_mlp
 
     asked = net, torch.device(DEVICE), torch.float64
-    triton_mlp.checked.cache_clear()
-    assert triton_mlp.failures(*asked) == ()
-    triton_mlp.checked.cache_clear()
+    triton_mlp.CHECKED.clear()
+    random = torch.get_rng_state()
+    assert triton_mlp.failures(*asked) == () and torch.equal(torch.get_rng_state(), random)
+    triton_mlp.CHECKED.clear()
     monkeypatch.setattr(triton_mlp.MLPSteps, "launch", lambda self, *given: None)
     (reason,) = triton_mlp.failures(*asked)
     assert "a step is off by" in reason
-    triton_mlp.checked.cache_clear()
+    triton_mlp.CHECKED.clear()
 
 
 @on_device

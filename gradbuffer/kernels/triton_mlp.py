@@ -6,6 +6,7 @@ them add up what the tiles have left. All tensors share each launch: one to look
 together, 17 more. Sums are deterministic: there are no atomics. The plain version is `gradbuffer.nets.mlp`. This module needs triton.
 """
 
+import copy
 import functools
 import operator
 from typing import NamedTuple
@@ -340,27 +341,35 @@ def tables_of(shapes, orthogonalize, dtype, factors, device):
     )
 
 
-@functools.lru_cache(maxsize=64)
-def checked(make, config, device, dtype):
-    """Reasons that a device gives at the first use: the kernels are compiled, run on a few tensors, and are compared with torch."""
-    generator = torch.Generator().manual_seed(0)
+CHECKED = {}  # what was checked -> reasons against it
+
+
+def failures(net, device, dtype):
+    """Reasons against steps by a network like that one that a device gives at its first use, looked for once."""
+    key = tuple(net.hidden_sizes), net.orthogonalize, net.context, factors_of(net, dtype), device, dtype
+    if key not in CHECKED:
+        CHECKED[key] = check(net, device, dtype)
+    return CHECKED[key]
+
+
+def check(net, device, dtype):
+    """The kernels are compiled, run on a few tensors with random weights, and are compared with torch in float64."""
+    generator, net = torch.Generator().manual_seed(0), copy.deepcopy(net).to(device, dtype)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)
 
     try:
         with torch.inference_mode(False), torch.no_grad():
-            net = make(**dict(config)).to(device, dtype)
             for weight in net.parameters():
                 weight.copy_(draw(*weight.shape) / len(weight) ** 0.5)
-            shapes = (40, 3), (3, 20, 2, 2), (150,), ()
-            params = {str(k): draw(1, *shape) for k, shape in enumerate(shapes)}
+            params = {str(k): draw(1, *shape) for k, shape in enumerate(((40, 3), (3, 20, 2, 2), (150,), ()))}
             grads = {name: draw(*param.shape) for name, param in params.items()}
-            state = net.init_state(params)
-            updates, after = net(grads, state, params=params, lr=0.01)
             values = [param[0].clone() for param in params.values()]
-            own = [{name: leaf[0].clone() for name, leaf in part.items()} for part in state.values()]
+            own = [{name: leaf[0] for name, leaf in part.items()} for part in net.init_state(params).values()]
             MLPSteps(net, values, [], None).step(values, [grad[0] for grad in grads.values()], own, 0.01)
+            net, params, grads = net.double(), *({k: x.double() for k, x in part.items()} for part in (params, grads))
+            updates, after = net(grads, net.init_state(params), params=params, lr=0.01)
             pairs = [(value - params[name][0], updates[name][0]) for value, name in zip(values, params)]
             pairs += [(leaf, after[name][key][0]) for part, name in zip(own, params) for key, leaf in part.items()]
             error = max(((found - wanted).norm() / wanted.norm()).item() for found, wanted in pairs)
@@ -372,9 +381,3 @@ def checked(make, config, device, dtype):
     if not error <= limit:
         return (f"its self-check on {device} failed: a step is off by {error:.1e}, more than {limit:.0e}",)
     return ()
-
-
-def failures(net, device, dtype):
-    """Reasons against steps by a network like that one, looked for once for each device."""
-    given = dict(net.config, lr=0.01, weight_decay=0.0, hidden_sizes=tuple(net.hidden_sizes))
-    return checked(type(net), tuple(sorted(given.items())), device, dtype)

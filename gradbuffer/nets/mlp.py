@@ -64,9 +64,9 @@ class MLPOptimizer(Rule, nn.Module):
 
     Attributes:
         rounds_products: where kernels on CUDA take a `LearnedOptimizer`'s steps in float32, the factors of the products of Newton-Schulz
-            are rounded to float16, which has as many digits as TF32; sums and the matrices themselves are not. Directions then are
-            off by 0.004 of their size at most, a hundredth of what rounding to bfloat16 can do. False for exact products, at a
-            third of the speed.
+            are rounded to float16, which has as many digits as TF32; sums and the matrices themselves are not. The directions of
+            matrices of 64 × 4000 to 128 × 576 were off by 0.002 of their size at most; those of TF32 by 0.004, and where the matrix
+            itself is rounded to bfloat16, as in Muon, by up to 0.3. Default True; False: exact to float32's digits, and slower.
 
     Raises:
         TypeError, ValueError: an argument is not as said.

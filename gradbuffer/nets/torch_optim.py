@@ -47,7 +47,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     `network_for(name)` which network runs a parameter; it needs named ones. A `forward` with an argument `inplace` is
     called with `inplace=True` and is to write the next state over the given one, which may be a strided part of a
     larger tensor: that saves a copy of the state. An `MLPOptimizer` of variant "celo" takes
-    compiled steps on a CPU where numba is installed.
+    compiled steps on a CPU where numba is installed, and on CUDA those of all tensors of a group at once, by Triton.
 
     A step looks at gradients, weights and states before it changes anything, and keeps new states only once all
     networks have run: after an exception parameters and states are as they were. Not so with networks that write
