@@ -285,6 +285,7 @@ def test_history_marks_what_was_kept():
     line, kept = ax.figure.axes[1].get_lines()
     assert list(line.get_ydata()) == [30.0, 20.0] and (list(kept.get_xdata()), list(kept.get_ydata())) == ([3], [20.0])
     assert [text.get_text() for text in ax.figure.axes[1].get_legend().get_texts()] == ["kept: 20"]
+    assert all(tick % 1 == 0 for tick in ax.figure.axes[2].get_xticks())  # iterations
     plt.close("all")
 
 
