@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from gradbuffer.contracts import Problem, as_rule, is_learned
@@ -211,6 +212,7 @@ def plot_history(history: "History", title: str, ax: Axes | None = None) -> Axes
         plain_log(panel.yaxis)
     for panel in axes[-2:]:
         panel.set_xlabel("iteration")
+        panel.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))  # whole iterations
     return axes[0]
 
 

@@ -113,14 +113,14 @@ def test_tables_count_what_diverges():
     assert rows[5][:3] == ["| Adam (diverged: 6 of 6)", "diverged", "diverged"] and "lower on 0%" in rows[5][3]
     assert rows[2][3] == "-3.000 (lower on 100%)"
     row = stretches_table({"SGD": bad}, {"end": slice(-1, None)}).splitlines()[-1]
-    assert row == "| SGD (diverged: 4 of 6) | 0.5000 |"
+    assert row == "| SGD (diverged: 4 of 6) | 0.5000 | diverged |"
 
 
 def test_numbers_keep_their_zeros_and_digits():
     rows = stretches_table(
         {"LSTM": torch.tensor([[0.22], [0.26]]), "CG": torch.tensor([[1e-9], [3e-9]])}, {"all": slice(None)}
     )
-    assert rows.splitlines()[2:] == ["| LSTM | 0.240 ± 0.020 |", "| CG | 2.0e-09 ± 1.0e-09 |"]
+    assert rows.splitlines()[2:] == ["| LSTM | 0.240 ± 0.020 | 0.2400 |", "| CG | 2.0e-09 ± 1.0e-09 | 2.0e-09 |"]
 
 
 def test_divergence_is_cut_off_and_counted_in_figures():
@@ -208,10 +208,10 @@ def test_stretches_by_hand():
     stretches = {"the first 2": slice(2), "the last": slice(-1, None)}
     rows = stretches_table(curves, stretches, tuned, {"accuracy": accuracy}).splitlines()
     assert rows == [
-        "| optimizer | learning rate | the first 2 | the last | accuracy |",
-        "| --- | --- | --- | --- | --- |",
-        "| LSTM |  | 3.50 ± 0.50 | 2.0 ± 1.0 | 0.50 ± 0.25 |",
-        "| NAG | 0.25 | 1.000 | 1.000 | 0.50 ± 0.25 |",
+        "| optimizer | learning rate | the first 2 | median | the last | median | accuracy |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| LSTM |  | 3.50 ± 0.50 | 3.500 | 2.0 ± 1.0 | 2.000 | 0.50 ± 0.25 |",
+        "| NAG | 0.25 | 1.000 | 1.000 | 1.000 | 1.000 | 0.50 ± 0.25 |",
     ]
     assert stretches_table({"LSTM": curves["LSTM"][:1]}, stretches).splitlines()[-1] == "| LSTM | 3.000 | 1.000 |"
 
@@ -285,6 +285,7 @@ def test_history_marks_what_was_kept():
     line, kept = ax.figure.axes[1].get_lines()
     assert list(line.get_ydata()) == [30.0, 20.0] and (list(kept.get_xdata()), list(kept.get_ydata())) == ([3], [20.0])
     assert [text.get_text() for text in ax.figure.axes[1].get_legend().get_texts()] == ["kept: 20"]
+    assert all(tick % 1 == 0 for tick in ax.figure.axes[2].get_xticks())  # iterations
     plt.close("all")
 
 

@@ -97,7 +97,7 @@ def stretches_table(
     tuned: dict[str, TunedBaseline] | None = None,
     more: dict[str, dict[str, torch.Tensor]] | None = None,
 ) -> str:
-    """Markdown table: mean loss over stretches of steps, ± standard error over functions if there are several.
+    """Markdown table: mean loss over stretches of steps; of several functions ± standard error, and the median beside it.
 
     Args:
         curves: dict from name to losses (functions, steps).
@@ -106,7 +106,8 @@ def stretches_table(
         more: dict from heading to a dict from name to numbers (functions,), for further columns.
 
     Returns:
-        Text, for `IPython.display.Markdown`. Functions that `diverged` are counted and left out, as in `summary_table`.
+        Text, for `IPython.display.Markdown`. Functions that `diverged` are counted, left out of means and infinite in medians, as in
+        `summary_table`.
 
     Example:
         >>> print(stretches_table({"LSTM": torch.tensor([[3.0, 1.0]])}, {"all": slice(None)}))
@@ -115,14 +116,19 @@ def stretches_table(
         | LSTM | 2.000 |
     """
     more, judged = more or {}, sorted({baseline.judged_by for baseline in (tuned or {}).values()} - {""})
-    rows = []
+    rows, several = [], any(len(losses) > 1 for losses in curves.values())
     for name, losses in curves.items():
         cells = [with_divergence(name, losses)]
         if tuned is not None:
             cells.append(f"{tuned[name].options['lr']:.3g}" if name in tuned else "")
-        means = [all_or_infinite(losses, losses[:, stretch].double().mean(1)) for stretch in stretches.values()]
-        rows.append(cells + [in_words(numbers) for numbers in (*means, *(column[name] for column in more.values()))])
-    heads = ["optimizer", *(["learning rate"] if tuned is not None else []), *stretches, *more]
+        for stretch in stretches.values():
+            numbers = all_or_infinite(losses, losses[:, stretch].double().mean(1))
+            cells += [in_words(numbers), *([number(middle(numbers))] if several else [])]
+        rows.append(cells + [in_words(column[name]) for column in more.values()])
+    heads = ["optimizer", *(["learning rate"] if tuned is not None else [])]
+    for what in stretches:
+        heads += [what, *(["median"] if several else [])]
+    heads += more
     return markdown(heads, rows) + (f"\n\nLearning rates: {'; '.join(judged)}." if judged else "")
 
 
