@@ -144,7 +144,7 @@ def main():
     net = start_as_normalized_adam(MLPOptimizer(orthogonalize=options.third, context=options.third))
     more, trained, watched = make_families(net, small_images())
     start = torch.nn.utils.parameters_to_vector(net.parameters()).detach().clone()
-    episodes, lr, families_a_step, end = Episodes(), LR, FAMILIES_A_STEP, None
+    episodes, lr, families_a_step, fall, end = Episodes(), LR, FAMILIES_A_STEP, 0, None
     if options.second:  # more families, rates nearer to those that users choose, and an end
         trained, lr, families_a_step, end = more | trained, 5e-4, 5, 16000
         episodes = Episodes(lengths=(150, 1200), rates=(5e-4, 2e-2), scales=(1e-2, 1e2), falling=0.85)
@@ -152,6 +152,7 @@ def main():
         options.state = options.state or HERE / "general_mlp_second.pt"
     if options.third:  # from the first part's weights, the context's as at the start
         trained, lr, families_a_step = more | trained, 5e-4, 5
+        fall, end = 22500, 40000  # from 14,000 to 22,000 steps at the full rate validation stood still
         episodes = Episodes(lengths=(100, 1500), rates=(5e-4, 3e-2), scales=(1e-2, 1e2), falling=0.85, late=0.75)
         first = torch.load(HERE / "general_mlp.pt")["averaged"]
         start[: len(first)] = first
@@ -187,7 +188,8 @@ def main():
         names = names[families_a_step:]
         weights.grad = total * min(1.0, 1.0 / (total.norm().item() + 1e-12))
         rate = lr * min(1.0, (run["k"] + 1) / WARMUP)
-        adam.param_groups[0]["lr"] = rate * (0.5 * (1 + math.cos(math.pi * run["k"] / end)) if end else 1.0)
+        gone = max(0.0, (run["k"] - fall) / (end - fall)) if end else 0.0
+        adam.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * gone))
         adam.step()
         run["k"] += 1
         run["averaged"].lerp_(weights.data, 1 - min(KEPT, run["k"] / (run["k"] + 10)))
