@@ -1,6 +1,6 @@
 """Optimizers on the same MNIST networks, minibatches and starts: losses, and each one's differences from the first, paired.
 
-    python benchmarks/paired.py mnist_learned mnist_imitated mnist_learned_0 mnist_from_nag     # some minutes on one core
+    python benchmarks/paired.py mnist_learned mnist_imitated mnist_learned_0 mnist_learned_2 mnist_from_nag     # some minutes on one core
 
 Names are files, or those in `pretrained/`; tuned NAG (learning rate 1, what `tune_baseline` finds) comes last. ± is a standard error.
 """

@@ -186,10 +186,8 @@ def as_loss(loss: Any) -> Loss:
 
 def adopt(adopted, contract, given):
     """What the user gave, behind a contract: it answers for all that it has of it, the contract's defaults for the rest."""
-    for name in vars(contract):
-        if (
-            not name.startswith("_") and name != "problems" and hasattr(given, name)
-        ):  # no user's problem is a mixture by that name
+    for name in vars(contract):  # no user's problem is a mixture by having `problems`
+        if not name.startswith("_") and name != "problems" and hasattr(given, name):
             setattr(adopted, name, getattr(given, name))
     adopted.adopted = given
     return adopted
@@ -210,13 +208,10 @@ class FunctionLoss(Loss):
 def in_parts(params: dict, loss: Loss) -> MetaBatch:
     """A meta-batch of a divisible loss."""
 
-    return MetaBatch(
-        params,
-        loss,
-        lambda first, last: in_parts(
-            {name: tensor[first:last] for name, tensor in params.items()}, loss.part(first, last)
-        ),
-    )
+    def part(first, last):
+        return in_parts({name: tensor[first:last] for name, tensor in params.items()}, loss.part(first, last))
+
+    return MetaBatch(params, loss, part)
 
 
 def part_if_any(batch: Any) -> Callable | None:
@@ -281,6 +276,10 @@ class Rule:
     def config(self) -> Any:
         """The constructor's arguments, a dict: what rebuilds this network, weights apart. Text where it does not say."""
         return {name: vars(self)[name] for name in self.arguments} if self.arguments else ""
+
+    def extra_repr(self) -> str:
+        """These arguments, for `nn.Module`'s `repr`."""
+        return ", ".join(f"{name}={vars(self)[name]!r}" for name in self.arguments)
 
     def bind(self, coordinates: Coordinates) -> "Rule":
         """The same network, with the very same weights, for parameters that lie like this: for one that tells them apart."""
@@ -456,11 +455,8 @@ class PerFunction(Rule):
     def __init__(self, rule, weights, coordinates):
         net = rule.net if isinstance(rule, (ModuleRule, Tensorwise)) else rule
         parts = [coordinates.part(function, function + 1) for function in range(coordinates.functions)]
-        self.rules, self.spans, self.reads = (
-            [as_rule(net, own) for own, _ in parts],
-            [spans for _, spans in parts],
-            rule.reads,
-        )
+        self.rules, self.spans = [as_rule(net, own) for own, _ in parts], [spans for _, spans in parts]
+        self.reads = rule.reads
         self.weights = [{name: tensor[function] for name, tensor in weights.items()} for function in range(len(parts))]
         self.sizes = [end - start for start, end in self.spans[0]]
 
@@ -478,8 +474,10 @@ class PerFunction(Rule):
 
 
 def repack(net: Any) -> None:
-    """Have every part of a network make anew what it keeps of its weights."""
-    for module in net.modules():
+    """Have every part of a network, or of what `as_rule` makes of one, make anew what it keeps of its weights."""
+    while isinstance(net, (ModuleRule, Tensorwise)):
+        net = net.net
+    for module in net.modules() if isinstance(net, nn.Module) else [net]:
         if isinstance(module, Rule):
             module.repack()
 

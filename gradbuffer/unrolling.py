@@ -37,6 +37,10 @@ SMALLEST_SHARE = 1024  # coordinates of a tensor that a partial replay reads at 
 class Coordinates:
     """How a dict of parameters (B, ...) lies in one vector (N,)."""
 
+    first_step: int | torch.Tensor = (
+        0  # added to the number of a step that a network reads; a tensor in a captured window
+    )
+
     def __init__(self, params: dict[str, torch.Tensor]):
         if not isinstance(params, dict) or not params:
             raise TypeError(f"params must be a dict from name to tensor (B, ...), got {type(params).__name__}")
@@ -126,7 +130,7 @@ class Coordinates:
         if "loss" in reads:
             given["loss"] = self.spread(losses)
         if "step" in reads:
-            given["step"] = step
+            given["step"] = self.first_step + step
         return given
 
     def pull_back_reads(self, adjoints: dict[str, torch.Tensor], gradient: torch.Tensor) -> torch.Tensor:
@@ -225,11 +229,8 @@ def record_by_steps(
     tape: Any = None,
 ) -> Recorded:
     """`Rule.record`, step by step. advance: as of `unroll`; tape: what goes with it."""
-    losses, gradients, read = (
-        [],
-        theta.new_empty(updates + 1, len(theta)) if theta.is_cpu else [None] * (updates + 1),
-        [],
-    )
+    losses, read = [], []
+    gradients = theta.new_empty(updates + 1, len(theta)) if theta.is_cpu else [None] * (updates + 1)
     for values, gradient, theta, state in unroll(rule, loss, coordinates, theta, state, step, updates, advance=advance):
         if len(losses) < updates and rule.reads:
             read.append(coordinates.what(rule.reads, theta, values, step + len(losses)))
@@ -302,18 +303,15 @@ def pull_back_by_autograd(
     read: dict[str, Any] | None = None,
 ) -> tuple:
     """`Rule.pull_back` for any network: run the step again, with a graph."""
-    wanted, read = trained(rule), dict(read or {})
+    wanted, read = trained(rule), read or {}
     with torch.enable_grad():
         grad = grad.detach().requires_grad_()
-        read |= {
+        beside = {
             name: value.detach().requires_grad_() for name, value in read.items() if isinstance(value, torch.Tensor)
         }
         state = map_tensors(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), state)
-        before, beside = (
-            tensors_in(state),
-            {name: value for name, value in read.items() if isinstance(value, torch.Tensor)},
-        )
-        update, after = rule(grad, state, **read)
+        before = tensors_in(state)
+        update, after = rule(grad, state, **{**read, **beside})
         ends = [
             (end, d) for end, d in zip([update, *tensors_in(after)], [adjoint, *next_adjoints]) if end.requires_grad
         ]

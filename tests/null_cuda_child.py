@@ -18,7 +18,7 @@ from cases import NETWORKS, PROBLEMS, RESNET18, make_net
 from conftest import write_mnist
 
 from gradbuffer.contracts import as_rule
-from gradbuffer.kernels import triton_lstm
+from gradbuffer.kernels import triton_lstm, triton_mlp
 from gradbuffer.problems.images import on_device as problems_on_device
 from gradbuffer.training.cuda_graphs import CapturedWindow
 from gradbuffer.unrolling import Coordinates
@@ -32,11 +32,13 @@ from optimizers import (
     PerKind,
     RNNProp,
     explain,
+    load_optimizer,
     start_as_normalized_adam,
 )
 
 UNROLL = 20
-triton_lstm.SELF_CHECK = dict.fromkeys(triton_lstm.SELF_CHECK, float("inf"))  # kernels that never run give no numbers
+for kernels_of in (triton_lstm, triton_mlp):  # kernels that never run give no numbers
+    kernels_of.SELF_CHECK = dict.fromkeys(kernels_of.SELF_CHECK, float("inf"))
 
 
 def figures(work, times=2):
@@ -96,6 +98,7 @@ def optimizer(root):
     for param in params:
         param.grad = torch.zeros_like(param)
     nets = {"LSTM": log_sign, "MLP": lambda: start_as_normalized_adam(MLPOptimizer()), "RNNProp": RNNProp}
+    nets["general"] = lambda: load_optimizer("general")
     for name, make in nets.items():
         optimizer = LearnedOptimizer(params, make().cuda(), lr=0.001)
         yield name, figures(optimizer.step, 1)
@@ -110,7 +113,7 @@ def training(root):
         ("MNIST", log_sign, MNISTNet(root=root)),
         ("NormalizedLSTM", NormalizedLSTM, MNISTNet(root=root)),
     ):
-        for graph in (False, True):
+        for graph in (False, True, None):
             found = []
             for iterations in (4, 4, 12):
                 null_cuda.reset()
@@ -125,7 +128,35 @@ def training(root):
                 meta_train(make(), problem, device="cuda", iterations=iterations, progress=False, **options)
                 found.append(null_cuda.counts())
             few, many = ({"launches": null_cuda.launches(own), "waits": null_cuda.waits(own)} for own in found[1:])
-            yield f"{name}{', graph' * graph}", {key: (many[key] - few[key]) / 8 for key in few}
+            label = {False: "", True: ", graph", None: ", by default"}[graph]
+            yield f"{name}{label}", {key: (many[key] - few[key]) / 8 for key in few}
+
+
+class Waiting(torch.nn.Module):
+    """A network of a user's own whose work depends on values: it cannot be captured."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = torch.nn.Parameter(torch.tensor(0.1))
+
+    def init_state(self, num_coordinates):
+        return ()
+
+    def forward(self, grad, state):
+        return (-self.rate * grad if grad.abs().max().item() < 1e9 else 0 * grad), state
+
+
+def uncaptured(root):
+    """A run of a network that cannot be captured: what it warns of, and whether it comes to its end."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        history = meta_train(Waiting().cuda(), Quadratics(), steps=4, unroll=2, iterations=6, meta_batch=2,
+                             validation_functions=2, progress=False, device="cuda")  # fmt: skip
+    texts = [str(warning.message) for warning in found]
+    yield (
+        "a network that waits",
+        {"iterations": len(history.meta_loss), "warnings": [text for text in texts if "CUDA graphs" in text]},
+    )
 
 
 def captures(root):
@@ -153,6 +184,7 @@ def captures(root):
 def kernels(root):
     """What is chosen on CUDA, and why not the others."""
     yield "explain", {"text": explain(log_sign().cuda())}
+    yield "explain general", {"text": explain(load_optimizer("general").cuda())}
     os.environ["L2O_KERNELS"] = "torch"
     net, batch = log_sign().cuda(), MNISTNet(root=root, device="cuda").sample(4, torch.Generator().manual_seed(0))
     state = net.init_state(sum(tensor.numel() for tensor in batch.params.values()))
@@ -265,7 +297,8 @@ def train_by(net):
 
 
 SCENARIOS = {
-    function.__name__: function for function in (windows, optimizer, training, captures, kernels, uploads, public)
+    function.__name__: function
+    for function in (windows, optimizer, training, uncaptured, captures, kernels, uploads, public)
 }
 
 

@@ -958,3 +958,18 @@ def test_torchrun():
     two = weights("two.safetensors")
     for name, weight in weights("one.safetensors").items():
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_no_thread_of_the_process_group_is_left():
+    """One that ran on could abort the process at its end, with the results written."""
+    program = """if True:
+        import pathlib, sys
+        from gradbuffer.command_line import main
+        status = main(sys.argv[1:])
+        print(status, sorted(path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")))
+    """
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, "train", "--output", "one.safetensors", *SMALL]
+    result = subprocess.run(command, env=environment() | alone, capture_output=True, text=True, timeout=200)
+    assert result.stdout.splitlines()[-1].startswith("0 ["), result.stderr
+    assert "gloo" not in result.stdout

@@ -6,13 +6,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradbuffer.checks import NonFiniteError, check_finite, values_unchecked
+from gradbuffer.contracts import as_rule
 from gradbuffer.data.cifar10 import generated_images
 from gradbuffer.nests import map_tensors, tensors_in
 from gradbuffer.training.cuda_graphs import CapturedWindow
 from gradbuffer.training.meta_gradients import meta_gradient
+from gradbuffer.unrolling import Coordinates
 from meta_training import meta_train
 from optimizees import CIFAR10Net, ConvexTerms, MetaBatch, Mirrored, MNISTNet, Quadratics, RandomScaling
-from optimizers import CoordinatewiseLSTM, RNNProp
+from optimizers import CoordinatewiseLSTM, MLPOptimizer, RNNProp
 
 
 class Recorder(TorchDispatchMode):
@@ -70,6 +72,10 @@ CASES = {
         lambda root: MNISTNet((3,), "relu", batch_size=5, root=root, dtype=torch.float64),
         lambda: RNNProp(hidden_size=5),
     ),
+    "time": (
+        lambda root: Quadratics(dim=4, dtype=torch.float64),
+        lambda: MLPOptimizer((4,), "small_fc", lr=0.001).double(),
+    ),
     "varied": (
         lambda root: Mirrored(ConvexTerms(RandomScaling(Quadratics(dim=4, dtype=torch.float64), 1.0), dim=3)),
         lambda: CoordinatewiseLSTM(hidden_size=5),
@@ -83,18 +89,22 @@ CASES = {
 }
 
 
+def start_of(net, batch):
+    coordinates = Coordinates(batch.params)
+    return as_rule(net, coordinates).init_state(sum(coordinates.sizes))
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("objective", ["sum", "log"])
 def test_captured_window_equals_meta_gradient(plain, tiny_mnist, case, objective):
     """Other functions, other weights, later windows: what was captured knows of none of them."""
     problem, net = CASES[case][0](tiny_mnist), CASES[case][1]().double()
     first = problem.sample(1 if case == "one" else 4, generator(0))
-    N = sum(tensor.numel() for tensor in first.params.values())
-    window = CapturedWindow(net, first, first.params, net.init_state(N), 4, objective, record=recorded)
+    window = CapturedWindow(net, first, first.params, start_of(net, first), 4, objective, record=recorded)
     for seed in (1, 2):
         perturb(net)
         batch = problem.sample(1 if case == "one" else 4, generator(seed))
-        params, state = batch.params, net.init_state(N)
+        params, state = batch.params, start_of(net, batch)
         for step in (0, 4, 8):
             assert window.fits(batch, params, state, step)
             before = map_tensors(torch.clone, (params, state))
@@ -136,16 +146,16 @@ def test_nothing_comes_from_another_device(monkeypatch, tiny_mnist, case):
     """On tensors without values: a window copies nothing to its device and waits for no value, as a graph demands."""
     problem, net = CASES[case][0](tiny_mnist).to("meta"), CASES[case][1]().double().to("meta")
     batch = problem.sample(1 if case == "one" else 4, generator(0))
-    N = sum(tensor.numel() for tensor in batch.params.values())
 
     def watched(work):
+        work()  # as before a capture: constants are brought once
         with OneDevice(), monkeypatch.context() as context:
             for place, name in FROM_PYTHON:
                 context.setattr(place, name, None)
             return None, work()
 
-    window = CapturedWindow(net, batch, batch.params, net.init_state(N), 4, record=watched)
-    assert window.results.grads["output.weight"].is_meta
+    window = CapturedWindow(net, batch, batch.params, start_of(net, batch), 4, record=watched)
+    assert all(grad.is_meta for grad in window.results.grads.values())
     with OneDevice(), pytest.raises(AssertionError, match="copy"):  # both would be noticed
         torch.zeros(3).to("meta")
     with pytest.raises(RuntimeError, match="meta"):

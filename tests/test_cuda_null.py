@@ -107,6 +107,12 @@ def test_a_learned_optimizer_takes_two_launches_a_group(found):
     assert found("optimizer")["RNNProp"]["waits"] <= 1
 
 
+@pytest.mark.parametrize("name, most", [("MLP", 9), ("general", 26)])
+def test_all_tensors_of_the_small_optimizer_share_launches(found, name, most):
+    """On the same tensors; with Newton-Schulz three launches an iteration."""
+    assert found("optimizer")[name]["launches"] <= most and found("optimizer")[name]["waits"] <= 1
+
+
 def test_torch_does_not_cut_into_a_cpus_blocks(found):
     """Without Triton: no more launches for 64,000 coordinates than for a few, a tenth of what blocks of a cache's size took."""
     assert found("kernels")["torch"]["launches"] <= 65 * STEPS
@@ -114,7 +120,19 @@ def test_torch_does_not_cut_into_a_cpus_blocks(found):
 
 def test_iterations_of_training_wait_once(found):
     assert {name: figures["waits"] for name, figures in found("training").items() if figures["waits"] > 1} == {}
-    assert len(found("training")) == 6
+    assert len(found("training")) == 9
+
+
+def test_windows_are_graphs_by_default(found):
+    for name in ("quadratics", "MNIST", "NormalizedLSTM"):
+        plain, graph, default = (found("training")[name + end] for end in ("", ", graph", ", by default"))
+        assert default == graph and default["launches"] < plain["launches"] / 2
+
+
+def test_training_goes_on_where_a_window_cannot_be_captured(found):
+    run = found("uncaptured")["a network that waits"]
+    assert run["iterations"] == 6 and len(run["warnings"]) == 1
+    assert run["warnings"][0].startswith("windows are not launched as CUDA graphs: ")
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -142,6 +160,7 @@ def test_what_is_drawn_comes_without_a_wait_and_data_once(found):
 def test_triton_is_the_default_and_torch_says_how_exact(found):
     figures = found("kernels")
     assert "step: triton\n" in figures["explain"]["text"] and "replay: triton\n" in figures["explain"]["text"]
+    assert "LearnedOptimizer: triton\n" in figures["explain general"]["text"]
     for tf32, said in ((False, "cuDNN LSTM, exact products"), (True, "cuDNN LSTM, products in TF32 allowed")):
         own = figures[f"TF32 {tf32}"]
         assert total(own, "cuDNN LSTM") == total(own, said) > 0

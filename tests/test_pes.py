@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from cases import make_batch, make_net
 from torch import nn
 
+from gradbuffer.checks import values_unchecked
+from gradbuffer.contracts import as_rule
+from gradbuffer.nests import Snapshot, form_of
+from gradbuffer.training.evolution import PES
 from gradbuffer.training.meta_gradients import meta_gradient
-from meta_training import meta_train
+from gradbuffer.unrolling import Coordinates
+from meta_training import evaluate, meta_train
 from optimizees import MetaBatch, Quadratics
 from optimizers import CoordinatewiseLSTM
 
@@ -111,3 +117,40 @@ def test_bad_input():
     _, info = meta_gradient(net, batch, batch.params, net.init_state(1), method="pes", pairs=2)
     with pytest.raises(ValueError, match="pairs must stay what it was in the window before, 2, got 1"):
         meta_gradient(net, batch, info.params, info.state, method="pes")
+
+
+@pytest.mark.parametrize("network", ["LSTM", "RNNProp", "PerKind", "GAC"])
+@pytest.mark.parametrize("per_function", [False, True])
+def test_perturbed_weights_are_seen_where_networks_do_not_look(network, per_function, monkeypatch):
+    """On a device networks do not wait to see whether their weights have changed: they are told."""
+    net, batch = make_net(network), make_batch("quadratics", None)
+    state = as_rule(net, Coordinates(batch.params)).init_state(8)
+    method = PES(per_function=per_function)
+
+    def estimate():
+        drawn = torch.Generator().manual_seed(0)
+        return meta_gradient(net, batch, batch.params, state, unroll=3, method=method, generator=drawn)[0]
+
+    def look(self, tensors, wait=True):
+        return holds(self, tensors) if wait else form_of(tensors) == self.form
+
+    wanted, holds = estimate(), Snapshot.holds
+    monkeypatch.setattr(Snapshot, "holds", look)
+    with values_unchecked():
+        found = estimate()
+    assert all(wanted[name].any() for name in wanted)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("network", ["LSTM", "RNNProp", "PerKind", "GAC"])
+def test_an_evaluation_sees_new_weights_where_networks_do_not_look(network, monkeypatch):
+    net, kept = make_net(network), Snapshot.holds
+    before = evaluate(net, Quadratics(4, torch.float64), 5, 2)
+    monkeypatch.setattr(Snapshot, "holds", lambda self, tensors, wait=True: form_of(tensors) == self.form)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter *= 2
+    found = evaluate(net, Quadratics(4, torch.float64), 5, 2)
+    monkeypatch.setattr(Snapshot, "holds", kept)
+    torch.testing.assert_close(found, evaluate(net, Quadratics(4, torch.float64), 5, 2))
+    assert not torch.equal(found, before)

@@ -9,6 +9,7 @@ or a result is there already; 130 interrupted by Ctrl-C, the best so far is save
 have its values at the scale `quick`.
 """
 
+import importlib
 import io
 import json
 import os
@@ -97,10 +98,7 @@ def main(arguments=None):
         check_device(options.device)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and options.run is not run_train:
             raise ValueError("only train runs in several processes")
-        status = options.run(options)
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
-        return status
+        return options.run(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -113,12 +111,16 @@ def main(arguments=None):
         return report_failure(error, 2)
     except OSError as error:
         return report_failure(error, 1)
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def needs_all_coordinates(options):
-    """Hessian products, graphs, perturbations, averages and networks of a user's own do."""
+    """Hessian products, graphs, perturbations, averages and networks of a user's own do; and a GPU has no reason to leave some out."""
     return (
         options.second_order
+        or torch.device(options.device).type == "cuda"
         or options.cuda_graph
         or options.method != "replay"
         or options.network in SHARING
@@ -404,6 +406,9 @@ def join_processes(device):
     if cuda:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
+    # torch's optimizers import this; where they are first to, its defaults keep our group for good, whose threads then run on
+    # after it is destroyed, and abort a process that ends meanwhile.
+    importlib.import_module("torch.distributed.nn.functional")
     distributed.init_process_group("nccl" if cuda else "gloo")
     return device
 

@@ -294,7 +294,7 @@ def add_fields(add, cls, but=()):
                 else f"{said.rstrip('.')}; default {default}"
             )
         kind = (
-            dict(action="store_true")
+            dict(action="store_true" if own.type is bool else argparse.BooleanOptionalAction)
             if kinds[0] is bool
             else dict(metavar="N", type=int, nargs="+")
             if kinds[0] is tuple

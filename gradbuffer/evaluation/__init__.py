@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from gradbuffer.checks import check_count, check_finite, values_unchecked
-from gradbuffer.contracts import Problem, as_loss, as_rule, device_of
+from gradbuffer.contracts import Problem, as_loss, as_rule, device_of, repack
 from gradbuffer.evaluation.drawing import draw_batches, join_for
 from gradbuffer.unrolling import Coordinates, in_place
 
@@ -127,6 +127,7 @@ def learned_rule(net: torch.nn.Module) -> Callable:
 
     def begin(theta: torch.Tensor, coordinates=None):
         coordinates = coordinates or Coordinates({"theta": theta[None]})
+        repack(net)  # where a device would have to be waited for, a network does not look itself
         rule = as_rule(net, coordinates)
         state = rule.init_state(theta.numel())
         take = in_place(rule, state) if rule.overwrites else rule

@@ -15,7 +15,17 @@ import torch
 
 from gradbuffer.kernels.interface import LSTMKernels
 
-__all__ = ["KINDS", "asked_for", "has_numba", "kernels_for", "load", "reasons_against", "takes_numba", "takes_triton"]
+__all__ = [
+    "KINDS",
+    "asked_for",
+    "has_numba",
+    "kernels_for",
+    "load",
+    "reasons_against",
+    "reasons_against_triton",
+    "takes_numba",
+    "takes_triton",
+]
 
 
 class Kind(NamedTuple):
@@ -87,6 +97,15 @@ def takes_triton(tensor: torch.Tensor) -> bool:
     """Whether other kernels in Triton may run on tensors like this one, and can be had."""
     fits = tensor.is_cuda and tensor.dtype in (torch.float32, torch.float64)
     return fits and "triton" in kinds_allowed() and is_installed("triton")
+
+
+def reasons_against_triton(tensor: torch.Tensor) -> list[str]:
+    """Why other kernels in Triton may not run on tensors like this one; empty where they may, or may in the interpreter."""
+    if "triton" not in kinds_allowed():
+        return [f"L2O_KERNELS={asked_for()} asks for another"]
+    if not tensor.is_cuda and asked_for() != "triton":
+        return [f"runs on cuda, the parameters are on {tensor.device}"]
+    return [] if is_installed("triton") else ["triton is not installed: pip install triton"]
 
 
 def has_numba() -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 
 from gradbuffer.devices import memory_of
 
-__all__ = ["LSTMKernels", "WORK"]
+__all__ = ["LSTMKernels", "WORK", "add_gradients"]
 
 WORK = ("step", "replay", "step_back")  # the pieces of work for which kernels are chosen
 REPLAY_BLOCK = 1 << 16  # coordinates over which autograd runs at once on a CPU, at most

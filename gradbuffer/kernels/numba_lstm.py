@@ -260,20 +260,14 @@ class NumbaLSTM(LSTMKernels):
 
     def gradients(self, sums):
         """A list of such sums -> gradients as of `replay`."""
-        blocked, biases, output = (parts[0] if len(parts) == 1 else sum(parts) for parts in zip(*sums))
-        layers, H = [], self.hidden
-        for l, (values, bias) in enumerate(zip(blocked, biases)):
-            width = H if l else self.inputs
-            across = -(-(width + H) // OUTER)
-            weight = (
-                values[: H * across * 4 * OUTER].reshape(H, across, 4, OUTER).transpose(0, 2, 1, 3).reshape(4 * H, -1)
-            )
-            parts = weight[:, :width], weight[:, width : width + H], bias
-            layers.append([self.tensor(part[self.place]) for part in parts])
-        return layers, self.tensor(output[1 : 1 + H]), self.tensor(output[:1])[0]
-
-    def tensor(self, sums):
-        return torch.from_numpy(sums.astype(self.weights.dtype))
+        kind, H = self.weights.dtype, self.hidden
+        blocked, biases, output = ((parts[0] if len(parts) == 1 else sum(parts)).astype(kind) for parts in zip(*sums))
+        layers, output = [], torch.from_numpy(output)
+        for l, (weights, bias) in enumerate(zip(blocked, biases)):
+            of_inputs, of_hidden = places_of_sums(H, H if l else self.inputs)
+            parts = weights.take(of_inputs), weights.take(of_hidden), bias.take(self.place)
+            layers.append([torch.from_numpy(part) for part in parts])
+        return layers, output[1 : 1 + H], output[0]
 
 
 @functools.cache
@@ -281,6 +275,16 @@ def order_of_rows(H):
     """Where each row of `llvm_blocks` is among all units' i, f, g, o; and the inverse of that permutation."""
     order = np.arange(4 * H).reshape(4, H).T.ravel()
     return order, np.argsort(order)
+
+
+@functools.cache
+def places_of_sums(H: int, width: int):
+    """Where `nn.LSTM`'s matrices (4H, width) and (4H, H) have their gradients among the sums of `run_replay`, which lie in blocks
+    4 × OUTER."""
+    across = -(-(width + H) // OUTER)
+    places = np.arange(H * across * 4 * OUTER).reshape(H, across, 4, OUTER).swapaxes(1, 2).reshape(4 * H, -1)
+    places = places[order_of_rows(H)[1]]
+    return places[:, :width].copy(), places[:, width : width + H].copy()
 
 
 @functools.cache

@@ -27,15 +27,14 @@ class GateTape:
 
     def __init__(self, kernels: LSTMKernels, coordinates: int, steps: int, with_state: bool = True):
         layers, H, size = kernels.layers, kernels.hidden, kernels.weights.itemsize
-        self.kernels, self.steps, self.shares = kernels, steps, np.zeros(layers, np.int64)
+        self.kernels, self.steps = kernels, steps
         self.strides, tiles = np.array([H * LANES, LANES, layers * H * LANES]), -(-coordinates // LANES)
         state, gates = 2 * tiles * layers * H * LANES, 4 * steps * H * LANES  # numbers; of a layer of a tile
         state = state if with_state and steps > 1 and state * size <= STATE_BYTES else 0
         fit = (most_bytes(windows_at_once()) - state * size) // (gates * size)
-        if fit >= WORTHWHILE * tiles:
-            for l in reversed(range(layers)):
-                self.shares[l] = min(tiles, fit - self.shares.sum())
-        needed = (state + int(self.shares.sum()) * gates) * size
+        fit = fit if fit >= WORTHWHILE * tiles else 0
+        shares = [min(max(fit - above * tiles, 0), tiles) for above in reversed(range(layers))]
+        self.shares, needed = np.array(shares, np.int64), (state + sum(shares) * gates) * size
         try:
             self.memory = GateTape.spare.pop()
         except IndexError:

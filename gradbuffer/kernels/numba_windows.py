@@ -15,7 +15,7 @@ from gradbuffer.kernels.llvm_blocks import LANES
 from gradbuffer.kernels.numba_compiler import compiled
 from gradbuffer.kernels.numba_loops import MORE_TILES, State, Tape, Weights, run_step
 from gradbuffer.kernels.numba_mlp_gradients import ACTIVATIONS, CROSS_ENTROPY, layers_of, scratch_of, value_and_gradient
-from gradbuffer.kernels.numba_tape import GateTape, array, as_rows
+from gradbuffer.kernels.numba_tape import GateTape, array, as_rows, flat
 from gradbuffer.kernels.numba_threads import buffer, parallel_for, pieces_of, shares_of, threads_here
 from gradbuffer.nests import clone
 
@@ -48,7 +48,7 @@ def record_quadratics(data: QuadraticData, kernels, theta, state, step, updates,
     update, tape = np.empty(N, kind), GateTape(kernels, N, updates, with_state=False) if keep else None
     kept = kernels.gates_on(tape)
     whole = W, y.reshape(functions, n), twice, array(theta), float(p), *kernels.packed
-    own = *as_rows(hidden, cells), array(losses), array(gradients)
+    own = *flat(array(hidden), array(cells)), array(losses), array(gradients)
 
     def work(first, last):
         quadratic_window(*whole, *own, first, last, update, np.empty(n, kind), kernels.scratch(1, MORE_TILES), *kept)

@@ -96,7 +96,7 @@ def group_kernel(
     SHARPEST: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """θ ← θ + rate · update and the next state, of BLOCK coordinates of one tensor; nothing where a flag is up."""
     tensor = tl.load(owners + tl.program_id(0))
@@ -129,7 +129,7 @@ def group_kernel(
         BELOW,
         UNITS,
         PRECISION,
-        INTERPRET,
+        PTX,
     )
     theta = memory_at(pointers, count + tensor, weights) + columns
     tl.store(theta, tl.load(theta, mask=inside, other=0.0) + tl.load(numbers + 2) * out, mask=inside)
@@ -214,7 +214,7 @@ class GroupSteps:
                 LOG_SIGN=self.p,
                 SHARPEST=math.exp(self.p),
                 BLOCK=STEP_BLOCK,
-                **self.kernels.options,
+                **self.kernels.step_options,
             )
 
 

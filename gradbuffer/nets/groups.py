@@ -29,7 +29,7 @@ def fits_group(network: Any, group: dict[str, Any], parameter: torch.Tensor) -> 
 class Group(Work):
     """Parameters of one group that a network steps all at once."""
 
-    meshes = ()
+    meshes, looks = (), True
 
     def __init__(
         self, network: VectorNetwork, group: dict[str, Any], number: int, members: list[int], lr: float, stored: dict

@@ -16,6 +16,8 @@ from gradbuffer.contracts import Loss, Rule
 from gradbuffer.kernels.choice import KINDS, asked_for, kernels_for, reasons_against
 from gradbuffer.kernels.interface import WORK, LSTMKernels
 from gradbuffer.nests import Snapshot, clone
+from gradbuffer.nets.mlp import MLPOptimizer
+from gradbuffer.nets.tensorwise import explain_steps
 from gradbuffer.unrolling import Coordinates, Recorded, record_by_steps, trained
 
 __all__ = ["LSTMOptimizer", "explain"]
@@ -45,9 +47,6 @@ class LSTMOptimizer(Rule, nn.Module):
         self.lstm = nn.LSTM(inputs, hidden_size, num_layers)
         self.output = nn.Linear(hidden_size, 1)
         self._packed = None
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 
     def train(self, mode: bool = True) -> "LSTMOptimizer":
         """As of `nn.Module`, but the LSTM stays in training mode: without dropout both are the same, and cuDNN differentiates
@@ -249,8 +248,11 @@ class LSTMOptimizer(Rule, nn.Module):
         lstm, output = self.lstm, self.output
         weight, bias = output.weight, output.bias
         weights, scale, kept = [*lstm._flat_weights, weight, bias], self._packed_scale(), self._packed
-        if kept is None or kept[0] != scale or not kept[1].holds(weights, wait=values_are_checked()):
-            self._packed = kept = scale, Snapshot(weights), {}  # the snapshot first: a change in between is then seen
+        # under `functional_call` other tensors stand in the weights' place
+        wait = values_are_checked() or kept is not None and any(a is not b for a, b in zip(kept[3], weights))
+        if kept is None or kept[0] != scale or not kept[1].holds(weights, wait):
+            # the snapshot first: a change in between is then seen
+            self._packed = kept = scale, Snapshot(weights), {}, weights
         made, asked = kept[2], (asked_for(), work, state, squash, inputs)
         if asked in made:
             return made[asked]
@@ -275,13 +277,13 @@ class LSTMOptimizer(Rule, nn.Module):
         if not isinstance(grad, torch.Tensor):
             raise TypeError(f"grad must be a tensor, got {type(grad).__name__}")
         weight, N = self.output.weight, grad.shape[-1] if grad.dim() else 0
-        if tuple(grad.shape) != shape or N == 0:
+        if grad.shape != shape or N == 0:
             raise ValueError(f"grad must have shape (N,) with N ≥ 1, or (T, N) in replay; got {tuple(grad.shape)}")
         names = ["hidden", "cell", *(f"memory[{k}]" for k in range(len(self.memory_shapes)))]
         if not (isinstance(state, (tuple, list)) and len(state) == len(names)):
             raise TypeError(f"state must be init_state's tuple of {len(names)} tensors, hidden and cell first")
         for name, tensor, rows in zip(names, state, self._state_shapes()):
-            if tuple(tensor.shape) != (*rows, N):
+            if tensor.shape != (*rows, N):
                 raise ValueError(
                     f"state's {name} must have shape {(*rows, N)} for {N} coordinates, got {tuple(tensor.shape)}"
                 )
@@ -391,19 +393,23 @@ def explain(net: nn.Module) -> str:
         net: a learned optimizer; a `PerKind` is explained network by network.
 
     Returns:
-        text, some lines for each LSTM that has kernels.
+        text, some lines for each LSTM and each `MLPOptimizer`.
 
     Example:
         >>> from optimizers import CoordinatewiseLSTM
         >>> print(explain(CoordinatewiseLSTM()))
     """
-    found = {name: module for name, module in net.named_modules() if isinstance(module, LSTMOptimizer)}
+    found = {name: each for name, each in net.named_modules() if isinstance(each, (LSTMOptimizer, MLPOptimizer))}
     if not found:
         return f"{type(net).__name__} has no kernels: its forward runs as it is written, and autograd differentiates it"
     lines = []
     for name, module in found.items():
-        weight = module.output.weight
+        weight = next(module.parameters())
         lines.append(f"{name + ': ' if name else ''}{type(module).__name__} of {weight.dtype} on {weight.device}")
+        if isinstance(module, MLPOptimizer):
+            lines += explain_steps(module)
+            continue
+        weight = module.output.weight
         for work in WORK:
             needs = dict(lstm=module.lstm, p=module.built_in or 0.0)
             if work != "step":

@@ -62,6 +62,12 @@ class MLPOptimizer(Rule, nn.Module):
         weight_decay: 0 or more, decoupled.
         lr: the rate where `forward` is given none, above 0; the default rate of `LearnedOptimizer`.
 
+    Attributes:
+        rounds_products: where kernels on CUDA take a `LearnedOptimizer`'s steps in float32, the factors of the products of Newton-Schulz
+            are rounded to float16, which has as many digits as TF32; sums and the matrices themselves are not. The directions of
+            matrices of 64 × 4000 to 128 × 576 were off by 0.002 of their size at most; those of TF32 by 0.004, and where the matrix
+            itself is rounded to bfloat16, as in Muon, by up to 0.3. Default True; False: exact to float32's digits, and slower.
+
     Raises:
         TypeError, ValueError: an argument is not as said.
 
@@ -77,6 +83,7 @@ class MLPOptimizer(Rule, nn.Module):
     """
 
     tensorwise = True
+    rounds_products = True
     arguments = ("hidden_sizes", "variant", "orthogonalize", "vectors", "weight_decay", "lr", "context")
 
     def __init__(
@@ -128,9 +135,6 @@ class MLPOptimizer(Rule, nn.Module):
     def reads(self) -> set:
         """What `forward` reads beside gradients and state."""
         return {"params"} if self.variant == "celo" else {"params", "step"}
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 
     def init_state(self, params: dict) -> dict:
         """The state before the first step: zeros, in the parameters' dtype and on their device.

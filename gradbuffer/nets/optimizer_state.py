@@ -56,6 +56,8 @@ STEP = Part((), None, False, True)  # the part "step" of a state: how many steps
 class Work:
     """What a network reads of a group in one step."""
 
+    looks = False  # whether its kernels look at gradients and weights themselves
+
     def __init__(self, network: "NetworkInPlace", group: dict[str, Any], number: int, members: list[int], lr: float):
         self.network, self.group, self.number, self.members, self.lr = network, group, number, members, lr
         self.params = [group["params"][index] for index in members]
@@ -101,6 +103,12 @@ class NetworkInPlace:
     def is_current(self) -> bool:
         """Whether the network still is where it was, as a whole."""
         return self.place == place_of(self.source)
+
+    @property
+    def kept_vector(self) -> torch.Tensor | None:
+        """What the weights were, one vector on the device; None where they are elsewhere, or of several dtypes."""
+        vectors = [] if self.is_copy or self.kept is None or self.kept.on_cpu else self.kept.kept
+        return vectors[0] if len(vectors) == 1 and vectors[0].dtype == self.dtype else None
 
     def unchanged(self) -> bool | torch.Tensor:
         """Whether the weights are those of the last `renew`, or not watched: a bool, or a tensor on their device."""

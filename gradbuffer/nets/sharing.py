@@ -63,9 +63,6 @@ class SharingLSTM(Rule, nn.Module):
         for weight in (*above, *(layer[1] for layer in self.lstm.all_weights), self.output.weight):
             weight[:, own:] = 0
 
-    def extra_repr(self):
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-
     def symmetrize(self, tensors):
         """See `CoordinatewiseLSTM.symmetrize`; here averaged cells are even, and the numbers of the heads are odd."""
         return odd_part(tensors, self.hidden_size, self.input_signs, self.shared)

@@ -74,9 +74,6 @@ class SubspaceLSTM(Rule, nn.Module):
         self.log_rate = nn.Parameter(torch.tensor(math.log(first_rate)))
         self.log_ridge = nn.Parameter(torch.tensor(math.log(1e-4)))  # relative to the diagonal of DᵀY
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-
     def init_state(self, params: dict) -> dict:
         """The state before the first step: zeros, in the parameters' dtype and on their device.
 

@@ -1,9 +1,11 @@
 """Networks that read whole tensors, in a `LearnedOptimizer`: what a step gives them, and what becomes of it.
 
 θ ← (1 - lr · λ) θ, then θ ← θ + update(∇, θ, state; lr), tensor by tensor. An `MLPOptimizer` on a CPU takes the
-compiled steps of `kernels.numba_mlp.TensorSteps` where they do what it does; all others run as they are.
+compiled steps of `kernels.numba_mlp.TensorSteps` where they do what it does, on CUDA those of `kernels.triton_mlp`, of all tensors
+of a group at once; all others run as they are.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradbuffer.kernels.choice import takes_numba
+from gradbuffer.kernels.choice import asked_for, load, reasons_against_triton, takes_numba
 from gradbuffer.nests import fill_leaves, map_tensors, named_leaves
 from gradbuffer.nets.mlp import MLPOptimizer
 from gradbuffer.nets.optimizer_state import (
@@ -24,10 +26,13 @@ from gradbuffer.nets.optimizer_state import (
     dense_gradient,
     parts_of,
     takes,
+    tensors_of,
     without_autocast,
 )
 
-__all__ = ["TensorNetwork", "Tensors", "own_rate"]
+__all__ = ["TensorNetwork", "Tensors", "explain_steps", "own_rate"]
+
+TOGETHER = "gradbuffer.kernels.triton_mlp:MLPSteps"  # imported only where it may run: importing triton takes a second
 
 
 def own_rate(net: nn.Module) -> float:
@@ -49,9 +54,18 @@ class Tensors(Work):
             raise ValueError(f"lr of group {number} must be a number of at least 0, got {lr}")
         members = [index for index in members if group["params"][index].grad is not None]
         super().__init__(network, group, number, members, lr)
-        self.names = [group["param_names"][index] if "param_names" in group else str(index) for index in members]
         self.keep = 1 - lr * group["weight_decay"]
-        self.gradients = [dense_gradient(parameter, group["maximize"], network.dtype) for parameter in self.params]
+        self.gradients = self.read_gradients()
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """What the network calls them."""
+        return [self.group["param_names"][k] if "param_names" in self.group else str(k) for k in self.members]
+
+    def read_gradients(self) -> list[torch.Tensor]:
+        """What the network reads of each."""
+        maximize, dtype = self.group["maximize"], self.network.dtype
+        return [dense_gradient(parameter, maximize, dtype) for parameter in self.params]
 
     def prepare(self, states: dict) -> None:
         """Find the states, or begin them; nothing of the optimizer's is changed."""
@@ -65,10 +79,68 @@ class Tensors(Work):
     def apply(self, states: dict) -> None:
         """Keep the new parameters and states."""
         self.network.finish(self)
+        self.keep_new(states)
+
+    def keep_new(self, states: dict) -> None:
+        """Keep what is not where it belongs yet."""
         for parameter, value, state in zip(self.params, self.values, self.states):
             states[parameter] = state
             if value.dtype != parameter.dtype:
                 parameter.copy_(value)
+
+
+class TensorGroup(Tensors):
+    """Those that kernels step all at once. What did not change since the last step is not looked at again: that takes a host longer
+    than a device needs for the step."""
+
+    looks = True
+
+    def read_gradients(self) -> list[torch.Tensor]:
+        """Each in one piece; the kernels turn their sign."""
+        dtype, found = self.network.dtype, []
+        for parameter in self.params:
+            gradient = parameter.grad
+            plain = type(gradient) is torch.Tensor and gradient.dtype is dtype and gradient.layout is torch.strided
+            found.append((gradient if plain else dense_gradient(parameter, False, dtype)).contiguous())
+        return found
+
+    def look(self) -> torch.Tensor:
+        """Flags (2,) on the device: a gradient is not finite; the network's weights have changed. One launch."""
+        network, kept = self.network, self.network.kept_vector
+        made = network.groups.get(self.number)
+        if made is None or not made.holds(self.params, kept):
+            made = load(TOGETHER)(network.net, self.params, tensors_of(network.source), kept)
+            network.groups[self.number] = made
+        self.steps = made
+        return made.look(self.gradients)
+
+    def renew(self) -> None:
+        """Take the weights as they are now; the gradients have been looked at."""
+        self.steps.lower()
+        self.network.renew()
+        self.look()
+
+    def prepare(self, states: dict) -> None:
+        """Find the states, or begin them; nothing of the optimizer's is changed."""
+        found = [states.get(parameter, {}) for parameter in self.params]
+        self.is_known = self.steps.knows([*self.params, *(leaf for state in found for leaf in state.values())])
+        if not self.is_known:
+            super().prepare(states)
+            pairs = zip(self.params, self.values)
+            self.values = [
+                param if param.dtype == value.dtype else value for param, value in pairs
+            ]  # themselves: known
+
+    def apply(self, states: dict) -> None:
+        """Write over parameters and states, and keep those that are new."""
+        sign = -1.0 if self.group["maximize"] else 1.0
+        if self.is_known:
+            self.steps.step_again(self.gradients, self.lr, sign, self.keep)
+        else:
+            nests = [{name.removeprefix("state."): leaf for name, leaf in state.items()} for state in self.states]
+            self.steps.step(self.values, self.gradients, nests, self.lr, sign, self.keep)
+            self.keep_new(states)
+        torch.autograd.graph.increment_version([param for param in self.params if not param.is_inference()])
 
 
 class TensorNetwork(NetworkInPlace):
@@ -77,7 +149,7 @@ class TensorNetwork(NetworkInPlace):
     It computes in the parameters' dtype if that is float32 or float64, else in float32; its weights are cast to it.
     """
 
-    work, joins, writes_in_place = Tensors, False, False
+    joins, writes_in_place = False, False
 
     def __init__(self, net: nn.Module, device: torch.device, dtype: torch.dtype):
         self.dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
@@ -86,16 +158,24 @@ class TensorNetwork(NetworkInPlace):
             and net.variant == "celo"
             and takes_numba(torch.empty(0, device=device, dtype=self.dtype))
         )
-        super().__init__(net, device, None if self.is_compiled else self.dtype, is_watched=self.is_compiled)
+        watched = self.is_compiled or asked_for() == "triton"  # on a CPU
+        super().__init__(net, device, None if self.is_compiled else self.dtype, is_watched=watched)
         self.takes = self.reads | {name for name in ("lr", "params") if takes(net, name)}
         self.forms = {}  # shape of a parameter -> the nest of its state, and the parts of that
 
     def is_current(self) -> bool:
-        return super().is_current() and (not self.is_compiled or self.source.config == self.config)
+        return super().is_current() and (type(self.source) is not MLPOptimizer or self.source.config == self.config)
 
     def renew(self) -> None:
         super().renew()
-        self.compiled, self.config = None, self.source.config if self.is_compiled else None
+        self.compiled, self.config = None, self.source.config if type(self.source) is MLPOptimizer else None
+        self.groups = {}  # by the numbers of groups, what steps them at once
+
+    @functools.cached_property
+    def work(self) -> type[Tensors]:
+        """What it reads of a group; looked at before the first step, as a device then compiles kernels and checks them."""
+        like = torch.empty(0, device=self.device, dtype=self.dtype)
+        return Tensors if reasons_against_steps(self.net, like) else TensorGroup
 
     def check_group(self, group: dict[str, Any], params: list[torch.Tensor], where: str) -> None:
         """Raise unless it can run in this place."""
@@ -155,7 +235,7 @@ class TensorNetwork(NetworkInPlace):
             from gradbuffer.kernels.numba_mlp import TensorSteps  # only now: importing numba takes a second
 
             self.compiled = TensorSteps(self.net, self.dtype)
-        for work in works if not self.is_compiled else ():
+        for work in works if not self.is_compiled and self.work is Tensors else ():
             places_at = {}
             for place, state in enumerate(work.states):
                 places_at.setdefault(state.get("step"), []).append(place)
@@ -219,3 +299,23 @@ def shapes_of(tensors):
         name: tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         for name, tensor in tensors.items()
     }
+
+
+def reasons_against_steps(net, like):
+    """Why kernels do not step tensors like that one all at once; empty where they do."""
+    if type(net) is not MLPOptimizer:
+        return [f"there are such kernels for an MLPOptimizer only, got {type(net).__name__}"]
+    return reasons_against_triton(like) or load(TOGETHER).reasons_against(net, like)
+
+
+def explain_steps(net: MLPOptimizer) -> list[str]:
+    """Lines that say what takes a `LearnedOptimizer`'s steps where the network lies, and why not the others."""
+    like = next(net.parameters()).detach()
+    reasons = {"triton": reasons_against_steps(net, like)}
+    if not takes_numba(like):
+        reasons["numba"] = [f"runs on a CPU where it is installed and asked for, the network is on {like.device}"]
+    elif net.variant != "celo":
+        reasons["numba"] = [f'the variant must be "celo", got {net.variant!r}']
+    runs = next(kind for kind in ("triton", "numba", "torch") if not reasons.get(kind))
+    lines = [f"  step of a LearnedOptimizer: {runs}"]
+    return lines + [f"    not {kind}: {'; '.join(against)}" for kind, against in reasons.items() if against]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from gradbuffer.checks import NonFiniteError, check_finite, sum_is_finite, values_unchecked
-from gradbuffer.contracts import as_rule, is_learned
+from gradbuffer.contracts import as_rule
 from gradbuffer.nets.groups import Group, fits_group
 from gradbuffer.nets.optimizer_state import label
 from gradbuffer.nets.sharded import check_sharded, local_size, true_everywhere
@@ -47,7 +47,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     `network_for(name)` which network runs a parameter; it needs named ones. A `forward` with an argument `inplace` is
     called with `inplace=True` and is to write the next state over the given one, which may be a strided part of a
     larger tensor: that saves a copy of the state. An `MLPOptimizer` of variant "celo" takes
-    compiled steps on a CPU where numba is installed.
+    compiled steps on a CPU where numba is installed, and on CUDA those of all tensors of a group at once, by Triton.
 
     A step looks at gradients, weights and states before it changes anything, and keeps new states only once all
     networks have run: after an exception parameters and states are as they were. Not so with networks that write
@@ -294,8 +294,7 @@ def check_options(options):
         )
     if isinstance(net, type):
         raise TypeError(f"net must be a network, not its class: give {net.__name__}(...); got {net!r}")
-    if not is_learned(net):
-        raise TypeError(f"net must be a learned optimizer, an nn.Module with init_state, got {type(net).__name__}")
+    as_rule(net)  # raises unless it is a learned optimizer
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
     for name in ("lr", "weight_decay"):
@@ -375,11 +374,11 @@ def check_step(work, networks):
     One synchronization for each device that is not a CPU, one for each mesh of processes.
     """
     flags, finite, meshes, unchanged = {}, True, [], {}
-    groups = [part for part in work if isinstance(part, Group)]
+    groups = [part for part in work if part.looks]
     networks = [network for network in networks if not any(watches(part, network) for part in groups)]
     for part in work:
         meshes += [mesh for mesh in part.meshes if mesh not in meshes]
-        for gradient in part.gradients if not isinstance(part, Group) else ():
+        for gradient in part.gradients if not part.looks else ():
             if gradient.is_cpu:
                 finite = finite and sum_is_finite(gradient)
             else:

@@ -133,12 +133,6 @@ class VectorNetwork(NetworkInPlace):
             self._steps_in_groups = len(self.parts) == 2 and self.rule.steps_in_groups
         return self._steps_in_groups
 
-    @property
-    def kept_vector(self) -> torch.Tensor | None:
-        """What the weights were, one vector on the device; None where they are elsewhere, or of several dtypes."""
-        vectors = [] if self.is_copy or self.kept is None or self.kept.on_cpu else self.kept.kept
-        return vectors[0] if len(vectors) == 1 and vectors[0].dtype == self.dtype else None
-
     def check_group(self, group: dict[str, Any], params: list[torch.Tensor], where: str) -> None:
         """Raise unless it can run in this place."""
         if not self.rule.coordinatewise:

@@ -91,6 +91,7 @@ class CapturedWindow:
         self.data = [tuple(map(clone, tensors)) for tensors in self.data_of(batch, 0)]
         self.shapes, coordinates = shapes_of(params, state, self.data[0]), Coordinates(params)
         theta = clone(coordinates.join(params).detach())
+        coordinates.first_step = theta.new_zeros((), dtype=torch.int64)  # a number would be captured with the rest
         if record is cuda_graph and not theta.is_cuda:
             raise RuntimeError(f"a CUDA graph needs a CUDA device, the window lies on {theta.device}")
         loss = LossesOfSteps([as_loss(batch.loss).of(tensors) for tensors in self.data])
@@ -134,6 +135,7 @@ class CapturedWindow:
             raise ValueError(f"the window captured has shapes {self.shapes}, got one with {shapes}")
         with torch.no_grad():
             self.window.theta.copy_(self.window.coordinates.join(params))
+            self.window.coordinates.first_step.fill_(step)
             copy_all(tensors_in((self.window.state, self.data)), tensors_in((state, data)))
             self.launch()
             found = map_tensors(clone, self.results)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gradbuffer.checks import check_count, check_positive_number
-from gradbuffer.contracts import Loss, Rule
+from gradbuffer.contracts import Loss, Rule, repack
 from gradbuffer.unrolling import Coordinates, apply_objective, check_objective, trained, unroll
 
 __all__ = [
@@ -157,6 +157,7 @@ class PES(Method):
                         particle = rule
                         for name, parameter in parameters.items():
                             parameter.copy_(moved[name])
+                        repack(rule)
                     for values, _, theta, own in window._replace(rule=particle, theta=theta, state=own).unroll():
                         losses.append(values)
                     curves.append(torch.stack(losses))
@@ -174,6 +175,7 @@ class PES(Method):
         finally:
             for name, parameter in parameters.items():
                 parameter.copy_(kept[name])
+            repack(rule)
         after = PESState({name: torch.stack(parts) for name, parts in perturbations.items()}, particles)
         return Unrolled(grads, torch.stack(curves).mean(0), particles[0][0][0], after)
 

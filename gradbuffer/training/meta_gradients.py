@@ -164,12 +164,12 @@ def method_of(method: str | Method = "replay", **options: Any) -> Method:
         return method
     if method not in METHODS:
         raise ValueError(f'method must be "replay", "autograd" or "pes", got {method!r}')
-    own = {field.name for field in fields(METHODS[method])}
+    own = OPTIONS[method]
     for name, value in options.items():
         if name not in DEFAULTS:
             raise TypeError(f"unexpected keyword argument {name!r}; the options of methods are {sorted(DEFAULTS)}")
         if name not in own and value != DEFAULTS[name]:
-            users = [other for other, cls in METHODS.items() if name in {field.name for field in fields(cls)}]
+            users = [other for other, names in OPTIONS.items() if name in names]
             if users == ["pes"]:
                 raise ValueError(f"{name} is for method pes, got method {method}")
             raise ValueError(f"{name}={value!r} needs method={' or '.join(map(json.dumps, users))}, got {method!r}")
@@ -177,6 +177,7 @@ def method_of(method: str | Method = "replay", **options: Any) -> Method:
 
 
 DEFAULTS = {field.name: field.default for cls in METHODS.values() for field in fields(cls)}
+OPTIONS = {method: {field.name for field in fields(cls)} for method, cls in METHODS.items()}
 
 
 def flat_options(method: Method) -> dict:
@@ -243,10 +244,10 @@ def meta_gradient(
     method.check(as_rule(net))
     coordinates = Coordinates(params)
     rule, theta = as_rule(net, coordinates), coordinates.join(params).detach()
-    weights = theta.new_ones(unroll + 1) if weights is None else torch.as_tensor(weights)
+    weights = theta.new_ones(unroll + 1) if weights is None else bring(torch.as_tensor(weights), theta.device).to(theta)
     if weights.shape != (unroll + 1,):
         raise ValueError(f"weights must have shape ({unroll + 1},) for unroll {unroll}, got {tuple(weights.shape)}")
-    weights = bring(weights, theta.device).to(theta) / coordinates.functions
+    weights = weights / coordinates.functions
     window = Window(rule, as_loss(batch.loss), coordinates, theta, state, step, weights)
     if theta.is_cpu:
         return finish_window(window, method.window(window, generator), method.objective)

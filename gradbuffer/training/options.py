@@ -148,7 +148,8 @@ class Training:
         method: the way to the meta-gradient: `Replay`, `Autograd` or `PES`, with their options.
         cuda_graph: launch each window as one CUDA graph, see `cuda_graphs.CapturedWindow`: for small optimizees, which
             keep a GPU waiting for Python. Changes no result but by rounding. Only with method="replay",
-            second_order=False and replay_fraction=1.
+            second_order=False, replay_fraction=1 and no weights. Default None: on CUDA where these hold, functions have at most 2^20
+            coordinates together, and network and loss can be captured.
         weights: w_t of the losses in a window, unroll + 1 numbers; or a function of a step's number that returns one, so that late
             steps can count more than early ones. Default all 1.
         horizon: windows until functions are drawn anew, instead of always steps / unroll: a `RandomHorizon`, a `Curriculum`,
@@ -177,7 +178,7 @@ class Training:
     clip: float | None = 1.0
     averaging: float = 0.0
     method: Any = Replay()
-    cuda_graph: bool = False
+    cuda_graph: bool | None = None
     weights: Any = None
     horizon: Callable | Curriculum | None = None
     teacher: Teacher | None = None
@@ -227,7 +228,7 @@ class Training:
                     f"weights must have shape ({self.unroll + 1},) for unroll {self.unroll}, got {tuple(weights.shape)}"
                 )
             object.__setattr__(self, "weights", tuple(weights.tolist()))
-        if self.cuda_graph and (self.method != Replay(objective=self.method.objective) or self.weights is not None):
+        if self.cuda_graph and not self.can_be_captured:
             raise ValueError(
                 'cuda_graph=True needs method="replay", second_order=False, replay_fraction=1 and no weights, got '
                 f"{self.method} and weights={self.weights}"
@@ -241,6 +242,11 @@ class Training:
             ]
             for name in [*without, *(name for name in ("cuda_graph", "weights") if vars(self)[name])]:
                 raise ValueError(f"{name} has no effect with imitation {self.teacher.share}")
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether these are windows of which CUDA graphs can be made."""
+        return self.method == Replay(objective=self.method.objective) and self.weights is None
 
     @property
     def validation_every(self) -> int:
@@ -300,7 +306,7 @@ class MetaTrainOptions(TypedDict, total=False):
     warmup: int
     clip: float | None
     averaging: float
-    cuda_graph: bool
+    cuda_graph: bool | None
     weights: Sequence[float] | torch.Tensor | Callable[[int], float] | None
     meta_optimizer: Callable[[list], torch.optim.Optimizer] | None
     schedule: Callable[[int, int], float] | None

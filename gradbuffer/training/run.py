@@ -7,6 +7,7 @@ import contextlib
 import copy
 import math
 import sys
+import warnings
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,6 +29,8 @@ from gradbuffer.unrolling import Coordinates, trained
 __all__ = ["History", "Run"]
 
 VALIDATION_SEED = 1_000_003  # added to the seed of a run, so that its validation functions are not its training ones
+MOST_CAPTURED = 1 << 20  # coordinates up to which windows are CUDA graphs of themselves: beyond, a GPU has enough to do
+KEPT_CAPTURES = 8  # shapes of windows
 
 
 @dataclass
@@ -112,7 +115,8 @@ class Run:
         if stages:
             self.history.stages.append((0, stages[0]))
         self.averaged = copy.deepcopy(net) if options.averaging else net
-        self.captured = {}  # CUDA graphs, by the place of their problem in a mixture
+        self.captured = []  # windows as CUDA graphs, of several shapes
+        self.graphs_fail = False  # where they were not asked for: whether one could not be captured
         self.sizes = {}  # likewise, running mean squares of meta-gradients
         self.functions, self.draws = None, 0  # those in hand (None: to be drawn), how many draws there were
 
@@ -252,22 +256,42 @@ class Run:
         return grads, [loss, *(norm * norm for norm in norms), imitation]
 
     def meta_gradient(self, functions: Functions) -> tuple[dict[str, torch.Tensor], WindowInfo]:
-        window, family = (functions.batch, functions.params, functions.state), functions.family
-        if not self.options.cuda_graph:
-            return meta_gradient(
-                self.net,
-                *window,
-                self.step,
-                self.options.unroll,
-                self.options.method,
-                weights=self.options.weights_at(self.step),
-                generator=self.window_generator(family),
-            )
-        if family not in self.captured or not self.captured[family].fits(*window, self.step):
-            self.captured[family] = CapturedWindow(
-                self.net, *window, self.options.unroll, self.options.method.objective
-            )
-        return self.captured[family](*window, self.step)
+        window = (functions.batch, functions.params, functions.state)
+        captured = self.captured_window(window)
+        if captured is not None:
+            return captured(*window, self.step)
+        return meta_gradient(
+            self.net,
+            *window,
+            self.step,
+            self.options.unroll,
+            self.options.method,
+            weights=self.options.weights_at(self.step),
+            generator=self.window_generator(functions.family),
+        )
+
+    def captured_window(self, window: tuple) -> CapturedWindow | None:
+        """The CUDA graph of windows of such shapes, where they are taken."""
+        asked, params = self.options.cuda_graph, window[1].values()
+        if asked is None:
+            small = sum(tensor.numel() for tensor in params) <= MOST_CAPTURED
+            asked = small and not self.graphs_fail and self.options.can_be_captured and all(p.is_cuda for p in params)
+        if not asked:
+            return None
+        try:
+            for captured in self.captured:
+                if captured.fits(*window, self.step):
+                    return captured
+            made = CapturedWindow(self.net, *window, self.options.unroll, self.options.method.objective)
+        except (RuntimeError, ValueError) as error:
+            if self.options.cuda_graph:
+                raise
+            self.graphs_fail = True
+            if isinstance(error, RuntimeError):  # a loss that does not say what it reads is no surprise
+                warnings.warn(f"windows are not launched as CUDA graphs: {error}", stacklevel=2)
+            return None
+        self.captured = [made, *self.captured[: KEPT_CAPTURES - 1]]
+        return made
 
     def window_generator(self, family: int) -> torch.Generator:
         """For what the meta-gradient draws: a generator of its own, so that the functions depend on the seed alone."""
