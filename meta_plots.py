@@ -206,7 +206,7 @@ def plot_history(history: "History", title: str, ax: Axes | None = None) -> Axes
         if history.validation:
             axes[1].plot(*zip(*history.validation), ".-", color="black")
             axes[1].plot(history.best_iteration, history.best_validation, "o", color=LEARNED_COLOR, markersize=8)
-            axes[1].legend([axes[1].get_lines()[1]], [f"kept: {history.best_validation:.4g}"], loc="upper right")
+            axes[1].legend([axes[1].get_lines()[1]], [f"kept: {history.best_validation:.4g}"], loc="best")
             axes[1].set_yscale("log")
     for panel in axes:
         plain_log(panel.yaxis)
