@@ -120,7 +120,7 @@ def needs_all_coordinates(options):
     """Hessian products, graphs, perturbations, averages and networks of a user's own do; and a GPU has no reason to leave some out."""
     return (
         options.second_order
-        or torch.device(options.device).type == "cuda"
+        or options.device.startswith("cuda")
         or options.cuda_graph
         or options.method != "replay"
         or options.network in SHARING
