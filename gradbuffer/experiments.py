@@ -166,9 +166,10 @@ def train_or_load(
             print(f"{name}: loaded, not trained here. Its training: {notes['command']}")
             return shipped.to(problem.device), None
         reason = ", since the shipped one has other settings" if notes else ", since none is shipped"
-    settings = {"seed": 0, **RECIPES[name], **scale.training[name], **options}
+    recipe = dict(RECIPES[name])
     if str(problem.device).startswith("cuda"):  # a share of the coordinates saves a CPU's time; a GPU has time for all
-        settings.pop("replay_fraction", None)
+        recipe.pop("replay_fraction", None)
+    settings = {"seed": 0, **recipe, **scale.training[name], **options}
     path = Path(folder) / f"{name}_{scale.name}"
     title = f"{name}: meta-training on {problem.name} ({scale.name} scale)"
     live = LiveFigure(lambda _, history: plot_history(history, title))

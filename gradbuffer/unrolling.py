@@ -37,9 +37,8 @@ SMALLEST_SHARE = 1024  # coordinates of a tensor that a partial replay reads at 
 class Coordinates:
     """How a dict of parameters (B, ...) lies in one vector (N,)."""
 
-    first_step: int | torch.Tensor = (
-        0  # added to the number of a step that a network reads; a tensor in a captured window
-    )
+    # added to the number of a step that a network reads; a tensor in a captured window
+    first_step: int | torch.Tensor = 0
 
     def __init__(self, params: dict[str, torch.Tensor]):
         if not isinstance(params, dict) or not params:

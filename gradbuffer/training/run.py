@@ -117,7 +117,7 @@ class Run:
         self.averaged = copy.deepcopy(net) if options.averaging else net
         self.captured = []  # windows as CUDA graphs, of several shapes
         self.graphs_fail = False  # where they were not asked for: whether one could not be captured
-        self.sizes = {}  # likewise, running mean squares of meta-gradients
+        self.sizes = {}  # running mean squares of meta-gradients, by the place of their problem in a mixture
         self.functions, self.draws = None, 0  # those in hand (None: to be drawn), how many draws there were
 
     @property
