@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from learned_steps import same, step
 
 from gradbuffer.kernels.torch_blocks import TorchLSTM
 from optimizers import CoordinatewiseLSTM, LearnedOptimizer, NonFiniteError, log_sign
@@ -121,28 +122,6 @@ def optimizers(monkeypatch, **options):
         groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.3, "maximize": True}]
         found.append((params, LearnedOptimizer(groups, own, lr=0.7, **options), own, kind))
     return found
-
-
-def step(monkeypatch, found, seed, change=None):
-    for params, optimizer, net, kind in found:
-        monkeypatch.setenv("L2O_KERNELS", kind)
-        generator = torch.Generator().manual_seed(seed)
-        for place, param in enumerate(params):
-            gradient = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(DEVICE)
-            param.grad = None if (seed, place) == (1, 3) else gradient
-        if change:
-            change(params, net)
-        optimizer.step()
-
-
-def same(found):
-    (ours, own, *_), (theirs, other, *_) = found
-    states = [
-        sum((list(each.state[param].values()) for param in params if param in each.state), [])
-        for params, each in ((ours, own), (theirs, other))
-    ]
-    for a, b in zip([*ours, *states[0]], [*theirs, *states[1]], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @on_device

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from learned_steps import same, step
 
 from gradbuffer.nets.mlp import orthogonalize_matrices
 from optimizers import LearnedOptimizer, MLPOptimizer, NonFiniteError, explain
@@ -63,9 +64,9 @@ def compare(net, shapes, steps=2, scale=1.0, still=()):
     values = [param[0].clone() for param in params.values()]
     own = [{name: leaf[0].clone() for name, leaf in each.items()} for each in state.values()]
     kernels = MLPSteps(net, values, [], None)
-    for step in range(steps):
+    for number in range(steps):
         grads = {
-            name: scale * draw(*param.shape) * (step != 1 or int(name) not in still) for name, param in params.items()
+            name: scale * draw(*param.shape) * (number != 1 or int(name) not in still) for name, param in params.items()
         }
         kernels.step(values, [-grad[0] for grad in grads.values()], own, lr, -1.0, 0.9)
         params = {name: 0.9 * param for name, param in params.items()}
@@ -156,28 +157,6 @@ def optimizers(monkeypatch, groups=2, **options):
     return found
 
 
-def step(monkeypatch, found, seed, change=None):
-    for params, optimizer, net, kind in found:
-        monkeypatch.setenv("L2O_KERNELS", kind)
-        generator = torch.Generator().manual_seed(seed)
-        for place, param in enumerate(params):
-            gradient = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(DEVICE)
-            param.grad = None if (seed, place) == (1, 3) else gradient
-        if change:
-            change(params, net)
-        optimizer.step()
-
-
-def same(found):
-    (ours, own, *_), (theirs, other, *_) = found
-    states = [
-        sum((list(each.state[param].values()) for param in params if param in each.state), [])
-        for params, each in ((ours, own), (theirs, other))
-    ]
-    for a, b in zip([*ours, *states[0]], [*theirs, *states[1]], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-
-
 @on_device
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.2}])
 def test_a_learned_optimizer_steps_in_groups(monkeypatch, options):
@@ -188,11 +167,11 @@ def test_a_learned_optimizer_steps_in_groups(monkeypatch, options):
     plain = MLPSteps.launch
     monkeypatch.setattr(MLPSteps, "launch", lambda self, *given: taken.append(self) or plain(self, *given))
     step(monkeypatch, found, 0)
-    same(found)
+    same(found, atol=1e-11)
     taken.clear()  # the first use on a device checks itself, by a step of its own
     for seed in (1, 2):
         step(monkeypatch, found, seed)
-        same(found)
+        same(found, atol=1e-11)
     assert len(taken) == 4
 
     def heavier(params, net):
@@ -201,11 +180,11 @@ def test_a_learned_optimizer_steps_in_groups(monkeypatch, options):
                 weight.mul_(1.5)
 
     step(monkeypatch, found, 3, heavier)
-    same(found)
+    same(found, atol=1e-11)
     for _, optimizer, *_ in found:
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     step(monkeypatch, found, 4)
-    same(found)
+    same(found, atol=1e-11)
 
 
 @on_device
@@ -227,7 +206,7 @@ def test_a_group_is_as_it_was_after_an_error(monkeypatch, bad):
         step(monkeypatch, found[:1], 2, spoil)
     assert all(map(torch.equal, kept, everything()))
     step(monkeypatch, found, 2)
-    same(found)
+    same(found, atol=1e-11)
 
 
 @on_device
