@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.functional import avg_pool2d
+from torch.nn import functional as F
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[2]))
@@ -41,14 +41,14 @@ def small_images():
     whole = mnist.train_images.view(-1, 1, side, side)[:, :, border : side - border, border : side - border]
     grey = cifar.train_images.float().mean(1, keepdim=True)
     return {
-        "mnist": standardized(avg_pool2d(whole, pool).flatten(1), mnist.train_labels),
-        "cifar": standardized(avg_pool2d(grey, grey.shape[-1] // 8).flatten(1), cifar.train_labels),
+        "mnist": standardized(F.avg_pool2d(whole, pool).flatten(1), mnist.train_labels),
+        "cifar": standardized(F.avg_pool2d(grey, grey.shape[-1] // 8).flatten(1), cifar.train_labels),
         "digits": standardized(torch.tensor(digits.images).float().flatten(1), torch.tensor(digits.target)),
     }
 
 
 def make_families(net, data):
-    """Three dicts from name to `Perceptrons`: of the second part alone, to train on, and to look at."""
+    """Four dicts from name to `Perceptrons`: of the third part's second half alone, of the second part, to train on, and to look at."""
     from gradbuffer.kernels.numba_mlp_windows import PerceptronWindows
     from gradbuffer.training.evolution import Perceptrons
 
@@ -88,7 +88,19 @@ def make_families(net, data):
         "skewed": synthetic((32, 24, 6), "silu", "mse", skewed, bent, 64),
         "clusters": synthetic((32, 16, 10), "silu", "cross_entropy", points, which, 32),
     }
+    users = torch.randint(48, (20000,), generator=generator)
+    table = torch.randn(48, 4, generator=generator) @ torch.randn(4, 24, generator=generator) / 2
+    seen = 0.3 * (table[users] + 0.1 * torch.randn(20000, 24, generator=generator))
+    words = torch.zeros(20000, 96).scatter_(1, torch.randint(96, (20000, 4), generator=generator), 1.0)
+    topics = (words @ torch.randn(96, 10, generator=generator)).argmax(1)
+    latest = {
+        "table": synthetic((48, 8, 24), "tanh", "mse", F.one_hot(users, 48).float(), seen, 32),
+        "words": synthetic((96, 16, 10), "tanh", "cross_entropy", words, topics, 32),
+        "mnist wide": family("mnist", (96,), "relu", 64),
+        "digits eight layers": family("digits", (20,) * 8, "relu", 32),
+    }
     return (
+        latest,
         more,
         {
             "mnist relu": family("mnist", (32,), "relu", 64),
@@ -108,6 +120,8 @@ def make_families(net, data):
             "cifar wide": family("cifar", (64,), "relu", 64),
             "mnist autoencoder deep": family("mnist", (32, 8, 32), "relu", 64, "mse"),
             "digits five": family("digits", (48, 48, 48, 48), "tanh", 64),
+            "cifar ten layers": family("cifar", (24,) * 9, "relu", 64),
+            "words relu": synthetic((96, 32, 10), "relu", "cross_entropy", words, topics, 64),
         },
     )
 
@@ -142,7 +156,7 @@ def main():
     from gradbuffer.training.evolution import Episodes, Pairs
 
     net = start_as_normalized_adam(MLPOptimizer(orthogonalize=options.third, context=options.third))
-    more, trained, watched = make_families(net, small_images())
+    latest, more, trained, watched = make_families(net, small_images())
     start = torch.nn.utils.parameters_to_vector(net.parameters()).detach().clone()
     episodes, lr, families_a_step, fall, end = Episodes(), LR, FAMILIES_A_STEP, 0, None
     if options.second:  # more families, rates nearer to those that users choose, and an end
@@ -163,6 +177,8 @@ def main():
     run = {"k": 0, "averaged": start.clone(), "scale": {}, "history": {"validation": [(0, validate(start, watched))]}}
     if options.state.exists():
         run = torch.load(options.state)
+        if options.third and run["k"] >= 25000:
+            trained = latest | trained
         weights.data.copy_(run["weights"])
         adam.load_state_dict(run["adam"])
     generator = torch.Generator().manual_seed(1000 + run["k"])
