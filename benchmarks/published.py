@@ -8,6 +8,12 @@ As in their released code: weights from N(0, 0.01²), minibatches of 128 drawn f
 optimizers as arrays, dm*.npz and rnnprop*.npz, see `published_optimizer`. All optimizers get the same functions; every loss is the mean of
 the last 20 steps up to 100, and of the last 100 up to later marks. NAG and Adam have the rate with the best loss at the last mark but at
 most at step 1,000, of other functions; Adam with 0.001 is the baseline of theirs.
+
+A second table has what is used with a rate and a schedule: small learned optimizers (`--annealed`), the same before their meta-training,
+AdamW and NAG. Each tries as many rates, √10 apart, on another function (up to step 1,000 at most), and anneals the rate to 0 on a cosine
+that ends at the mark: a training of its own for each mark.
+
+    python benchmarks/published.py --problems sigmoid relu layers convolutions cifar10 --steps 100 1000 10000 --functions 1 --nets
 """
 
 import argparse
@@ -24,13 +30,17 @@ from gradbuffer.contracts import in_parts
 from gradbuffer.data.cifar10 import load_cifar10
 from gradbuffer.data.mnist import load_mnist
 from gradbuffer.evaluation import TunedBaseline
-from gradbuffer.problems.images import ImageNets, MinibatchLoss, mean_cross_entropy
+from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
+from gradbuffer.problems.images import Given, ImageNets, MinibatchLoss, mean_cross_entropy
+from gradbuffer.problems.races import Contestant, final
+from gradbuffer.problems.tasks import Task
 from meta_training import compare, tune_baselines
 from optimizees import MNISTNet
-from optimizers import CoordinatewiseLSTM, RNNProp, load_optimizer
+from optimizers import CoordinatewiseLSTM, LearnedOptimizer, RNNProp, load_optimizer
 
 STD, BATCH, CHANNELS = 0.01, 128, (16, 32)
 LONGEST_TUNING = 1000
+RATES_TRIED = 5
 BASELINES = {"NAG": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}), "Adam": (torch.optim.Adam, {})}
 RATES = [0.001, 0.01, 0.1, 1.0]  # the search goes on between those beside the best, and past an edge
 
@@ -148,6 +158,66 @@ def tuned_baselines(problem, steps, functions):
     return found | {"Adam, 0.001 as theirs": TunedBaseline(torch.optim.Adam, {"lr": 0.001}, {})}
 
 
+def as_task(problem, batch=BATCH):
+    """A problem's functions as a `Task`, for races."""
+    names, loss, *_ = problem.sample(1, generator=torch.Generator())
+
+    def draw(generator):
+        chosen = torch.randint(len(problem.labels), (1, batch), generator=generator)
+        return Given(problem.images[chosen], problem.labels[chosen])
+
+    def make_model():
+        return torch.nn.ParameterList([value[0] for value in problem.sample(1).params.values()])
+
+    def loss_of(model, minibatch):
+        return loss.on(minibatch)({name: value[None] for name, value in zip(names, model)}, 0)[0]
+
+    return Task(make_model, draw, loss_of, "published", problem.name)
+
+
+def annealed(names):
+    """dict from name to `Contestant`: those small learned optimizers, their starts, and two others, each around a rate of its own."""
+    found = {}
+    for name in names:
+        net = load_optimizer(name)
+        if not isinstance(net, MLPOptimizer):
+            raise ValueError(f"--annealed must name optimizers that take a rate, got {name}, a {type(net).__name__}")
+        found[f"ours: {name}"] = net
+        found[f"the start of {name}"] = start_as_normalized_adam(MLPOptimizer(**net.config))
+    contestants = {
+        name: Contestant(lambda params, lr, net=net: LearnedOptimizer(params, net, lr=lr), 0.03)
+        for name, net in found.items()
+    }
+    contestants["AdamW"] = Contestant(lambda params, lr: torch.optim.AdamW(params, lr=lr), 0.01)
+    contestants["NAG"] = Contestant(lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True), 0.1)
+    return contestants
+
+
+def print_annealed(problem, names, marks, functions):
+    heads = [f"{mark:,}" for mark in marks] + [f"ln at {mark:,}" for mark in marks if mark >= 1000]
+    print(
+        f"\n{problem.name}, a cosine and the best of {RATES_TRIED} rates for each mark, functions: {functions}\n\n"
+        f"| optimizer | {' | '.join(heads)} |\n{'| --- ' * (len(heads) + 1)}|",
+        flush=True,
+    )
+    task = as_task(problem)
+    for name, contestant in annealed(names).items():
+        ends, cells, tuned = {}, [], {}
+        for mark in marks:
+            length = min(mark, LONGEST_TUNING)
+            if length not in tuned:
+                tried = {
+                    rate: final(contestant.train(task, rate, length, 1000)) for rate in contestant.rates(RATES_TRIED)
+                }
+                tuned[length] = min(tried, key=tried.get)
+            rate, rates = tuned[length], contestant.rates(RATES_TRIED)
+            curves = torch.stack([contestant.train(task, rate, mark, seed) for seed in range(1, functions + 1)])
+            ends[mark] = curves[:, mark - min(100, mark // 5) :].mean(1)
+            cells.append(f"{spread(ends[mark], 5)} at {rate:.1g}{'e' * (rate in (rates[0], rates[-1]))}")
+        cells += [f"{end.mean().log():.2f}" for mark, end in ends.items() if mark >= 1000]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
 def print_table(title, curves, marks):
     heads = [f"{mark:,}" for mark in marks] + [f"ln at {mark:,}" for mark in marks if mark >= 1000]
     print(f"\n{title}\n\n| optimizer | sum of 100 | {' | '.join(heads)} |\n{'| --- ' * (len(heads) + 2)}|")
@@ -168,6 +238,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=["sigmoid"])
     parser.add_argument("--nets", nargs="*", default=["mnist_learned", "mnist_from_nag", "mnist_long", "general_lstm"])
+    parser.add_argument(
+        "--annealed", nargs="*", default=["general"], help="small learned optimizers for the second table"
+    )
     parser.add_argument("--published", type=Path, metavar="FOLDER", help="of their optimizers as arrays")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of these; default all in FOLDER")
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000], help="the marks, each at least 100")
@@ -189,6 +262,10 @@ def main():
         nets |= {path.stem: published_optimizer(path) for path in paths if path.stem in (options.only or path.stem)}
     for name in options.problems:
         problem = make_problem(name, options.data)
+        if options.annealed:
+            print_annealed(problem, options.annealed, marks, options.functions)
+        if not nets:
+            continue
         tuned = tuned_baselines(problem, min(marks[-1], LONGEST_TUNING), options.tuning_functions)
         curves = compare(nets, tuned, problem, marks[-1], options.functions, options.seed, progress=False)
         print_table(f"{problem.name}, functions: {options.functions}", curves, marks)

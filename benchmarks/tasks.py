@@ -37,8 +37,8 @@ def hand_designed():
 
     contestants = {
         "Adam, constant": Contestant(adam(torch.optim.Adam), 0.003, "constant"),
-        "Adam, cosine": Contestant(adam(torch.optim.Adam), 0.003),
-        "AdamW, cosine": Contestant(adam(torch.optim.AdamW), 0.003),
+        "Adam, cosine": Contestant(adam(torch.optim.Adam), 0.009),
+        "AdamW, cosine": Contestant(adam(torch.optim.AdamW), 0.009),
         "NAG, cosine": Contestant(lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True), 0.05),
     }
     if hasattr(torch.optim, "Muon"):
@@ -71,7 +71,7 @@ def learned(net):
     if not isinstance(network, MLPOptimizer):
         return {"learned": contestant(network, lr=1.0)}
     start = start_as_normalized_adam(MLPOptimizer(**network.config))
-    return {"learned": contestant(network), "start": contestant(start)}
+    return {"learned": contestant(network, lr=0.009), "start": contestant(start)}
 
 
 def weights_in(net):

@@ -126,6 +126,31 @@ def make_families(net, data):
     )
 
 
+def make_sigmoid_families(net, data):
+    """Two dicts from name to `Perceptrons`, all of them with sigmoids: to train on, and to look at."""
+    from gradbuffer.kernels.numba_mlp_windows import PerceptronWindows
+    from gradbuffer.training.evolution import Perceptrons
+
+    def family(name, hidden, batch, images=None):
+        inputs, labels = (part[:images] for part in data[name])
+        windows = PerceptronWindows(net, (64, *hidden, 10), "sigmoid", "cross_entropy")
+        return Perceptrons(windows, inputs, labels, batch, 1.5 * math.log(10))
+
+    return (
+        {
+            "mnist": family("mnist", (20,), 128),
+            "mnist wider": family("mnist", (32,), 64),
+            "mnist two layers": family("mnist", (20, 20), 128),
+            "2,000 of mnist": family("mnist", (20,), 128, 2000),
+            "digits": family("digits", (20,), 128),
+            "digits two layers": family("digits", (24, 24), 64),
+            "cifar": family("cifar", (24,), 128),
+            "3,000 of mnist, two layers": family("mnist", (16, 16), 64, 3000),
+        },
+        {"mnist 40": family("mnist", (40,), 128), "1,000 of mnist": family("mnist", (24,), 128, 1000)},
+    )
+
+
 def validate(weights, families, steps=500, seeds=4):
     ends = {}
     for name, family in families.items():
@@ -150,12 +175,16 @@ def main():
     parser.add_argument("--state", type=Path)
     parser.add_argument("--second", action="store_true", help="the second part, from where the first has come to")
     parser.add_argument("--third", action="store_true", help="likewise, with orthogonal updates and a context")
+    parser.add_argument(
+        "--sigmoid", action="store_true", help="another one, for sigmoid networks alone, from the start"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
     from gradbuffer.training.evolution import Episodes, Pairs
 
-    net = start_as_normalized_adam(MLPOptimizer(orthogonalize=options.third, context=options.third))
+    form = options.third or options.sigmoid
+    net = start_as_normalized_adam(MLPOptimizer(orthogonalize=form, context=form))
     latest, more, trained, watched = make_families(net, small_images())
     start = torch.nn.utils.parameters_to_vector(net.parameters()).detach().clone()
     episodes, lr, families_a_step, fall, end = Episodes(), LR, FAMILIES_A_STEP, 0, None
@@ -171,6 +200,13 @@ def main():
         first = torch.load(HERE / "general_mlp.pt")["averaged"]
         start[: len(first)] = first
         options.state = options.state or HERE / "general_mlp_third.pt"
+    if options.sigmoid:
+        trained, watched = make_sigmoid_families(net, small_images())
+        lr, families_a_step, end = 7e-4, 4, 8000
+        episodes = Episodes(
+            lengths=(100, 3000), rates=(1e-3, 1e-1), scales=(1e-2, 1e2), gains=(0.1, 1.7), falling=0.85, late=0.75
+        )
+        options.state = options.state or HERE / "mnist_mlp.pt"
     options.state = options.state or HERE / "general_mlp.pt"
     weights = torch.nn.Parameter(start.clone())
     adam = torch.optim.AdamW([weights], lr=lr, weight_decay=0.0)
