@@ -245,7 +245,7 @@ def main():
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of these; default all in FOLDER")
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000], help="the marks, each at least 100")
     parser.add_argument("--functions", type=int, default=4)
-    parser.add_argument("--tuning-functions", type=int, default=2)
+    parser.add_argument("--tuning-functions", type=int, default=2, help="for the baselines' rates; 0: no baselines")
     parser.add_argument("--seed", type=int, default=1, help="of the functions (default 1)")
     parser.add_argument("--data", help="data root (default $L2O_DATA, or data)")
     options = parser.parse_args()
@@ -266,7 +266,9 @@ def main():
             print_annealed(problem, options.annealed, marks, options.functions)
         if not nets:
             continue
-        tuned = tuned_baselines(problem, min(marks[-1], LONGEST_TUNING), options.tuning_functions)
+        tuned = {}
+        if options.tuning_functions:
+            tuned = tuned_baselines(problem, min(marks[-1], LONGEST_TUNING), options.tuning_functions)
         curves = compare(nets, tuned, problem, marks[-1], options.functions, options.seed, progress=False)
         print_table(f"{problem.name}, functions: {options.functions}", curves, marks)
 
