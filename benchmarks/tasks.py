@@ -22,10 +22,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from gradbuffer.problems.kept_apart import KEPT_APART  # noqa: E402
 from gradbuffer.problems.races import SPANS, Contestant, race, smooth, speed_against, summary  # noqa: E402
 from gradbuffer.problems.tasks import GENERALIZATION, TASKS  # noqa: E402
 
-ALL = TASKS | GENERALIZATION
+ALL = TASKS | GENERALIZATION | KEPT_APART
 BASELINES = ("AdamW, cosine", "Adam, constant")  # speeds are taken against these, and against the own start
 
 
@@ -211,6 +212,7 @@ def main():
     parser.add_argument(
         "--generalization", action="store_true", help="the perceptron, wider, deeper and with larger batches, instead"
     )
+    parser.add_argument("--kept-apart", action="store_true", help="seven tasks that nothing was chosen by, instead")
     parser.add_argument(
         "--contestants",
         nargs="+",
@@ -224,10 +226,12 @@ def main():
     parser.add_argument("--table", type=Path, help="file for the tables, in Markdown")
     parser.add_argument("--figure", type=Path, help="file for the loss curves")
     options = parser.parse_args()
-    if options.tasks and options.generalization:
-        parser.error("--generalization chooses the tasks: it cannot stand beside --tasks")
+    if bool(options.tasks) + options.generalization + options.kept_apart > 1:
+        parser.error("--tasks, --generalization and --kept-apart each choose the tasks: only one can be given")
     learned(options.net)  # what is wrong with it is said before anything runs
-    names = options.tasks or list(GENERALIZATION if options.generalization else TASKS)
+    names = options.tasks or list(
+        GENERALIZATION if options.generalization else KEPT_APART if options.kept_apart else TASKS
+    )
     results = {}
     for name, found in zip(names, run_all(names, options)):
         results[name] = found

@@ -11,11 +11,12 @@ from conftest import write_cifar10, write_mnist
 from torch import nn
 
 from gradbuffer.nets.mlp import MLPOptimizer
-from gradbuffer.problems import races, tasks
+from gradbuffer.problems import kept_apart, races, tasks
+from gradbuffer.problems.kept_apart import KEPT_APART
 from gradbuffer.problems.races import Contestant, Race, final, race, smooth, speed, speed_against, summary, train
 from gradbuffer.problems.tasks import GENERALIZATION, TASKS, Task
 
-ALL = TASKS | GENERALIZATION
+ALL = TASKS | GENERALIZATION | KEPT_APART
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,20 @@ def test_all_parameters_have_gradients(data, name):
     model = ALL[name].make_model()
     ALL[name].loss(model, ALL[name].draw(torch.Generator().manual_seed(0))).backward()
     assert [key for key, param in model.named_parameters() if param.grad is None or not param.grad.any()] == []
+
+
+def test_kept_apart_tasks_have_the_answers_they_say(data):
+    generator = torch.Generator().manual_seed(0)
+    sequences, sums = kept_apart.marked_numbers(generator)
+    assert (sequences[..., 1].sum(1) == 2).all() and torch.allclose(sequences.prod(2).sum(1), sums)
+    noisy, images = kept_apart.noisy_digits(generator)
+    assert noisy.shape == images.shape == (32, 1, 14, 14) and 0.4 < (noisy - images).std() < 0.6
+    contexts, middle = kept_apart.middles(generator)
+    text = "".join(map(chr, tasks.encoded_text()[0].tolist()))
+    for context, character in zip(contexts[:3].tolist(), middle.tolist()):
+        whole = [*context[:4], character, *context[4:]]
+        assert "".join(map(chr, whole)) in text
+    assert not set(KEPT_APART) & set(TASKS)
 
 
 def test_there_are_at_least_twelve_tasks_of_many_kinds():

@@ -18,7 +18,19 @@ from gradbuffer.data.cifar10 import load_cifar10
 from gradbuffer.data.mnist import load_mnist
 from gradbuffer.devices import drawn_on_cpu
 
-__all__ = ["GENERALIZATION", "TASKS", "Task"]
+__all__ = [
+    "GENERALIZATION",
+    "TASKS",
+    "Task",
+    "characters",
+    "cifar",
+    "classify",
+    "echoes",
+    "encoded_text",
+    "gray",
+    "pixels",
+    "squared_error",
+]
 
 
 @dataclass(frozen=True)
