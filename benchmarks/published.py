@@ -185,7 +185,7 @@ def annealed(names):
         found[f"ours: {name}"] = net
         found[f"the start of {name}"] = start_as_normalized_adam(MLPOptimizer(**net.config))
     contestants = {
-        name: Contestant(lambda params, lr, net=net: LearnedOptimizer(params, net, lr=lr), 0.03)
+        name: Contestant(lambda params, lr, net=net: LearnedOptimizer(params, net, lr=lr), 0.009)
         for name, net in found.items()
     }
     contestants["AdamW"] = Contestant(lambda params, lr: torch.optim.AdamW(params, lr=lr), 0.01)
@@ -193,7 +193,7 @@ def annealed(names):
     return contestants
 
 
-def print_annealed(problem, names, marks, functions):
+def print_annealed(problem, names, marks, functions, tuning):
     heads = [f"{mark:,}" for mark in marks] + [f"ln at {mark:,}" for mark in marks if mark >= 1000]
     print(
         f"\n{problem.name}, a cosine and the best of {RATES_TRIED} rates for each mark, functions: {functions}\n\n"
@@ -206,8 +206,10 @@ def print_annealed(problem, names, marks, functions):
         for mark in marks:
             length = min(mark, LONGEST_TUNING)
             if length not in tuned:
+                seeds = range(1000, 1000 + tuning)
                 tried = {
-                    rate: final(contestant.train(task, rate, length, 1000)) for rate in contestant.rates(RATES_TRIED)
+                    rate: sum(final(contestant.train(task, rate, length, seed)).item() for seed in seeds)
+                    for rate in contestant.rates(RATES_TRIED)
                 }
                 tuned[length] = min(tried, key=tried.get)
             rate, rates = tuned[length], contestant.rates(RATES_TRIED)
@@ -263,7 +265,7 @@ def main():
     for name in options.problems:
         problem = make_problem(name, options.data)
         if options.annealed:
-            print_annealed(problem, options.annealed, marks, options.functions)
+            print_annealed(problem, options.annealed, marks, options.functions, max(options.tuning_functions, 1))
         if not nets:
             continue
         tuned = {}
