@@ -27,6 +27,8 @@ from gradbuffer.evaluation import (
     tune_baselines,
 )
 from gradbuffer.problems.images import AccuracyCurves
+from gradbuffer.training.episodes import Episodes, EpisodicES
+from gradbuffer.training.episodic_run import EpisodicRun
 from gradbuffer.training.evolution import PES
 from gradbuffer.training.meta_gradients import Autograd, Replay, meta_gradient
 from gradbuffer.training.options import (
@@ -50,6 +52,8 @@ __all__ = [
     "BASELINES",
     "Checkpoint",
     "Curriculum",
+    "Episodes",
+    "EpisodicES",
     "History",
     "PES",
     "RandomHorizon",
@@ -141,7 +145,8 @@ def meta_train(
     )
     device = device_of(net, device)
     net.to(device)
-    run = Run(net, on_device(problem, device), options)
+    kind = EpisodicRun if isinstance(options.method, EpisodicES) else Run
+    run = kind(net, on_device(problem, device), options)
     try:
         run.begin()
         with tqdm(

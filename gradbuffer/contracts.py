@@ -141,8 +141,11 @@ class Loss:
         raise NotImplementedError
 
     def compiled(self, shapes: dict) -> "QuadraticData | PerceptronData | None":
-        """What a compiled window must know of these functions, with parameters of these shapes: a `QuadraticData` or
-        `PerceptronData`; None if they are of neither kind."""
+        """What a compiled window must know of functions of these shapes: a `QuadraticData` or `PerceptronData`; else None."""
+        return None
+
+    def compiled_particles(self, net: Any) -> tuple | None:
+        """What runs functions under weights of their own, as of `problems.perceptrons.PerceptronsLoss`, which has `seeds`; else None."""
         return None
 
 

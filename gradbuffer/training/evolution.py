@@ -1,13 +1,11 @@
-"""Evolution strategies: the meta-gradient without derivatives, of one meta-batch (`PES`) and on many families of functions (`Pairs`).
+"""Evolution strategies: the meta-gradient of one meta-batch without derivatives, and what all ways to a meta-gradient share.
 
-A family's functions run in antithetic pairs: both of a pair begin at one point, read the same minibatches, and are moved by the
-optimizer's weights plus and minus a perturbation of the pair's own. The difference of their losses along a window, relative to the
-pair's mean loss, times the perturbation, is the pair's estimate of the meta-gradient. Perturbations are held for a whole episode
-(NRES, Li et al. 2023, arXiv 2304.12180), or drawn anew for each window and summed up (PES, Vicol et al. 2021, arXiv 2112.13835):
-neither estimate is biased by truncation. Nothing is differentiated.
+Functions run in antithetic pairs, moved by the optimizer's weights plus and minus a perturbation; the difference of their losses along
+a window, times the perturbation, is an estimate of the meta-gradient. Perturbations are held for all windows of the functions (NRES, Li
+et al. 2023, arXiv 2304.12180), or drawn anew for each window and summed up (PES, Vicol et al. 2021, arXiv 2112.13835): neither estimate
+is biased by truncation. Nothing is differentiated. Functions with episodes of their own, on many families, are those of `episodes`.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,18 +16,7 @@ from gradbuffer.checks import check_count, check_positive_number
 from gradbuffer.contracts import Loss, Rule, repack
 from gradbuffer.unrolling import Coordinates, apply_objective, check_objective, trained, unroll
 
-__all__ = [
-    "Episodes",
-    "Estimate",
-    "Method",
-    "PES",
-    "PESState",
-    "Pairs",
-    "Perceptrons",
-    "Unrolled",
-    "Window",
-    "signal_to_noise",
-]
+__all__ = ["Method", "PES", "PESState", "Unrolled", "Window"]
 
 
 class Window(NamedTuple):
@@ -198,169 +185,3 @@ class PES(Method):
             for name, parameter in parameters.items()
         }
         return fresh, {name: before[name] + fresh[name] for name in fresh}
-
-
-class Estimate(NamedTuple):
-    """What a window of a family's pairs says of the meta-gradient; no graph."""
-
-    gradient: torch.Tensor  # (W,), the mean over pairs
-    each: torch.Tensor  # (pairs, W)
-    loss: float  # mean over pairs and steps, clipped
-
-
-class Perceptrons:
-    """A family: perceptrons of one form on one data set.
-
-    Args:
-        windows: the `PerceptronWindows` that run them.
-        inputs, targets: the data, as its `run` takes them.
-        batch: examples in a minibatch.
-        ceiling: the largest loss that counts; larger ones, and those not finite, count as this.
-    """
-
-    def __init__(self, windows: Any, inputs: torch.Tensor, targets: torch.Tensor, batch: int, ceiling: float):
-        check_count(batch=batch)
-        check_positive_number(ceiling=ceiling)
-        self.windows, self.inputs, self.targets, self.batch, self.ceiling = windows, inputs, targets, batch, ceiling
-
-    def run(
-        self, weights: torch.Tensor, params: torch.Tensor, state: torch.Tensor, steps: int, **options: Any
-    ) -> torch.Tensor:
-        """As `PerceptronWindows.run`."""
-        return self.windows.run(
-            weights,
-            (params, state),
-            (self.inputs, self.targets),
-            steps=steps,
-            batch=self.batch,
-            clip=self.ceiling,
-            **options,
-        )
-
-
-@dataclass(frozen=True)
-class Episodes:
-    """From what range the episodes of a family's pairs are drawn, log-uniformly.
-
-    Args:
-        lengths: least and most steps; multiples of the window come of them.
-        rates, scales, gains: least and most, above 0: the optimizer's rate, factors on the gradients that it reads, and factors
-            on the initial parameters.
-        falling: in [0, 1], the share of episodes whose rate falls to 0 on half a cosine; else it stays.
-        late: in [0, 1], how much more the end of a falling episode counts than its beginning: a window counts
-            1 + late · (2 · progress - 1).
-
-    Raises:
-        ValueError: an argument is not as said.
-    """
-
-    lengths: tuple[float, float] = (100, 2000)
-    rates: tuple[float, float] = (2e-4, 3e-2)
-    scales: tuple[float, float] = (1e-3, 1e3)
-    gains: tuple[float, float] = (0.7, 1.7)
-    falling: float = 0.5
-    late: float = 0.0
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if name in ("falling", "late"):
-                if not 0 <= value <= 1:
-                    raise ValueError(f"{name} must be from 0 to 1, got {value}")
-            elif not 0 < value[0] <= value[1] < math.inf:
-                raise ValueError(f"{name} must be the least and the most, above 0, got {value}")
-
-
-class Pairs:
-    """The antithetic pairs of one family, on their way from window to window.
-
-    Every pair has episodes of its own: a start, a rate, a scale of the gradients and a length. The first episodes begin part of
-    the way through, so that pairs do not end together.
-
-    Args:
-        family: a `Perceptrons`.
-        pairs: how many.
-        window: steps in a window.
-        sigma: standard deviation of the perturbations.
-        hold: one perturbation for a whole episode; else a fresh one for each window.
-        episodes: what they are like, `Episodes`.
-        generator: on the CPU, for all that is drawn.
-    """
-
-    def __init__(
-        self,
-        family: Perceptrons,
-        pairs: int = 8,
-        window: int = 50,
-        sigma: float = 0.01,
-        hold: bool = True,
-        episodes: Episodes = Episodes(),
-        *,
-        generator: torch.Generator,
-    ):
-        check_count(pairs=pairs, window=window)
-        check_positive_number(sigma=sigma)
-        self.family, self.pairs, self.window, self.sigma, self.generator = family, pairs, window, sigma, generator
-        self.hold, self.episodes = hold, episodes
-        W, windows = family.windows.num_weights, family.windows
-        self.params, self.state = torch.empty(2 * pairs, windows.num_params), windows.init_state(2 * pairs)
-        self.noise, self.total = torch.zeros(pairs, W), torch.zeros(pairs, W)
-        self.done, self.length, self.seeds = (torch.zeros(pairs, dtype=torch.int64) for _ in range(3))
-        self.rate, self.scale, self.falls = torch.ones(pairs), torch.ones(pairs), torch.zeros(pairs)
-        for pair in range(pairs):
-            self.begin(pair)
-            self.length[pair] = math.ceil(self.length[pair] * self.uniform() / window) * window
-
-    def uniform(self) -> float:
-        return float(torch.rand((), generator=self.generator, device="cpu"))
-
-    def log_uniform(self, bounds: tuple[float, float]) -> float:
-        return bounds[0] * (bounds[1] / bounds[0]) ** self.uniform()
-
-    def begin(self, pair: int) -> None:
-        """A new episode."""
-        both, number = (
-            slice(2 * pair, 2 * pair + 2),
-            int(torch.randint(2**40, (), generator=self.generator, device="cpu")),
-        )
-        self.params[both] = self.log_uniform(self.episodes.gains) * self.family.windows.draw_params(1, number)
-        self.state[both], self.total[pair], self.done[pair], self.seeds[pair] = 0, 0, 0, number
-        self.length[pair] = math.ceil(self.log_uniform(self.episodes.lengths) / self.window) * self.window
-        self.rate[pair], self.scale[pair] = (
-            self.log_uniform(self.episodes.rates),
-            self.log_uniform(self.episodes.scales),
-        )
-        self.falls[pair] = self.uniform() < self.episodes.falling
-        self.noise[pair] = self.sigma * torch.randn(self.noise.shape[1], generator=self.generator, device="cpu")
-
-    def advance(self, weights: torch.Tensor) -> Estimate:
-        """One window of all pairs around these weights (W,): an `Estimate`."""
-        for pair in (self.done >= self.length).nonzero().flatten().tolist():
-            self.begin(pair)
-        if not self.hold:
-            fresh = self.sigma * torch.randn(self.noise.shape, generator=self.generator, device="cpu")
-            self.noise = torch.where(self.done[:, None] > 0, fresh, self.noise)
-        self.total = self.noise.clone() if self.hold else self.total + self.noise
-        both = torch.stack([weights + self.noise, weights - self.noise], 1).flatten(0, 1)  # (2 pairs, W)
-        progress = (self.done[:, None] + torch.arange(self.window)) / self.length[:, None]
-        rates = self.rate[:, None] * torch.where(
-            self.falls[:, None] > 0, 0.5 * (1 + torch.cos(math.pi * progress)), 1.0
-        )
-        twice = {
-            name: value.repeat_interleave(2, 0)
-            for name, value in dict(
-                lr=rates, seeds=self.seeds, first_steps=self.done, gradient_scales=self.scale
-            ).items()
-        }
-        losses = self.family.run(both, self.params, self.state, self.window, **twice).mean(1).view(-1, 2)  # (pairs, 2)
-        self.done += self.window
-        difference = (losses[:, 0] - losses[:, 1]) / losses.mean(1).clamp(min=1e-12)
-        counts = 1 + self.episodes.late * self.falls * (2 * progress.mean(1) - 1)
-        each = (counts * difference)[:, None] * self.total / (2 * self.sigma**2)
-        return Estimate(each.mean(0), each, losses.mean().item())
-
-
-def signal_to_noise(each: torch.Tensor) -> float:
-    """The norm of the mean of estimates (n, W) over its standard error, as a number: 1 and less is noise."""
-    mean = each.mean(0)
-    error = ((each - mean).square().sum() / (len(each) * (len(each) - 1))).sqrt()
-    return float(mean.norm() / error.clamp(min=1e-30))

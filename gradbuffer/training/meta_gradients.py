@@ -157,7 +157,9 @@ def method_of(method: str | Method = "replay", **options: Any) -> Method:
     """
     if not isinstance(method, str):
         if not isinstance(method, Method):
-            raise TypeError(f"method must be one of {list(METHODS)}, or a Replay, Autograd or PES, got {method!r}")
+            raise TypeError(
+                f"method must be one of {list(METHODS)}, or a Replay, Autograd, PES or EpisodicES, got {method!r}"
+            )
         given = sorted(name for name, value in options.items() if value != DEFAULTS.get(name))
         if given:
             raise ValueError(f"{', '.join(given)} must stand in method={method!r} itself where that is an object")

@@ -17,6 +17,7 @@ from torch import nn
 from gradbuffer.checks import check_count, check_positive_number, name_of
 from gradbuffer.contracts import Problem, as_rule
 from gradbuffer.training.checkpoints import describe_net
+from gradbuffer.training.episodes import EpisodicES
 from gradbuffer.training.evolution import Method
 from gradbuffer.training.imitation import Teacher
 from gradbuffer.training.meta_gradients import DEFAULTS, Replay, flat_options, method_of
@@ -145,7 +146,7 @@ class Training:
         averaging: in [0, 1): validate, and keep, a running average of the weights, φ̄ ← a φ̄ + (1 - a) φ with
             a = min(averaging, k / (k + 10)) after k iterations. It takes the meta-gradient's noise out of what is kept.
             Default 0: the weights as they are.
-        method: the way to the meta-gradient: `Replay`, `Autograd` or `PES`, with their options.
+        method: the way to the meta-gradient: `Replay`, `Autograd`, `PES` or `EpisodicES`, with their options.
         cuda_graph: launch each window as one CUDA graph, see `cuda_graphs.CapturedWindow`: for small optimizees, which
             keep a GPU waiting for Python. Changes no result but by rounding. Only with method="replay",
             second_order=False, replay_fraction=1 and no weights. Default None: on CUDA where these hold, functions have at most 2^20
@@ -233,6 +234,10 @@ class Training:
                 'cuda_graph=True needs method="replay", second_order=False, replay_fraction=1 and no weights, got '
                 f"{self.method} and weights={self.weights}"
             )
+        if isinstance(self.method, EpisodicES):
+            for name in ("weights", "horizon", "teacher"):
+                if vars(self)[name] is not None:
+                    raise ValueError(f"{name} has no effect with method={self.method}")
         if self.teacher is not None and self.teacher.share == 1:  # all is imitation: there is no meta-loss
             without = [
                 name

@@ -51,6 +51,10 @@ class History:
     `interrupted` says that Ctrl-C ended the run. `imitation` holds a pair (iteration, imitation loss) for each window
     that imitated a teacher.
 
+    With `EpisodicES` `signal_to_noise` holds a number for each iteration, the norm of the meta-gradient over its standard error, which
+    the pairs tell: 1 and less is noise. `validation` begins with the weights that training begins with, at iteration 0; its scores are
+    as that class says. `update_size` is that of all particles.
+
     With a curriculum `stages` holds a pair for each stage reached: (iterations done when it began, its horizon). Scores
     are over the horizon of their stage. A stage but the first begins with the score of the weights it begins with, and
     `best_iteration` and `best_validation` are those of the last stage. Without a curriculum `stages` is empty.
@@ -67,6 +71,7 @@ class History:
     interrupted: bool = False
     stages: list = field(default_factory=list)
     imitation: list = field(default_factory=list)
+    signal_to_noise: list = field(default_factory=list)
 
 
 class Functions:
@@ -205,14 +210,14 @@ class Run:
         except NonFiniteError as error:
             failure = error
         else:
-            grads = {(family, name): found[family][0][name] * share for family in found for name in self.trained}
+            grads = {(family, name): grad * share for family in found for name, grad in found[family][0].items()}
             loss, *squares, imitation = (sum(figures) for figures in zip(*(figures for _, figures in found.values())))
             figures = [loss / len(found) * share, *squares, imitation * share]
             self.step += self.options.unroll
             if self.step >= self.windows * self.options.unroll:
                 self.functions = None
         grads, figures = self.ranks.sum(grads, figures, failure)
-        factors = {family: self.balance(family, grads) for family, _ in grads}
+        factors = {family: self.balance(family, grads) for family in dict.fromkeys(family for family, _ in grads)}
         return {
             name: sum(grads[family, name] * factor for family, factor in factors.items()) for name in self.trained
         }, figures
@@ -329,18 +334,11 @@ class Run:
             logs = []
             for problem in self.validation.problems:
                 try:
-                    losses = evaluate(
-                        self.averaged,
-                        problem,
-                        self.steps,
-                        self.options.validation.validation_functions,
-                        self.options.seed + VALIDATION_SEED,
-                    )
+                    logs.append(self.score_of(problem, self.options.seed + VALIDATION_SEED))
                 except NonFiniteError as error:
                     if not self.options.skip_non_finite:
                         raise stop_error(self.iteration - 1, f"in validation, {error}") from error
                     return math.inf
-                logs.append(losses.sum(1).mean().item())
             score = logs[0] if len(logs) == 1 else 0.0 if 0 in logs else math.exp(sum(map(math.log, logs)) / len(logs))
             return score if math.isfinite(score) else math.inf
 
@@ -349,6 +347,11 @@ class Run:
         if score < history.best_validation:
             best = copy.deepcopy(self.averaged.state_dict())
             self.best, history.best_iteration, history.best_validation = best, self.iteration, score
+
+    def score_of(self, problem: Problem, seed: int) -> float:
+        """The score of one problem's functions."""
+        functions = self.options.validation.validation_functions
+        return evaluate(self.averaged, problem, self.steps, functions, seed).sum(1).mean().item()
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -374,6 +377,11 @@ class Run:
             self.averaged.load_state_dict(self.best)
 
     def save(self) -> None:
+        content = plain(self.content())
+        self.ranks.on_first(lambda: write_checkpoint(self.options.checkpoint.checkpoint, content, self.settings))
+
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint holds, on the first rank; the others answer."""
         content = {
             "iteration": self.iteration,
             "history": asdict(self.history),
@@ -399,7 +407,7 @@ class Run:
                 "imitates": self.imitates,
                 "parts": parts,
             }
-        self.ranks.on_first(lambda: write_checkpoint(self.options.checkpoint.checkpoint, plain(content), self.settings))
+        return content
 
     def restore(self, content: dict[str, Any]) -> None:
         for net, name in ((self.net, "best"), (self.averaged, "averaged"), (self.net, "net")):

@@ -3,14 +3,15 @@
     python gradbuffer/pretrained/runs/general_mlp.py --seconds 3600 [--threads 2]
 
 goes on from `general_mlp.pt` beside it (weights, their running average, Adam's state, what was measured; functions in progress are
-begun anew), or begins, and writes it every minute. Data as for MNIST and CIFAR-10 (L2O_DATA). What it has learned is scored every 500
-steps on three tasks of the same kinds: the mean loss of the last 50 of 500 steps with a cosine, at the best of five rates.
-It is a run, not the library: `meta_train` takes it over when it can train on several families.
+begun anew), or begins, and writes it every 100 steps. Data as for MNIST and CIFAR-10 (L2O_DATA). `meta_train` does the work; here are
+the families, the parts of the training, and what is kept of a run. What it has learned is scored every 500 steps on tasks of the same
+kinds: the mean loss of the last 50 of 500 steps with a cosine, at the best of five rates, as a geometric mean over them.
 """
 
 import argparse
 import math
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,8 +21,28 @@ from torch.nn import functional as F
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[2]))
 
-LR, WARMUP, KEPT, PAIRS, FAMILIES_A_STEP = 3e-4, 100, 0.9995, 8, 4
-RATES = [0.0003 * 10 ** (k / 2) for k in range(5)]
+from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam  # noqa: E402
+from gradbuffer.training.checkpoints import read_checkpoint  # noqa: E402
+from gradbuffer.training.episodic_run import EpisodicRun  # noqa: E402
+from gradbuffer.training.options import training_of  # noqa: E402
+from meta_training import Episodes, EpisodicES, meta_train  # noqa: E402
+from optimizees import Mixture, Perceptrons  # noqa: E402
+
+WARMUP, EVERY = 100, 100
+
+
+# The families -----------------------------------------------------------------------------------------------------------
+
+
+class Families(Mixture):
+    """Those of a dict from name to problem, of which some are drawn at each step; others are for validation."""
+
+    def __init__(self, trained, watched, families):
+        super().__init__(list(trained.values()), families=families)
+        self.names, self.watched = list(trained), Mixture(list(watched.values()))
+
+    def validation_problem(self):
+        return self.watched
 
 
 def standardized(images, labels):
@@ -47,17 +68,12 @@ def small_images():
     }
 
 
-def make_families(net, data):
+def make_families(data):
     """Four dicts from name to `Perceptrons`: of the third part's second half alone, of the second part, to train on, and to look at."""
-    from gradbuffer.kernels.numba_mlp_windows import PerceptronWindows
-    from gradbuffer.training.evolution import Perceptrons
 
     def family(name, hidden, activation, batch, loss="cross_entropy"):
         images, labels = data[name]
-        targets, outputs, ceiling = (images, 64, 1.5) if loss == "mse" else (labels, 10, 1.5 * math.log(10))
-        return Perceptrons(
-            PerceptronWindows(net, (64, *hidden, outputs), activation, loss), images, targets, batch, ceiling
-        )
+        return Perceptrons(images, images if loss == "mse" else labels, hidden, activation, batch)
 
     generator = torch.Generator().manual_seed(99)
     first, second = (
@@ -77,16 +93,11 @@ def make_families(net, data):
     clusters = torch.randn(10, 32, generator=generator) * 0.35
     which = torch.randint(10, (20000,), generator=generator)
     points = clusters[which] + torch.randn(20000, 32, generator=generator) * 0.6
-
-    def synthetic(sizes, activation, loss, *data):
-        ceiling = 1.5 if loss == "mse" else 1.5 * math.log(10)
-        return Perceptrons(PerceptronWindows(net, sizes, activation, loss), *data, ceiling)
-
     more = {
-        "low rank": synthetic((32, 8, 12), "tanh", "mse", small, low_rank, 64),
-        "low rank deep": synthetic((32, 16, 16, 12), "tanh", "mse", small, low_rank, 128),
-        "skewed": synthetic((32, 24, 6), "silu", "mse", skewed, bent, 64),
-        "clusters": synthetic((32, 16, 10), "silu", "cross_entropy", points, which, 32),
+        "low rank": Perceptrons(small, low_rank, (8,), "tanh", 64),
+        "low rank deep": Perceptrons(small, low_rank, (16, 16), "tanh", 128),
+        "skewed": Perceptrons(skewed, bent, (24,), "silu", 64),
+        "clusters": Perceptrons(points, which, (16,), "silu", 32),
     }
     users = torch.randint(48, (20000,), generator=generator)
     table = torch.randn(48, 4, generator=generator) @ torch.randn(4, 24, generator=generator) / 2
@@ -94,8 +105,8 @@ def make_families(net, data):
     words = torch.zeros(20000, 96).scatter_(1, torch.randint(96, (20000, 4), generator=generator), 1.0)
     topics = (words @ torch.randn(96, 10, generator=generator)).argmax(1)
     latest = {
-        "table": synthetic((48, 8, 24), "tanh", "mse", F.one_hot(users, 48).float(), seen, 32),
-        "words": synthetic((96, 16, 10), "tanh", "cross_entropy", words, topics, 32),
+        "table": Perceptrons(F.one_hot(users, 48).float(), seen, (8,), "tanh", 32),
+        "words": Perceptrons(words, topics, (16,), "tanh", 32),
         "mnist wide": family("mnist", (96,), "relu", 64),
         "digits eight layers": family("digits", (20,) * 8, "relu", 32),
     }
@@ -109,7 +120,7 @@ def make_families(net, data):
             "mnist autoencoder": family("mnist", (16,), "silu", 32, "mse"),
             "cifar two layers": family("cifar", (32, 32), "silu", 32),
             "mnist deep tanh": family("mnist", (24, 24, 24), "tanh", 16),
-            "regression": Perceptrons(PerceptronWindows(net, (32, 32, 8), "relu", "mse"), inputs, targets, 64, 1.5),
+            "regression": Perceptrons(inputs, targets, (32,), "relu", 64),
             "cifar autoencoder": family("cifar", (24,), "tanh", 64, "mse"),
             "cifar linear": family("cifar", (), "relu", 64),
             "digits deep relu": family("digits", (32, 32, 32), "relu", 128),
@@ -121,51 +132,69 @@ def make_families(net, data):
             "mnist autoencoder deep": family("mnist", (32, 8, 32), "relu", 64, "mse"),
             "digits five": family("digits", (48, 48, 48, 48), "tanh", 64),
             "cifar ten layers": family("cifar", (24,) * 9, "relu", 64),
-            "words relu": synthetic((96, 32, 10), "relu", "cross_entropy", words, topics, 64),
+            "words relu": Perceptrons(words, topics, (32,), "relu", 64),
         },
     )
 
 
-def make_sigmoid_families(net, data):
-    """Two dicts from name to `Perceptrons`, all of them with sigmoids: to train on, and to look at."""
-    from gradbuffer.kernels.numba_mlp_windows import PerceptronWindows
-    from gradbuffer.training.evolution import Perceptrons
-
-    def family(name, hidden, batch, images=None):
-        inputs, labels = (part[:images] for part in data[name])
-        windows = PerceptronWindows(net, (64, *hidden, 10), "sigmoid", "cross_entropy")
-        return Perceptrons(windows, inputs, labels, batch, 1.5 * math.log(10))
-
-    return (
-        {
-            "mnist": family("mnist", (20,), 128),
-            "mnist wider": family("mnist", (32,), 64),
-            "mnist two layers": family("mnist", (20, 20), 128),
-            "2,000 of mnist": family("mnist", (20,), 128, 2000),
-            "digits": family("digits", (20,), 128),
-            "digits two layers": family("digits", (24, 24), 64),
-            "cifar": family("cifar", (24,), 128),
-            "3,000 of mnist, two layers": family("mnist", (16, 16), 64, 3000),
-        },
-        {"mnist 40": family("mnist", (40,), 128), "1,000 of mnist": family("mnist", (24,), 128, 1000)},
-    )
+# What is kept of a run --------------------------------------------------------------------------------------------------
 
 
-def validate(weights, families, steps=500, seeds=4):
-    ends = {}
-    for name, family in families.items():
-        particles = len(RATES) * seeds
-        params, state = (
-            family.windows.draw_params(seeds, 77).repeat(len(RATES), 1),
-            family.windows.init_state(particles),
-        )
-        falling = 0.5 * (1 + torch.cos(math.pi * torch.arange(steps) / steps))
-        lr = torch.tensor(RATES).repeat_interleave(seeds)[:, None] * falling
-        losses = family.run(
-            weights, params, state, steps, lr=lr, seeds=torch.arange(1000, 1000 + seeds).repeat(len(RATES))
-        )
-        ends[name] = losses[:, -steps // 10 :].mean(1).view(len(RATES), seeds).mean(1).min().item()
-    return ends
+def split(net, flat):
+    """A dict from name to the tensor's part of a flat vector."""
+    sizes = [parameter.numel() for parameter in net.parameters()]
+    return {name: part.view_as(value).clone() for (name, value), part in zip(net.named_parameters(), flat.split(sizes))}
+
+
+def joined(parts):
+    return torch.cat([part.flatten() for part in parts])
+
+
+def take_up(run, state):
+    """Set a run to where the state left it; functions are begun anew."""
+    families = run.problem.families
+    run.net.load_state_dict(split(run.net, state["weights"]))
+    run.averaged.load_state_dict(split(run.net, state["averaged"]))
+    run.best = split(run.net, state["averaged"])
+    moments = state["adam"]["state"].get(0)
+    for name, parameter in run.net.named_parameters() if moments else ():
+        # gradients are sums over families here, means in the state
+        first, second = split(run.net, moments["exp_avg"]), split(run.net, moments["exp_avg_sq"])
+        run.adam.state[parameter] = {
+            "step": moments["step"].clone(),
+            "exp_avg": first[name] * families,
+            "exp_avg_sq": second[name] * families**2,
+        }
+    run.sizes = {place: state["scale"][name] for place, name in enumerate(run.problem.names) if name in state["scale"]}
+    run.iteration = run.history.best_iteration = state["k"]
+    for record in ("meta_loss", "grad_norm", "lr", "update_size", "signal_to_noise"):
+        vars(run.history)[record][:] = [math.nan] * state["k"]
+
+
+def state_of(content, net, problem, before):
+    """The state that a checkpoint's content is, after those that were measured before."""
+    moments = [content["adam"]["state"][place] for place in range(len(list(net.parameters())))]
+    adam = {
+        "step": moments[0]["step"],
+        "exp_avg": joined([part["exp_avg"] for part in moments]) / problem.families,
+        "exp_avg_sq": joined([part["exp_avg_sq"] for part in moments]) / problem.families**2,
+    }
+    group = {**content["adam"]["param_groups"][0], "params": [0]}
+    measured = [(k, {"geometric mean": score}) for k, score in content["history"]["validation"]]
+    return {
+        "k": content["iteration"],
+        "weights": joined(content["net"].values()),
+        "averaged": joined(content["averaged"].values()),
+        "adam": {"state": {0: adam}, "param_groups": [group]},
+        "scale": {problem.names[place]: size for place, size in content["sizes"].items()},
+        "history": {**before, "validation": before["validation"] + measured},
+        "config": net.config,
+    }
+
+
+def save(state, path):
+    torch.save(state, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
 
 
 def main():
@@ -175,83 +204,74 @@ def main():
     parser.add_argument("--state", type=Path)
     parser.add_argument("--second", action="store_true", help="the second part, from where the first has come to")
     parser.add_argument("--third", action="store_true", help="likewise, with orthogonal updates and a context")
-    parser.add_argument(
-        "--sigmoid", action="store_true", help="another one, for sigmoid networks alone, from the start"
-    )
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
-    from gradbuffer.training.evolution import Episodes, Pairs
-
-    form = options.third or options.sigmoid
-    net = start_as_normalized_adam(MLPOptimizer(orthogonalize=form, context=form))
-    latest, more, trained, watched = make_families(net, small_images())
-    start = torch.nn.utils.parameters_to_vector(net.parameters()).detach().clone()
-    episodes, lr, families_a_step, fall, end = Episodes(), LR, FAMILIES_A_STEP, 0, None
-    if options.second:  # more families, rates nearer to those that users choose, and an end
-        trained, lr, families_a_step, end = more | trained, 5e-4, 5, 16000
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    net = start_as_normalized_adam(MLPOptimizer(orthogonalize=given.third, context=given.third))
+    latest, more, trained, watched = make_families(small_images())
+    start = joined(net.parameters()).detach()
+    episodes, lr, families, fall, end, every = Episodes(), 3e-4, 4, 0, None, 500
+    if given.second:  # more families, rates nearer to those that users choose, and an end
+        trained, lr, families, end = more | trained, 5e-4, 5, 16000
         episodes = Episodes(lengths=(150, 1200), rates=(5e-4, 2e-2), scales=(1e-2, 1e2), falling=0.85)
         start = torch.load(HERE / "general_mlp.pt")["averaged"].clone()
-        options.state = options.state or HERE / "general_mlp_second.pt"
-    if options.third:  # from the first part's weights, the context's as at the start
-        trained, lr, families_a_step = more | trained, 5e-4, 5
+    if given.third:  # from the first part's weights, the context's as at the start
+        trained, lr, families, every = more | trained, 5e-4, 5, 1000
         fall, end = 22500, 40000  # from 14,000 to 22,000 steps at the full rate validation stood still
         episodes = Episodes(lengths=(100, 1500), rates=(5e-4, 3e-2), scales=(1e-2, 1e2), falling=0.85, late=0.75)
         first = torch.load(HERE / "general_mlp.pt")["averaged"]
         start[: len(first)] = first
-        options.state = options.state or HERE / "general_mlp_third.pt"
-    if options.sigmoid:
-        trained, watched = make_sigmoid_families(net, small_images())
-        lr, families_a_step, end = 7e-4, 4, 8000
-        episodes = Episodes(
-            lengths=(100, 3000), rates=(1e-3, 1e-1), scales=(1e-2, 1e2), gains=(0.1, 1.7), falling=0.85, late=0.75
-        )
-        options.state = options.state or HERE / "mnist_mlp.pt"
-    options.state = options.state or HERE / "general_mlp.pt"
-    weights = torch.nn.Parameter(start.clone())
-    adam = torch.optim.AdamW([weights], lr=lr, weight_decay=0.0)
-    run = {"k": 0, "averaged": start.clone(), "scale": {}, "history": {"validation": [(0, validate(start, watched))]}}
-    if options.state.exists():
-        run = torch.load(options.state)
-        if options.third and run["k"] >= 25000:
-            trained = latest | trained
-        weights.data.copy_(run["weights"])
-        adam.load_state_dict(run["adam"])
-    generator = torch.Generator().manual_seed(1000 + run["k"])
-    pairs = {name: Pairs(family, PAIRS, generator=generator, episodes=episodes) for name, family in trained.items()}
-    names, begun, saved = [], time.time(), time.time()
+    part = "_second" * given.second + "_third" * given.third
+    path = given.state or HERE / f"general_mlp{part}.pt"
+    state = {
+        "k": 0,
+        "weights": start,
+        "averaged": start,
+        "adam": {"state": {}},
+        "scale": {},
+        "history": {"validation": []},
+    }
+    if path.exists():
+        state = torch.load(path)
+    if given.third and state["k"] >= 25000:
+        trained = latest | trained
+    problem, begun = Families(trained, watched, families), time.time()
 
-    def save():
-        torch.save(
-            {**run, "config": net.config, "weights": weights.data, "adam": adam.state_dict()},
-            options.state.with_suffix(".new"),
-        )
-        options.state.with_suffix(".new").replace(options.state)
+    def schedule(iteration, iterations):
+        gone = max(0.0, (iteration - fall) / (end - fall)) if end else 0.0
+        return min(1.0, (iteration + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * gone))
 
-    while time.time() - begun < options.seconds and (end is None or run["k"] < end):
-        total = torch.zeros_like(start)
-        if len(names) < families_a_step:
-            names = [list(trained)[place] for place in torch.randperm(len(trained), generator=generator)]
-        for name in names[:families_a_step]:
-            estimate = pairs[name].advance(weights.data)
-            size = estimate.gradient.square().sum().item()
-            run["scale"][name] = 0.99 * run["scale"].get(name, size) + 0.01 * size
-            total += estimate.gradient / (run["scale"][name] ** 0.5 + 1e-12) / families_a_step
-        names = names[families_a_step:]
-        weights.grad = total * min(1.0, 1.0 / (total.norm().item() + 1e-12))
-        rate = lr * min(1.0, (run["k"] + 1) / WARMUP)
-        gone = max(0.0, (run["k"] - fall) / (end - fall)) if end else 0.0
-        adam.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * gone))
-        adam.step()
-        run["k"] += 1
-        run["averaged"].lerp_(weights.data, 1 - min(KEPT, run["k"] / (run["k"] + 10)))
-        if run["k"] % (1000 if options.third else 500) == 0:
-            run["history"]["validation"].append((run["k"], validate(run["averaged"], watched)))
-            print(run["k"], round(time.time() - begun), run["history"]["validation"][-1][1], flush=True)
-        if time.time() - saved > 60:
-            save()
-            saved = time.time()
-    save()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "checkpoint"
+        options = dict(
+            steps=500,
+            unroll=50,
+            meta_batch=8,
+            iterations=end or 10**6,
+            seed=state["k"],
+            clip=float(families),
+            balance=True,
+            averaging=0.9995,
+            method=EpisodicES(episodes=episodes),
+            meta_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
+            schedule=schedule,
+            validation_every=every,
+            validation_functions=4,
+            checkpoint=checkpoint,
+            checkpoint_every=EVERY,
+        )
+        run = EpisodicRun(net, problem, training_of(net, **options))
+        take_up(run, state)
+        run.save()
+
+        def follow(done, history):
+            if done % every == 0:
+                print(done, round(time.time() - begun), history.validation[-1][1], flush=True)
+            if done % EVERY == 0 or done == end:
+                save(state_of(read_checkpoint(checkpoint, run.settings), net, problem, state["history"]), path)
+                if time.time() - begun > given.seconds:
+                    raise KeyboardInterrupt
+
+        meta_train(net, problem, callback=follow, progress=False, **options)
 
 
 if __name__ == "__main__":
