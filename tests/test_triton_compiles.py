@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradbuffer.kernels import triton_lstm
+from gradbuffer.kernels import triton_lstm, triton_weights
 
 triton = pytest.importorskip("triton", reason="needs triton: pip install triton")
 
@@ -45,7 +45,7 @@ def compiled(work, capability, tmp_path):
         "replay": triton_replay.replay_kernel,
         "weight": triton_replay.weight_kernel,
     }[work]
-    sizes, _, _ = triton_lstm.layout(2, 20, 2, torch.device("cpu"))
+    sizes, _, _ = triton_weights.layout(2, 20, 2, torch.device("cpu"))
     block = {"replay": triton_lstm.REPLAY_BLOCK, "weight": triton_lstm.WEIGHT_BLOCK}.get(work, {})
     constants = sizes | dict(
         BLOCK=block.get(torch.float32, triton_lstm.STEP_BLOCK), LOG_SIGN=10.0, SHARPEST=math.exp(10), PRECISION="tf32",
