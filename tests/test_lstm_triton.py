@@ -19,6 +19,7 @@ from gradbuffer.kernels import triton_lstm
 from gradbuffer.kernels.choice import kernels_for
 from gradbuffer.kernels.torch_blocks import PackedWeights, TorchLSTM
 from gradbuffer.kernels.triton_lstm import TritonLSTM
+from gradbuffer.kernels.triton_weights import PaddedWeights
 from gradbuffer.unrolling import replay_by_autograd
 from meta_training import meta_gradient
 from optimizees import Quadratics
@@ -203,7 +204,7 @@ def test_meta_gradients(make, second_order, monkeypatch):
         for method in ("replay", "autograd")
     )
     close(found.values(), expected.values(), 1e-10)
-    assert explain(net).count("triton") == 3 and "not triton" not in explain(net)
+    assert explain(net).count("triton") == 3 + (net.averages is not None) and "not triton" not in explain(net)
 
 
 @on_device
@@ -257,10 +258,22 @@ def test_a_kernel_that_fails_its_first_use_is_not_chosen(card, monkeypatch):
     assert TritonLSTM.reasons_against(OnCuda, "step") == []  # it is not tried out where sizes are not known
 
 
-@pytest.mark.parametrize("work", ["step", "replay"])
-@pytest.mark.parametrize("p", [0.0, 10.0])
-def test_the_self_check_finds_wrong_numbers(card, monkeypatch, work, p):
-    """With torch's own kernels in Triton's place it passes; with slightly wrong ones it tells."""
+@pytest.mark.parametrize(
+    "work, p, pulls",
+    [
+        ("step", 0.0, False),
+        ("step", 10.0, False),
+        ("replay", 0.0, False),
+        ("replay", 10.0, False),
+        ("replay", 0.0, True),
+    ],
+)
+def test_the_self_check_finds_wrong_numbers(card, monkeypatch, work, p, pulls):
+    """With torch's own kernels in Triton's place it passes; with slightly wrong ones it tells. It draws nothing of the caller's."""
+    monkeypatch.setattr(
+        triton_lstm, "processors", lambda device: 132
+    )  # of what those run at once torch makes two blocks
+    random = torch.get_rng_state()
 
     class Right(TorchLSTM):
         def step(self, features, hidden, cells, inplace=False, p=0.0):
@@ -268,9 +281,13 @@ def test_the_self_check_finds_wrong_numbers(card, monkeypatch, work, p):
             return super().step(read, hidden, cells, inplace)
 
         def replay(self, features, *rest):
-            *rest, p = rest
+            *rest, pull, p = rest
             read = (lambda a, b: torch.stack([log_sign(grad[0], p) for grad in features(a, b)])) if p else features
-            return super().replay(read, *rest)
+            pieces = []  # Triton's come at once
+            found = super().replay(read, *rest, (lambda a, b, part: pieces.append(part)) if pull else None)
+            if pull:
+                pull(0, rest[0].shape[-1], torch.cat(pieces, -1))
+            return found
 
     class Wrong(Right):
         def __init__(self, lstm, output, bias):
@@ -279,8 +296,8 @@ def test_the_self_check_finds_wrong_numbers(card, monkeypatch, work, p):
     for kind, count in ((Right, 0), (Wrong, 1)):
         monkeypatch.setattr(triton_lstm, "TritonLSTM", kind)
         triton_lstm.failures.cache_clear()
-        found = triton_lstm.failures(work, 2, 20, 2, torch.device("cpu"), torch.float32, p)
-        assert len(found) == count
+        found = triton_lstm.failures(work, 2, 20, 2, torch.device("cpu"), torch.float32, p, pulls=pulls)
+        assert len(found) == count and torch.equal(torch.get_rng_state(), random)
     assert re.match(f"its self-check on cpu failed: a {work} is off by .*, more than 1e-03", found[0])
 
 
@@ -307,7 +324,7 @@ def test_padded_weights(inputs, hidden, layers):
     """A gate from the padded weights is that from the packed ones."""
     sizes, (net, *output) = [inputs] + [hidden] * (layers - 1), lstm(inputs, hidden, layers, torch.float64, "cpu")
     packed = PackedWeights([(w.detach(), u.detach(), (b + c).detach()) for w, u, b, c in net.all_weights])
-    padded = triton_lstm.PaddedWeights(net, *output)
+    padded = PaddedWeights(net, *output)
     units, start = padded.sizes["UNITS"], 0
     for layer, (size, weight) in enumerate(zip(sizes, packed.weights)):
         below = padded.sizes["BELOW" if layer else "FIRST"]

@@ -6,16 +6,41 @@ against. A fast kind is a subclass that overrides some of the methods and says, 
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from gradbuffer.devices import memory_of
 
-__all__ = ["LSTMKernels", "WORK", "add_gradients"]
+__all__ = ["Averages", "LSTMKernels", "WORK", "add_gradients"]
 
 WORK = ("step", "replay", "step_back")  # the pieces of work for which kernels are chosen
 REPLAY_BLOCK = 1 << 16  # coordinates over which autograd runs at once on a CPU, at most
+
+
+class Averages(NamedTuple):
+    """What a network reads that keeps Adam's moving averages, for kernels that make the readings by themselves.
+
+    Its memory is the averages of ∇, of ∇², and a clock; it reads m̂/√(v̂ + eps²) of each average of ∇ and ∇/√(v̂ + eps²). Its updates are
+    scale · tanh(output).
+    """
+
+    betas: tuple  # of the averages of ∇
+    square_beta: float  # of that of ∇²
+    eps: float
+    scale: float
+    gradient_at: int  # where ∇ is among the averages of ∇
+    clock: (
+        tuple | None
+    )  # (fade, longest): it counts, and log(min(t, longest) / fade) is read; None: it is the average of 1
+    layer: nn.Linear | None  # with an ELU, between readings and LSTM
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """What kernels are compiled for."""
+        timed, layer = self.clock is not None, self.layer is not None
+        return dict(BETAS=len(self.betas), GRADIENT=self.gradient_at, TIMED=timed, LAYER=layer)
 
 
 class LSTMKernels:
@@ -100,9 +125,18 @@ class LSTMKernels:
         """Whether there are `group_steps`; p: of `log_sign`, 0 for gradients as they are."""
         return False
 
-    def group_steps(self, p: float, params: list, states: list, watched: list, kept: torch.Tensor | None):
-        """What takes a `LearnedOptimizer`'s steps of many tensors at once, as `triton_group.GroupSteps`."""
+    def group_steps(self, p: float, params: list, states: list, watched: list, kept: torch.Tensor | None, reader=None):
+        """What takes a `LearnedOptimizer`'s steps of many tensors at once, as `triton_group.GroupSteps`; reader: as of `reader`."""
         raise NotImplementedError
+
+    def reasons_against_reader(self, net, work: str) -> tuple[str, ...]:
+        """Why a network that has `averages` must make its readings by itself in a piece of work, "step", "read" or "group"."""
+        return ("has no kernels for readings of averages",)
+
+    def reader(self, net, work: str):
+        """What makes a network's readings and takes its steps, as `triton_reader.AveragesReader`, where it has `averages` and there are no
+        reasons against it; else None."""
+        return None
 
     def tape(self, coordinates: int, steps: int):
         """Room for what so many steps compute and their replay would else compute again; None where nothing is kept."""

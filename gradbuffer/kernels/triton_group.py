@@ -6,6 +6,7 @@ of its coordinates, where its memory is. This module needs triton.
 """
 
 import functools
+import itertools
 import math
 
 import torch
@@ -15,7 +16,7 @@ import triton.language as tl
 from gradbuffer.devices import bring
 from gradbuffer.kernels.triton_kernels import advance_block, log_sign_tile
 
-__all__ = ["GroupSteps"]
+__all__ = ["GroupSteps", "gradient_at", "memory_at"]
 
 STEP_BLOCK, LOOK_BLOCK = 64, 2048  # coordinates of a program
 
@@ -37,7 +38,7 @@ def gradient_at(pointers, tensor, count, columns, inside, like, numbers, DECAYED
     return grad.to(like.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize=["count", "watched"])
+@triton.jit(do_not_specialize=["count", "first", "watched"])
 def look_kernel(
     pointers,
     owners,
@@ -47,6 +48,7 @@ def look_kernel(
     like,
     kept,
     count,
+    first,
     watched,
     numbers,
     DECAYED: tl.constexpr,
@@ -56,7 +58,8 @@ def look_kernel(
 
     Tensors 0 … count - 1 are parameters; the `watched` ones after them are weights, whose copies lie one after the other in `kept`.
     numbers: the sign and the λ of `gradient_at`, and the rate.
-    pointers: of all gradients, parameters, hidden states and cells, then of the weights, then where in `kept` each weight's copy begins.
+    pointers: of all gradients, parameters, hidden states, cells, and averages if there are any, `first` in all, then of the weights, then
+    where in `kept` each weight's copy begins.
     """
     tensor = tl.load(owners + tl.program_id(0))
     columns = tl.load(starts + tl.program_id(0)) + tl.arange(0, BLOCK)
@@ -68,8 +71,8 @@ def look_kernel(
             tl.store(flags, 1)
     else:
         weight = tensor - count
-        now = tl.load(memory_at(pointers, 4 * count + weight, like) + columns, mask=inside, other=0.0)
-        before = tl.load(kept + tl.load(pointers + 4 * count + watched + weight) + columns, mask=inside, other=0.0)
+        now = tl.load(memory_at(pointers, first + weight, like) + columns, mask=inside, other=0.0)
+        before = tl.load(kept + tl.load(pointers + first + watched + weight) + columns, mask=inside, other=0.0)
         if tl.sum(tl.where(inside & (now != before), 1, 0), axis=0) > 0:
             tl.store(flags + 1, 1)
 
@@ -141,12 +144,14 @@ class GroupSteps:
     Args:
         kernels: a `TritonLSTM`.
         p: of `log_sign`; 0 for gradients as they are.
-        params: list of parameters (n,) of any shape; states: list of their (hidden, cells), (layers, H, n) each. Written over.
+        params: list of parameters (n,) of any shape; states: list of their (hidden, cells), (layers, H, n) each, and averages
+            (rows, n) with a reader. Written over.
         watched: the network's weights, a list; kept: one vector of what they were, or None: they are not looked at.
+        reader: the `AveragesReader` of a network that keeps averages, or None.
     """
 
-    def __init__(self, kernels, p, params, states, watched, kept):
-        self.kernels, self.p, self.like, self.kept = kernels, float(p), params[0], kept
+    def __init__(self, kernels, p, params, states, watched, kept, reader=None):
+        self.kernels, self.p, self.like, self.kept, self.reader = kernels, float(p), params[0], kept, reader
         self.count, self.watched = len(params), list(watched) if kept is not None else []
         sizes = tuple(param.numel() for param in params) + tuple(weight.numel() for weight in self.watched)
         device = params[0].device
@@ -154,7 +159,7 @@ class GroupSteps:
         self.step_table = table(sizes[: self.count], STEP_BLOCK, device)
         self.flags = torch.zeros(2, dtype=torch.int32, device=device)
         # in the order of the kernels; what a tensor's memory is may change from step to step, and is brought anew then
-        self.fixed = [*params, *(hidden for hidden, _ in states), *(cells for _, cells in states), *self.watched]
+        self.fixed = [*params, *itertools.chain(*zip(*states)), *self.watched]
         offsets = [0]
         for weight in self.watched:
             offsets.append(offsets[-1] + weight.numel())
@@ -162,7 +167,7 @@ class GroupSteps:
 
     def holds(self, params, states, kept):
         """Whether it is for these very tensors."""
-        own = [*params, *(hidden for hidden, _ in states), *(cells for _, cells in states)]
+        own = [*params, *itertools.chain(*zip(*states))]
         return self.kept is kept and all(a is b for a, b in zip(own, self.fixed)) and len(params) == self.count
 
     def look(self, gradients, rate, sign=1.0, decay=0.0):
@@ -186,6 +191,7 @@ class GroupSteps:
                 self.like,
                 kept,
                 self.count,
+                self.count + len(self.fixed) - len(self.watched),
                 len(self.watched),
                 self.numbers,
                 DECAYED=decay != 0,
@@ -199,9 +205,13 @@ class GroupSteps:
 
     def step(self):
         """One launch: the step of the gradients that were looked at last, unless a flag is up."""
-        padded = self.kernels.padded
+        padded, reader = self.kernels.padded, self.reader
+        kernel, more = group_kernel, ()
+        form = dict(LOG_SIGN=self.p, SHARPEST=math.exp(self.p))
+        if reader is not None:
+            kernel, more, form = reader.group_kernel, reader.given, reader.form
         with torch.cuda.device_of(self.like):
-            group_kernel[(len(self.step_table[0]),)](
+            kernel[(len(self.step_table[0]),)](
                 self.pointers,
                 *self.step_table,
                 self.flags,
@@ -209,10 +219,10 @@ class GroupSteps:
                 padded.output,
                 self.count,
                 self.numbers,
+                *more,
                 DECAYED=self.asked[1] != 0,
                 **padded.sizes,
-                LOG_SIGN=self.p,
-                SHARPEST=math.exp(self.p),
+                **form,
                 BLOCK=STEP_BLOCK,
                 **self.kernels.step_options,
             )

@@ -18,6 +18,7 @@ __all__ = [
     "INTERPRETED",
     "add_product",
     "advance_block",
+    "exp",
     "gates",
     "log_sign_tile",
     "long",

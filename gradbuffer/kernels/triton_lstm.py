@@ -19,11 +19,14 @@ import torch
 
 from gradbuffer.devices import memory_of
 from gradbuffer.kernels.interface import LSTMKernels
-from gradbuffer.kernels.torch_blocks import PackedWeights, TorchLSTM
+from gradbuffer.kernels.torch_blocks import TorchLSTM
+from gradbuffer.kernels.triton_checks import distance, drawn, error_of_averages, log_sign, random_lstm, replayed
+from gradbuffer.kernels.triton_weights import PaddedWeights, in_rows
 
 try:
     from gradbuffer.kernels import triton_kernels as kernels
     from gradbuffer.kernels.triton_group import GroupSteps
+    from gradbuffer.kernels.triton_reader import AveragesReader
     from gradbuffer.kernels.triton_replay import replay_kernel, weight_kernel
 except ImportError:  # no triton
     kernels = None
@@ -196,8 +199,19 @@ class TritonLSTM(LSTMKernels):
             "group", self.inputs, self.hidden, self.layers, weight.device, weight.dtype, float(p)
         )
 
-    def group_steps(self, p, params, states, watched, kept):
-        return GroupSteps(self, p, params, states, watched, kept)
+    def group_steps(self, p, params, states, watched, kept, reader=None):
+        return GroupSteps(self, p, params, states, watched, kept, reader)
+
+    def reasons_against_reader(self, net, work):
+        return () if kernels.INTERPRETED else failures_of_averages(self, net, work)
+
+    def reader(self, net, work):
+        return None if self.reasons_against_reader(net, work) else AveragesReader(self, net.averages)
+
+    @property
+    def most_programs(self):
+        """Of a kernel that sums products up, at most."""
+        return PROGRAMS_PER_PROCESSOR * processors(self.output_weight.device)
 
     def replay(self, features, hidden, cells, adjoint, squash=False, pull_inputs=None, p=0.0, tape=None):
         """As of `LSTMKernels`, in three launches for as many coordinates as an eighth of the card's memory holds the states and
@@ -248,7 +262,7 @@ class TritonLSTM(LSTMKernels):
         sizes, weight, (_, width) = self.padded.sizes, self.output_weight, chunks[0]
         block = self.replay_block_of(chunks[-1][1])
         blocks = sum(-(-(stop - start) // block) for start, stop in chunks)
-        programs = min(PROGRAMS_PER_PROCESSOR * processors(weight.device), T * -(-width // WEIGHT_BLOCK[weight.dtype]))
+        programs = min(self.most_programs, T * -(-width // WEIGHT_BLOCK[weight.dtype]))
         rows, units = max(1 << (4 * self.hidden - 1).bit_length(), 16), sizes["UNITS"]
         return [
             weight.new_empty(len(chunks), programs, rows, sizes["BELOW" if layer else "FIRST"] + units)
@@ -327,17 +341,6 @@ class TritonLSTM(LSTMKernels):
         return layers, outputs[:H], outputs[-1]
 
 
-def in_rows(state):
-    """Whether the parts (layers, H, N) of a state lie alike, row after row at one distance: whole, or a part of a larger one."""
-    layouts = {part.stride() for part in state}
-    apart, row, one = layouts.pop()
-    return (
-        not layouts
-        and (one == 1 or state[0].shape[2] == 1)
-        and (apart == row * state[0].shape[1] or state[0].shape[0] == 1)
-    )
-
-
 def check_precision(weight, precision):
     """The precision of the products, if it is one for such weights."""
     if precision is None and weight.is_cuda and weight.dtype == torch.float32 and not torch.version.hip:
@@ -356,65 +359,6 @@ def processors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-class PaddedWeights:
-    """An LSTM's weights and its output's (H,) and () as the kernels read them.
-
-    `weights` has of each layer (4 · UNITS, BELOW) and (4 · UNITS, UNITS), end to end: rows (2, UNITS, 2) as in `triton_kernels`, the
-    units' followed by zeros, columns [below; bias; zeros] and [hidden; zeros]. `output` (UNITS + 1,) is padded likewise, its bias
-    last. All are gathered from one vector by indices, so that a change of the weights costs a few launches and no wait.
-    """
-
-    def __init__(self, lstm, output_weight, output_bias):
-        shapes = lstm.input_size, lstm.hidden_size, lstm.num_layers
-        self.sizes, first, second = layout(*shapes, output_weight.device)
-        own = [output_bias.new_zeros(1), *lstm._flat_weights, output_weight, output_bias.reshape(1)]
-        flat = torch.cat([part.detach().reshape(-1) for part in own])
-        padded = flat.index_select(0, first).add_(flat.index_select(0, second))
-        self.weights, self.output = padded.split([len(padded) - self.sizes["UNITS"] - 1, self.sizes["UNITS"] + 1])
-
-
-@functools.cache
-def layout(inputs, hidden, layers, device):
-    """The kernels' sizes, and index tensors: for each padded number the weights whose sum it is, twice.
-
-    The weights are one vector: a zero, those of each layer in `nn.LSTM`'s order (weight_ih, weight_hh, bias_ih, bias_hh), the
-    output's and its bias. Where the weights' own numbers in it are laid out as the weights would be, they are the indices.
-    """
-    H, units = hidden, padded_size(hidden)
-    sizes = dict(
-        INPUTS=inputs, H=H, LAYERS=layers, FIRST=padded_size(inputs + 1), BELOW=padded_size(H + 1), UNITS=units
-    )
-    widths, total, first, second = [inputs] + [H] * (layers - 1), 1, [], []
-
-    def numbered(*shape):
-        nonlocal total
-        total += math.prod(shape)
-        return torch.arange(total - math.prod(shape), total, device="cpu").view(shape)
-
-    def padded(w, u, b, below):
-        (matrix,) = PackedWeights([(w, u, b)]).weights  # (4H, in + H + 1), gates in the kernels' order
-        rows, count = matrix.view(4, H, -1), w.shape[1]
-        out = rows.new_zeros(4, units, below + units)
-        out[:, :H, :count], out[:, :H, count] = rows[..., :count], rows[..., -1]
-        out[:, :H, below : below + H] = rows[..., count:-1]
-        out = out.view(2, 2, units, -1).transpose(1, 2).flatten(0, 2)  # (2, units, 2) rows
-        return torch.cat([out[:, :below].flatten(), out[:, below:].flatten()])
-
-    for l, width in enumerate(widths):
-        w, u, b, c = numbered(4 * H, width), numbered(4 * H, H), numbered(4 * H), numbered(4 * H)
-        below = sizes["BELOW" if l else "FIRST"]
-        first.append(padded(w, u, b, below))
-        second.append(padded(torch.zeros_like(w), torch.zeros_like(u), c, below))
-    first += [torch.nn.functional.pad(numbered(H), (0, units - H)), numbered(1)]
-    second = torch.nn.functional.pad(torch.cat(second), (0, units + 1))
-    return sizes, torch.cat(first).to(device), second.to(device)
-
-
-def padded_size(size):
-    """The power of two from 16 on that holds it: what `tl.dot` takes."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 @functools.cache
 def failures(work, inputs, hidden, layers, device, dtype, p, squash=False, pulls=False):
     """Reasons against a kernel that this device gives at its first use: it is compiled, runs on a few coordinates, and is compared
@@ -422,9 +366,19 @@ def failures(work, inputs, hidden, layers, device, dtype, p, squash=False, pulls
     sizes = [STEP_BLOCK + 1]
     if work in ("replay", "step_back"):  # in both kinds of blocks
         sizes.append(FEW * processors(device) + 1)
+    return reasons_of(
+        work,
+        device,
+        dtype,
+        lambda: max(error_of(work, (inputs, hidden, layers), device, dtype, p, squash, pulls, N) for N in sizes),
+    )
+
+
+def reasons_of(work, device, dtype, error_of):
+    """The reasons that an error gives, a function's, or its failure."""
     try:
         with torch.inference_mode(False), torch.no_grad():
-            error = max(error_of(work, (inputs, hidden, layers), device, dtype, p, squash, pulls, N) for N in sizes)
+            error = error_of()
     except Exception as error:  # whatever a compiler, a driver or a launcher raises
         return (
             f"its self-check on {device} failed: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}",
@@ -436,16 +390,28 @@ def failures(work, inputs, hidden, layers, device, dtype, p, squash=False, pulls
     return ()
 
 
+CHECKED = {}  # what was checked -> reasons against it
+
+
+def failures_of_averages(kernels, net, work):
+    """As `failures`, against the readings of a network like that one in a piece of work, made in the kernels."""
+    weight = kernels.output_weight
+    sizes = kernels.inputs, kernels.hidden, kernels.layers
+    key = work, *net.averages.form.values(), *sizes, weight.device, weight.dtype
+    if key not in CHECKED:
+        CHECKED[key] = reasons_of(
+            f"{work} with averages",
+            weight.device,
+            weight.dtype,
+            lambda: error_of_averages(kernels, AveragesReader, net, work),
+        )
+    return CHECKED[key]
+
+
 def error_of(work, sizes, device, dtype, p, squash, pulls, N):
     """How far a piece of work of random weights and N coordinates is from torch's, relatively; see `failures`."""
-    generator, T, (inputs, hidden, layers) = torch.Generator().manual_seed(0), 3, sizes
-
-    def draw(*shape):
-        return (0.5 * torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")).to(device, dtype)
-
-    lstm = torch.nn.LSTM(*sizes, device=device, dtype=dtype)
-    for parameter in lstm.parameters():
-        parameter.copy_(draw(*parameter.shape))
+    draw, T, (inputs, hidden, layers) = drawn(device, dtype), 3, sizes
+    lstm = random_lstm(sizes, draw)
     weights, state = (lstm, draw(hidden), draw()), (draw(layers, hidden, N), draw(layers, hidden, N))
     adjoint, grads, features = draw(T, N), draw(T, N), draw(T, inputs, N)
     ours, plain = TritonLSTM(*weights), TorchLSTM(*weights)
@@ -476,21 +442,4 @@ def error_of(work, sizes, device, dtype, p, squash, pulls, N):
         expected = plain.step(lambda a, b: wanted[:, a:b], *state)
     else:
         found, expected = (kind.step(lambda a, b: features[0, :, a:b], *state) for kind in (ours, plain))
-    return max(((a - b).norm() / (b.norm() + 1e-3)).item() for a, b in zip(flat(found), flat(expected)))
-
-
-def replayed(kernels, read, p, state, adjoint, squash, pulls):
-    """A replay's results, the derivatives by the features among them if it pulls."""
-    parts = []
-    pull = (lambda a, b, part: parts.append(part)) if pulls else None
-    return [kernels.replay(lambda a, b: read[..., a:b], *state, adjoint, squash, pull, p), *parts]
-
-
-def log_sign(grads, p):
-    """As of `nets.readings`."""
-    return torch.stack([grads.abs().clamp(min=math.exp(-p)).log() / p, (grads * math.exp(p)).clamp(-1, 1)])
-
-
-def flat(parts):
-    """The tensors in nested lists and tuples."""
-    return [tensor for part in parts for tensor in (flat(part) if isinstance(part, (list, tuple)) else [part])]
+    return distance(found, expected)

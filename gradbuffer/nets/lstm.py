@@ -13,8 +13,8 @@ from torch import nn
 
 from gradbuffer.checks import check_count, check_finite, sum_is_finite, values_are_checked
 from gradbuffer.contracts import Loss, Rule
-from gradbuffer.kernels.choice import KINDS, asked_for, kernels_for, reasons_against
-from gradbuffer.kernels.interface import WORK, LSTMKernels
+from gradbuffer.kernels.choice import KINDS, asked_for, kernels_for, load, reasons_against
+from gradbuffer.kernels.interface import WORK, Averages, LSTMKernels
 from gradbuffer.nests import Snapshot, clone
 from gradbuffer.nets.mlp import MLPOptimizer
 from gradbuffer.nets.tensorwise import explain_steps
@@ -60,6 +60,16 @@ class LSTMOptimizer(Rule, nn.Module):
         """The `p` with which compiled kernels do by themselves what `read` and `embed` do; None: they cannot do that."""
         return None
 
+    @property
+    def averages(self) -> Averages | None:
+        """What it reads, squashed and all, where that is Adam's moving averages and some kernels can do it by themselves; else None."""
+        return None
+
+    @property
+    def state_shapes(self) -> list[tuple]:
+        """The shapes of the state's parts, without the coordinates behind."""
+        return [(self.num_layers, self.hidden_size)] * 2 + self.memory_shapes
+
     def init_state(
         self, num_coordinates: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> tuple:
@@ -75,7 +85,7 @@ class LSTMOptimizer(Rule, nn.Module):
         check_count(num_coordinates=num_coordinates)
         like = self.output.weight
         place = dict(device=device or like.device, dtype=dtype or like.dtype)
-        return tuple(torch.zeros(*shape, num_coordinates, **place) for shape in self._state_shapes())
+        return tuple(torch.zeros(*shape, num_coordinates, **place) for shape in self.state_shapes)
 
     def forward(self, grad: torch.Tensor, state: tuple, inplace: bool = False) -> tuple[torch.Tensor, tuple]:
         """One step of the optimizer for all coordinates.
@@ -106,7 +116,10 @@ class LSTMOptimizer(Rule, nn.Module):
             return self.finish(self.output(top))[0, :, 0], (hidden.mT, cell.mT, *memory)
         with torch.no_grad():
             kernels = self.kernels("step", state=hidden.dtype)
-            p, after = self._left_to(kernels, "step"), memory
+            p, after, reader = self._left_to(kernels, "step"), memory, self._reader(kernels, "step", memory)
+            if reader:
+                new = state if inplace else tuple(map(torch.empty_like, state))
+                return reader.step(grad, state, new), tuple(new)
             if p:
                 readings = grad[None]
             else:
@@ -141,11 +154,16 @@ class LSTMOptimizer(Rule, nn.Module):
 
     @property
     def steps_in_groups(self) -> bool:
-        return self.built_in is not None and not self.squash and self.kernels().takes_groups(self.built_in)
+        if self.averages is not None:
+            return self.kernels().reader(self, "group") is not None
+        plain = self.built_in is not None and not self.squash and not self.memory_shapes
+        return plain and self.kernels().takes_groups(self.built_in)
 
     def group_steps(self, params: list, states: list, watched: list, kept: torch.Tensor | None) -> Any:
         """See `LSTMKernels.group_steps`."""
-        return self.kernels().group_steps(self.built_in, params, states, watched, kept)
+        kernels = self.kernels()
+        reader = kernels.reader(self, "group") if self.averages is not None else None
+        return kernels.group_steps(self.built_in or 0.0, params, states, watched, kept, reader)
 
     def recorder(
         self, state: tuple, steps: int | None = None
@@ -270,9 +288,6 @@ class LSTMOptimizer(Rule, nn.Module):
 
     # Internals --------------------------------------------------------------------------------------------------------
 
-    def _state_shapes(self):
-        return [(self.num_layers, self.hidden_size)] * 2 + self.memory_shapes
-
     def _check(self, grad, state, shape, inplace=False):
         if not isinstance(grad, torch.Tensor):
             raise TypeError(f"grad must be a tensor, got {type(grad).__name__}")
@@ -282,7 +297,7 @@ class LSTMOptimizer(Rule, nn.Module):
         names = ["hidden", "cell", *(f"memory[{k}]" for k in range(len(self.memory_shapes)))]
         if not (isinstance(state, (tuple, list)) and len(state) == len(names)):
             raise TypeError(f"state must be init_state's tuple of {len(names)} tensors, hidden and cell first")
-        for name, tensor, rows in zip(names, state, self._state_shapes()):
+        for name, tensor, rows in zip(names, state, self.state_shapes):
             if tensor.shape != (*rows, N):
                 raise ValueError(
                     f"state's {name} must have shape {(*rows, N)} for {N} coordinates, got {tuple(tensor.shape)}"
@@ -300,12 +315,15 @@ class LSTMOptimizer(Rule, nn.Module):
         (hidden, cell), memory, shape = own[:2], own[2:], own[0].shape[-1:]
         kernels = self.kernels()
         p, whole = self._left_to(kernels, "step"), (0, *shape)
-        run = kernels.stepper(*state[:2], (hidden, cell), p, tape)
+        reader = self._reader(kernels, "step", memory)
+        run = reader.stepper(state, own) if reader else kernels.stepper(*state[:2], (hidden, cell), p, tape)
 
         def step(grad):
             if grad.shape != shape or grad.dtype != hidden.dtype:
                 self._check(grad, own, tuple(grad.shape))  # says what does not fit
             check_finite(grad, "grad")
+            if reader:
+                return run(grad)
             readings, after = (grad[None, None], ()) if p else self.read(grad[None], memory)
             for old, new in zip(memory, after):
                 old.copy_(new)
@@ -331,6 +349,12 @@ class LSTMOptimizer(Rule, nn.Module):
         """The p of log_sign where those kernels do it themselves: they are given gradients then. Else 0."""
         return (self.built_in or 0.0) if work in kernels.reads_log_sign else 0.0
 
+    def _reader(self, kernels, work, memory):
+        """What makes the readings for those kernels, where they can do it themselves; else None."""
+        if self.averages is None or any(part.dtype != self.output.weight.dtype for part in memory):
+            return None
+        return kernels.reader(self, work)
+
     def _names_of(self, layers, output_weight, output_bias):
         """Gradients of the packed weights as the kernels give them -> dict by the names of the parameters."""
         scale = self._packed_scale()
@@ -351,26 +375,30 @@ class LSTMOptimizer(Rule, nn.Module):
             name: parameter for name, parameter in wanted.items() if not name.startswith(("lstm.", "output."))
         }  # `embed`'s
         kernels, pieces = self.kernels("replay", squash=self.squash, inputs=bool(own)), []
-        p = self._left_to(kernels, "replay")
+        p, reader = self._left_to(kernels, "replay"), self._reader(kernels, "read", memory)
+
+        def recorded(start, stop):
+            return grads[:, start:stop], *(part[..., start:stop] for part in memory)
 
         def readings(start, stop):
             if p:
                 return grads[:, None, start:stop]
-            return self.read(grads[:, start:stop], [part[..., start:stop] for part in memory])[0]
+            gradients, *before = recorded(start, stop)
+            return self.read(gradients, before)[0]
+
+        def features(start, stop):
+            return reader.read(*recorded(start, stop)) if reader else self.embed(readings(start, stop))
 
         def pull_inputs(start, stop, dfeatures):
+            if reader:
+                found = reader.pull_layer(*recorded(start, stop), dfeatures)
+                pieces.append([found[name.rpartition(".")[2] == "bias"] for name in own])
+                return
             with torch.enable_grad():
                 pieces.append(torch.autograd.grad(self.embed(readings(start, stop)), list(own.values()), dfeatures))
 
         parts = kernels.replay(
-            lambda a, b: self.embed(readings(a, b)),
-            hidden,
-            cell,
-            self._above(adjoint),
-            self.squash,
-            pull_inputs if own else None,
-            p,
-            tape,
+            features, hidden, cell, self._above(adjoint), self.squash, pull_inputs if own else None, p, tape
         )
         return self._names_of(*parts) | {name: sum(piece) for name, piece in zip(own, zip(*pieces))}
 
@@ -418,6 +446,12 @@ def explain(net: nn.Module) -> str:
             runs = next(kind for kind, against in reasons.items() if not against)
             lines.append(f"  {work}: {runs}")
             lines += [f"    not {kind}: {'; '.join(against)}" for kind, against in reasons.items() if against]
+        if module.averages is not None:
+            own, asked = module.kernels(), ("step", "read", "group")
+            against = {reason: None for work in asked for reason in own.reasons_against_reader(module, work)}
+            kind = next(name for name, kind in KINDS.items() if load(kind.place) is type(own))
+            lines.append(f"  readings: {'torch' if against else kind}")
+            lines += [f"    not {kind}: {'; '.join(against)}"] if against else []
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from gradbuffer.checks import check_positive_number
 from gradbuffer.devices import constant
+from gradbuffer.kernels.interface import Averages
 from gradbuffer.nets.lstm import LSTMOptimizer
 from gradbuffer.nets.readings import odd_part
 
@@ -79,6 +80,12 @@ class RNNProp(LSTMOptimizer):
 
     def embed(self, readings: torch.Tensor) -> torch.Tensor:
         return nn.functional.elu(self.input.weight @ readings + self.input.bias[:, None])
+
+    @property
+    def averages(self) -> Averages | None:
+        if type(self) is not RNNProp:  # a subclass may read something else
+            return None
+        return Averages((self.beta,), self.beta, self.eps, self.output_scale, 1, None, self.input)
 
 
 class NormalizedLSTM(LSTMOptimizer):
@@ -156,7 +163,11 @@ class NormalizedLSTM(LSTMOptimizer):
             time = averages[-1:] + 1
             fresh = torch.cat([grad.expand(len(self.betas), -1), grad[None] * grad])
             averages = torch.cat([decay * averages[:-1] + (1 - decay) * fresh, time])
-            corrected = averages[:-1] / (1 - decay ** time[:, :1])  # t is the same for all
+            first = time[
+                :, :1
+            ]  # mostly t is the same for all, and powers cost more than to look; on CUDA the host would wait
+            steps = first if time.is_cpu and time.equal(first.expand_as(time)) else time
+            corrected = averages[:-1] / (1 - decay**steps)
             size = (corrected[-1:] + self.eps**2).sqrt()
             age = (time.clamp(max=self.longest) / self.fade).log()
             readings.append(torch.cat([grad[None] / size, corrected[:-1] / size, age]))
@@ -164,6 +175,13 @@ class NormalizedLSTM(LSTMOptimizer):
 
     def embed(self, readings: torch.Tensor) -> torch.Tensor:
         return readings
+
+    @property
+    def averages(self) -> Averages | None:
+        if type(self) is not NormalizedLSTM:
+            return None
+        clock = self.fade, self.longest
+        return Averages(self.betas, self.square_beta, self.eps, self.output_scale, 0, clock, None)
 
 
 @torch.no_grad()

@@ -130,7 +130,7 @@ class VectorNetwork(NetworkInPlace):
     def steps_in_groups(self) -> bool:
         """Whether the network takes the steps of many tensors at once; looked at once."""
         if self._steps_in_groups is None:
-            self._steps_in_groups = len(self.parts) == 2 and self.rule.steps_in_groups
+            self._steps_in_groups = self.rule.steps_in_groups
         return self._steps_in_groups
 
     def check_group(self, group: dict[str, Any], params: list[torch.Tensor], where: str) -> None:
