@@ -10,7 +10,7 @@ the last 20 steps up to 100, and of the last 100 up to later marks. NAG and Adam
 most at step 1,000, of other functions; Adam with 0.001 is the baseline of theirs.
 
 A second table has what is used with a rate and a schedule: small learned optimizers (`--annealed`), the same before their meta-training,
-AdamW and NAG. Each tries as many rates, √10 apart, on another function (up to step 1,000 at most), and anneals the rate to 0 on a cosine
+AdamW and NAG. Each tries as many rates, √10 apart, on other functions (up to `--tuning-steps` at most), and anneals the rate to 0 on a cosine
 that ends at the mark: a training of its own for each mark.
 
     python benchmarks/published.py --problems sigmoid relu layers convolutions cifar10 --steps 100 1000 10000 --functions 1 --nets
@@ -39,7 +39,6 @@ from optimizees import MNISTNet
 from optimizers import CoordinatewiseLSTM, LearnedOptimizer, RNNProp, load_optimizer
 
 STD, BATCH, CHANNELS = 0.01, 128, (16, 32)
-LONGEST_TUNING = 1000
 RATES_TRIED = 5
 BASELINES = {"NAG": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}), "Adam": (torch.optim.Adam, {})}
 RATES = [0.001, 0.01, 0.1, 1.0]  # the search goes on between those beside the best, and past an edge
@@ -193,7 +192,7 @@ def annealed(names):
     return contestants
 
 
-def print_annealed(problem, names, marks, functions, tuning):
+def print_annealed(problem, names, marks, functions, tuning, longest):
     heads = [f"{mark:,}" for mark in marks] + [f"ln at {mark:,}" for mark in marks if mark >= 1000]
     print(
         f"\n{problem.name}, a cosine and the best of {RATES_TRIED} rates for each mark, functions: {functions}\n\n"
@@ -204,7 +203,7 @@ def print_annealed(problem, names, marks, functions, tuning):
     for name, contestant in annealed(names).items():
         ends, cells, tuned = {}, [], {}
         for mark in marks:
-            length = min(mark, LONGEST_TUNING)
+            length = min(mark, longest)
             if length not in tuned:
                 seeds = range(1000, 1000 + tuning)
                 tried = {
@@ -248,6 +247,9 @@ def main():
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000], help="the marks, each at least 100")
     parser.add_argument("--functions", type=int, default=4)
     parser.add_argument("--tuning-functions", type=int, default=2, help="for the baselines' rates; 0: no baselines")
+    parser.add_argument(
+        "--tuning-steps", type=int, default=1000, help="at most so many; rates of later marks are those found there"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the functions (default 1)")
     parser.add_argument("--data", help="data root (default $L2O_DATA, or data)")
     options = parser.parse_args()
@@ -265,12 +267,13 @@ def main():
     for name in options.problems:
         problem = make_problem(name, options.data)
         if options.annealed:
-            print_annealed(problem, options.annealed, marks, options.functions, max(options.tuning_functions, 1))
+            functions, tuning = options.functions, max(options.tuning_functions, 1)
+            print_annealed(problem, options.annealed, marks, functions, tuning, options.tuning_steps)
         if not nets:
             continue
         tuned = {}
         if options.tuning_functions:
-            tuned = tuned_baselines(problem, min(marks[-1], LONGEST_TUNING), options.tuning_functions)
+            tuned = tuned_baselines(problem, min(marks[-1], options.tuning_steps), options.tuning_functions)
         curves = compare(nets, tuned, problem, marks[-1], options.functions, options.seed, progress=False)
         print_table(f"{problem.name}, functions: {options.functions}", curves, marks)
 
