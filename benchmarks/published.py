@@ -10,8 +10,8 @@ the last 20 steps up to 100, and of the last 100 up to later marks. NAG and Adam
 most at step 1,000, of other functions; Adam with 0.001 is the baseline of theirs.
 
 A second table has what is used with a rate and a schedule: small learned optimizers (`--annealed`), the same before their meta-training,
-AdamW and NAG. Each tries as many rates, √10 apart, on other functions (up to `--tuning-steps` at most), and anneals the rate to 0 on a cosine
-that ends at the mark: a training of its own for each mark.
+AdamW and NAG. Each tries as many rates, √10 apart, on other functions (up to `--tuning-steps` at most), and anneals the rate to 0 on a
+cosine that ends at the mark: a training of its own for each mark.
 
     python benchmarks/published.py --problems sigmoid relu layers convolutions cifar10 --steps 100 1000 10000 --functions 1 --nets
 """
