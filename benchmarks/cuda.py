@@ -198,7 +198,8 @@ def kernels(part):
     """The Triton kernels at their real blocks and several sizes, against float64 in torch."""
     from gradbuffer.kernels import triton_lstm
     from gradbuffer.kernels.torch_blocks import TorchLSTM
-    from gradbuffer.kernels.triton_lstm import TritonLSTM, flat
+    from gradbuffer.kernels.triton_checks import flat
+    from gradbuffer.kernels.triton_lstm import TritonLSTM
 
     if DEVICE != "cuda":
         return say("NOTE", "kernels", "Triton's run on a GPU; in its interpreter tests/test_lstm_triton.py runs them")
@@ -233,6 +234,47 @@ def kernels(part):
                     check(name, distance(named(found), named(wanted)), triton_lstm.SELF_CHECK[dtype] / 10)
                     if not all(map(torch.equal, found, again)):
                         say("FAIL", name, "two runs differ: a race?")
+
+
+def nets_with_averages():
+    from optimizers import NormalizedLSTM, RNNProp, load_optimizer
+
+    general = load_optimizer("general_lstm")
+    return {"RNNProp": RNNProp(), "NormalizedLSTM": NormalizedLSTM(num_layers=2), "general_lstm": general}
+
+
+def averages(part, sizes=((1, 1), (65, 3), (15_910, 20), (200_003, 5))):
+    """Readings of moving averages in Triton, in steps and in replays, against float64 in torch; of states at several ages."""
+    from optimizers import explain
+
+    if DEVICE != "cuda":
+        return say(
+            "NOTE", "averages", "Triton's run on a GPU; tests/test_triton_averages.py runs them in the interpreter"
+        )
+
+    def work(net, kind, dtype, N, T):
+        net, scales = copy.deepcopy(net).to(DEVICE, dtype), torch.logspace(-6, 0, N, dtype=torch.float64)
+        draw = lambda seed: torch.randn(T, N, generator=generator(seed), dtype=torch.float64)  # noqa: E731
+        grads, adjoint = (scales * draw(1)).to(DEVICE, dtype), draw(2).to(DEVICE, dtype)
+        with kernels_are(kind), torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            if kind == "triton" and "readings: triton" not in explain(net):
+                say("FAIL", f"averages, {type(net).__name__}", explain(net).replace("\n", " "))
+            first = net.replay(grads, net.init_state(N), adjoint)
+            take, state, _ = net.recorder(net.init_state(N), T)
+            found = {"updates": torch.stack([take(grad).clone() for grad in grads])}
+            found |= dict(zip(("hidden", "cells", "averages"), map(torch.clone, state)))
+            found |= first | {f"later {name}": part for name, part in net.replay(grads, state, adjoint).items()}
+        return found
+
+    for (name, net), (N, T) in itertools.product(nets_with_averages().items(), sizes):
+        label = f"averages, {name}, {N} coordinates, {T} steps"
+        with attempt(label):
+            wanted = work(net, "torch", torch.float64, N, T)
+            found, again = (work(net, "triton", torch.float32, N, T) for _ in range(2))
+            check(label, distance(found, wanted), 3e-4)
+            if not all(torch.equal(found[key], again[key]) for key in found):
+                say("FAIL", label, "two runs differ: a race?")
+            check(f"{label}, float64", distance(work(net, "triton", torch.float64, N, T), wanted), 1e-9)
 
 
 def graphs(part):
@@ -450,6 +492,48 @@ def steps(part):
             del own
 
 
+def readings(part):
+    """Windows of networks that read moving averages, and the kernels that make readings alone, beside the bytes they move."""
+    from gradbuffer.training.cuda_graphs import CapturedWindow
+    from meta_training import meta_gradient
+    from optimizees import MNISTNet
+
+    problem, unroll, copying = MNISTNet(root=DATA, device=DEVICE), 20 if DEVICE == "cuda" else 2, rates()["copy"]
+    for name, net in nets_with_averages().items():
+        net, times = net.to(DEVICE), {}
+        batch = problem.sample(1, generator())
+        N = sum(tensor.numel() for tensor in batch.params.values())
+        for kind in kinds():
+            with attempt(f"window, {name}, {kind}"), kernels_are(kind):
+                given = net, batch, batch.params, net.init_state(N)
+                times[kind] = seconds(lambda: meta_gradient(*given, unroll=unroll), 3, 4.0)
+                if DEVICE == "cuda":
+                    captured = CapturedWindow(*given, unroll)
+                    times[f"{kind}, a graph"] = seconds(lambda: captured(*given[1:]), 3, 4.0)
+        found = "; ".join(f"{kind} {milliseconds(value)}" for kind, value in times.items())
+        say("TIME", f"window of {unroll}, MNIST x1, {name}", found)
+        if DEVICE != "cuda":
+            continue
+        with attempt(f"readings, {name}"), kernels_are("triton"), torch.no_grad():
+            N, T = 1 << 20, 20
+            grads, state = torch.randn(T, N, device=DEVICE), net.init_state(N)
+            reader = net.kernels().reader(net, "read")
+            features = reader.read(grads, state[2])
+            floor = (grads.nbytes + features.nbytes) / copying
+            value = seconds(lambda: reader.read(grads, state[2]))
+            say("TIME", f"readings of {T} x {N}, {name}", f"{milliseconds(value)}; its bytes {milliseconds(floor)}")
+            if net.averages.layer is not None:
+                value = seconds(lambda: reader.pull_layer(grads, state[2], features))
+                say(
+                    "TIME",
+                    f"their layer's gradients, {name}",
+                    f"{milliseconds(value)}; its bytes {milliseconds(floor)}",
+                )
+            value = seconds(lambda: reader.step(grads[0], state, state))
+            floor = (2 * sum(part.nbytes for part in state) + 2 * grads[0].nbytes) / copying
+            say("TIME", f"step of {N} coordinates, {name}", f"{milliseconds(value)}; its bytes {milliseconds(floor)}")
+
+
 def profile(part):
     """Where the device's time goes: the kernels that take most of a window, and of a step, and what the host takes."""
     from cases import RESNET18
@@ -467,7 +551,7 @@ def profile(part):
         work[f"window, {name}"] = lambda net=net, batch=batch, state=state: meta_gradient(
             net, batch, batch.params, state, unroll=20
         )
-    for name in ("mnist", "general"):
+    for name in ("mnist", "general_lstm", "general"):
         params = [torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in RESNET18]
         for param in params:
             param.grad = 1e-3 * torch.randn_like(param)
@@ -494,6 +578,7 @@ CHECKS = {
     "equal": (equal, PARTS, 200),
     "exactness": (exactness, 1, 150),
     "kernels": (kernels, 2, 200),
+    "averages": (averages, 1, 200),
     "graphs": (graphs, 1, 200),
 }
 CHECKS |= {"optimizer": (optimizer, 1, 120), "tests": (tests, 1, 240)}
@@ -501,6 +586,7 @@ TIMES = {
     "machine": (machine, 1, 60),
     "windows": (windows, 1, 120),
     "steps": (steps, 1, 90),
+    "readings": (readings, 1, 90),
     "profile": (profile, 1, 60),
 }
 SECTIONS = CHECKS | TIMES

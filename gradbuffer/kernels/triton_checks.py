@@ -6,7 +6,7 @@ import torch
 
 from gradbuffer.kernels.torch_blocks import TorchLSTM
 
-__all__ = ["distance", "drawn", "error_of_averages", "log_sign", "random_lstm", "replayed"]
+__all__ = ["distance", "drawn", "error_of_averages", "flat", "log_sign", "random_lstm", "replayed"]
 
 
 def error_of_averages(kernels, reader_of, net, work):
