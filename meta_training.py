@@ -99,6 +99,9 @@ def meta_train(
     Of a problem that is a mixture (`optimizees.Mixture`) every iteration takes a window of each of its meta-batches, and sums their
     meta-gradients; its score is the geometric mean of its problems' scores.
 
+    With `method=EpisodicES()` functions have episodes of their own instead, which go on from iteration to iteration: evolution strategies
+    on many families of functions, for optimizers such as `MLPOptimizer`. That class says what these options mean then.
+
     In a process group of `torch.distributed` (`torchrun`), each process takes a slice of every meta-batch and the
     meta-gradients are summed: N processes train as one does, to rounding (what the meta-gradient itself draws,
     coordinates of a partial replay and perturbations of "pes", differs). `net` starts everywhere from the first

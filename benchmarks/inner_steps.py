@@ -4,11 +4,15 @@
 
 One inner step is a minibatch's loss and gradient and the optimizer's step, for one particle. "Compiled" is
 `PerceptronWindows`, on one thread and on two (where the machine lends them). "Torch" is the same run in plain torch, all particles
-batched: products of batched matrices, gradients by autograd, `MLPOptimizer`.
+batched: products of batched matrices, gradients by autograd, `MLPOptimizer`. "meta_train" is whole iterations of such a training by
+`EpisodicES`, the update of the optimizer's weights included: what is drawn, the window, estimate, clipping, Adam, averages; in plain torch
+with `staggered=False`.
 Microseconds, medians (minima) over alternating repetitions in one process; ratios are the medians of each repetition's own.
 """
 
 import argparse
+import copy
+import os
 import platform
 import sys
 from pathlib import Path
@@ -75,6 +79,35 @@ def torch_run(net, windows, weights, particles, steps, batch, data, threads):
     return run
 
 
+def meta_train_run(net, sizes, activation, batch, data, particles, steps, kernels, threads):
+    import torch
+
+    from gradbuffer.training.episodic_run import EpisodicRun
+    from gradbuffer.training.options import training_of
+    from meta_training import EpisodicES
+    from optimizees import Perceptrons
+
+    net, before = copy.deepcopy(net), os.environ.get("L2O_KERNELS")
+    method = EpisodicES(staggered=kernels == "auto")
+    options = dict(steps=steps, unroll=steps, meta_batch=particles // 2, averaging=0.99, balance=True, method=method)
+    run = EpisodicRun(
+        net, Perceptrons(*data, sizes[1:-1], activation, batch), training_of(net, iterations=10**6, **options)
+    )
+    os.environ["L2O_KERNELS"] = kernels
+    torch.set_num_threads(1)
+    run.advance()  # chooses what runs the functions
+    if before is None:
+        del os.environ["L2O_KERNELS"]
+    else:
+        os.environ["L2O_KERNELS"] = before
+
+    def iterate():
+        pin(threads)
+        run.advance()
+
+    return iterate
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", default="64,32,10", help="inputs, hidden layers, outputs")
@@ -102,6 +135,10 @@ def main():
     for threads in (1, 2)[: max(len(CORES), 1)]:
         runs[f"compiled, {threads} thread{'s' * (threads > 1)}"] = compiled_run(windows, *given, threads)
         runs[f"torch, {threads} thread{'s' * (threads > 1)}"] = torch_run(net, windows, *given, threads)
+        rest = sizes, options.activation, options.batch, data, options.particles, options.steps
+        for kind, kernels in (("compiled", "auto"), ("torch", "torch")):
+            name = f"meta_train, {kind}, {threads} thread{'s' * (threads > 1)}"
+            runs[name] = meta_train_run(net, *rest, kernels, threads)
     first, second = (runs[name]() for name in ("compiled, 1 thread", "torch, 1 thread"))
     apart = float((first - second).abs().max())
     times, count = alternate(runs, options.repetitions), options.particles * options.steps

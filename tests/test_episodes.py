@@ -13,7 +13,7 @@ from gradbuffer.checks import NonFiniteError
 from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
 from gradbuffer.training import episodes as module
 from gradbuffer.training.episodes import Pairs, Share
-from gradbuffer.training.episodic_run import EpisodicRun
+from gradbuffer.training.episodic_run import SQUARES, EpisodicRun
 from gradbuffer.training.options import training_of
 from gradbuffer.training.particles import CompiledParticles, Particles, particles_for
 from meta_training import Episodes, EpisodicES, RandomHorizon, meta_gradient, meta_train
@@ -323,14 +323,8 @@ def test_the_signal_to_noise_ratio():
         parts = mean.split([p.numel() for _, p in names])
         grads = {(0, name): part.view_as(p) for (name, p), part in zip(names, parts)}
         run.variance = 0.0
-        run.balance(0, grads | {(0, module_squares()): each.square().sum(1).mean()})
+        run.balance(0, grads | {(0, SQUARES): each.square().sum(1).mean()})
         assert run.variance == pytest.approx(variance.item(), rel=1e-3)
-
-
-def module_squares():
-    from gradbuffer.training.episodic_run import SQUARES
-
-    return SQUARES
 
 
 JOB = """
@@ -437,3 +431,16 @@ def test_a_single_window_is_refused():
     net, batch = MLPOptimizer(), Quadratics(2).sample(2)
     with pytest.raises(ValueError, match=r"EpisodicES is a method of meta_train.*PES\(hold=True, per_function=True\)"):
         meta_gradient(net, batch, batch.params, net.init_state(batch.params), method=EpisodicES())
+
+
+@pytest.mark.cuda
+def test_a_device_trains_as_a_cpu(monkeypatch):
+    monkeypatch.setenv("L2O_KERNELS", "torch")
+    runs = []
+    for device in ("cpu", "cuda"):
+        net = start_as_normalized_adam(MLPOptimizer().double())
+        given = dict(meta_batch=3, iterations=3, validation_functions=2, device=device)
+        runs.append(train(Mixture(families(torch.float64)), net=net, **given)[1])
+    for name in ("meta_loss", "grad_norm", "update_size", "signal_to_noise"):
+        assert vars(runs[0])[name] == pytest.approx(vars(runs[1])[name], rel=1e-6), name
+    assert runs[0].best_validation == pytest.approx(runs[1].best_validation, rel=1e-6)

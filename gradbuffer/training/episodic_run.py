@@ -18,7 +18,7 @@ from gradbuffer.training.options import Training
 from gradbuffer.training.particles import Span, particles_for
 from gradbuffer.training.run import Run
 
-__all__ = ["EpisodicRun"]
+__all__ = ["SQUARES", "EpisodicRun"]
 
 SQUARES = "mean of the squared norms of the pairs' estimates"  # beside the names of weights
 
