@@ -225,7 +225,7 @@ def test_a_changed_weight_is_seen_and_other_gradients_are_found():
 @on_device
 def test_the_self_check(monkeypatch):
     """Steps are taken at once where they pass it at their first use."""
-    net = make(orthogonalize=True, context=True)
+    net = make(context=True)
     from gradbuffer.kernels import triton_mlp
 
     asked = net, torch.device(DEVICE), torch.float64
