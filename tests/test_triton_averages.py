@@ -43,7 +43,7 @@ def test_cases_pass_in_the_interpreter():
     assert run.returncode == 0 and counts["passed"] >= 12 and counts["skipped"] == 1, run.stdout + run.stderr
 
 
-def worked(net, kind, monkeypatch, N, T=3):
+def worked(net, kind, monkeypatch, N, T=2):
     """Updates, states and gradients of some steps and of a replay, by one kind of kernels, of gradients of all scales."""
     monkeypatch.setenv("L2O_KERNELS", kind)
     like = dict(dtype=net.output.weight.dtype, device=DEVICE)
