@@ -253,7 +253,10 @@ CASES = {
     "perceptrons": lambda: (Mixture(families()), {}),
     "one at a time": lambda: (Mixture(families(), families=1), {}),
     "fresh perturbations": lambda: (families()[0], dict(method=EpisodicES(hold=False, episodes=EPISODES))),
-    "a user's": lambda: (Mixture([Bowls(), RandomScaling(families()[1])]), {}),
+    "a user's": lambda: (
+        Mixture([Bowls(), RandomScaling(families()[1])]),
+        dict(method=EpisodicES(episodes=EPISODES, trials=2), meta_batch=2, validation_functions=2),
+    ),
     "all together": lambda: (Bowls(), dict(method=EpisodicES(episodes=EPISODES, staggered=False))),
     "time": lambda: (Quadratics(3), dict(net=start_as_normalized_adam(MLPOptimizer(variant="small_fc")))),
 }
@@ -351,7 +354,11 @@ def test_two_processes_train_as_one(tmp_path):
         subprocess.Popen([sys.executable, "-c", JOB, str(rank), "2", str(tmp_path / "store"), str(tmp_path)], cwd=ROOT)
         for rank in range(2)
     ]
-    assert [job.wait(timeout=120) for job in jobs] == [0, 0]
+    try:
+        assert [job.wait(timeout=900) for job in jobs] == [0, 0]
+    finally:
+        for job in jobs:
+            job.kill()
     for name in ("perceptrons", "all together"):
         problem, options = CASES[name]()
         path = tmp_path / f"{name} alone"
