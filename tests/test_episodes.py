@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -246,7 +247,7 @@ class Bowls:
                 params["b"] * math.cos(step)
             ).square().sum(1)
 
-        return MetaBatch({"x": torch.zeros(meta_batch, 3, 2), "b": torch.ones(meta_batch, 2)}, loss)
+        return SimpleNamespace(params={"x": torch.zeros(meta_batch, 3, 2), "b": torch.ones(meta_batch, 2)}, loss=loss)
 
 
 CASES = {
@@ -313,6 +314,15 @@ def test_a_run_learns():
     assert gains.mean() > 4 * gains.std() / 8**0.5 and gains.mean() > 0.02, gains
     assert history.best_iteration == 250 and history.best_validation < history.validation[0][1]
     assert len(history.signal_to_noise) == 250
+
+
+def test_frozen_weights_stay():
+    net = start_as_normalized_adam(MLPOptimizer())
+    net.layers["weight_1"].requires_grad_(False)
+    before, after = {name: value.clone() for name, value in net.state_dict().items()}, {}
+    note = lambda done, history: after.update({name: value.clone() for name, value in net.state_dict().items()})  # noqa: E731
+    train(families()[0], net=net, iterations=2, callback=note)
+    assert [name for name in before if torch.equal(before[name], after[name])] == ["layers.weight_1"]
 
 
 def test_the_signal_to_noise_ratio():
@@ -406,7 +416,7 @@ class OwnTensorwise(MLPOptimizer):
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: train(Quadratics(2), net=CoordinatewiseLSTM()), ValueError, "needs a tensorwise network .* got Coord"),
+        (lambda: train(Quadratics(2), net=CoordinatewiseLSTM()), ValueError, "needs a tensorwise network.* got Coord"),
         (lambda: train(Quadratics(2), net=OwnTensorwise()), ValueError, "takes params, lr and weights.* got OwnTensor"),
         (lambda: train(Quadratics(2), horizon=RandomHorizon(1, 3)), ValueError, "horizon has no effect with method=Ep"),
         (lambda: train(Quadratics(2), horizons=(1, 3)), ValueError, "horizon has no effect with method=Ep"),
