@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -246,14 +247,17 @@ class Bowls:
                 params["b"] * math.cos(step)
             ).square().sum(1)
 
-        return MetaBatch({"x": torch.zeros(meta_batch, 3, 2), "b": torch.ones(meta_batch, 2)}, loss)
+        return SimpleNamespace(params={"x": torch.zeros(meta_batch, 3, 2), "b": torch.ones(meta_batch, 2)}, loss=loss)
 
 
 CASES = {
     "perceptrons": lambda: (Mixture(families()), {}),
     "one at a time": lambda: (Mixture(families(), families=1), {}),
     "fresh perturbations": lambda: (families()[0], dict(method=EpisodicES(hold=False, episodes=EPISODES))),
-    "a user's": lambda: (Mixture([Bowls(), RandomScaling(families()[1])]), {}),
+    "a user's": lambda: (
+        Mixture([Bowls(), RandomScaling(families()[1])]),
+        dict(method=EpisodicES(episodes=EPISODES, trials=2), meta_batch=2, validation_functions=2),
+    ),
     "all together": lambda: (Bowls(), dict(method=EpisodicES(episodes=EPISODES, staggered=False))),
     "time": lambda: (Quadratics(3), dict(net=start_as_normalized_adam(MLPOptimizer(variant="small_fc")))),
 }
@@ -312,6 +316,15 @@ def test_a_run_learns():
     assert len(history.signal_to_noise) == 250
 
 
+def test_frozen_weights_stay():
+    net = start_as_normalized_adam(MLPOptimizer())
+    net.layers["weight_1"].requires_grad_(False)
+    before, after = {name: value.clone() for name, value in net.state_dict().items()}, {}
+    note = lambda done, history: after.update({name: value.clone() for name, value in net.state_dict().items()})  # noqa: E731
+    train(families()[0], net=net, iterations=2, callback=note)
+    assert [name for name in before if torch.equal(before[name], after[name])] == ["layers.weight_1"]
+
+
 def test_the_signal_to_noise_ratio():
     net, options = MLPOptimizer(), dict(method=EpisodicES(episodes=EPISODES))
     run = EpisodicRun(net, families()[0], training_of(net, **options, unroll=20, steps=60, meta_batch=6))
@@ -351,7 +364,11 @@ def test_two_processes_train_as_one(tmp_path):
         subprocess.Popen([sys.executable, "-c", JOB, str(rank), "2", str(tmp_path / "store"), str(tmp_path)], cwd=ROOT)
         for rank in range(2)
     ]
-    assert [job.wait(timeout=120) for job in jobs] == [0, 0]
+    try:
+        assert [job.wait(timeout=900) for job in jobs] == [0, 0]
+    finally:
+        for job in jobs:
+            job.kill()
     for name in ("perceptrons", "all together"):
         problem, options = CASES[name]()
         path = tmp_path / f"{name} alone"
@@ -399,7 +416,7 @@ class OwnTensorwise(MLPOptimizer):
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: train(Quadratics(2), net=CoordinatewiseLSTM()), ValueError, "needs a tensorwise network .* got Coord"),
+        (lambda: train(Quadratics(2), net=CoordinatewiseLSTM()), ValueError, "needs a tensorwise network.* got Coord"),
         (lambda: train(Quadratics(2), net=OwnTensorwise()), ValueError, "takes params, lr and weights.* got OwnTensor"),
         (lambda: train(Quadratics(2), horizon=RandomHorizon(1, 3)), ValueError, "horizon has no effect with method=Ep"),
         (lambda: train(Quadratics(2), horizons=(1, 3)), ValueError, "horizon has no effect with method=Ep"),

@@ -126,10 +126,10 @@ class EpisodicES(Method):
         """Raise unless the network takes whole tensors, a rate, and weights for each function."""
         forward = type(vars(rule).get("adopted", rule)).forward
         lacking = [name for name in ("params", "lr", "weights") if name not in inspect.signature(forward).parameters]
-        if not rule.tensorwise or lacking:
+        if not rule.tensorwise or rule.odd or lacking:
             raise ValueError(
-                "EpisodicES needs a tensorwise network whose forward takes params, lr and weights, such as MLPOptimizer; got "
-                f"{kind_of(rule)}"
+                "EpisodicES needs a tensorwise network that is not odd and whose forward takes params, lr and weights, such as "
+                f"MLPOptimizer; got {kind_of(rule)}"
             )
 
     def window(self, window: Window, generator: torch.Generator | None) -> Unrolled:

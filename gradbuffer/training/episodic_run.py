@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradbuffer.contracts import MetaBatch, Problem, as_loss
+from gradbuffer.contracts import MetaBatch, Problem, as_loss, part_if_any
 from gradbuffer.nests import map_tensors, tensors_in
 from gradbuffer.training.checkpoints import named_tuples, plain, unplain
 from gradbuffer.training.episodes import Pairs, Share, stream
@@ -41,7 +41,9 @@ class EpisodicRun(Run):
     def draw_at(self, iteration: int) -> list[MetaBatch]:
         """The meta-batches of an iteration, whatever was drawn before."""
         batches = drawn(self.problem, self.options.meta_batch, stream(self.options.seed, iteration))
-        return batches if isinstance(batches, list) else [batches._replace(family=0)]
+        if isinstance(batches, list):
+            return batches
+        return [MetaBatch(batches.params, batches.loss, part_if_any(batches))]
 
     def pairs_of(self, batch: MetaBatch) -> Pairs:
         """The pairs of its family, which begin at the first window that it takes part in."""
