@@ -137,6 +137,28 @@ def make_families(data):
     )
 
 
+def make_sigmoid_families(data):
+    """Two dicts from name to `Perceptrons`, all with sigmoids: to train on, and to look at."""
+
+    def family(name, hidden, batch, images=None):
+        inputs, labels = (part[:images] for part in data[name])
+        return Perceptrons(inputs, labels, hidden, "sigmoid", batch)
+
+    return (
+        {
+            "mnist": family("mnist", (20,), 128),
+            "mnist wider": family("mnist", (32,), 64),
+            "mnist two layers": family("mnist", (20, 20), 128),
+            "2,000 of mnist": family("mnist", (20,), 128, 2000),
+            "digits": family("digits", (20,), 128),
+            "digits two layers": family("digits", (24, 24), 64),
+            "cifar": family("cifar", (24,), 128),
+            "3,000 of mnist, two layers": family("mnist", (16, 16), 64, 3000),
+        },
+        {"mnist 40": family("mnist", (40,), 128), "1,000 of mnist": family("mnist", (24,), 128, 1000)},
+    )
+
+
 # What is kept of a run --------------------------------------------------------------------------------------------------
 
 
@@ -204,9 +226,11 @@ def main():
     parser.add_argument("--state", type=Path)
     parser.add_argument("--second", action="store_true", help="the second part, from where the first has come to")
     parser.add_argument("--third", action="store_true", help="likewise, with orthogonal updates and a context")
+    parser.add_argument("--sigmoid", action="store_true", help="another one, on sigmoid networks alone, from its start")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    net = start_as_normalized_adam(MLPOptimizer(orthogonalize=given.third, context=given.third))
+    form = given.third or given.sigmoid
+    net = start_as_normalized_adam(MLPOptimizer(orthogonalize=form, context=form))
     latest, more, trained, watched = make_families(small_images())
     start = joined(net.parameters()).detach()
     episodes, lr, families, fall, end, every = Episodes(), 3e-4, 4, 0, None, 500
@@ -220,7 +244,13 @@ def main():
         episodes = Episodes(lengths=(100, 1500), rates=(5e-4, 3e-2), scales=(1e-2, 1e2), falling=0.85, late=0.75)
         first = torch.load(HERE / "general_mlp.pt")["averaged"]
         start[: len(first)] = first
-    part = "_second" * given.second + "_third" * given.third
+    if given.sigmoid:
+        trained, watched = make_sigmoid_families(small_images())
+        lr, end = 7e-4, 8000
+        episodes = Episodes(
+            lengths=(100, 3000), rates=(1e-3, 1e-1), scales=(1e-2, 1e2), gains=(0.1, 1.7), falling=0.85, late=0.75
+        )
+    part = "_sigmoid" * given.sigmoid + "_second" * given.second + "_third" * given.third
     path = given.state or HERE / f"general_mlp{part}.pt"
     state = {
         "k": 0,
