@@ -91,7 +91,7 @@ def test_their_convolutional_network(published):
 def test_the_command_prints_a_table(published, tmp_path, monkeypatch, capsys):
     write_arrays(tmp_path / "dm.npz", 2)
     monkeypatch.setattr(published, "BASELINES", {})  # the search for their rates is another's test
-    command = "published.py --nets mnist_long --steps 120 100 --functions 2 --published".split()
+    command = "published.py --nets mnist_long --annealed --steps 120 100 --functions 2 --published".split()
     command += [str(tmp_path), "--data", str(write_mnist(tmp_path / "data")), "--only"]
     monkeypatch.setattr(sys, "argv", [*command, "dm"])
     published.main()
@@ -103,3 +103,18 @@ def test_the_command_prints_a_table(published, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         published.main()
     assert f"{tmp_path} has no other" in capsys.readouterr().err
+
+
+def test_annealed_optimizers_have_a_table_of_their_own(published, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(published, "RATES_TRIED", 1)
+    command = "published.py --nets --steps 100 --functions 1 --tuning-functions 1 --data".split()
+    monkeypatch.setattr(sys, "argv", [*command, str(write_mnist(tmp_path / "data"))])
+    published.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[0] == "| optimizer | 100 |" and len(rows) == 6
+    names = [row.split(" | ")[0] for row in rows[2:]]
+    assert names == ["| ours: general", "| the start of general", "| AdamW", "| NAG"]
+    losses = [float(row.split(" | ")[1].split(" at ")[0]) for row in rows[2:]]
+    assert all(0 < loss < 2.31 for loss in losses) and losses[0] < losses[1]
+    with pytest.raises(ValueError, match="--annealed must name optimizers that take a rate, got mnist"):
+        published.annealed(["mnist"])

@@ -217,7 +217,7 @@ def test_a_changed_weight_is_seen_and_other_gradients_are_found():
     assert steps.look(gradients).tolist() == [0, 0]
     assert steps.look([torch.full_like(gradient, torch.nan) for gradient in gradients]).tolist() == [1, 0]
     steps.lower()
-    net.layers["bias_2"] += 1e-3
+    net.layers["bias_1"] += 1e-3
     assert steps.look(gradients).tolist() == [0, 1]
     assert steps.holds(params, kept) and not steps.holds(params, kept.clone()) and not steps.holds(params[1:], kept)
 

@@ -75,7 +75,7 @@ def mnist(batch, side):
     return draw
 
 
-def gray(batch, side, generator):
+def gray(batch: int, side: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """MNIST's images (batch, 1, side, side) in [0, 1], and labels."""
     data = load_mnist()
     index = torch.randint(len(data.train_labels), (batch,), generator=generator)
@@ -83,7 +83,7 @@ def gray(batch, side, generator):
     return resize(data.train_images[index].view(batch, 1, own, own), side), data.train_labels[index]
 
 
-def cifar(batch, side):
+def cifar(batch: int, side: int) -> Callable[[torch.Generator], tuple[torch.Tensor, torch.Tensor]]:
     """draw: images (batch, 3, side, side), about of mean 0 and deviation 1, and labels (batch,)."""
 
     def draw(generator):
@@ -108,13 +108,13 @@ def sorted_symbols(generator):
     return symbols, symbols.sort(1)[0]
 
 
-def echoes(generator, delay=4):
+def echoes(generator: torch.Generator, delay: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     """32 sequences of 16 symbols, and the same later by `delay` places, after zeros."""
     symbols = torch.randint(16, (32, 16), generator=generator)
     return symbols, F.pad(symbols, (delay, 0))[:, :-delay]
 
 
-def characters(generator, batch=8, length=32):
+def characters(generator: torch.Generator, batch: int = 8, length: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     """Stretches of text, and the same one character later."""
     text = encoded_text()[0]
     start = torch.randint(len(text) - length, (batch, 1), generator=generator)
@@ -123,7 +123,7 @@ def characters(generator, batch=8, length=32):
 
 
 @functools.cache
-def encoded_text():
+def encoded_text() -> tuple[torch.Tensor, int]:
     """The help texts that come with Python, as numbers (n,), and how many different characters there are."""
     from pydoc_data.topics import topics
 
@@ -157,7 +157,7 @@ def ratings(generator, batch=256):
     return pairs, table[pairs[:, 0], pairs[:, 1]]
 
 
-def pixels(generator, batch=256, side=32):
+def pixels(generator: torch.Generator, batch: int = 256, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     """Places (batch, 2) in [-1, 1] in one photograph, and the colors there (batch, 3)."""
     image = resize(load_cifar10().train_images[:1].float(), side)[0] / 127.5 - 1
     places = torch.randint(side, (batch, 2), generator=generator)
@@ -355,7 +355,7 @@ def cross_entropy(model, minibatch):
     return F.cross_entropy(model(inputs).flatten(0, -2), labels.flatten())
 
 
-def squared_error(model, minibatch):
+def squared_error(model: nn.Module, minibatch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     inputs, targets = minibatch
     return F.mse_loss(model(inputs).view_as(targets), targets)
 
