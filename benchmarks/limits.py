@@ -1,6 +1,6 @@
 """What limits meta-training on MNIST: how noisy a window's meta-gradient is, and where along the steps the loss is lost to NAG.
 
-    python benchmarks/limits.py                    # some minutes of a core
+    python benchmarks/limits.py                    # a quarter of an hour of a core
     python benchmarks/limits.py --nets mnist mnist_learned --draws 32
 
 For each network and each window of 20 steps the meta-gradients of some functions drawn anew, one function each, by both ways: the paper's,

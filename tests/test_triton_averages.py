@@ -1,21 +1,15 @@
 """Networks that read Adam's averages, their readings in Triton: in its interpreter, or on a CUDA device, against the same in torch."""
 
 import copy
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import DEVICE, check_in_the_interpreter, from_outside, on_device
 from learned_steps import same, step
 
 from gradbuffer.kernels import triton_lstm
 from optimizers import LearnedOptimizer, NonFiniteError, NormalizedLSTM, RNNProp, explain, load_optimizer
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 NETS = {
     "RNNProp": lambda: RNNProp(20, 2, 0.9, 0.3),
     "NormalizedLSTM": lambda: NormalizedLSTM(20, 1, longest=2.5, fade=1.7),
@@ -23,24 +17,9 @@ NETS = {
 }
 
 
-def on_device(test):
-    return test if INTERPRETED else pytest.mark.cuda(test)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="in the interpreter already")
+@from_outside
 def test_cases_pass_in_the_interpreter():
-    pytest.importorskip("triton", reason="needs triton: pip install triton")
-    here = Path(__file__).resolve()
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", str(here)],
-        cwd=here.parents[1],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped)", run.stdout)}
-    assert run.returncode == 0 and counts["passed"] >= 12 and counts["skipped"] == 1, run.stdout + run.stderr
+    check_in_the_interpreter(__file__, 12)
 
 
 def worked(net, kind, monkeypatch, N, T=2):

@@ -1,41 +1,19 @@
 """Steps of many tensors in two launches: in Triton's interpreter, or on a CUDA device, against steps tensor by tensor."""
 
 import copy
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import DEVICE, check_in_the_interpreter, from_outside, on_device
 from learned_steps import same, step
 
 from gradbuffer.kernels.torch_blocks import TorchLSTM
 from optimizers import CoordinatewiseLSTM, LearnedOptimizer, NonFiniteError, log_sign
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 
-
-def on_device(test):
-    return test if INTERPRETED else pytest.mark.cuda(test)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="in the interpreter already")
+@from_outside
 def test_cases_pass_in_the_interpreter():
-    pytest.importorskip("triton", reason="needs triton: pip install triton")
-    here = Path(__file__).resolve()
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", str(here)],
-        cwd=here.parents[1],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped)", run.stdout)}
-    assert run.returncode == 0 and counts["passed"] >= 6 and counts["skipped"] == 1, run.stdout + run.stderr
+    check_in_the_interpreter(__file__, 6)
 
 
 def case(p, dtype=torch.float32, shapes=((7, 3), (), (70,), (2, 2, 2))):

@@ -1,43 +1,22 @@
 """Steps of the small learned optimizer for many tensors at once: in Triton's interpreter, or on a CUDA device, against plain torch."""
 
 import copy
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import DEVICE, check_in_the_interpreter, from_outside, on_device
 from learned_steps import same, step
 
 from gradbuffer.nets.mlp import orthogonalize_matrices
 from optimizers import LearnedOptimizer, MLPOptimizer, NonFiniteError, explain
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 VECTORS = [(), (1,), (130,)]
 MATRICES = [(7, 3), (9, 130), (5, 6, 4), (4, 6, 5), (3, 2, 9), (6, 5, 2, 3), (2, 1, 3, 3)]
 
 
-def on_device(test):
-    return test if INTERPRETED else pytest.mark.cuda(test)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="in the interpreter already")
+@from_outside
 def test_cases_pass_in_the_interpreter():
-    pytest.importorskip("triton", reason="needs triton: pip install triton")
-    here = Path(__file__).resolve()
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", str(here)],
-        cwd=here.parents[1],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped)", run.stdout)}
-    assert run.returncode == 0 and counts["passed"] >= 17 and counts["skipped"] == 1, run.stdout + run.stderr
+    check_in_the_interpreter(__file__, 17)
 
 
 def make(dtype=torch.float64, **options):
