@@ -5,15 +5,12 @@ be set before triton is imported. Where a CUDA device is, they run there too. Bo
 """
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreter import DEVICE, INTERPRETED, check_in_the_interpreter, from_outside
 
 from gradbuffer.kernels import triton_lstm
 from gradbuffer.kernels.choice import kernels_for
@@ -26,8 +23,6 @@ from optimizees import Quadratics
 from optimizers import CoordinatewiseLSTM, NormalizedLSTM, RNNProp, explain, log_sign
 
 INSTALLED = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
@@ -39,23 +34,9 @@ def on_device(test):
     return pytest.mark.skipif(why_not is not None, reason=why_not or "")(test)
 
 
-@pytest.mark.skipif(
-    not INSTALLED or INTERPRETED,
-    reason="in the interpreter already" if INTERPRETED else "needs triton: pip install triton",
-)
+@from_outside
 def test_cases_pass_in_the_interpreter():
-    here = Path(__file__).resolve()
-    command = [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", str(here)]
-    run = subprocess.run(
-        command,
-        cwd=here.parents[1],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped)", run.stdout)}
-    assert run.returncode == 0 and counts["passed"] > 20 and counts["skipped"] == 2, run.stdout + run.stderr
+    check_in_the_interpreter(__file__, 21, skipped=2)
 
 
 def lstm(inputs, hidden, layers, dtype=torch.float32, device=DEVICE):
