@@ -169,7 +169,8 @@ def plot_sizes(
 def plot_history(history: "History", title: str, ax: Axes | None = None) -> Axes:
     """What happened in meta-training, a panel for each: is the loss falling, are the meta-gradients sane, do the functions move at all?
 
-    The meta-loss, the norm of the meta-gradient and the size of the update relative to the parameters' have a dot for each window.
+    The meta-loss, the norm of the meta-gradient and the size of the update relative to the parameters' have a dot for each window. Of
+    `EpisodicES` the signal-to-noise ratio stands in the place of the norm: far below 1, steps are mostly noise.
     Where functions are optimized for several windows, their first windows lie highest, so that the dots form bands; the line is a
     running median. The validation score is the one by which weights are kept.
 
@@ -182,9 +183,12 @@ def plot_history(history: "History", title: str, ax: Axes | None = None) -> Axes
         The axes of the meta-loss.
     """
     axes = [ax] if ax else list(plt.subplots(2, 2, figsize=(9, 5), sharex=True)[1].flat)
+    of_gradient = "norm of the meta-gradient", history.grad_norm
+    if history.signal_to_noise:
+        of_gradient = "meta-gradient: signal to noise", history.signal_to_noise
     panels = (
         ("meta-loss of each window", history.meta_loss, LEARNED_COLOR),
-        ("norm of the meta-gradient", history.grad_norm, "#0072b2"),
+        (*of_gradient, "#0072b2"),
         ("update size / parameter size", history.update_size, "#6a4c9c"),
     )
     for panel, (name, values, color) in zip((axes[0], *axes[2:]), panels):
@@ -202,7 +206,8 @@ def plot_history(history: "History", title: str, ax: Axes | None = None) -> Axes
         ax.set_title(title)
     else:
         axes[0].figure.suptitle(title)
-        axes[1].set_title("validation: sum of the loss over the steps")
+        scored = "loss in the last tenth of" if history.signal_to_noise else "sum of the loss over"
+        axes[1].set_title(f"validation: {scored} the steps")
         if history.validation:
             axes[1].plot(*zip(*history.validation), ".-", color="black")
             axes[1].plot(history.best_iteration, history.best_validation, "o", color=LEARNED_COLOR, markersize=8)

@@ -72,6 +72,24 @@ def advance(pairs, iteration, weights=None):
     return pairs.advance(weights, functions(pairs.functions, generator), iteration)
 
 
+def test_families_may_have_episodes_of_their_own():
+    """A family with its own ranges goes on as with these alone, and validation tries the rates of all."""
+    slow, fast = Episodes((40, 40), (1e-4, 2e-4)), Episodes((20, 60), (1e-2, 2e-2))
+    method = EpisodicES(episodes=[slow, fast], trials=2)
+    batch = functions(3)
+    for family, own in enumerate((slow, fast)):
+        drawn = []
+        for given in (method, EpisodicES(episodes=own)):
+            net = start_as_normalized_adam(MLPOptimizer())
+            pairs = Pairs(net, given, Share(family, 0, 3, 3), 20, 0, batch)
+            pairs.begin(batch, 0)
+            drawn.append(pairs.on_way)
+        assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in ("rate", "length", "falling"))
+        least, most = own.rates
+        assert ((least <= drawn[0]["rate"]) & (drawn[0]["rate"] <= most)).all()
+    torch.testing.assert_close(method.trial_rates, torch.tensor([1e-4, 2e-2], dtype=torch.float64))
+
+
 def test_what_a_pair_shares(monkeypatch):
     particles, pairs = pairs_of(monkeypatch)
     for iteration in range(8):
@@ -258,6 +276,10 @@ CASES = {
         Mixture([Bowls(), RandomScaling(families()[1])]),
         dict(method=EpisodicES(episodes=EPISODES, trials=2), meta_batch=2, validation_functions=2),
     ),
+    "episodes of their own": lambda: (
+        Mixture([Bowls(), Bowls()]),
+        dict(method=EpisodicES(episodes=(EPISODES, Episodes(lengths=(20, 40), rates=(1e-2, 2e-2))))),
+    ),
     "all together": lambda: (Bowls(), dict(method=EpisodicES(episodes=EPISODES, staggered=False))),
     "time": lambda: (Quadratics(3), dict(net=start_as_normalized_adam(MLPOptimizer(variant="small_fc")))),
 }
@@ -431,7 +453,17 @@ class OwnTensorwise(MLPOptimizer):
         (lambda: EpisodicES(ceiling=1.0), ValueError, "ceiling must be above 1, got 1.0"),
         (lambda: EpisodicES(trials=0), ValueError, "trials must be at least 1, got 0"),
         (lambda: EpisodicES(hold=1), TypeError, "hold must be True or False, got 1"),
-        (lambda: EpisodicES(episodes=(1, 2)), TypeError, r"episodes must be an Episodes, got \(1, 2\)"),
+        (
+            lambda: EpisodicES(episodes=(1, 2)),
+            TypeError,
+            r"episodes must be an Episodes, or a tuple of them, got \(1, 2\)",
+        ),
+        (lambda: EpisodicES(episodes=()), TypeError, r"episodes must be an Episodes, or a tuple of them, got \(\)"),
+        (
+            lambda: train(families()[0], method=EpisodicES(episodes=(EPISODES,) * 7)),
+            ValueError,
+            "episodes must be one Episodes, or . of them, one for each problem; got 7",
+        ),
         (lambda: Episodes(lengths=(5, 2)), ValueError, r"lengths must be the least and the most, .* got \(5, 2\)"),
         (lambda: Episodes(rates=(0, 1)), ValueError, "rates must be the least"),
         (lambda: Episodes(scales=3.0), ValueError, "scales must be the least .* got 3.0"),

@@ -304,6 +304,14 @@ def test_history_shows_gradients_update_sizes_and_skips():
     plt.close("all")
 
 
+def test_history_of_families_shows_the_signal_to_noise_ratio():
+    history = History([3.0, 2.0], [1.0, 1.0], [0.1, 0.1], [(2, 0.5)], 2, 0.5, signal_to_noise=[0.7, 1.5])
+    axes = {ax.get_title(): ax for ax in plot_history(history, "training").figure.axes}
+    assert list(axes["meta-gradient: signal to noise"].get_lines()[0].get_ydata()) == [0.7, 1.5]
+    assert "validation: loss in the last tenth of the steps" in axes and "norm of the meta-gradient" not in axes
+    plt.close("all")
+
+
 def test_progress_has_a_dot_for_each_number_and_lines_to_compare_with():
     ax = plot_progress([3.0, 2.0, 1.0], "training", "sum of the loss", {"NAG": 2.5})
     dots, level = ax.get_lines()

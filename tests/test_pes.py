@@ -1,5 +1,7 @@
 """Persistent evolution strategies: unbiased over windows, antithetic, and without trace in the network."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cases import make_batch, make_net
@@ -10,6 +12,7 @@ from gradbuffer.contracts import as_rule
 from gradbuffer.nests import Snapshot, form_of
 from gradbuffer.training.evolution import PES
 from gradbuffer.training.meta_gradients import meta_gradient
+from gradbuffer.training.run import Run
 from gradbuffer.unrolling import Coordinates
 from meta_training import evaluate, meta_train
 from optimizees import MetaBatch, Quadratics
@@ -154,3 +157,10 @@ def test_an_evaluation_sees_new_weights_where_networks_do_not_look(network, monk
     monkeypatch.setattr(Snapshot, "holds", kept)
     torch.testing.assert_close(found, evaluate(net, Quadratics(4, torch.float64), 5, 2))
     assert not torch.equal(found, before)
+
+
+def test_families_of_a_mixture_draw_noise_of_their_own():
+    """Of a generator's seed torch reads 32 bits: what tells families apart must lie within them."""
+    run = SimpleNamespace(options=SimpleNamespace(seed=1), iteration=3, ranks=SimpleNamespace(size=2, rank=1))
+    drawn = [Run.window_generator(run, family).initial_seed() % 2**32 for family in range(100)]
+    assert len(set(drawn)) == 100

@@ -87,13 +87,14 @@ class EpisodicES(Method):
     Args:
         sigma: standard deviation of the perturbations of the optimizer's weights; positive.
         hold: keep a perturbation for a whole episode, instead of a fresh one for each window.
-        episodes: what they are like, `Episodes`.
+        episodes: what they are like, an `Episodes`; or a tuple of them, one for each problem of the mixture in its order, where
+            families want rates or lengths of their own.
         staggered: episodes of a family have lengths of their own, and the first ones begin part of the way through, so that they end
             at different times. False: they begin and end together, so that a family in plain torch is one computation in each
             step, not one for each function.
         ceiling: the largest loss that counts, in multiples of that at the start of the episode; larger ones, and those that are not
             finite, count as this. Above 1.
-        trials: rates that validation tries, from the least to the most of the episodes'; positive.
+        trials: rates that validation tries, from the least to the most of all episodes'; positive.
 
     Raises:
         TypeError, ValueError: an argument is not as said.
@@ -104,7 +105,7 @@ class EpisodicES(Method):
 
     sigma: float = 0.01
     hold: bool = True
-    episodes: Episodes = Episodes()
+    episodes: Episodes | tuple[Episodes, ...] = Episodes()
     staggered: bool = True
     ceiling: float = 1.5
     trials: int = 5
@@ -116,8 +117,11 @@ class EpisodicES(Method):
         check_count(trials=self.trials)
         if self.ceiling <= 1:
             raise ValueError(f"ceiling must be above 1, got {self.ceiling}")
-        if not isinstance(self.episodes, Episodes):
-            raise TypeError(f"episodes must be an Episodes, got {self.episodes!r}")
+        several = list(self.episodes) if isinstance(self.episodes, (tuple, list)) else [self.episodes]
+        if not several or not all(isinstance(one, Episodes) for one in several):
+            raise TypeError(f"episodes must be an Episodes, or a tuple of them, got {self.episodes!r}")
+        if isinstance(self.episodes, list):
+            object.__setattr__(self, "episodes", tuple(several))
         for name in ("hold", "staggered"):
             if not isinstance(vars(self)[name], bool):
                 raise TypeError(f"{name} must be True or False, got {vars(self)[name]!r}")
@@ -139,10 +143,15 @@ class EpisodicES(Method):
             "PES(hold=True, per_function=True)"
         )
 
+    def episodes_of(self, family: int) -> Episodes:
+        """Those of a problem, by its place in the mixture."""
+        return self.episodes[family] if isinstance(self.episodes, tuple) else self.episodes
+
     @property
     def trial_rates(self) -> torch.Tensor:
         """The rates that validation tries (trials,)."""
-        least, most = (math.log(rate) for rate in self.episodes.rates)
+        several = self.episodes if isinstance(self.episodes, tuple) else (self.episodes,)
+        least, most = math.log(min(one.rates[0] for one in several)), math.log(max(one.rates[1] for one in several))
         return torch.linspace(least, most, self.trials, dtype=torch.float64).exp()
 
 
@@ -182,6 +191,7 @@ class Pairs:
 
     def __init__(self, net: nn.Module, method: EpisodicES, share: Share, window: int, seed: int, batch: MetaBatch):
         self.method, self.share, self.window, self.seed = method, share, window, seed
+        self.episodes = method.episodes_of(share.family)
         self.functions = share.last - share.first
         parameters = [parameter for _, parameter in net.named_parameters()]
         self.particles = particles_for(net, batch, self.functions, 2)
@@ -210,13 +220,13 @@ class Pairs:
             drawn[:2] = drawn[:2, :1]
         fresh = dict(zip(DRAWN, drawn[:, share.first : share.last]))
         for name in ("length", "rate", "scale", "gain"):
-            least, most = vars(method.episodes)[f"{name}s"]
+            least, most = vars(self.episodes)[f"{name}s"]
             fresh[name] = least * (most / least) ** fresh[name]
         fresh["length"] = torch.ceil(fresh["length"] / self.window) * self.window
         first = on_way["origin"] < 0  # these begin part of the way through
         left = torch.ceil(fresh["length"] * fresh["offset"].clamp(min=1e-9) / self.window) * self.window
         fresh["length"] = torch.where(first, left, fresh["length"])
-        fresh["falling"] = (fresh["falling"] < method.episodes.falling).double()
+        fresh["falling"] = (fresh["falling"] < self.episodes.falling).double()
         fresh |= {"origin": torch.full_like(on_way["origin"], iteration), "done": torch.zeros_like(on_way["done"])}
         for name, values in fresh.items():
             on_way[name] = torch.where(ended, values, on_way[name])
@@ -264,7 +274,7 @@ class Pairs:
         """
         self.begin(batch, iteration)
         self.perturb(iteration)
-        on_way, episodes, window = self.on_way, self.method.episodes, self.window
+        on_way, episodes, window = self.on_way, self.episodes, self.window
         weights = weights.detach().cpu()
         both = torch.stack([weights + on_way["noise"], weights - on_way["noise"]], 1).flatten(0, 1)  # (2 pairs, W)
         progress = (on_way["done"][:, None] + torch.arange(window)) / on_way["length"][:, None]

@@ -28,6 +28,11 @@ class EpisodicRun(Run):
 
     def __init__(self, net: nn.Module, problem: Problem, options: Training):
         super().__init__(net, problem, options)
+        count, episodes = sum(len(part.problems) for part in problem.problems), options.method.episodes
+        if isinstance(episodes, tuple) and len(episodes) != count:
+            raise ValueError(
+                f"episodes must be one Episodes, or {count} of them, one for each problem; got {len(episodes)}"
+            )
         self.looks_late = False  # losses come to the host in every window
         self.families = {}  # the place of a problem in a mixture -> `Pairs`
         self.variance = 0.0  # of the present meta-gradient, its squared standard error

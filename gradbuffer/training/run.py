@@ -300,7 +300,8 @@ class Run:
 
     def window_generator(self, family: int) -> torch.Generator:
         """For what the meta-gradient draws: a generator of its own, so that the functions depend on the seed alone."""
-        number = (self.options.seed * 1_000_003 + self.iteration) * self.ranks.size + self.ranks.rank + (family << 40)
+        number = (self.options.seed * 1_000_003 + self.iteration) * self.ranks.size + self.ranks.rank
+        number += family * 2_654_435_769  # spreads over the 32 bits that torch reads of a seed
         return torch.Generator().manual_seed(number % 2**63)
 
     def skip(self, error: NonFiniteError) -> None:

@@ -16,19 +16,24 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[2]))
 
+from gradbuffer.contracts import as_loss  # noqa: E402
 from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam  # noqa: E402
 from gradbuffer.training.checkpoints import read_checkpoint  # noqa: E402
-from gradbuffer.training.episodic_run import EpisodicRun  # noqa: E402
+from gradbuffer.training.episodes import stream  # noqa: E402
+from gradbuffer.training.episodic_run import EpisodicRun, drawn  # noqa: E402
 from gradbuffer.training.options import training_of  # noqa: E402
+from gradbuffer.training.particles import Span, particles_for  # noqa: E402
 from meta_training import Episodes, EpisodicES, meta_train  # noqa: E402
 from optimizees import Mixture, Perceptrons  # noqa: E402
 
 WARMUP, EVERY = 100, 100
+RATE = 5  # which of the context's readings it is
 
 
 # The families -----------------------------------------------------------------------------------------------------------
@@ -137,26 +142,82 @@ def make_families(data):
     )
 
 
-def make_sigmoid_families(data):
-    """Two dicts from name to `Perceptrons`, all with sigmoids: to train on, and to look at."""
+def make_broad_families(data):
+    """Dict from name to `Perceptrons`: tasks that end low, rare symbols, noise in labels, inputs that are not centred."""
+    generator = torch.Generator().manual_seed(101)
 
-    def family(name, hidden, batch, images=None):
-        inputs, labels = (part[:images] for part in data[name])
-        return Perceptrons(inputs, labels, hidden, "sigmoid", batch)
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
 
-    return (
-        {
-            "mnist": family("mnist", (20,), 128),
-            "mnist wider": family("mnist", (32,), 64),
-            "mnist two layers": family("mnist", (20, 20), 128),
-            "2,000 of mnist": family("mnist", (20,), 128, 2000),
-            "digits": family("digits", (20,), 128),
-            "digits two layers": family("digits", (24, 24), 64),
-            "cifar": family("cifar", (24,), 128),
-            "3,000 of mnist, two layers": family("mnist", (16, 16), 64, 3000),
-        },
-        {"mnist 40": family("mnist", (40,), 128), "1,000 of mnist": family("mnist", (24,), 128, 1000)},
-    )
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    def standard(values):
+        return (values - values.mean()) / values.std()
+
+    def symbols(count, *columns):
+        return torch.cat([F.one_hot(column, count).float() for column in columns], 1)
+
+    count = 20000
+    places, waves = 2 * uniform(count, 2) - 1, 3 * normal(2, 16)
+    picture = standard(torch.sin(3 * places @ normal(2, 12) + 6.3 * uniform(12)) @ normal(12, 3))
+    numbers = uniform(count, 20)
+    marks = torch.zeros(count, 20).scatter_(1, uniform(count, 20).argsort(1)[:, :2], 1.0)
+    taught = normal(count, 16)
+    first, second = torch.randint(7, (2, count), generator=generator)
+    next_of, text = torch.softmax(2 * normal(12, 12, 12), -1), [0, 1]
+    draws = uniform(count + 3)
+    cumulated = next_of.cumsum(-1)
+    for draw in draws:
+        text.append(min(11, int((cumulated[text[-2], text[-1]] < draw).sum())))
+    text = torch.tensor(text)
+    frequencies = 1 / torch.arange(1, 97)
+    rare = torch.multinomial(frequencies, count, replacement=True, generator=generator)
+    kinds = torch.multinomial(torch.softmax(2 * normal(96, 12), -1)[rare], 1, generator=generator)[:, 0]
+    digits, labels = data["mnist"]
+    random = torch.where(uniform(len(labels)) < 0.3, torch.randint(10, labels.shape, generator=generator), labels)
+    grey, classes = data["cifar"]
+    angles = torch.arange(count) % 3 * 2.1 + (turns := 4 * uniform(count)) + 0.1 * normal(count)
+    spirals = torch.stack([turns * torch.cos(angles), turns * torch.sin(angles)], 1) / 2
+    return {
+        "picture": Perceptrons(
+            torch.cat([torch.sin(places @ waves), torch.cos(places @ waves)], 1), picture, (48, 48), "tanh"
+        ),
+        "adding": Perceptrons(
+            torch.cat([numbers, marks], 1), (numbers * marks).sum(1, keepdim=True), (32, 32), "silu", 32
+        ),
+        "taught": Perceptrons(taught, torch.tanh(taught @ normal(16, 8) / 4) @ normal(8, 4), (24,), "tanh"),
+        "sum of two": Perceptrons(symbols(7, first, second), (first + second) % 7, (32,), "relu", 32),
+        "text": Perceptrons(symbols(12, text[:count], text[1 : count + 1]), text[2 : count + 2], (32,), "tanh"),
+        "rare symbols": Perceptrons(symbols(96, rare), kinds, (16,), "tanh"),
+        "random labels": Perceptrons(digits, random, (32,), "relu"),
+        "not centred": Perceptrons(0.5 * (digits - digits.min()), labels, (32, 32), "relu", 32),
+        "cifar deep silu": Perceptrons(grey, classes, (24,) * 5, "silu", 32),
+        "digits, small batches": Perceptrons(*data["digits"], (32,), "relu", 8),
+        "noise removed": Perceptrons(grey + 0.5 * normal(*grey.shape), grey, (24,), "silu", 32),
+        "autoencoder deep tanh": Perceptrons(digits, digits, (32, 8, 32), "tanh"),
+        "large targets": Perceptrons(taught, 5 * torch.sin(taught @ normal(16, 4) / 2), (32, 32), "relu"),
+        "spirals": Perceptrons(spirals, torch.arange(count) % 3, (24, 24, 24), "tanh", 32),
+    }
+
+
+def best_rates(net, problems, steps=500, functions=4, rates=9):
+    """Of each problem, the best of rates √√10 apart from 0.002 on, which fall to 0."""
+    tried = 0.002 * 10 ** (torch.arange(rates, dtype=torch.float64) / 4)
+    falls = 0.5 * (1 + torch.cos(math.pi * torch.arange(steps, dtype=torch.float64) / steps))
+    weights, best = joined(net.parameters()).detach(), []
+    for problem in problems:
+        batch = drawn(problem, functions, stream(1))
+        particles = particles_for(net, batch, functions, rates)
+        for function in range(functions):
+            particles.begin(function, {name: value[function] for name, value in batch.params.items()})
+        spans = [Span(0, functions, as_loss(batch.loss), 0)]
+        losses = particles.run(
+            spans, weights, (tried[:, None] * falls).repeat(functions, 1), torch.ones(functions * rates)
+        )
+        ends = losses.double()[:, -steps // 10 :].mean(1).view(functions, rates).nan_to_num(math.inf, math.inf)
+        best.append(tried[ends.mean(0).argmin()].item())
+    return best
 
 
 # What is kept of a run --------------------------------------------------------------------------------------------------
@@ -214,6 +275,15 @@ def state_of(content, net, problem, before):
     }
 
 
+def without_rate(net, weights):
+    """Weights whose context does not read the rate: as if it were 0.3 of the parameters' size, with steps e² times as long."""
+    parts = split(net, weights)
+    parts["layers.context_bias_0"] -= 0.4 * parts["layers.context_weight_0"][RATE]
+    parts["layers.context_weight_0"][RATE] = 0
+    parts["layers.context_bias_1"][-1] += 2
+    return joined(parts.values())
+
+
 def save(state, path):
     torch.save(state, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
@@ -226,12 +296,13 @@ def main():
     parser.add_argument("--state", type=Path)
     parser.add_argument("--second", action="store_true", help="the second part, from where the first has come to")
     parser.add_argument("--third", action="store_true", help="likewise, with orthogonal updates and a context")
-    parser.add_argument("--sigmoid", action="store_true", help="another one, on sigmoid networks alone, from its start")
+    parser.add_argument("--fourth", action="store_true", help="from there, more families, rates near the best of each")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    form = given.third or given.sigmoid
+    form = given.third or given.fourth
     net = start_as_normalized_adam(MLPOptimizer(orthogonalize=form, context=form))
-    latest, more, trained, watched = make_families(small_images())
+    data = small_images()
+    latest, more, trained, watched = make_families(data)
     start = joined(net.parameters()).detach()
     episodes, lr, families, fall, end, every = Episodes(), 3e-4, 4, 0, None, 500
     if given.second:  # more families, rates nearer to those that users choose, and an end
@@ -244,13 +315,11 @@ def main():
         episodes = Episodes(lengths=(100, 1500), rates=(5e-4, 3e-2), scales=(1e-2, 1e2), falling=0.85, late=0.75)
         first = torch.load(HERE / "general_mlp.pt")["averaged"]
         start[: len(first)] = first
-    if given.sigmoid:
-        trained, watched = make_sigmoid_families(small_images())
-        lr, end = 7e-4, 8000
-        episodes = Episodes(
-            lengths=(100, 3000), rates=(1e-3, 1e-1), scales=(1e-2, 1e2), gains=(0.1, 1.7), falling=0.85, late=0.75
-        )
-    part = "_sigmoid" * given.sigmoid + "_second" * given.second + "_third" * given.third
+    if given.fourth:  # it reads no rate any more, and the rates are such as a user finds by trying some
+        trained, lr, families, every = make_broad_families(data) | latest | more | trained, 5e-4, 6, 1000
+        fall, end = 6000, 20000
+        start = without_rate(net, torch.load(HERE / "general_mlp_third.pt")["averaged"])
+    part = "_fourth" * given.fourth + "_second" * given.second + "_third" * given.third
     path = given.state or HERE / f"general_mlp{part}.pt"
     state = {
         "k": 0,
@@ -264,7 +333,25 @@ def main():
         state = torch.load(path)
     if given.third and state["k"] >= 25000:
         trained = latest | trained
+    if given.fourth:
+        if "rates" not in state:
+            nn.utils.vector_to_parameters(state["averaged"], net.parameters())
+            state["rates"] = best_rates(net, trained.values())
+            print({name: round(rate, 4) for name, rate in zip(trained, state["rates"])}, flush=True)
+        episodes = tuple(
+            Episodes(lengths=(150, 2000), rates=(rate / 2.2, rate * 2.2), scales=(1e-2, 1e2), falling=0.95, late=0.75)
+            for rate in state["rates"]
+        )
     problem, begun = Families(trained, watched, families), time.time()
+
+    def meta_optimizer(parameters):
+        adam = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+        if given.fourth:
+            adam.register_step_pre_hook(read_no_rate)
+        return adam
+
+    def read_no_rate(*_):
+        net.layers["context_weight_0"].grad[RATE] = 0
 
     def schedule(iteration, iterations):
         gone = max(0.0, (iteration - fall) / (end - fall)) if end else 0.0
@@ -282,7 +369,7 @@ def main():
             balance=True,
             averaging=0.9995,
             method=EpisodicES(episodes=episodes),
-            meta_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
+            meta_optimizer=meta_optimizer,
             schedule=schedule,
             validation_every=every,
             validation_functions=4,
@@ -297,7 +384,8 @@ def main():
             if done % every == 0:
                 print(done, round(time.time() - begun), history.validation[-1][1], flush=True)
             if done % EVERY == 0 or done == end:
-                save(state_of(read_checkpoint(checkpoint, run.settings), net, problem, state["history"]), path)
+                now = state_of(read_checkpoint(checkpoint, run.settings), net, problem, state["history"])
+                save({"rates": state["rates"]} | now if "rates" in state else now, path)
                 if time.time() - begun > given.seconds:
                     raise KeyboardInterrupt
 
