@@ -7,6 +7,12 @@
 The tests are those of examples/neural_art.ipynb, at its scale `quick`: features of a small VGG-11 with random weights, 128
 steps. Both get the same photographs. Baselines get the learning rate with the lowest loss at the last step on `--tuning`
 functions of the same style and size, of validation photographs, or where there are none, of other test photographs.
+
+    python benchmarks/art_tests.py --annealed general --tests test style --functions 20
+
+has what is used with a rate and a schedule instead: a small learned optimizer, the same before its meta-training, Adam and NAG, each with
+the best of five rates, √10 apart, for the last loss on those functions, and a cosine; and the LSTM of before, its updates times the best of
+five factors.
 """
 
 import argparse
@@ -20,8 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from timing import table_head, table_row
 
 from gradbuffer.evaluation import BASELINES, compare, tune_baselines
+from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
 from gradbuffer.problems.neural_art import NeuralArt
-from optimizers import load_optimizer
+from gradbuffer.problems.races import Contestant
+from gradbuffer.problems.tasks import Task
+from optimizers import LearnedOptimizer, load_optimizer
 
 FEATURES = dict(network="vgg11", weights="random", content_layer="relu2_1", style_layers=("relu1_1", "relu2_1"))
 TESTS = {
@@ -33,6 +42,55 @@ RATES = [0.01, 0.1, 1.0]  # where the tuning begins, as in the notebook
 TUNING_SEED, TEST_SEED = 1, 2016
 
 
+def task_of(problem):
+    """Its functions, each a photograph, as a `Task`."""
+
+    def make_model():
+        batch = problem.sample(1)
+        model = torch.nn.ParameterList([batch.params["image"][0]])
+        model.loss = batch.loss
+        return model
+
+    return Task(
+        make_model, lambda generator: 0, lambda model, step: model.loss({"image": model[0][None]}, step)[0], "", ""
+    )
+
+
+def annealed(name):
+    """dict from name to `Contestant`, rates around those that suit images of unit variance."""
+    net = load_optimizer(name)
+    if not isinstance(net, MLPOptimizer):
+        raise ValueError(f"--annealed must name an optimizer that takes a rate, got {name}, a {type(net).__name__}")
+    nets = {name: net, "its start": start_as_normalized_adam(MLPOptimizer(**net.config))}
+    found = {
+        key: Contestant(lambda params, lr, own=own: LearnedOptimizer(params, own, lr=lr), 0.3)
+        for key, own in nets.items()
+    }
+    lstm = load_optimizer("neural_art")
+    found["neural_art"] = Contestant(lambda params, lr: LearnedOptimizer(params, lstm, lr=lr), 1.0, "constant")
+    found["Adam"] = Contestant(lambda params, lr: torch.optim.Adam(params, lr=lr), 0.3)
+    found["NAG"] = Contestant(lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True), 3.0)
+    return found
+
+
+def race_annealed(title, problem, others, options):
+    task, tuning, ours = task_of(problem), task_of(others), None
+    for name, contestant in annealed(options.annealed).items():
+        tried = {
+            rate: sum(
+                contestant.train(tuning, rate, options.steps, 1000 + seed)[-1].item() for seed in range(options.tuning)
+            )
+            for rate in contestant.rates(5)
+        }
+        rate = min(tried, key=tried.get)
+        seeds = range(options.functions)
+        losses = torch.stack([contestant.train(task, rate, options.steps, seed)[-1] for seed in seeds])
+        ours = losses if ours is None else ours
+        beside = (last(ours - losses), f"{(ours < losses).float().mean():.0%}") if ours is not losses else ("–", "–")
+        edge = "e" * (rate in (min(tried), max(tried)))
+        table_row(title, options.functions, f"{name}, lr {rate:.2g}{edge}", last(losses), *beside)
+
+
 def last(losses):
     """ "mean ± standard error" over functions."""
     return f"{losses.mean():.3g} ± {losses.std() / len(losses) ** 0.5:.2g}"
@@ -41,6 +99,7 @@ def last(losses):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", default="neural_art", help="a file or a name in pretrained/ (default neural_art)")
+    parser.add_argument("--annealed", metavar="NAME", help="a small learned optimizer, raced with a rate and a cosine")
     parser.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS), help="default all")
     parser.add_argument("--baselines", nargs="+", choices=BASELINES, default=["Adam"], help="default Adam")
     parser.add_argument("--functions", type=int, default=100, help="in each test (default 100)")
@@ -56,6 +115,9 @@ def main():
         title, settings = TESTS[name]
         problem = NeuralArt(split="test", **FEATURES, **settings)
         others = problem if name == "large" else problem.with_split("validation")
+        if arguments.annealed:
+            race_annealed(title, problem, others, arguments)
+            continue
         tuned = tune_baselines(
             others,
             steps,

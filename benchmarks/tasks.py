@@ -13,6 +13,7 @@ bounds (`gradbuffer.problems.races.speed_against`).
 
 import argparse
 import math
+import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -162,12 +163,33 @@ def report(results, options):
         text += "".join(row(f"*{key}*", [f"{one[key]:.2f}" for one in summaries]) for key in summaries[0])
         lower = [sum(races[a].mean < races[b].mean for races, _ in results.values()) / len(results) for a, b in pairs]
         text += row("*share of tasks with a lower loss*", [f"{share:.2f}" for share in lower])
+    text += sensitivity(results, names, options.rates)
     failures = {name: sum(races[name].failures for races, _ in results.values()) for name in names}
     return text + (
         f"\nFailures (a loss that is not finite, or above that at the start), of "
         f"{len(results) * options.seeds} trainings: "
         f"{'; '.join(f'{name}: {count}' for name, count in failures.items())}.\n"
     )
+
+
+def sensitivity(results, names, count):
+    """What one rate for all tasks costs, on the seed for tuning, in Markdown."""
+    tried = {name: [sorted(races[name].tried.items()) for races, _ in results.values()] for name in names}
+    best = {name: [min(loss for _, loss in one) for one in some] for name, some in tried.items()}
+    head = [f"rate {k + 1} of {count}" for k in range(count)]
+    text = "\nThe same rate for all tasks: the loss over that at the task's best rate, median over tasks"
+    against = BASELINES[0]
+    text += f"; share of tasks below {against} at its best rate.\n\n" if against in names else ".\n\n"
+    text += f"{row('optimizer', head)}{'| --- ' * (1 + count)}|\n"
+    for name in names:
+        cells = []
+        for k in range(count):
+            losses = [one[k][1] for one in tried[name]]
+            cells.append(f"{statistics.median(a / max(b, 1e-12) for a, b in zip(losses, best[name])):.2f}")
+            if against in names:
+                cells[-1] += f"; {sum(a < b for a, b in zip(losses, best[against])) / len(losses):.0%}"
+        text += row(f"{name}, from {tried[name][0][0][0]:.1g}", cells)
+    return text
 
 
 def row(title, cells):

@@ -185,6 +185,23 @@ def test_art_tests_prints_what_it_says(monkeypatch, capsys):
         assert ours > 0 and theirs > 0 and abs(ours - theirs - difference) < 0.02 * (ours + theirs)
 
 
+def test_art_tests_race_what_has_a_rate(monkeypatch, capsys):
+    import art_tests as art
+
+    monkeypatch.setattr(art, "TESTS", {"test": ("small", dict(style="candy", size=16))})
+    given = "art_tests.py --tests test --functions 2 --tuning 1 --steps 3 --annealed"
+    monkeypatch.setattr(sys, "argv", [*given.split(), "general"])
+    art.main()
+    ((_, *rows),) = tables_in(capsys.readouterr().out)
+    assert [row[2].split(",")[0] for row in rows] == ["general", "its start", "neural_art", "Adam", "NAG"]
+    for row in rows[1:]:  # the difference is that of the means
+        ours, theirs, difference = (float(cell.split()[0]) for cell in (rows[0][3], row[3], row[4]))
+        assert abs(ours - theirs - difference) < 0.02 * (ours + theirs)
+    monkeypatch.setattr(sys, "argv", [*given.split(), "mnist"])
+    with pytest.raises(ValueError, match="--annealed must name an optimizer that takes a rate, got mnist"):
+        art.main()
+
+
 def test_network_problem_gives_each_function_its_own_loss():
     import large_optimizee as large
 

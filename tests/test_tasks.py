@@ -320,6 +320,22 @@ def test_the_command_races_weights_of_a_file(command, tmp_path):
         command("--net", tmp_path / "weights.pt")
 
 
+def test_what_one_rate_for_all_tasks_costs():
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    from tasks import sensitivity
+
+    def raced(*losses):
+        return Race(0.1, dict(zip((0.1, 0.3), losses)), torch.ones(1, 4))
+
+    results = {
+        "one": ({"learned": raced(1.0, 2.0), "AdamW, cosine": raced(4.0, 1.5)}, {}),
+        "two": ({"learned": raced(3.0, 1.0), "AdamW, cosine": raced(2.0, 8.0)}, {}),
+    }
+    text = sensitivity(results, ["learned", "AdamW, cosine"], 2)
+    assert "| learned, from 0.1 | 2.00; 50% | 1.50; 50% |" in text
+    assert "| AdamW, cosine, from 0.1 | 1.83; 0% | 2.50; 0% |" in text
+
+
 @pytest.mark.parametrize("net", ["start", "general_lstm"])
 def test_the_command_races_starts_and_names(command, net):
     text = command(
