@@ -23,11 +23,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gradbuffer.problems.kept_apart import KEPT_APART  # noqa: E402
+from gradbuffer.problems.kept_apart import FIRST_KEPT_APART, KEPT_APART  # noqa: E402
 from gradbuffer.problems.races import SPANS, Contestant, race, smooth, speed_against, summary  # noqa: E402
 from gradbuffer.problems.tasks import GENERALIZATION, TASKS  # noqa: E402
 
-ALL = TASKS | GENERALIZATION | KEPT_APART
+ALL = TASKS | GENERALIZATION | FIRST_KEPT_APART | KEPT_APART
+LOTS = {"first": FIRST_KEPT_APART, "second": KEPT_APART}
 BASELINES = ("AdamW, cosine", "Adam, constant")  # speeds are taken against these, and against the own start
 
 
@@ -234,7 +235,13 @@ def main():
     parser.add_argument(
         "--generalization", action="store_true", help="the perceptron, wider, deeper and with larger batches, instead"
     )
-    parser.add_argument("--kept-apart", action="store_true", help="seven tasks that nothing was chosen by, instead")
+    parser.add_argument(
+        "--kept-apart",
+        nargs="?",
+        choices=list(LOTS),
+        const="second",
+        help="tasks that nothing was chosen by, instead: the second lot, or the first, which was until it had been raced",
+    )
     parser.add_argument(
         "--contestants",
         nargs="+",
@@ -248,12 +255,11 @@ def main():
     parser.add_argument("--table", type=Path, help="file for the tables, in Markdown")
     parser.add_argument("--figure", type=Path, help="file for the loss curves")
     options = parser.parse_args()
-    if bool(options.tasks) + options.generalization + options.kept_apart > 1:
+    if bool(options.tasks) + options.generalization + bool(options.kept_apart) > 1:
         parser.error("--tasks, --generalization and --kept-apart each choose the tasks: only one can be given")
     learned(options.net)  # what is wrong with it is said before anything runs
-    names = options.tasks or list(
-        GENERALIZATION if options.generalization else KEPT_APART if options.kept_apart else TASKS
-    )
+    chosen = LOTS[options.kept_apart] if options.kept_apart else GENERALIZATION if options.generalization else TASKS
+    names = options.tasks or list(chosen)
     results = {}
     for name, found in zip(names, run_all(names, options)):
         results[name] = found

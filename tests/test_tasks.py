@@ -12,11 +12,11 @@ from torch import nn
 
 from gradbuffer.nets.mlp import MLPOptimizer
 from gradbuffer.problems import kept_apart, races, tasks
-from gradbuffer.problems.kept_apart import KEPT_APART
+from gradbuffer.problems.kept_apart import FIRST_KEPT_APART, KEPT_APART
 from gradbuffer.problems.races import Contestant, Race, final, race, smooth, speed, speed_against, summary, train
 from gradbuffer.problems.tasks import GENERALIZATION, TASKS, Task
 
-ALL = TASKS | GENERALIZATION | KEPT_APART
+ALL = TASKS | GENERALIZATION | FIRST_KEPT_APART | KEPT_APART
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,39 @@ def test_kept_apart_tasks_have_the_answers_they_say(data):
     for context, character in zip(contexts[:3].tolist(), middle.tolist()):
         whole = [*context[:4], character, *context[4:]]
         assert "".join(map(chr, whole)) in text
-    assert not set(KEPT_APART) & set(TASKS)
+    assert not set(KEPT_APART | FIRST_KEPT_APART) & set(TASKS) and not set(KEPT_APART) & set(FIRST_KEPT_APART)
+
+
+def test_the_second_lot_has_the_answers_it_says(data):
+    generator = torch.Generator().manual_seed(0)
+    links, ways = kept_apart.two_steps_away(generator)
+    node = 5
+    counted = sum(
+        bool(links[3, node, middle] and links[3, middle, other])
+        for middle in range(12)
+        for other in range(12)
+        if other != node
+    )
+    assert torch.equal(links, links.mT) and ways[3, node].item() == pytest.approx(math.log(1 + counted))
+    sets, answers = kept_apart.ranges(generator)
+    assert answers[2] == max(sets[2, :, 0]) - min(sets[2, :, 1])
+    first, second = kept_apart.two_views(generator)
+    assert first.shape == second.shape and all((view[0] == 0).sum() >= 25 for view in (first, second))
+    pairs, near = kept_apart.neighbours(generator)
+    text = kept_apart.words().tolist()
+    beside = {(a, b) for k in range(1, 4) for a, b in zip(text, text[k:])}
+    assert near.mean() == 0.5
+    assert all((a, b) in beside or (b, a) in beside for (a, b), yes in zip(pairs.tolist(), near.tolist()) if yes)
+
+    def solution(x):  # of Poisson's equation, over x (1 - x)
+        return sum(torch.sin(k * math.pi * x) for k in (1, 2, 4)) / (10 * math.pi**2) / (x * (1 - x))
+
+    places = torch.rand(20, 1, dtype=torch.float64, generator=generator)
+    assert kept_apart.heat_residual(solution, places) < 1e-20
+    model, images = kept_apart.Adapted(), torch.randn(2, 3, 16, 16, generator=generator)
+    whole = [fixed + outer @ inner for fixed, inner, outer in zip(model.fixed, model.inner, model.outer)]
+    expected = ((images.flatten(1) @ whole[0].T).relu() @ whole[1].T).relu() @ whole[2].T
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_there_are_at_least_twelve_tasks_of_many_kinds():

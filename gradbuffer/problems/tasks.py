@@ -6,7 +6,7 @@ steps get far enough to tell optimizers apart. Losses are those of training. `gr
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ __all__ = [
     "echoes",
     "encoded_text",
     "gray",
+    "mnist",
+    "perceptron",
     "pixels",
     "squared_error",
 ]
@@ -65,7 +67,7 @@ class Task:
 # Minibatches ----------------------------------------------------------------------------------------------------------
 
 
-def mnist(batch, side):
+def mnist(batch: int, side: int) -> Callable[[torch.Generator], tuple[torch.Tensor, torch.Tensor]]:
     """draw: images (batch, 1, side, side), about of mean 0 and deviation 1, and labels (batch,)."""
 
     def draw(generator):
@@ -184,7 +186,8 @@ def ill_conditioned(generator, batch=64):
 # Networks -------------------------------------------------------------------------------------------------------------
 
 
-def perceptron(sizes, activation=nn.ReLU):
+def perceptron(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Linear layers of these sizes, with activations between them, for inputs of any shape."""
     layers = [nn.Flatten()]
     for inputs, outputs in zip(sizes, sizes[1:]):
         layers += [nn.Linear(inputs, outputs), activation()]
