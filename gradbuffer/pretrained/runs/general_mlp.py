@@ -201,6 +201,17 @@ def make_broad_families(data):
     }
 
 
+def make_large_families(data):
+    """Dict from name to `Perceptrons`, wider or deeper than the others."""
+    digits = data["digits"]
+    return {
+        "mnist very wide": Perceptrons(*data["mnist"], (160,), "relu", 32),
+        "cifar wide two layers": Perceptrons(*data["cifar"], (128, 64), "silu", 32),
+        "digits twelve layers": Perceptrons(*digits, (16,) * 11, "relu", 32),
+        "digits wide to narrow": Perceptrons(*digits, (128, 16), "tanh", 32),
+    }
+
+
 def best_rates(net, problems, steps=500, functions=4, rates=9):
     """Of each problem, the best of rates √√10 apart from 0.002 on, which fall to 0."""
     tried = 0.002 * 10 ** (torch.arange(rates, dtype=torch.float64) / 4)
@@ -334,13 +345,15 @@ def main():
     if given.third and state["k"] >= 25000:
         trained = latest | trained
     if given.fourth:
-        if "rates" not in state:
-            nn.utils.vector_to_parameters(state["averaged"], net.parameters())
-            state["rates"] = best_rates(net, trained.values())
-            print({name: round(rate, 4) for name, rate in zip(trained, state["rates"])}, flush=True)
+        if state["k"] >= 3500:
+            trained = make_large_families(data) | trained
+        fresh = {name: problem for name, problem in trained.items() if name not in state.setdefault("rates", {})}
+        nn.utils.vector_to_parameters(state["averaged"], net.parameters())
+        state["rates"] |= dict(zip(fresh, best_rates(net, fresh.values())))
+        print({name: round(state["rates"][name], 4) for name in fresh}, flush=True)
         episodes = tuple(
             Episodes(lengths=(150, 2000), rates=(rate / 2.2, rate * 2.2), scales=(1e-2, 1e2), falling=0.95, late=0.75)
-            for rate in state["rates"]
+            for rate in (state["rates"][name] for name in trained)
         )
     problem, begun = Families(trained, watched, families), time.time()
 
