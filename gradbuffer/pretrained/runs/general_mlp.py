@@ -328,7 +328,7 @@ def main():
         start[: len(first)] = first
     if given.fourth:  # it reads no rate any more, and the rates are such as a user finds by trying some
         trained, lr, families, every = make_broad_families(data) | latest | more | trained, 5e-4, 6, 1000
-        fall, end = 4500, 12000
+        fall, end = 4500, 10000
         start = without_rate(net, torch.load(HERE / "general_mlp_third.pt")["averaged"])
     part = "_fourth" * given.fourth + "_second" * given.second + "_third" * given.third
     path = given.state or HERE / f"general_mlp{part}.pt"
