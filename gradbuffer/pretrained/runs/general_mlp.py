@@ -16,24 +16,19 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[2]))
 
-from gradbuffer.contracts import as_loss  # noqa: E402
 from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam  # noqa: E402
 from gradbuffer.training.checkpoints import read_checkpoint  # noqa: E402
-from gradbuffer.training.episodes import stream  # noqa: E402
-from gradbuffer.training.episodic_run import EpisodicRun, drawn  # noqa: E402
+from gradbuffer.training.episodic_run import EpisodicRun  # noqa: E402
 from gradbuffer.training.options import training_of  # noqa: E402
-from gradbuffer.training.particles import Span, particles_for  # noqa: E402
 from meta_training import Episodes, EpisodicES, meta_train  # noqa: E402
 from optimizees import Mixture, Perceptrons  # noqa: E402
 
 WARMUP, EVERY = 100, 100
-RATE = 5  # which of the context's readings it is
 
 
 # The families -----------------------------------------------------------------------------------------------------------
@@ -212,25 +207,6 @@ def make_large_families(data):
     }
 
 
-def best_rates(net, problems, steps=500, functions=4, rates=9):
-    """Of each problem, the best of rates √√10 apart from 0.002 on, which fall to 0."""
-    tried = 0.002 * 10 ** (torch.arange(rates, dtype=torch.float64) / 4)
-    falls = 0.5 * (1 + torch.cos(math.pi * torch.arange(steps, dtype=torch.float64) / steps))
-    weights, best = joined(net.parameters()).detach(), []
-    for problem in problems:
-        batch = drawn(problem, functions, stream(1))
-        particles = particles_for(net, batch, functions, rates)
-        for function in range(functions):
-            particles.begin(function, {name: value[function] for name, value in batch.params.items()})
-        spans = [Span(0, functions, as_loss(batch.loss), 0)]
-        losses = particles.run(
-            spans, weights, (tried[:, None] * falls).repeat(functions, 1), torch.ones(functions * rates)
-        )
-        ends = losses.double()[:, -steps // 10 :].mean(1).view(functions, rates).nan_to_num(math.inf, math.inf)
-        best.append(tried[ends.mean(0).argmin()].item())
-    return best
-
-
 # What is kept of a run --------------------------------------------------------------------------------------------------
 
 
@@ -286,15 +262,6 @@ def state_of(content, net, problem, before):
     }
 
 
-def without_rate(net, weights):
-    """Weights whose context does not read the rate: as if it were 0.3 of the parameters' size, with steps e² times as long."""
-    parts = split(net, weights)
-    parts["layers.context_bias_0"] -= 0.4 * parts["layers.context_weight_0"][RATE]
-    parts["layers.context_weight_0"][RATE] = 0
-    parts["layers.context_bias_1"][-1] += 2
-    return joined(parts.values())
-
-
 def save(state, path):
     torch.save(state, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
@@ -307,7 +274,7 @@ def main():
     parser.add_argument("--state", type=Path)
     parser.add_argument("--second", action="store_true", help="the second part, from where the first has come to")
     parser.add_argument("--third", action="store_true", help="likewise, with orthogonal updates and a context")
-    parser.add_argument("--fourth", action="store_true", help="from there, more families, rates near the best of each")
+    parser.add_argument("--fourth", action="store_true", help="from there, more families, about one rate")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     form = given.third or given.fourth
@@ -326,10 +293,11 @@ def main():
         episodes = Episodes(lengths=(100, 1500), rates=(5e-4, 3e-2), scales=(1e-2, 1e2), falling=0.85, late=0.75)
         first = torch.load(HERE / "general_mlp.pt")["averaged"]
         start[: len(first)] = first
-    if given.fourth:  # it reads no rate any more, and the rates are such as a user finds by trying some
-        trained, lr, families, every = make_broad_families(data) | latest | more | trained, 5e-4, 6, 1000
-        fall, end = 4500, 10000
-        start = without_rate(net, torch.load(HERE / "general_mlp_third.pt")["averaged"])
+    if given.fourth:  # near one rate, so that what it reads of the rate tells it how far the schedule has come
+        trained = make_large_families(data) | make_broad_families(data) | latest | more | trained
+        lr, families, fall, end, every = 5e-4, 6, 1000, 8000, 1000
+        episodes = Episodes(lengths=(150, 2000), rates=(7e-3, 1.4e-2), scales=(1e-2, 1e2), falling=0.95, late=0.75)
+        start = torch.load(HERE / "general_mlp_third.pt")["averaged"]
     part = "_fourth" * given.fourth + "_second" * given.second + "_third" * given.third
     path = given.state or HERE / f"general_mlp{part}.pt"
     state = {
@@ -344,27 +312,7 @@ def main():
         state = torch.load(path)
     if given.third and state["k"] >= 25000:
         trained = latest | trained
-    if given.fourth:
-        if state["k"] >= 3500:
-            trained = make_large_families(data) | trained
-        fresh = {name: problem for name, problem in trained.items() if name not in state.setdefault("rates", {})}
-        nn.utils.vector_to_parameters(state["averaged"], net.parameters())
-        state["rates"] |= dict(zip(fresh, best_rates(net, fresh.values())))
-        print({name: round(state["rates"][name], 4) for name in fresh}, flush=True)
-        episodes = tuple(
-            Episodes(lengths=(150, 2000), rates=(rate / 2.2, rate * 2.2), scales=(1e-2, 1e2), falling=0.95, late=0.75)
-            for rate in (state["rates"][name] for name in trained)
-        )
     problem, begun = Families(trained, watched, families), time.time()
-
-    def meta_optimizer(parameters):
-        adam = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-        if given.fourth:
-            adam.register_step_pre_hook(read_no_rate)
-        return adam
-
-    def read_no_rate(*_):
-        net.layers["context_weight_0"].grad[RATE] = 0
 
     def schedule(iteration, iterations):
         gone = max(0.0, (iteration - fall) / (end - fall)) if end else 0.0
@@ -382,7 +330,7 @@ def main():
             balance=True,
             averaging=0.9995,
             method=EpisodicES(episodes=episodes),
-            meta_optimizer=meta_optimizer,
+            meta_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
             schedule=schedule,
             validation_every=every,
             validation_functions=4,
@@ -397,8 +345,7 @@ def main():
             if done % every == 0:
                 print(done, round(time.time() - begun), history.validation[-1][1], flush=True)
             if done % EVERY == 0 or done == end:
-                now = state_of(read_checkpoint(checkpoint, run.settings), net, problem, state["history"])
-                save({"rates": state["rates"]} | now if "rates" in state else now, path)
+                save(state_of(read_checkpoint(checkpoint, run.settings), net, problem, state["history"]), path)
                 if time.time() - begun > given.seconds:
                     raise KeyboardInterrupt
 
