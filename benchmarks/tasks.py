@@ -74,7 +74,7 @@ def learned(net):
     if not isinstance(network, MLPOptimizer):
         return {"learned": contestant(network, lr=1.0)}
     start = start_as_normalized_adam(MLPOptimizer(**network.config))
-    return {"learned": contestant(network, lr=0.009), "start": contestant(start)}
+    return {"learned": contestant(network, lr=0.03), "start": contestant(start)}
 
 
 def weights_in(net):

@@ -13,6 +13,7 @@ import math
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -295,7 +296,7 @@ def main():
         start[: len(first)] = first
     if given.fourth:  # near one rate, so that what it reads of the rate tells it how far the schedule has come
         trained = make_large_families(data) | make_broad_families(data) | latest | more | trained
-        lr, families, fall, end, every = 5e-4, 6, 1000, 8000, 1000
+        lr, families, fall, end, every = 5e-4, 6, 1000, 9000, 1000
         episodes = Episodes(lengths=(150, 2000), rates=(7e-3, 1.4e-2), scales=(1e-2, 1e2), falling=0.95, late=0.75)
         start = torch.load(HERE / "general_mlp_third.pt")["averaged"]
     part = "_fourth" * given.fourth + "_second" * given.second + "_third" * given.third
@@ -312,6 +313,8 @@ def main():
         state = torch.load(path)
     if given.third and state["k"] >= 25000:
         trained = latest | trained
+    if given.fourth and state["k"] >= 4300:  # where its losses had come to be lowest
+        episodes = replace(episodes, rates=(2e-2, 4.5e-2))
     problem, begun = Families(trained, watched, families), time.time()
 
     def schedule(iteration, iterations):
