@@ -313,7 +313,7 @@ def main():
         state = torch.load(path)
     if given.third and state["k"] >= 25000:
         trained = latest | trained
-    if given.fourth and state["k"] >= 4300:  # where its losses had come to be lowest
+    if given.fourth and state["k"] >= 4900:  # where its losses had come to be lowest
         episodes = replace(episodes, rates=(2e-2, 4.5e-2))
     problem, begun = Families(trained, watched, families), time.time()
 
