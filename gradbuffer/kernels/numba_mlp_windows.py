@@ -25,7 +25,7 @@ from gradbuffer.kernels.numba_mlp import (
 )
 from gradbuffer.kernels.numba_mlp_gradients import ACTIVATIONS, draw, layers_of, scratch_of, value_and_gradient
 from gradbuffer.kernels.numba_orthogonal import numbers_to_orthogonalize
-from gradbuffer.kernels.numba_threads import buffer, parallel_for, threads_here
+from gradbuffer.kernels.numba_threads import buffer, parallel_for, threads_here, without_denormals
 
 __all__ = ["ACTIVATIONS", "LOSSES", "PerceptronWindows", "minibatches"]
 
@@ -246,7 +246,8 @@ class PerceptronWindows:
 
         def work(first, last):
             buffers = buffer("mlp windows", scratch[0], self.dtype), buffer("mlp sums", scratch[1], torch.float64)
-            run_particles(*given, bound, decay, first, last, *buffers, np.empty(batch, np.int64))
+            with without_denormals():
+                run_particles(*given, bound, decay, first, last, *buffers, np.empty(batch, np.int64))
 
         shares = min(B, PIECES * threads_here()) if threads_here() > 1 else 1
         parallel_for(work, [(B * k // shares, B * (k + 1) // shares) for k in range(shares)])
