@@ -38,8 +38,8 @@ WARMUP, EVERY = 100, 100
 class Families(Mixture):
     """Those of a dict from name to problem, of which some are drawn at each step; others are for validation."""
 
-    def __init__(self, trained, watched, families):
-        super().__init__(list(trained.values()), families=families)
+    def __init__(self, trained, watched, families, weights=None):
+        super().__init__(list(trained.values()), weights=weights, families=families)
         self.names, self.watched = list(trained), Mixture(list(watched.values()))
 
     def validation_problem(self):
@@ -208,6 +208,40 @@ def make_large_families(data):
     }
 
 
+def make_low_families():
+    """Dict from name to `Perceptrons`: functions without noise, whose losses go far down, and two tables at once."""
+    generator = torch.Generator().manual_seed(102)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def standard(values):
+        return (values - values.mean(0)) / values.std(0)
+
+    count = 20000
+    x, hidden = normal(count, 12), normal(count, 4)
+    users, items = torch.randint(40, (2, count), generator=generator)
+    left, right = normal(40, 3), normal(40, 3)
+    both = torch.cat([F.one_hot(users, 40), F.one_hot(items, 40)], 1).float()
+    ratings = (left[users] * right[items]).sum(1, keepdim=True)
+    mixed = hidden @ normal(4, 24) / 2
+    return {
+        "products": Perceptrons(x, standard(x[:, :4] * x[:, 4:8]), (48,), "silu", 64),
+        "distances": Perceptrons(x, standard((x[:, :6] - x[:, 6:]).norm(dim=1, keepdim=True)), (32, 32), "tanh", 32),
+        "steps": Perceptrons(x, standard((x[:, :3] > 0).float() @ normal(3, 3)), (32,), "relu", 64),
+        "waves of one number": Perceptrons(
+            x[:, :1], standard(torch.sin(3 * x[:, :1] + torch.arange(3.0))), (32, 32), "tanh", 64
+        ),
+        "linear, deep": Perceptrons(x, x @ normal(12, 6) / 12**0.5, (24, 24, 24), "tanh", 32),
+        "hidden numbers": Perceptrons(mixed, mixed, (4,), "tanh", 32),
+        "hidden numbers deep": Perceptrons(mixed, mixed, (16, 4, 16), "silu", 64),
+        "two tables": Perceptrons(both, ratings, (16,), "tanh", 64),
+        "two tables, liked": Perceptrons(both, (ratings[:, 0] > 0).long(), (8,), "silu", 128),
+        "largest": Perceptrons(x, x.amax(1, keepdim=True), (32, 32), "relu", 32),
+        "order": Perceptrons(x[:, :6], x[:, :6].sort(1).values, (48,), "relu", 64),
+    }
+
+
 # What is kept of a run --------------------------------------------------------------------------------------------------
 
 
@@ -275,10 +309,11 @@ def main():
     parser.add_argument("--state", type=Path)
     parser.add_argument("--second", action="store_true", help="the second part, from where the first has come to")
     parser.add_argument("--third", action="store_true", help="likewise, with orthogonal updates and a context")
+    parser.add_argument("--fifth", action="store_true", help="from there, half of the families no pictures")
     parser.add_argument("--fourth", action="store_true", help="from there, more families, about one rate")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    form = given.third or given.fourth
+    form = given.third or given.fourth or given.fifth
     net = start_as_normalized_adam(MLPOptimizer(orthogonalize=form, context=form))
     data = small_images()
     latest, more, trained, watched = make_families(data)
@@ -299,7 +334,15 @@ def main():
         lr, families, fall, end, every = 5e-4, 6, 1000, 9000, 1000
         episodes = Episodes(lengths=(150, 2000), rates=(7e-3, 1.4e-2), scales=(1e-2, 1e2), falling=0.95, late=0.75)
         start = torch.load(HERE / "general_mlp_third.pt")["averaged"]
-    part = "_fourth" * given.fourth + "_second" * given.second + "_third" * given.third
+    weights = None
+    if given.fifth:  # of families that are no pictures of digits or things as many as of those, whatever their number
+        trained = make_low_families() | make_large_families(data) | make_broad_families(data) | latest | more | trained
+        pictures = [problem.inputs.shape[1] == 64 for problem in trained.values()]
+        weights = [1 / (sum(pictures) if picture else len(pictures) - sum(pictures)) for picture in pictures]
+        lr, families, fall, end, every = 5e-4, 6, 6000, 20000, 1000
+        episodes = Episodes(lengths=(150, 2000), rates=(1.5e-2, 4.5e-2), scales=(1e-2, 1e2), falling=1.0, late=0.75)
+        start = torch.load(HERE / "general_mlp_fourth.pt")["averaged"]
+    part = "_fifth" * given.fifth + "_fourth" * given.fourth + "_second" * given.second + "_third" * given.third
     path = given.state or HERE / f"general_mlp{part}.pt"
     state = {
         "k": 0,
@@ -315,7 +358,7 @@ def main():
         trained = latest | trained
     if given.fourth and state["k"] >= 4900:  # where its losses had come to be lowest
         episodes = replace(episodes, rates=(2e-2, 4.5e-2))
-    problem, begun = Families(trained, watched, families), time.time()
+    problem, begun = Families(trained, watched, families, weights), time.time()
 
     def schedule(iteration, iterations):
         gone = max(0.0, (iteration - fall) / (end - fall)) if end else 0.0
