@@ -23,10 +23,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from published import with_start
 from timing import table_head, table_row
 
 from gradbuffer.evaluation import BASELINES, compare, tune_baselines
-from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
 from gradbuffer.problems.neural_art import NeuralArt
 from gradbuffer.problems.races import Contestant
 from gradbuffer.problems.tasks import Task
@@ -58,10 +58,7 @@ def task_of(problem):
 
 def annealed(name):
     """dict from name to `Contestant`, rates around those that suit images of unit variance."""
-    net = load_optimizer(name)
-    if not isinstance(net, MLPOptimizer):
-        raise ValueError(f"--annealed must name an optimizer that takes a rate, got {name}, a {type(net).__name__}")
-    nets = {name: net, "its start": start_as_normalized_adam(MLPOptimizer(**net.config))}
+    nets = dict(zip((name, "its start"), with_start(name)))
     found = {
         key: Contestant(lambda params, lr, own=own: LearnedOptimizer(params, own, lr=lr), 0.3)
         for key, own in nets.items()

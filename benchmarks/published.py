@@ -174,15 +174,19 @@ def as_task(problem, batch=BATCH):
     return Task(make_model, draw, loss_of, "published", problem.name)
 
 
+def with_start(name):
+    """That optimizer, which must take a rate, and the same before its meta-training."""
+    net = load_optimizer(name)
+    if not isinstance(net, MLPOptimizer):
+        raise ValueError(f"--annealed must name optimizers that take a rate, got {name}, a {type(net).__name__}")
+    return net, start_as_normalized_adam(MLPOptimizer(**net.config))
+
+
 def annealed(names):
     """dict from name to `Contestant`: those small learned optimizers, their starts, and two others, each around a rate of its own."""
     found = {}
     for name in names:
-        net = load_optimizer(name)
-        if not isinstance(net, MLPOptimizer):
-            raise ValueError(f"--annealed must name optimizers that take a rate, got {name}, a {type(net).__name__}")
-        found[f"ours: {name}"] = net
-        found[f"the start of {name}"] = start_as_normalized_adam(MLPOptimizer(**net.config))
+        found[f"ours: {name}"], found[f"the start of {name}"] = with_start(name)
     contestants = {
         name: Contestant(lambda params, lr, net=net: LearnedOptimizer(params, net, lr=lr), 0.009)
         for name, net in found.items()

@@ -198,7 +198,7 @@ def test_art_tests_race_what_has_a_rate(monkeypatch, capsys):
         ours, theirs, difference = (float(cell.split()[0]) for cell in (rows[0][3], row[3], row[4]))
         assert abs(ours - theirs - difference) < 0.02 * (ours + theirs)
     monkeypatch.setattr(sys, "argv", [*given.split(), "mnist"])
-    with pytest.raises(ValueError, match="--annealed must name an optimizer that takes a rate, got mnist"):
+    with pytest.raises(ValueError, match="--annealed must name optimizers that take a rate, got mnist"):
         art.main()
 
 

@@ -1,24 +1,13 @@
 """Losses of perceptrons in Triton: in its interpreter, or on a CUDA device, against autograd through the plain loss."""
 
 import itertools
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import DEVICE, check_in_the_interpreter, from_outside, on_device
 
 from gradbuffer.problems.images import Given
 from optimizees import PerceptronLoss
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-
-
-def on_device(test):
-    return test if INTERPRETED else pytest.mark.cuda(test)
 
 
 @pytest.fixture
@@ -29,20 +18,9 @@ def kernels():
     return triton_losses
 
 
-@pytest.mark.skipif(INTERPRETED, reason="in the interpreter already")
+@from_outside
 def test_cases_pass_in_the_interpreter():
-    pytest.importorskip("triton", reason="needs triton: pip install triton")
-    here = Path(__file__).resolve()
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", str(here)],
-        cwd=here.parents[1],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped)", run.stdout)}
-    assert run.returncode == 0 and counts["passed"] > 8 and counts["skipped"] == 1, run.stdout + run.stderr
+    check_in_the_interpreter(__file__, least=9)
 
 
 @on_device

@@ -415,4 +415,4 @@ KEPT_APART = {
         Experts, mnist(32, 14), kind="a mixture", description="four gated perceptrons of 12, MNIST at 14×14, batch 32"
     ),
 }
-"""Eight more, likewise, written after the fourth part of the training had begun."""
+"""Eight more, likewise, raced once after the fourth part of the training, and before the fifth."""
