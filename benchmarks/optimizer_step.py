@@ -1,10 +1,10 @@
-"""Time and memory of `LearnedOptimizer.step` on ResNet-18's parameters, of an LSTM and of the small `MLPOptimizer`, beside Adam.
+"""Time and memory of `LearnedOptimizer.step` on ResNet-18's parameters, of an LSTM and of the small `MLPOptimizer`, beside Adam and AdamW.
 
     python benchmarks/optimizer_step.py            # one core; --threads 2 for two, --architecture for another model
 
 "Products" are the bare matrix products of one forward step of the LSTM for all coordinates, by torch, in blocks that stay in
 the cache and on the same buffers again and again (`floors`). The state in float32 is read and written once, in place, by
-torch, as every step has to. Medians (minima) over alternating repetitions, in one process; the ratio is the median of each
+torch, as every step has to. Medians (minima) over alternating repetitions, in one process; ratios are the median of each
 repetition's own. Peak memory is measured in a process of its own for each optimizer: what three steps add to the resident
 set that model and gradients have.
 """
@@ -26,6 +26,7 @@ OPTIMIZERS = (
     "LearnedOptimizer, MLPOptimizer",
     "LearnedOptimizer, general",
     "Adam",
+    "AdamW, foreach",
 )
 
 
@@ -52,6 +53,8 @@ def optimizer_of(name, params):
         return LearnedOptimizer(params, load_optimizer("general"), lr=0.0)
     if name == "Adam":
         return torch.optim.Adam(params, lr=1e-5)
+    if name == "AdamW, foreach":
+        return torch.optim.AdamW(params, lr=1e-5, foreach=True)
     state_dtype = torch.bfloat16 if "bfloat16" in name else None
     # lr 0: the parameters stay where they are, and the update is computed and added all the same
     return LearnedOptimizer(params, load_optimizer("mnist"), lr=0.0, state_dtype=state_dtype)
@@ -112,12 +115,13 @@ def main():
         "state": lambda: pass_over_state(optimizers["LearnedOptimizer"]),
     }
     times = alternate(runs | floors, arguments.repetitions)
-    table_head("", "ms", "ratio to the products", "state, MB", "peak, MB")
-    table_row("the LSTM's products alone", milliseconds(times["products"]), 1, "–", "–")
+    table_head("", "ms", "ratio to the products", "to AdamW, foreach", "state, MB", "peak, MB")
+    table_row("the LSTM's products alone", milliseconds(times["products"]), 1, "–", "–", "–")
     table_row(
         "its float32 state, read and written",
         milliseconds(times["state"]),
         f"{ratio(times['state'], times['products']):.2f}",
+        "–",
         "–",
         "–",
     )
@@ -126,6 +130,7 @@ def main():
             name,
             milliseconds(times[name]),
             f"{ratio(times[name], times['products']):.2f}",
+            f"{ratio(times[name], times['AdamW, foreach']):.2f}",
             f"{state_megabytes(optimizer):.0f}",
             f"{memory[name]:.0f}",
         )

@@ -7,7 +7,8 @@ import torch
 
 from gradbuffer.kernels.numba_mlp import WORTHWHILE, TensorSteps
 from gradbuffer.kernels.numba_mlp_loops import BLOCK
-from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
+from gradbuffer.kernels.numba_orthogonal import orthogonalized
+from gradbuffer.nets.mlp import MLPOptimizer, orthogonalize_matrices, start_as_normalized_adam
 
 SHAPES = [
     (),
@@ -77,6 +78,16 @@ def assert_near(ours, theirs, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_steps_are_those_of_the_reference(shape, options, dtype):
     assert_near(*run(network(dtype, **options), shape, dtype), dtype)
+
+
+@pytest.mark.parametrize("shape", [(256, 300), (301, 261), (300, 300), (40, 7), (1, 5)])
+def test_matrices_become_orthogonal_in_blocks(shape):
+    """As in plain torch; of symmetric products only the blocks above the diagonal are computed."""
+    matrix = torch.randn(shape, dtype=torch.float64)
+    out = torch.full_like(matrix, torch.nan)
+    assert orthogonalized(matrix, out) is out
+    torch.testing.assert_close(out, orthogonalize_matrices(matrix[None])[0], rtol=1e-9, atol=1e-11)
+    assert (orthogonalized(torch.zeros_like(matrix), out) == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(250, 139), (67, 23, 5, 5), (3, 2 * BLOCK + 5)], ids=str)

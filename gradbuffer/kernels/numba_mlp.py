@@ -195,8 +195,8 @@ class TensorSteps:
         )
         total = totals.sum(0)[READ + FACTORED]
         if self.orthogonal:
-            matrix = torch.from_numpy(out).view(rows, width)
-            total = matrix.copy_(orthogonalized(matrix)).square().sum(dtype=torch.float64).item()
+            given, out = torch.from_numpy(out).view(rows, width), buffer("mlp orthogonal", count, self.dtype)
+            total = orthogonalized(given, torch.from_numpy(out).view(rows, width)).norm().item() ** 2
         parallel_for(lambda _, a, b: move(theta, out, a * width, b * width, total, length, lr, self.decay), spans)
 
 

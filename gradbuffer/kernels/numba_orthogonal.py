@@ -1,4 +1,4 @@
-"""Newton-Schulz Newton-Schulz iterations of a small matrix, compiled: `gradbuffer.nets.mlp.orthogonalize_matrices` for one of them.
+"""Newton-Schulz iterations of a small matrix, compiled: `gradbuffer.nets.mlp.orthogonalize_matrices` for one of them.
 
 All iterations are a polynomial in X Xᵀ times X. So only X Xᵀ and the last product are as large as X; what lies between them are
 products of square matrices. What is multiplied from the right lies in tiles of `LANES` columns, what is from the left row by row.
@@ -13,9 +13,10 @@ from gradbuffer.kernels.matrices import ITERATIONS, NEWTON_SCHULZ
 from gradbuffer.kernels.numba_compiler import compiled
 from gradbuffer.kernels.numba_loops import add_product
 
-__all__ = ["numbers_to_orthogonalize", "orthogonalize", "orthogonalized"]
+__all__ = ["numbers_to_orthogonalize", "orthogonalize", "orthogonalized", "symmetric_product"]
 
 FIRST, THIRD, FIFTH = NEWTON_SCHULZ
+BLOCKS, WORTH_BLOCKS = 4, 256  # of a symmetric product in each direction; from what size on
 
 
 def numbers_to_orthogonalize(rows, columns):
@@ -126,16 +127,42 @@ def orthogonalize(x, rows, columns, scratch):
         turn(wide, m, n, x)
 
 
-def orthogonalized(x):
-    """The same of a large matrix, in plain torch: a new tensor."""
-    wide = x if x.shape[0] <= x.shape[1] else x.mT
-    wide = wide / (wide.norm() + 1e-7)
-    gram, total, (first, third, fifth) = wide @ wide.mT, None, NEWTON_SCHULZ
+@compiled
+def mirror(x, size):
+    """What lies above the diagonal of x (size · size) comes to lie below it, too; tile after tile, as caches like it."""
+    for first in range(0, size, LANES):
+        for start in range(0, first + 1, LANES):
+            for i in range(first, min(first + LANES, size)):
+                for k in range(start, min(start + LANES, i)):
+                    x[i * size + k] = x[k * size + i]
+
+
+def orthogonalized(x, out):
+    """The same of a large matrix (rows, columns), in plain torch, into `out`; returns that."""
+    tall = x.shape[0] > x.shape[1]
+    gram, factor, total, other = (x.new_empty((min(x.shape),) * 2) for _ in range(4))
+    symmetric_product(x.mT if tall else x, x if tall else x.mT, gram)
+    scale = 1 / (math.sqrt(gram.trace().item()) + 1e-7)  # the trace is the sum of the matrix's squares
+    gram *= scale * scale
     for iteration in range(ITERATIONS):
-        factor = torch.addmm(gram, gram, gram, beta=third, alpha=fifth)
-        factor.diagonal().add_(first)
-        total = factor if total is None else factor @ total
+        symmetric_product(gram, gram, factor).mul_(FIFTH).add_(gram, alpha=THIRD).diagonal().add_(FIRST)
+        if iteration == 0:
+            total.copy_(factor)
+        else:
+            total, other = symmetric_product(factor, total, other), total
         if iteration + 1 < ITERATIONS:
-            gram = factor @ (factor @ gram)
-    result = total @ wide
-    return result if x.shape[0] <= x.shape[1] else result.mT
+            symmetric_product(factor, symmetric_product(factor, gram, other), gram)
+    total *= scale
+    return torch.mm(x, total, out=out) if tall else torch.mm(total, x, out=out)
+
+
+def symmetric_product(left, right, out):
+    """left · right into `out`, where that is symmetric: of a large one, blocks below the diagonal are those above it, turned."""
+    size = len(out)
+    block = -(-size // BLOCKS) if size >= WORTH_BLOCKS else size
+    for first in range(0, size, block):
+        last = min(first + block, size)
+        torch.mm(left[first:last], right[:, first:], out=out[first:last, first:])
+    if block < size:
+        mirror(out.view(-1).numpy(), size)
+    return out
