@@ -145,7 +145,7 @@ def orthogonalized(x, out):
     scale = 1 / (math.sqrt(gram.trace().item()) + 1e-7)  # the trace is the sum of the matrix's squares
     gram *= scale * scale
     for iteration in range(ITERATIONS):
-        symmetric_product(gram, gram, factor).mul_(FIFTH).add_(gram, alpha=THIRD).diagonal().add_(FIRST)
+        symmetric_product(gram, gram, factor, gram, THIRD, FIFTH).diagonal().add_(FIRST)
         if iteration == 0:
             total.copy_(factor)
         else:
@@ -156,13 +156,15 @@ def orthogonalized(x, out):
     return torch.mm(x, total, out=out) if tall else torch.mm(total, x, out=out)
 
 
-def symmetric_product(left, right, out):
-    """left · right into `out`, where that is symmetric: of a large one, blocks below the diagonal are those above it, turned."""
+def symmetric_product(left, right, out, added=None, beta=0.0, alpha=1.0):
+    """beta · added + alpha · left · right into `out`, where that is symmetric: of a large one, what is below the diagonal is copied."""
+    added = out if added is None else added
     size = len(out)
     block = -(-size // BLOCKS) if size >= WORTH_BLOCKS else size
     for first in range(0, size, block):
         last = min(first + block, size)
-        torch.mm(left[first:last], right[:, first:], out=out[first:last, first:])
+        given, into = (whole[first:last, first:] for whole in (added, out))
+        torch.addmm(given, left[first:last], right[:, first:], beta=beta, alpha=alpha, out=into)
     if block < size:
         mirror(out.view(-1).numpy(), size)
     return out
