@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Recorded:
-    """Particles whose losses the weights decide: 10 + slope · (w₁ + … + w_t) in window t of an episode, of the weights of each."""
+    """Particles whose losses the weights decide: 10 + slope · (w₁ + … + w_t), of the weights of all steps to the call's last one."""
 
     slope = torch.tensor([0.5, -1.0, 0.0, 2.0, 0.1])
 
@@ -103,7 +103,7 @@ def test_what_a_pair_shares(monkeypatch):
         begun = call["steps"] == 0
         assert torch.equal(call["params"][::2][begun], call["params"][1::2][begun])
         assert (call["past"].view(-1, 2)[begun] == 0).all()
-        assert call["rates"].shape == (12, 10) and (call["rates"] >= 0).all() and call["rates"].max() <= 3e-2
+        assert call["rates"].shape[0] == 12 and (call["rates"] >= 0).all() and call["rates"].max() <= 3e-2
         assert 1e-3 <= call["scales"].min() and call["scales"].max() <= 1e3
     starts = particles.calls[0]["params"][::2]
     gains = starts / functions(6, torch.Generator().manual_seed(0)).params["x"]
@@ -116,13 +116,16 @@ def test_how_long_a_perturbation_is_held(hold, monkeypatch):
     particles, pairs = pairs_of(monkeypatch, hold=hold, sigma=0.03)
     for iteration in range(12):
         advance(pairs, iteration)
-    kept = changed = 0
+    position = inside = between = 0
     for before, after in zip(particles.calls, particles.calls[1:]):
-        goes_on = after["steps"] == before["steps"] + 10
+        steps = before["rates"].shape[1]
+        position += steps
+        goes_on = after["steps"] == before["steps"] + steps
         same = (before["weights"][::2] == after["weights"][::2]).all(1)
-        kept, changed = kept + int((goes_on & same).sum()), changed + int((goes_on & ~same).sum())
         assert not same[~goes_on].any() and goes_on.any()
-    assert (kept > 0, changed > 0) == (hold, not hold)
+        assert (same == (hold or position % 10 > 0))[goes_on].all()  # fresh ones are drawn where a window begins
+        inside, between = inside + (position % 10 > 0), between + (position % 10 == 0)
+    assert inside > 5 and between == 11
 
 
 @pytest.mark.parametrize("staggered", [True, False])
@@ -130,10 +133,14 @@ def test_episodes_end_and_begin_anew(staggered, monkeypatch):
     particles, pairs = pairs_of(monkeypatch, pairs=40, staggered=staggered)
     for iteration in range(20):
         advance(pairs, iteration)
-    steps = torch.stack([call["steps"] for call in particles.calls])  # (windows, pairs)
-    assert steps.max() <= 50 and ((steps == 0).sum(0) > 2).all()
+    steps = torch.stack([call["steps"] for call in particles.calls])  # (calls, pairs)
+    taken = torch.tensor([call["rates"].shape[1] for call in particles.calls])
+    assert taken.sum() == 200 and set((taken.cumsum(0)).tolist()) >= set(range(10, 201, 10))
+    assert steps.max() < 60 and ((steps == 0).sum(0) > 1).all()
+    begun, places = steps == 0, (taken.cumsum(0) - taken) % 10  # where in a window a call begins
+    assert (begun.any(1) & (places > 0)).any()
     if staggered:
-        assert 1 < (steps[3] == 0).sum() < 39 and len(steps.unique(dim=1).T) > 5
+        assert ((0 < begun.sum(1)) & (begun.sum(1) < 39)).sum() > 20 and len(steps.unique(dim=1).T) > 5
     else:
         assert (steps == steps[:, :1]).all() and len(pairs.spans()) == 1
         assert len(particles.calls[0]["rates"].unique(dim=0)) == 40
@@ -145,9 +152,11 @@ def test_the_estimate_is_the_gradient(hold, monkeypatch):
     particles, pairs = pairs_of(monkeypatch, pairs=4000, hold=hold, lengths=(40, 40))
     total, expected = torch.zeros(5), torch.zeros(5)
     for iteration in range(6):
+        known = len(particles.calls)
         estimate = advance(pairs, iteration)
-        windows = (particles.calls[-1]["steps"] / 10 + 1).mean()  # how many windows' weights decide the loss
-        expected += 10 * windows * particles.slope / 10
+        for call in particles.calls[known:]:
+            taken = call["rates"].shape[1]  # a loss is decided by the weights of the steps to the last one of its call
+            expected += taken / 10 * (call["steps"] + taken).double().mean() * particles.slope / 10
         total += estimate.each.mean(0)
         assert abs(estimate.loss - 10) < 0.1
     torch.testing.assert_close(total, expected, rtol=0.1, atol=0.8)
@@ -159,18 +168,20 @@ def test_late_windows_of_falling_episodes_count_more(monkeypatch):
         found = []
         for iteration in range(6):
             each = advance(pairs, iteration).each
-            found.append(((pairs.on_way["done"] - 5.5) / pairs.on_way["length"], each))
+            whole = pairs.on_way["done"] >= 10  # all of the window is of one episode
+            found.append(((pairs.on_way["done"] - 5.5) / pairs.on_way["length"], each, whole))
         return found
 
     even, late = estimates(falling=1), estimates(falling=1, late=0.5)
-    for (progress, each), (_, counted) in zip(even, late):
-        torch.testing.assert_close(counted, each * (1 + 0.5 * (2 * progress - 1))[:, None])
-    for (_, each), (_, counted) in zip(estimates(falling=0), estimates(falling=0, late=0.5)):
+    assert sum(int(whole.sum()) for *_, whole in even) > 8
+    for (progress, each, whole), (_, counted, _) in zip(even, late):
+        torch.testing.assert_close(counted[whole], (each * (1 + 0.5 * (2 * progress - 1))[:, None])[whole])
+    for (_, each, _), (_, counted, _) in zip(estimates(falling=0), estimates(falling=0, late=0.5)):
         assert torch.equal(each, counted)
 
 
 def test_large_losses_count_as_the_ceiling_and_starts_must_be_finite(monkeypatch):
-    _, pairs = pairs_of(monkeypatch, pairs=3)
+    _, pairs = pairs_of(monkeypatch, pairs=3, lengths=(2000, 6000))
     losses = torch.full((6, 10), 2.0, dtype=torch.float64)
     losses[0, 5:], losses[2, 5:] = math.inf, 100.0  # of the first two pairs, the first particle alone
     monkeypatch.setattr(pairs.particles, "run", lambda *given: losses)
@@ -180,7 +191,7 @@ def test_large_losses_count_as_the_ceiling_and_starts_must_be_finite(monkeypatch
     torch.testing.assert_close(estimate.each[:2], relative.double(), rtol=1e-5, atol=1e-4)
     assert (estimate.each[2] == 0).all() and estimate.each.isfinite().all()
 
-    _, pairs = pairs_of(monkeypatch, pairs=3)
+    _, pairs = pairs_of(monkeypatch, pairs=3, lengths=(2000, 6000))
     losses[4, 0] = math.inf
     monkeypatch.setattr(pairs.particles, "run", lambda *given: losses)
     with pytest.raises(NonFiniteError, match="function 2 of family 0 is not finite at the start"):
@@ -415,7 +426,7 @@ class Diverging(Quadratics):
         batch = super().sample(meta_batch, generator)
         self.draws += 1
         factor = math.nan if self.draws == 3 else 1.0
-        return batch._replace(loss=lambda params, step: factor * batch.loss(params, step))
+        return MetaBatch(batch.params, lambda params, step: factor * batch.loss(params, step))
 
     def validation_problem(self):
         return Quadratics(self.dim)

@@ -43,7 +43,7 @@ class Episodes:
     """From what ranges episodes are drawn, log-uniformly.
 
     Args:
-        lengths: least and most steps; rounded up to multiples of the window.
+        lengths: least and most steps; rounded up to whole ones, not to windows.
         rates: least and most learning rate, above 0.
         scales: least and most factor on the gradients that the optimizer reads, above 0: functions in other coordinates.
         gains: least and most factor on the initial parameters, above 0.
@@ -79,7 +79,8 @@ class EpisodicES(Method):
     takes a rate, such as `MLPOptimizer`, and a mixture of many families of small functions.
 
     `meta_batch` is the number of antithetic pairs of each family, `unroll` the window. Each iteration takes a window of every family,
-    or of those that `Mixture(families=…)` draws. A function whose episode has ended begins another one with a function drawn anew.
+    or of those that `Mixture(families=…)` draws. Where an episode ends, which may be inside a window, another one begins with a function
+    drawn anew.
     `Perceptrons` under an `MLPOptimizer` of the variant "celo" on a CPU run in a compiled loop, over the threads of torch; all else
     runs in plain torch. Validation gives each family the best of several rates, which fall to 0 on half a cosine over `steps` steps;
     its score is the mean loss of the last tenth of them. The weights that training begins with are scored, too.
@@ -207,14 +208,17 @@ class Pairs:
             "total": noise,
         }
 
-    def begin(self, batch: MetaBatch, iteration: int) -> None:
-        """Begin episodes where they have ended, with the functions of a meta-batch that was drawn at this iteration."""
+    def begin(self, batch: MetaBatch, iteration: int, at: int = 0) -> None:
+        """Begin episodes where they have ended, with the functions of a meta-batch that was drawn at this iteration.
+
+        at: how many steps of the window were done before.
+        """
         method, share, on_way = self.method, self.share, self.on_way
-        ended = (on_way["origin"] < 0) | (on_way["done"] >= on_way["length"])
+        ended = self.ended()
         if not ended.any():
             return
         drawn = torch.rand(
-            len(DRAWN), share.whole, generator=stream(self.seed, share.family, iteration), dtype=torch.float64
+            len(DRAWN), share.whole, generator=stream(self.seed, share.family, iteration, at), dtype=torch.float64
         )
         if not method.staggered:
             drawn[:2] = drawn[:2, :1]
@@ -222,10 +226,9 @@ class Pairs:
         for name in ("length", "rate", "scale", "gain"):
             least, most = vars(self.episodes)[f"{name}s"]
             fresh[name] = least * (most / least) ** fresh[name]
-        fresh["length"] = torch.ceil(fresh["length"] / self.window) * self.window
         first = on_way["origin"] < 0  # these begin part of the way through
-        left = torch.ceil(fresh["length"] * fresh["offset"].clamp(min=1e-9) / self.window) * self.window
-        fresh["length"] = torch.where(first, left, fresh["length"])
+        part = torch.where(first, fresh["offset"].clamp(min=1e-9), 1.0)
+        fresh["length"] = torch.ceil(fresh["length"] * part - 1e-9)
         fresh["falling"] = (fresh["falling"] < self.episodes.falling).double()
         fresh |= {"origin": torch.full_like(on_way["origin"], iteration), "done": torch.zeros_like(on_way["done"])}
         for name, values in fresh.items():
@@ -238,28 +241,30 @@ class Pairs:
         self.batches[iteration] = batch
         self.batches = {number: self.batches[number] for number in set(on_way["origin"].tolist())}
 
-    def perturb(self, iteration: int) -> None:
-        """Draw perturbations, of all functions or, where they are held, of those whose episodes begin."""
-        on_way, begun = self.on_way, (self.on_way["done"] == 0)[:, None]
-        if not self.method.hold or begun.any():
-            fresh = torch.empty_like(on_way["noise"])
-            for row, number in zip(fresh, range(self.share.first, self.share.last)):
-                row.normal_(generator=stream(self.seed, self.share.family, iteration, number))
-            fresh *= self.method.sigma * self.free
-            on_way["noise"] = torch.where(begun, fresh, on_way["noise"]) if self.method.hold else fresh
-            on_way["total"] = torch.where(begun, 0.0, on_way["total"]) + on_way["noise"]
-        if self.method.hold:
-            on_way["total"] = on_way["noise"]
+    def ended(self) -> torch.Tensor:
+        """Which functions (functions,) have no episode under way."""
+        return (self.on_way["origin"] < 0) | (self.on_way["done"] >= self.on_way["length"])
+
+    def perturb(self, iteration: int, at: int = 0) -> None:
+        """Draw perturbations, of all functions or, where they are held or inside a window, of those whose episodes begin."""
+        on_way, begun = self.on_way, self.on_way["done"] == 0
+        renewed = begun if self.method.hold or at else torch.ones_like(begun)
+        fresh = torch.zeros_like(on_way["noise"])
+        for row in renewed.nonzero().flatten().tolist():
+            fresh[row].normal_(generator=stream(self.seed, self.share.family, iteration, self.share.first + row, at))
+        fresh *= self.method.sigma * self.free
+        on_way["noise"] = torch.where(renewed[:, None], fresh, on_way["noise"])
+        on_way["total"] = torch.where(begun[:, None], fresh, on_way["total"] + fresh)
 
     def spans(self) -> list[Span]:
-        """Functions that were drawn together, as far as they are neighbours, with their loss."""
+        """Functions that were drawn together and are at the same step, as far as they are neighbours, with their loss."""
         spans, first = [], 0
-        for origin, same in groupby(self.on_way["origin"].tolist()):
+        for (origin, done), same in groupby(zip(self.on_way["origin"].tolist(), self.on_way["done"].tolist())):
             last = first + len(list(same))
             batch, own = self.batches[origin], (self.share.first + first, self.share.first + last)
             if own != (0, self.share.whole):
                 batch = part_of(batch, *own)
-            spans.append(Span(first, last, as_loss(batch.loss), int(self.on_way["done"][first])))
+            spans.append(Span(first, last, as_loss(batch.loss), done))
             first = last
         return spans
 
@@ -272,28 +277,53 @@ class Pairs:
             NonFiniteError: a loss at the start of an episode is not finite; that episode ends.
             ValueError: a loss is negative.
         """
-        self.begin(batch, iteration)
-        self.perturb(iteration)
-        on_way, episodes, window = self.on_way, self.episodes, self.window
-        weights = weights.detach().cpu()
+        window, weights, numbers = self.window, weights.detach().cpu(), torch.arange(self.window)
+        losses = torch.zeros(self.functions, 2, window, dtype=torch.float64)
+        progress, since = torch.zeros(self.functions, window).double(), torch.zeros(self.functions, 1)
+        done, each, mean, way, before = 0, 0.0, 0.0, 0.0, None
+        while done < window:  # from one end of an episode to the next
+            self.begin(batch, iteration, done)
+            self.perturb(iteration, done)
+            here = vector_of(self.particles.params)
+            before = here if before is None else before
+            until = min(done + int((self.on_way["length"] - self.on_way["done"]).min()), window)
+            losses[:, :, done:until], progress[:, done:until] = self.go(weights, until - done)
+            after = vector_of(self.particles.params)
+            done, way = until, way + (after - here)
+            ends = (self.ended() | (done == window))[:, None]
+            estimate, loss = self.estimate(losses, progress, ends & (since <= numbers) & (numbers < done))
+            each, mean, since = each + estimate, mean + loss, torch.where(ends, done, since)
+        moves = [vector.nan_to_num(0, 0, 0).norm().item() for vector in (way, before, after)]
+        return Estimate(each, mean, moves)
+
+    def go(self, weights: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """So many steps of all pairs, no more than any episode has left: losses (pairs, 2, steps) and the share of the episode that was
+        done before each of them (pairs, steps)."""
+        on_way = self.on_way
         both = torch.stack([weights + on_way["noise"], weights - on_way["noise"]], 1).flatten(0, 1)  # (2 pairs, W)
-        progress = (on_way["done"][:, None] + torch.arange(window)) / on_way["length"][:, None]
+        progress = (on_way["done"][:, None] + torch.arange(steps)) / on_way["length"][:, None]
         falls = torch.where(on_way["falling"][:, None] > 0, 0.5 * (1 + torch.cos(math.pi * progress)), 1.0)
         rates = (on_way["rate"][:, None] * falls).repeat_interleave(2, 0)
-        before = vector_of(self.particles.params)
         losses = self.particles.run(self.spans(), both, rates, on_way["scale"].repeat_interleave(2))
-        losses = losses.double().view(self.functions, 2, window)
+        losses = losses.double().view(self.functions, 2, steps)
         self.take_up(losses)
-        losses = torch.minimum(losses, (self.method.ceiling * on_way["start"])[:, None, None]).mean(2)  # (pairs, 2)
+        return losses, progress
+
+    def estimate(
+        self, losses: torch.Tensor, progress: torch.Tensor, counted: torch.Tensor
+    ) -> tuple[torch.Tensor, float]:
+        """What the steps of a window that count, (pairs, window) of bool, add to its estimate (pairs, W) and to its loss."""
+        on_way, share = self.on_way, counted.sum(1) / self.window
+        ceiling = (self.method.ceiling * on_way["start"])[:, None, None]
+        losses = (torch.minimum(losses, ceiling) * counted[:, None]).sum(2) / counted.sum(1, keepdim=True).clamp(min=1)
+        progress = (progress * counted).sum(1) / counted.sum(1).clamp(min=1)
         difference = (losses[:, 0] - losses[:, 1]) / losses.mean(1).clamp(min=1e-12)
-        counts = 1 + episodes.late * on_way["falling"] * (2 * progress.mean(1) - 1)
+        counts = share * (1 + self.episodes.late * on_way["falling"] * (2 * progress - 1))
         each = (counts * difference)[:, None] * on_way["total"] / (2 * self.method.sigma**2)
-        after = vector_of(self.particles.params)
-        moves = [vector.nan_to_num(0, 0, 0).norm().item() for vector in (after - before, before, after)]
-        return Estimate(each, losses.mean().item(), moves)
+        return each, (losses.mean(1) * share).mean().item()
 
     def take_up(self, losses: torch.Tensor) -> None:
-        """Note that a window has been done, and how high the losses (pairs, 2, steps) of episodes begin; raise as `advance` does."""
+        """Note that these steps have been done, and how high the losses (pairs, 2, steps) of episodes begin; raise as `advance` does."""
         if (losses < 0).any():
             raise ValueError(
                 f"losses must be 0 or more for EpisodicES, which compares them with their mean; got {losses.min().item()} in "
@@ -301,7 +331,7 @@ class Pairs:
             )
         on_way, begun = self.on_way, self.on_way["done"] == 0
         on_way["start"] = torch.where(begun, losses[:, 0, 0], on_way["start"])
-        on_way["done"] = on_way["done"] + self.window
+        on_way["done"] = on_way["done"] + losses.shape[2]
         bad = begun & ~on_way["start"].isfinite()
         if bad.any():
             on_way["length"] = torch.where(bad, 0.0, on_way["length"])
