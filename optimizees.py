@@ -31,7 +31,7 @@ from gradbuffer.problems.images import (
     mean_cross_entropy,
     on_device,
 )
-from gradbuffer.problems.perceptrons import Perceptrons
+from gradbuffer.problems.perceptrons import Networks, Perceptrons
 from gradbuffer.problems.variations import ConvexTerms, Mirrored, Mixture, RandomScaling
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "MetaBatch",
     "Mirrored",
     "Mixture",
+    "Networks",
     "Perceptrons",
     "Quadratics",
     "RandomScaling",

@@ -115,9 +115,7 @@ class Loss:
         alone; or None: autograd does it. For functions so small that autograd costs more than they do."""
         return None
 
-    def with_vector_gradient(
-        self, theta: torch.Tensor, shapes: dict, step: int
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def with_vector_gradient(self, theta: torch.Tensor, shapes: dict, step: int) -> tuple | None:
         """The same for the vector θ (N,) in which parameters of these shapes lie one after the other: losses and ∇ (N,), or None."""
         return None
 
@@ -129,11 +127,14 @@ class Loss:
         """The loss of these functions and of the others, whose losses are of this class, as one computation; None: there is none."""
         return None
 
+    def later(self, steps: int) -> "Loss | None":
+        """The loss of these functions so many steps on, which `join` takes with that of others at other steps; None: there is none."""
+        return None
+
     def tensors(self, step: int) -> tuple:
         """What is read at that step, tensors of the same shapes in all batches: for a window that is captured as a CUDA graph."""
         raise ValueError(
-            "a window can be captured if the batch's loss is an object with tensors(step) and of(tensors), as QuadraticLoss "
-            f"and PerceptronLoss are; got {kind_of(self)}"
+            f"a captured window's loss is an object with tensors(step) and of(tensors); got {kind_of(self)}"
         )
 
     def of(self, tensors: tuple) -> "Loss":

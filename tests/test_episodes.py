@@ -319,7 +319,7 @@ def test_resumed_equals_uninterrupted(name, tmp_path):
     assert resumed == history and same(net, again)
     if name == "perceptrons":
         other = families()
-        other[1].targets = other[1].targets + 1e-3
+        other[1].data = other[1].inputs, other[1].targets + 1e-3
         with pytest.raises(ValueError, match="another run: problem was"):
             train(Mixture(other), checkpoint=path)
         with pytest.raises(ValueError, match="another run: sigma was 0.01 and is 0.02"):

@@ -15,6 +15,7 @@ import torch
 from gradbuffer.contracts import Rule
 from gradbuffer.kernels.llvm_mlp import FACTORED, OF_MATRIX, READ
 from gradbuffer.kernels.matrices import as_matrix, from_matrix, matrix_axes
+from gradbuffer.kernels.numba_compiler import compiled
 from gradbuffer.kernels.numba_mlp_loops import (
     FEATURES,
     after_factors,
@@ -27,11 +28,12 @@ from gradbuffer.kernels.numba_mlp_loops import (
     step_matrix,
     step_vector,
 )
-from gradbuffer.kernels.numba_orthogonal import orthogonalized
-from gradbuffer.kernels.numba_threads import buffer, parallel_for, threads_here
+from gradbuffer.kernels.numba_orthogonal import numbers_to_orthogonalize, orthogonalized
+from gradbuffer.kernels.numba_threads import buffer, parallel_for, shares_of, threads_here, without_denormals
 
 __all__ = [
     "TOTALS",
+    "ParticleSteps",
     "TensorSteps",
     "check_net",
     "numbers_of_scratch",
@@ -198,6 +200,77 @@ class TensorSteps:
             given, out = torch.from_numpy(out).view(rows, width), buffer("mlp orthogonal", count, self.dtype)
             total = orthogonalized(given, torch.from_numpy(out).view(rows, width)).norm().item() ** 2
         parallel_for(lambda _, a, b: move(theta, out, a * width, b * width, total, length, lr, self.decay), spans)
+
+
+class ParticleSteps:
+    """Steps of an `MLPOptimizer`, variant "celo", of tensors of P particles at once, each under weights of its own, on a CPU.
+
+    Args:
+        net: the `MLPOptimizer` that says what the step is. Its weights are not taken from here.
+        dtype: of all tensors, torch.float32 or torch.float64.
+    """
+
+    def __init__(self, net, dtype):
+        check_net(net)
+        self.dtype, self.hidden, self.decay = dtype, net.hidden_sizes, net.weight_decay
+        self.adamw, self.orthogonal = net.vectors == "adamw", net.orthogonalize
+        self.shape = tuple((0,) * size for size in self.hidden)
+
+    @staticmethod
+    def takes(shape):
+        """Whether tensors of that shape, without the axis of particles, lie as `step` reads them."""
+        return matrix_axes(shape) in (None, (0, 1))
+
+    def step(self, param, grad, state, weights, lr):
+        """One step; `param` and the tensors of `state` are overwritten.
+
+        Args:
+            param, grad: (P, *shape), each in one piece.
+            state: what `MLPOptimizer.init_state` gives for it.
+            weights: (P, W), or (W,) for all.
+            lr: (P,) of float64.
+        """
+        P, shape = len(param), tuple(param.shape[1:])
+        if not param.numel():
+            return
+        rows, columns = (shape[0], shape[1]) if matrix_axes(shape) else (1, 1)
+        others, count = param[0].numel() // (rows * columns), param[0].numel()
+        weights = weights.detach().to(self.dtype).reshape(-1, weights.shape[-1])
+        arrays = [tensor.detach().view(P, -1).numpy() for tensor in (grad, param, *state.values())]
+        arrays += [arrays[3][:, :0]] * (6 - len(arrays))  # vectors have no rows and columns
+        kinds = np.array([len(shape) > 1, self.adamw, plain_weights(self.hidden), self.orthogonal])
+        need = numbers_of_scratch(self.hidden, rows, columns * others)
+        if self.orthogonal:
+            need = max(need, numbers_to_orthogonalize(rows, columns * others))
+
+        def work(first, last):
+            out, scratch = (
+                buffer(f"mlp {name}", size, self.dtype) for name, size in (("out", count), ("scratch", need))
+            )
+            given = self.shape, kinds, rows, columns, others, *arrays, weights.numpy(), lr.numpy(), self.decay
+            with without_denormals():
+                step_particles(*given, first, last, out, scratch, np.empty(TOTALS))
+
+        parallel_for(work, shares_of(P))
+
+
+@compiled
+def step_particles(
+    H, kinds, rows, columns, others, grad, theta, m, v, r, c, weights, lr, decay, first, last, out, scratch, totals
+):
+    """One tensor's step of particles first … last - 1. kinds: whether it is a matrix, whether AdamW moves vectors, how many of the
+    weights are not the context's, whether updates of matrices become orthogonal."""
+    for b in range(first, last):
+        w = weights[b if len(weights) > 1 else 0]
+        w, context = w[: kinds[2]], w[kinds[2] :]
+        g, x = grad[b], theta[b]
+        if kinds[0]:
+            given = H, rows, columns, others, g, x, m[b], v[b], r[b], c[b], w, context, kinds[3] != 0
+            step_matrix(*given, lr[b], decay, out, scratch, totals)
+        elif kinds[1]:
+            step_adamw(g, x, m[b], v[b], r[b], lr[b], decay)
+        else:
+            step_vector(H, g, x, m[b], v[b], w, context, lr[b], decay, out, scratch, totals)
 
 
 def check_net(net):

@@ -1,7 +1,7 @@
 """Functions on their way under weights of the optimizer of their own, forward only: what evolution strategies run.
 
 Each function has as many particles as there are sets of weights that it is run with; all particles of a family are one computation,
-in plain torch, or for perceptrons on a CPU in one compiled loop.
+in plain torch, on a CPU with compiled steps of the optimizer, or for perceptrons there in one compiled loop.
 """
 
 from typing import Any, NamedTuple
@@ -10,11 +10,15 @@ import torch
 from torch import nn
 
 from gradbuffer.contracts import Loss, as_loss, as_rule
+from gradbuffer.kernels.choice import load, takes_numba
 from gradbuffer.nests import tensors_in
 from gradbuffer.nets.mlp import MLPOptimizer
 from gradbuffer.unrolling import Coordinates
 
-__all__ = ["CompiledParticles", "Particles", "Span", "particles_for"]
+__all__ = ["CompiledParticles", "CompiledSteps", "Particles", "Span", "particles_for"]
+
+
+STEPS = "gradbuffer.kernels.numba_mlp:ParticleSteps"
 
 
 class Span(NamedTuple):
@@ -70,7 +74,7 @@ class Particles:
         for span in spans:
             steps[span.first * self.copies : span.last * self.copies] = span.step
         steps = steps.to(like.device)
-        pieces = [piece for span in spans for piece in self.pieces(span)]
+        pieces = self.pieces(spans)
         for t in range(rates.shape[1]):
             grads = {name: torch.empty_like(value) for name, value in self.params.items()}
             for rows, loss, step in pieces:
@@ -82,12 +86,26 @@ class Particles:
                     grads[name][rows] = part * scales[rows].view(-1, *[1] * (part.dim() - 1))
             read = {"params": self.params, "step": steps + t, "loss": losses[:, t]}
             read = {name: read[name] for name in {"params", *self.reads}}
-            updates, self.state = self.net(grads, self.state, lr=rates[:, t], weights=weights, **read)
-            self.params = {name: value + updates[name] for name, value in self.params.items()}
+            self.take(grads, lr=rates[:, t], weights=weights, **read)
         return losses.cpu().nan_to_num(torch.inf, torch.inf, torch.inf)
 
-    def pieces(self, span: Span) -> list[tuple[torch.Tensor, Loss, int]]:
-        """(which particles, their loss, its step): one computation of all copies where the loss can be joined, else one of each."""
+    def take(self, grads: dict[str, torch.Tensor], **read: Any) -> None:
+        """One step of all particles."""
+        updates, self.state = self.net(grads, self.state, **read)
+        self.params = {name: value + updates[name] for name, value in self.params.items()}
+
+    def pieces(self, spans: list[Span]) -> list[tuple[torch.Tensor, Loss, int]]:
+        """(which particles, their loss, its step): one computation of all where the losses can be joined, else of all copies of a
+        span, or one of each."""
+        later = [span.loss.later(span.step) for span in spans]
+        joined = None if None in later else later[0].join((later * self.copies)[1:])
+        if joined is not None:
+            places = torch.arange(len(next(iter(self.params.values()))))
+            return [(places.view(-1, self.copies).T.flatten(), joined, 0)]
+        return [piece for span in spans for piece in self.pieces_of(span)]
+
+    def pieces_of(self, span: Span) -> list[tuple[torch.Tensor, Loss, int]]:
+        """`pieces` of one span."""
         count = span.last - span.first
         rows = torch.arange(span.first * self.copies, span.last * self.copies).view(count, -1).T  # (copies, count)
         joined = span.loss.join([span.loss] * (self.copies - 1))
@@ -102,6 +120,18 @@ class Particles:
     def go_on(self, params: Any, state: Any) -> None:
         """Take up what `tensors` gave."""
         self.params, self.state = params, state
+
+
+class CompiledSteps(Particles):
+    """The same on a CPU where losses are plain torch and the steps of an `MLPOptimizer` compiled, see `kernels.numba_mlp`."""
+
+    def __init__(self, net: nn.Module, params: dict[str, torch.Tensor], copies: int):
+        super().__init__(net, params, copies)
+        self.steps = load(STEPS)(net, next(iter(params.values())).dtype)
+
+    def take(self, grads: dict[str, torch.Tensor], lr: torch.Tensor, weights: torch.Tensor, **read: Any) -> None:
+        for name, param in self.params.items():
+            self.steps.step(param, grads[name], self.state[name], weights, lr.double())
 
 
 class CompiledParticles(Particles):
@@ -140,4 +170,7 @@ def particles_for(net: nn.Module, batch: Any, functions: int, copies: int) -> Pa
         compiled = as_loss(batch.loss).compiled_particles(net)
         if compiled is not None:
             return CompiledParticles(*compiled, functions, copies)
+        like = next(iter(params.values()))
+        if takes_numba(like) and all(load(STEPS).takes(value.shape[1:]) for value in params.values()):
+            return CompiledSteps(net, params, copies)
     return Particles(net, params, copies)

@@ -27,7 +27,7 @@ from gradbuffer.training.checkpoints import read_checkpoint  # noqa: E402
 from gradbuffer.training.episodic_run import EpisodicRun  # noqa: E402
 from gradbuffer.training.options import training_of  # noqa: E402
 from meta_training import Episodes, EpisodicES, meta_train  # noqa: E402
-from optimizees import Mixture, Perceptrons  # noqa: E402
+from optimizees import Mixture, Networks, Perceptrons  # noqa: E402
 
 WARMUP, EVERY = 100, 100
 
@@ -242,6 +242,215 @@ def make_low_families():
     }
 
 
+def make_network_families(data):
+    """Dict from name to `Networks`: of other forms than perceptrons, small enough that fifty steps of them take a tenth of a second."""
+    generator = torch.Generator().manual_seed(103)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def whole(most, *shape):
+        return torch.randint(most, shape, generator=generator)
+
+    def linear(x, weight, bias=None):
+        """(B, batch, ..., inputs), (B, units, inputs) -> (B, batch, ..., units)."""
+        y = torch.bmm(x.flatten(1, -2), weight.mT)
+        return (y if bias is None else y + bias[:, None]).unflatten(1, x.shape[1:-1])
+
+    def mse(x, wanted):
+        return (x - wanted).square().flatten(1).mean(1)
+
+    def cross_entropy(scores, labels):
+        """(B, batch, ..., classes), (B, batch, ...) -> (B,)."""
+        logs = scores.log_softmax(-1).gather(-1, labels[..., None])
+        return -logs.flatten(1).mean(1)
+
+    def recurrent(p, x, wanted):
+        state = x.new_zeros(*x.shape[:2], p["own"].shape[1])
+        for t in range(x.shape[2]):
+            state = torch.tanh(linear(x[:, :, t], p["inner"], p["bias"]) + linear(state, p["own"]))
+        return linear(state, p["outer"], p["last"])
+
+    def gated(p, x, wanted):
+        state = x.new_zeros(*x.shape[:2], p["own"].shape[2])
+        for t in range(x.shape[2]):
+            gates = linear(x[:, :, t], p["inner"], p["bias"]) + linear(state, p["own"])
+            keep, new = gates.chunk(2, -1)
+            state = state + torch.sigmoid(keep) * (torch.tanh(new) - state)
+        return linear(state, p["outer"], p["last"])
+
+    def attention(p, x, wanted):
+        """One block of attention and a perceptron over places, both added to what they read."""
+        h = linear(x, p["embed"], p["embed_bias"]) + (p["place"][:, None] if "place" in p else 0)
+        q, k, v = linear(normalized(h), p["qkv"]).chunk(3, -1)
+        h = h + linear((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v, p["mix"])
+        h = h + linear(F.silu(linear(normalized(h), p["up"], p["up_bias"])), p["down"])
+        return h
+
+    def normalized(h):
+        return F.layer_norm(h, h.shape[-1:])
+
+    def convolved(p, x, wanted):
+        """Two convolutions of 3×3 over (B, batch, 1, 8, 8), and scores."""
+        for name, stride in (("first", 1), ("second", 2)):
+            w = p[name]
+            columns = F.unfold(x.flatten(0, 1), 3, padding=1, stride=stride).unflatten(0, x.shape[:2])
+            y = torch.einsum("bok,bnkp->bnop", w.flatten(2), columns) + p[name + "_bias"][:, None, :, None]
+            x = F.relu(y).unflatten(-1, (int(y.shape[-1] ** 0.5),) * 2)
+        return linear(x.flatten(2), p["outer"], p["last"])
+
+    def over_time(p, x, wanted):
+        """Two convolutions in time, of reach 3 and 6, over (B, batch, length, symbols), which see what came before only."""
+        h = linear(x, p["embed"])
+        for name, gap in (("first", 1), ("second", 2)):
+            past = torch.cat([F.pad(h, (0, 0, gap * k, 0))[:, :, : h.shape[2]] for k in range(3)], -1)
+            h = h + F.relu(linear(past, p[name], p[name + "_bias"]))
+        return linear(h, p["outer"])
+
+    def messages(p, links, wanted):
+        h = F.silu(linear(links.mean(-1, keepdim=True), p["inner"], p["inner_bias"]))
+        for number in range(2):
+            read = linear(h, p[f"own_{number}"], p[f"bias_{number}"]) + linear(links @ h / 3, p[f"others_{number}"])
+            h = h + torch.tanh(read)
+        return linear(h, p["outer"], p["last"])
+
+    def of_set(p, x, wanted):
+        h = F.relu(linear(F.relu(linear(x, p["a"], p["a_bias"])), p["b"], p["b_bias"])).mean(2)
+        return linear(F.relu(linear(h, p["c"], p["c_bias"])), p["d"], p["d_bias"])
+
+    def products(p, pairs, answers):
+        rows = [
+            table.gather(1, pairs[..., k, None].expand(-1, -1, table.shape[-1]))
+            for k, table in enumerate((p["left"], p["right"]))
+        ]
+        return (rows[0] * rows[1]).sum(-1)
+
+    def adapted(fixed):
+        def scores(p, x, wanted):
+            for number, weight in enumerate(fixed):
+                x = (F.relu(x) if number else x) @ weight.T + linear(
+                    linear(x, p[f"inner_{number}"]), p[f"outer_{number}"]
+                )
+            return x
+
+        return scores
+
+    def family(name, network, loss, data, shapes, batch=32, **gains):
+        return Networks(data, shapes, lambda p, x, y: loss(network(p, x, y), y), batch, name, gains)
+
+    def first(network):
+        return lambda p, x, y: network(p, x, y).mean(2)
+
+    def gate_shapes(inputs, width, outputs, gates=1):
+        return {
+            "inner": (gates * width, inputs),
+            "bias": (gates * width,),
+            "own": (gates * width, width),
+            "outer": (outputs, width),
+            "last": (outputs,),
+        }
+
+    def block_shapes(inputs, width, outputs, places=0):
+        shapes = {"embed": (width, inputs), "embed_bias": (width,), "qkv": (3 * width, width), "mix": (width, width)}
+        shapes |= {"up": (2 * width, width), "up_bias": (2 * width,), "down": (width, 2 * width)}
+        return shapes | ({"place": (places, width)} if places else {}) | {"read": (outputs, width)}
+
+    count = 8000
+    digits, labels = data["mnist"]
+    grey, classes = data["cifar"]
+    rows, places = digits.view(-1, 8, 8), whole(8, count, 6)
+    numbers, sets = normal(count, 6, 2), normal(count, 6, 3)
+    hot = F.one_hot(places, 8).float()
+    links = (torch.rand(count, 8, 8, generator=generator) < 0.25).float().triu(1)
+    links = links + links.mT
+    triangles = torch.diagonal(links @ links @ links, dim1=1, dim2=2)[..., None].add(1).log()
+    nearest = (links @ links.sum(2, keepdim=True)).add(1).log()
+    words, topics = torch.randint(60, (2, count), generator=generator)
+    tables = normal(60, 5), normal(60, 5)
+    ratings = (tables[0][words] * tables[1][topics]).sum(1) / 2 + 0.1 * normal(count)
+    liked = ((tables[0][words] * tables[1][topics]).sum(1) + normal(count) > 0).float()
+    both = torch.stack([words, topics], 1)
+    fixed = [normal(32, 64) / 8 * 2**0.5, normal(10, 32) / 32**0.5]
+    ranks = {
+        f"{kind}_{k}": shape
+        for k in range(2)
+        for kind, shape in (("inner", (4, fixed[k].shape[1])), ("outer", (len(fixed[k]), 4)))
+    }
+    conv = {"first": (6, 1, 3, 3), "first_bias": (6,), "second": (10, 6, 3, 3), "second_bias": (10,)}
+    conv |= {"outer": (10, 160), "last": (10,)}
+    waves = torch.sin(
+        torch.rand(count, 1, generator=generator) * 6
+        + torch.arange(9) * (0.3 + torch.rand(count, 1, generator=generator))
+    )
+    graph = {"inner": (12, 1), "inner_bias": (12,), "outer": (1, 12), "last": (1,)}
+    graph |= {
+        f"{kind}_{k}": (12,) if kind == "bias" else (12, 12) for k in range(2) for kind in ("own", "others", "bias")
+    }
+    set_of = {
+        "a": (16, 3),
+        "a_bias": (16,),
+        "b": (16, 16),
+        "b_bias": (16,),
+        "c": (16, 16),
+        "c_bias": (16,),
+        "d": (1, 16),
+        "d_bias": (1,),
+    }
+    time = {
+        "embed": (12, 8),
+        "first": (12, 36),
+        "first_bias": (12,),
+        "second": (12, 36),
+        "second_bias": (12,),
+        "outer": (8, 12),
+    }
+    yes = lambda x, y: F.binary_cross_entropy_with_logits(x, y, reduction="none").mean(1)  # noqa: E731
+    read = lambda p, x, y: linear(attention(p, x, y), p["read"])  # noqa: E731
+    largest = sets[..., 0].amax(1, keepdim=True) - sets[..., 1].amin(1, keepdim=True)
+    return {
+        "rows, recurrent": family("rows, recurrent", recurrent, cross_entropy, (rows, labels), gate_shapes(8, 20, 10)),
+        "adding, recurrent": family(
+            "adding, recurrent",
+            gated,
+            mse,
+            (numbers, numbers[..., 0].sum(1, keepdim=True) / 2),
+            gate_shapes(2, 16, 1, 2),
+        ),
+        "last symbol, gated": family(
+            "last symbol, gated", gated, cross_entropy, (hot, places[:, 1]), gate_shapes(8, 16, 8, 2)
+        ),
+        "next of a wave": family(
+            "next of a wave", recurrent, mse, (waves[:, :8, None], waves[:, 8:]), gate_shapes(1, 16, 1), 16
+        ),
+        "order, attention": family(
+            "order, attention", read, cross_entropy, (hot, places.sort(1)[0]), block_shapes(8, 16, 8, 6)
+        ),
+        "rows, attention": family(
+            "rows, attention", first(read), cross_entropy, (rows, labels), block_shapes(8, 16, 10, 8)
+        ),
+        "range of a set": family("range of a set", first(read), mse, (sets, largest), block_shapes(3, 16, 1)),
+        "mnist convolutions": family(
+            "mnist convolutions", convolved, cross_entropy, (digits.view(-1, 1, 8, 8), labels), conv, 16
+        ),
+        "cifar convolutions": family(
+            "cifar convolutions", convolved, cross_entropy, (grey.view(-1, 1, 8, 8), classes), conv, 32
+        ),
+        "delay, in time": family("delay, in time", over_time, cross_entropy, (hot, F.pad(places, (3, 0))[:, :6]), time),
+        "triangles": family("triangles", messages, mse, (links, triangles), graph),
+        "neighbours": family("neighbours", messages, mse, (links, nearest), graph, 16),
+        "mean of a set": family("mean of a set", of_set, mse, (sets, sets.square().mean((1, 2))[:, None]), set_of),
+        "ratings": family(
+            "ratings", products, mse, (both, ratings), {"left": (60, 5), "right": (60, 5)}, 64, left=2.0, right=2.0
+        ),
+        "liked": family(
+            "liked", products, yes, (both, liked), {"left": (60, 8), "right": (60, 8)}, 128, left=2.0, right=2.0
+        ),
+        "mnist adapters": family(
+            "mnist adapters", adapted(fixed), cross_entropy, (digits, labels), ranks, 32, outer_0=0.1, outer_1=0.1
+        ),
+    }
+
+
 # What is kept of a run --------------------------------------------------------------------------------------------------
 
 
@@ -309,7 +518,7 @@ def main():
     parser.add_argument("--state", type=Path)
     parser.add_argument("--second", action="store_true", help="the second part, from where the first has come to")
     parser.add_argument("--third", action="store_true", help="likewise, with orthogonal updates and a context")
-    parser.add_argument("--fifth", action="store_true", help="from there, half of the families no pictures")
+    parser.add_argument("--fifth", action="store_true", help="from there, half of the families other networks")
     parser.add_argument("--fourth", action="store_true", help="from there, more families, about one rate")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -335,11 +544,16 @@ def main():
         episodes = Episodes(lengths=(150, 2000), rates=(7e-3, 1.4e-2), scales=(1e-2, 1e2), falling=0.95, late=0.75)
         start = torch.load(HERE / "general_mlp_third.pt")["averaged"]
     weights = None
-    if given.fifth:  # of families that are no pictures of digits or things as many as of those, whatever their number
+    if given.fifth:  # half of them other networks than perceptrons; of perceptrons as many on pictures as on other data
         trained = make_low_families() | make_large_families(data) | make_broad_families(data) | latest | more | trained
+        for name in ("sum of two", "digits tanh", "digits deep relu"):  # their losses end at what rounding leaves
+            trained.pop(name)
+        watched.pop("digits five")
         pictures = [problem.inputs.shape[1] == 64 for problem in trained.values()]
         weights = [1 / (sum(pictures) if picture else len(pictures) - sum(pictures)) for picture in pictures]
-        lr, families, fall, end, every = 5e-4, 6, 6000, 20000, 1000
+        others = make_network_families(data)
+        trained, weights = trained | others, weights + [2 / len(others)] * len(others)
+        lr, families, fall, end, every = 1e-3, 5, 1500, 4500, 500
         episodes = Episodes(lengths=(150, 2000), rates=(1.5e-2, 4.5e-2), scales=(1e-2, 1e2), falling=1.0, late=0.75)
         start = torch.load(HERE / "general_mlp_fourth.pt")["averaged"]
     part = "_fifth" * given.fifth + "_fourth" * given.fourth + "_second" * given.second + "_third" * given.third
