@@ -423,17 +423,17 @@ def make_network_families(data):
             "next of a wave", recurrent, mse, (waves[:, :8, None], waves[:, 8:]), gate_shapes(1, 16, 1), 16
         ),
         "order, attention": family(
-            "order, attention", read, cross_entropy, (hot, places.sort(1)[0]), block_shapes(8, 16, 8, 6)
+            "order, attention", read, cross_entropy, (hot, places.sort(1)[0]), block_shapes(8, 16, 8, 6), 16
         ),
         "rows, attention": family(
-            "rows, attention", first(read), cross_entropy, (rows, labels), block_shapes(8, 16, 10, 8)
+            "rows, attention", first(read), cross_entropy, (rows, labels), block_shapes(8, 16, 10, 8), 16
         ),
         "range of a set": family("range of a set", first(read), mse, (sets, largest), block_shapes(3, 16, 1)),
         "mnist convolutions": family(
-            "mnist convolutions", convolved, cross_entropy, (digits.view(-1, 1, 8, 8), labels), conv, 16
+            "mnist convolutions", convolved, cross_entropy, (digits.view(-1, 1, 8, 8), labels), conv, 8
         ),
         "cifar convolutions": family(
-            "cifar convolutions", convolved, cross_entropy, (grey.view(-1, 1, 8, 8), classes), conv, 32
+            "cifar convolutions", convolved, cross_entropy, (grey.view(-1, 1, 8, 8), classes), conv, 16
         ),
         "delay, in time": family("delay, in time", over_time, cross_entropy, (hot, F.pad(places, (3, 0))[:, :6]), time),
         "triangles": family("triangles", messages, mse, (links, triangles), graph),
