@@ -7,10 +7,8 @@
   is a `Rule` can say more, such as what else it reads, or how it is differentiated.
 
 `as_problem`, `as_loss` and `as_rule` make these of what a user gives, once, at the door; behind it nothing is asked for that is not
-in these three classes.
-
-A meta-batch's parameters lie one after the other in one vector of N = B × n coordinates, see `unrolling.Coordinates`; gradients,
-updates and states follow that order.
+in these three classes. A meta-batch's parameters lie one after the other in one vector of N = B × n coordinates, see
+`unrolling.Coordinates`; gradients, updates and states follow that order.
 """
 
 import copy
@@ -134,7 +132,7 @@ class Loss:
     def tensors(self, step: int) -> tuple:
         """What is read at that step, tensors of the same shapes in all batches: for a window that is captured as a CUDA graph."""
         raise ValueError(
-            f"a captured window's loss is an object with tensors(step) and of(tensors); got {kind_of(self)}"
+            f"a window can be captured if its loss is an object with tensors(step) and of(); got {kind_of(self)}"
         )
 
     def of(self, tensors: tuple) -> "Loss":

@@ -16,9 +16,9 @@ from gradbuffer.training import episodes as module
 from gradbuffer.training.episodes import Pairs, Share
 from gradbuffer.training.episodic_run import SQUARES, EpisodicRun
 from gradbuffer.training.options import training_of
-from gradbuffer.training.particles import CompiledParticles, Particles, particles_for
+from gradbuffer.training.particles import CompiledParticles, CompiledSteps, Particles, particles_for
 from meta_training import Episodes, EpisodicES, RandomHorizon, meta_gradient, meta_train
-from optimizees import MetaBatch, Mixture, Perceptrons, Quadratics, RandomScaling
+from optimizees import MetaBatch, Mixture, Networks, Perceptrons, Quadratics, RandomScaling
 from optimizers import CoordinatewiseLSTM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -265,6 +265,45 @@ def test_the_compiled_engine_is_plain_torch(staggered, context, monkeypatch):
     assert [score for _, score in history.validation] == pytest.approx([s for _, s in again.validation], rel=1e-7)
 
 
+def sums(dtype):
+    """A family of small convolutions whose scalars, vectors, matrices and kernels are all moved."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(200, 2, 5, 5, generator=generator, dtype=torch.float64).to(dtype)
+    shapes = {"kernel": (4, 2, 3, 3), "bias": (4,), "scale": (), "outer": (1, 36)}
+
+    def loss(params, x):
+        columns = torch.nn.functional.unfold(x.flatten(0, 1), 3).unflatten(0, x.shape[:2])  # (B, batch, 18, 9)
+        hidden = torch.tanh(params["kernel"].flatten(2)[:, None] @ columns + params["bias"][:, None, :, None])
+        found = params["scale"][:, None] * (hidden.flatten(2) @ params["outer"].mT)[..., 0]
+        return (found - x.sum((2, 3, 4)) / 5).square().mean(1)
+
+    return Networks([inputs], shapes, loss, batch_size=8)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"context": True, "orthogonalize": True}, {"vectors": "adamw", "weight_decay": 0.1}], ids=str
+)
+def test_compiled_steps_are_plain_torch(options, monkeypatch):
+    """Whole runs of networks that are no perceptrons, in float64; all losses of a family are one computation, also where the functions
+    are at steps of their own."""
+    pytest.importorskip("numba")
+    problem, found, calls = sums(torch.float64), [], []
+    loss, problem.loss = problem.loss, lambda *given: calls.append(1) or loss(*given)
+    for kind, kernels in ((CompiledSteps, "auto"), (Particles, "torch")):
+        monkeypatch.setenv("L2O_KERNELS", kernels)
+        net = start_as_normalized_adam(MLPOptimizer(**options).double())
+        assert type(particles_for(net, problem.sample(1), 2, 3)) is kind
+        calls.clear()
+        method = EpisodicES(episodes=EPISODES, trials=3)
+        found.append(train(problem, net=net, method=method, meta_batch=3, validation_functions=2))
+        assert len(calls) == SETTINGS["iterations"] * SETTINGS["unroll"] + 3 * SETTINGS["steps"]  # three validations
+    (net, history), (other, again) = found
+    for ours, theirs in zip(net.parameters(), other.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+    for name in ("meta_loss", "grad_norm", "update_size", "signal_to_noise"):
+        assert vars(history)[name] == pytest.approx(vars(again)[name], rel=1e-7), name
+
+
 class Bowls:
     """A user's own, which is no perceptron, uses torch's own generator, and does not say how it is divided."""
 
@@ -281,6 +320,7 @@ class Bowls:
 
 CASES = {
     "perceptrons": lambda: (Mixture(families()), {}),
+    "networks": lambda: (sums(torch.float32), {}),
     "one at a time": lambda: (Mixture(families(), families=1), {}),
     "fresh perturbations": lambda: (families()[0], dict(method=EpisodicES(hold=False, episodes=EPISODES))),
     "a user's": lambda: (

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from gradbuffer.problems.perceptrons import ACTIVATIONS, minibatch
 from meta_training import evaluate_baseline
-from optimizees import Perceptrons
+from optimizees import Networks, Perceptrons
 
 SEEDS = torch.tensor([0, 5, 2**40 - 1])
 
@@ -110,3 +110,86 @@ def test_bad_input(change, error, message):
     inputs, labels = data()
     with pytest.raises(error, match=message):
         Perceptrons(**dict(inputs=inputs, targets=labels) | change)
+
+
+# Networks of any form ---------------------------------------------------------------------------------------------------
+
+
+def recurrent(params, x, wanted):
+    state = 0.0 * x[:, :, 0] @ params["inner"].mT
+    for t in range(x.shape[2]):
+        state = torch.tanh(x[:, :, t] @ params["inner"].mT + state @ params["own"].mT + params["bias"][:, None])
+    return (state @ params["outer"].mT - wanted).square().mean((1, 2))
+
+
+SHAPES = {"inner": (5, 2), "own": (5, 5), "bias": (5,), "outer": (1, 5)}
+
+
+def networks(**options):
+    x = torch.randn(70, 4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return Networks((x, x[..., 0].sum(1, keepdim=True)), SHAPES, recurrent, **{"batch_size": 9} | options)
+
+
+def test_losses_of_networks():
+    problem = networks(gains={"outer": 0.5, "bias": 0.0})
+    batch = problem.sample(3, generator=torch.Generator().manual_seed(1))
+    assert {name: value.shape for name, value in batch.params.items()} == {
+        name: (3, *shape) for name, shape in SHAPES.items()
+    }
+    bounds = {"inner": 2**-0.5, "own": 5**-0.5, "bias": 0.0, "outer": 0.5 * 5**-0.5}
+    for name, bound in bounds.items():
+        assert batch.params[name].dtype == torch.float64
+        assert 0.6 * bound <= batch.params[name].abs().max() <= bound, name
+    losses, chosen = batch.loss(batch.params, 6), minibatch(batch.loss.seeds, 6, 9, 70)
+    assert len(chosen.unique(dim=0)) == 3
+    for b in range(3):
+        own = {name: value[b : b + 1] for name, value in batch.params.items()}
+        examples = (tensor[chosen[b]][None] for tensor in problem.data)
+        torch.testing.assert_close(losses[b : b + 1], recurrent(own, *examples))
+    part = batch.part(1, 3)
+    torch.testing.assert_close(part.loss(part.params, 6), losses[1:])
+    later = batch.loss.later(4)
+    torch.testing.assert_close(later(batch.params, 2), losses)
+    joined = part.loss.later(6).join([batch.part(0, 1).loss.later(5).later(1)])  # at steps of their own
+    turned = {name: value.roll(-1, 0) for name, value in batch.params.items()}
+    torch.testing.assert_close(joined(turned, 0), losses.roll(-1))
+    assert batch.loss.join([networks().sample(1).loss]) is None
+
+
+def test_networks_are_described():
+    """By what a checkpoint must agree with: name, sizes, and data."""
+    problem = networks(name="sums")
+    assert problem.describe() == networks(name="sums").describe() and "sums" in problem.describe()
+    for other in (networks(), networks(name="sums", batch_size=8), networks(name="sums", gains={"own": 2.0})):
+        assert other.describe() != problem.describe()
+    x, wanted = problem.data
+    assert Networks((x, wanted + 1), SHAPES, recurrent, 9, "sums").describe() != problem.describe()
+    moved = problem.to("cpu")
+    assert moved.describe() == problem.describe() and type(moved) is Networks
+    first, second = (one.sample(2, generator=torch.Generator().manual_seed(3)) for one in (problem, moved))
+    assert torch.equal(first.loss(first.params, 0), second.loss(second.params, 0))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(data=()), TypeError, "data must be tensors"),
+        (dict(data=torch.zeros(3, 2)), TypeError, "data must be tensors"),
+        (dict(data=[torch.zeros(3).long()]), ValueError, "data must have floating-point tensors"),
+        (dict(data=[torch.zeros(3), torch.zeros(3).double()]), ValueError, "data must have floating-point tensors"),
+        (dict(data=[torch.zeros(3), torch.zeros(4)]), ValueError, "data must have the same number of examples"),
+        (dict(data=[torch.zeros(0, 2)]), ValueError, "at least one, got"),
+        (dict(data=[torch.tensor(1.0)]), ValueError, "data must have the same number of examples"),
+        (dict(shapes={}), TypeError, "shapes must be a dict"),
+        (dict(shapes={"a": 3}), TypeError, r"shapes\['a'\] must be a tuple of ints"),
+        (dict(shapes={"a": (0,)}), ValueError, r"shapes\['a'\] must be at least 1"),
+        (dict(loss=None), TypeError, "loss must be a function"),
+        (dict(batch_size=0), ValueError, "batch_size must be at least 1"),
+        (dict(gains={"b": 1.0}), ValueError, "gains must be numbers from 0 on for names in"),
+        (dict(gains={"a": -1.0}), ValueError, "gains must be numbers from 0 on"),
+    ],
+)
+def test_bad_networks(change, error, message):
+    given = dict(data=[torch.zeros(3, 2)], shapes={"a": (2, 2)}, loss=lambda params, x: x.sum()) | change
+    with pytest.raises(error, match=message):
+        Networks(**given)
