@@ -24,11 +24,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gradbuffer.problems.kept_apart import FIRST_KEPT_APART, KEPT_APART  # noqa: E402
+from gradbuffer.problems.kept_apart_third import THIRD_KEPT_APART  # noqa: E402
 from gradbuffer.problems.races import SPANS, Contestant, race, smooth, speed_against, summary  # noqa: E402
 from gradbuffer.problems.tasks import GENERALIZATION, TASKS  # noqa: E402
 
-ALL = TASKS | GENERALIZATION | FIRST_KEPT_APART | KEPT_APART
-LOTS = {"first": FIRST_KEPT_APART, "second": KEPT_APART}
+LOTS = {"first": FIRST_KEPT_APART, "second": KEPT_APART, "third": THIRD_KEPT_APART}
+ALL = TASKS | GENERALIZATION | FIRST_KEPT_APART | KEPT_APART | THIRD_KEPT_APART
 BASELINES = ("AdamW, cosine", "Adam, constant")  # speeds are taken against these, and against the own start
 
 
@@ -239,8 +240,8 @@ def main():
         "--kept-apart",
         nargs="?",
         choices=list(LOTS),
-        const="second",
-        help="tasks that nothing was chosen by, instead: the second lot, or the first, which was until it had been raced",
+        const="third",
+        help="tasks that nothing was chosen by, instead: the third lot, or an earlier one, which was until it had been raced",
     )
     parser.add_argument(
         "--contestants",

@@ -13,10 +13,11 @@ from torch import nn
 from gradbuffer.nets.mlp import MLPOptimizer
 from gradbuffer.problems import kept_apart, races, tasks
 from gradbuffer.problems.kept_apart import FIRST_KEPT_APART, KEPT_APART
+from gradbuffer.problems.kept_apart_third import THIRD_KEPT_APART
 from gradbuffer.problems.races import Contestant, Race, final, race, smooth, speed, speed_against, summary, train
 from gradbuffer.problems.tasks import GENERALIZATION, TASKS, Task
 
-ALL = TASKS | GENERALIZATION | FIRST_KEPT_APART | KEPT_APART
+ALL = TASKS | GENERALIZATION | FIRST_KEPT_APART | KEPT_APART | THIRD_KEPT_APART
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,8 @@ def test_kept_apart_tasks_have_the_answers_they_say(data):
     for context, character in zip(contexts[:3].tolist(), middle.tolist()):
         whole = [*context[:4], character, *context[4:]]
         assert "".join(map(chr, whole)) in text
-    assert not set(KEPT_APART | FIRST_KEPT_APART) & set(TASKS) and not set(KEPT_APART) & set(FIRST_KEPT_APART)
+    lots = TASKS, FIRST_KEPT_APART, KEPT_APART, THIRD_KEPT_APART
+    assert len(set().union(*lots)) == sum(map(len, lots))
 
 
 def test_the_second_lot_has_the_answers_it_says(data):
