@@ -12,6 +12,7 @@ bounds (`gradbuffer.problems.races.speed_against`).
 """
 
 import argparse
+import copy
 import math
 import statistics
 import sys
@@ -30,6 +31,7 @@ from gradbuffer.problems.tasks import GENERALIZATION, TASKS  # noqa: E402
 
 LOTS = {"first": FIRST_KEPT_APART, "second": KEPT_APART, "third": THIRD_KEPT_APART}
 ALL = TASKS | GENERALIZATION | FIRST_KEPT_APART | KEPT_APART | THIRD_KEPT_APART
+OURS = "learned", "start", "lengths alone", "directions alone"
 BASELINES = ("AdamW, cosine", "Adam, constant")  # speeds are taken against these, and against the own start
 
 
@@ -46,7 +48,7 @@ def hand_designed():
         "NAG, cosine": Contestant(lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True), 0.05),
     }
     if hasattr(torch.optim, "Muon"):
-        contestants["Muon, cosine"] = Contestant(muon, 0.003)
+        contestants["Muon, cosine"] = Contestant(muon, 0.009)
     return contestants
 
 
@@ -61,21 +63,34 @@ def muon(params, lr):
     return optimizers
 
 
-def learned(net):
-    """dict from name to `Contestant`: the learned optimizer and, where there is one, its start."""
+def learned(net, parts=False):
+    """dict from name to `Contestant`: the learned optimizer and, where there is one, its start; with `parts` also what it has learned in
+    parts: how long steps are, in the start's directions, and directions, in steps as long as the rate says."""
     from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
     from optimizers import LearnedOptimizer, load_optimizer
 
     def contestant(network, lr=0.003):
         return Contestant(lambda params, lr: LearnedOptimizer(params, network, lr=lr), lr)
 
-    if net == "start":
+    network = None if net == "start" else weights_in(net) or load_optimizer(net)
+    if parts and not getattr(network, "context", False):
+        raise ValueError(f"--parts needs an MLPOptimizer with a context, got --net {net}")
+    if network is None:
         return {"start": contestant(start_as_normalized_adam(MLPOptimizer()))}
-    network = weights_in(net) or load_optimizer(net)
     if not isinstance(network, MLPOptimizer):
         return {"learned": contestant(network, lr=1.0)}
     start = start_as_normalized_adam(MLPOptimizer(**network.config))
-    return {"learned": contestant(network, lr=0.03), "start": contestant(start)}
+    found = {"learned": contestant(network, lr=0.03), "start": contestant(start)}
+    if parts:
+        lengths, directions = copy.deepcopy(start), copy.deepcopy(network)
+        with torch.no_grad():
+            for name in ("context_weight_0", "context_bias_0"):
+                lengths.layers[name].copy_(network.layers[name])
+            for name in ("context_weight_1", "context_bias_1"):
+                lengths.layers[name][..., -1] = network.layers[name][..., -1]
+                directions.layers[name][..., -1] = 0
+        found |= {"lengths alone": contestant(lengths, lr=0.03), "directions alone": contestant(directions, lr=0.009)}
+    return found
 
 
 def weights_in(net):
@@ -102,11 +117,9 @@ def weights_in(net):
 def run_task(name, options):
     """One task: its races by contestant, and speeds, a dict from (contestant, other) to a number."""
     torch.set_num_threads(1)
-    contestants = learned(options.net) | hand_designed()
+    contestants = learned(options.net, options.parts) | hand_designed()
     if options.contestants:
-        contestants = {
-            key: contestants[key] for key in contestants if key in ("learned", "start", *options.contestants)
-        }
+        contestants = {key: contestants[key] for key in contestants if key in (*OURS, *options.contestants)}
     seeds = range(options.seeds)
     races = race(
         {name: ALL[name]},
@@ -119,7 +132,7 @@ def run_task(name, options):
     speeds, longer = {}, {}
     for ours in contestants:
         for other in (*BASELINES, "start"):
-            if ours in ("learned", "start") and other in races and other != ours:
+            if ours in OURS and other in races and other != ours:
                 speeds[ours, other] = speed_against(
                     ALL[name], races[ours], contestants[other], races[other], seeds, longer.setdefault(other, {})
                 )
@@ -251,6 +264,9 @@ def main():
         help=f"hand-designed optimizers, of {', '.join(hand_designed())} (default all)",
     )
     parser.add_argument(
+        "--parts", action="store_true", help="race what it has learned of steps' lengths alone, and of directions, too"
+    )
+    parser.add_argument(
         "--processes", type=int, default=1, help="each with tasks of its own, on one thread (default 1)"
     )
     parser.add_argument("--table", type=Path, help="file for the tables, in Markdown")
@@ -258,7 +274,7 @@ def main():
     options = parser.parse_args()
     if bool(options.tasks) + options.generalization + bool(options.kept_apart) > 1:
         parser.error("--tasks, --generalization and --kept-apart each choose the tasks: only one can be given")
-    learned(options.net)  # what is wrong with it is said before anything runs
+    learned(options.net, options.parts)  # what is wrong with it is said before anything runs
     chosen = LOTS[options.kept_apart] if options.kept_apart else GENERALIZATION if options.generalization else TASKS
     names = options.tasks or list(chosen)
     results = {}

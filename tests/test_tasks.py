@@ -10,7 +10,7 @@ import torch
 from conftest import write_cifar10, write_mnist
 from torch import nn
 
-from gradbuffer.nets.mlp import MLPOptimizer
+from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam
 from gradbuffer.problems import kept_apart, races, tasks
 from gradbuffer.problems.kept_apart import FIRST_KEPT_APART, KEPT_APART
 from gradbuffer.problems.kept_apart_third import THIRD_KEPT_APART
@@ -352,6 +352,23 @@ def test_the_command_races_weights_of_a_file(command, tmp_path):
         ValueError, match=r"--net must hold \(329,\) weights of an MLPOptimizer, its config beside them, got \(473,\)"
     ):
         command("--net", tmp_path / "weights.pt")
+
+
+def test_the_command_races_what_was_learned_in_parts(command, tmp_path):
+    """Of weights that are the start's but for the lengths of steps, directions alone are the start's: the same losses at the same rate."""
+    net = start_as_normalized_adam(MLPOptimizer(context=True))
+    with torch.no_grad():
+        net.layers["context_bias_1"][-1] = -10.0  # e⁻³ times as long, but for a hundredth
+    weights = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    torch.save({"averaged": weights, "config": net.config}, tmp_path / "weights.pt")
+    given = "--steps", 5, "--seeds", 1, "--rates", 1, "--tasks", "ill-conditioned", "--contestants", "NAG, cosine"
+    text = command("--net", tmp_path / "weights.pt", "--parts", *given)
+    head, _, row = (line.split(" | ") for line in text.splitlines()[2:5])
+    losses = dict(zip(head, (cell.strip("*").split(" ±")[0] for cell in row)))
+    assert losses["learned"] == losses["lengths alone"] != losses["directions alone"]
+    assert "directions alone against start" in text
+    with pytest.raises(ValueError, match="--parts needs an MLPOptimizer with a context, got --net start"):
+        command("--net", "start", "--parts", *given)
 
 
 def test_what_one_rate_for_all_tasks_costs():
