@@ -46,7 +46,7 @@ class NoiseReader(nn.Module):
 
 
 class Twins(nn.Module):
-    """Pairs of images (B, 2, 1, 14, 14) -> scores (B,) that both are of one class, by the distance of what one network makes of each."""
+    """Pairs of images (B, 2, 1, 14, 14) -> scores (B,) that both are of one class, by the product of what one network makes of each."""
 
     def __init__(self, width=48, numbers=12):
         super().__init__()
@@ -54,7 +54,7 @@ class Twins(nn.Module):
 
     def forward(self, pairs):
         first, second = self.body(pairs.flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
-        return self.scale[1] + self.scale[0] * (4 - (first - second).square().sum(1))
+        return self.scale[1] + self.scale[0] * (first * second).sum(1)
 
 
 class RadialNetwork(nn.Module):
