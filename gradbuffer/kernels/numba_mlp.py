@@ -221,37 +221,47 @@ class ParticleSteps:
         """Whether tensors of that shape, without the axis of particles, lie as `step` reads them."""
         return matrix_axes(shape) in (None, (0, 1))
 
-    def step(self, param, grad, state, weights, lr):
-        """One step; `param` and the tensors of `state` are overwritten.
+    def bind(self, params, grads, states, weights):
+        """What takes a step of all tensors where they lie: a function of the rates (P,), of float64.
 
         Args:
-            param, grad: (P, *shape), each in one piece.
-            state: what `MLPOptimizer.init_state` gives for it.
+            params: dict from name to (P, *shape), each in one piece; every step overwrites them.
+            grads: a dict like it, read at each step.
+            states: what `MLPOptimizer.init_state` gives for them; every step overwrites it.
             weights: (P, W), or (W,) for all.
-            lr: (P,) of float64.
         """
-        P, shape = len(param), tuple(param.shape[1:])
-        if not param.numel():
-            return
-        rows, columns = (shape[0], shape[1]) if matrix_axes(shape) else (1, 1)
-        others, count = param[0].numel() // (rows * columns), param[0].numel()
-        weights = weights.detach().to(self.dtype).reshape(-1, weights.shape[-1])
-        arrays = [tensor.detach().view(P, -1).numpy() for tensor in (grad, param, *state.values())]
-        arrays += [arrays[3][:, :0]] * (6 - len(arrays))  # vectors have no rows and columns
-        kinds = np.array([len(shape) > 1, self.adamw, plain_weights(self.hidden), self.orthogonal])
-        need = numbers_of_scratch(self.hidden, rows, columns * others)
-        if self.orthogonal:
-            need = max(need, numbers_to_orthogonalize(rows, columns * others))
+        P, calls, largest, need = len(next(iter(params.values()))), [], 0, 0
+        weights = weights.detach().to(self.dtype).reshape(-1, weights.shape[-1]).contiguous().numpy()
+        for name, param in params.items():
+            shape, count = tuple(param.shape[1:]), param[0].numel()
+            matrix = matrix_axes(shape) is not None
+            rows, columns = (shape[0], shape[1]) if matrix else (1, 1)
+            width = count // rows if matrix else 1
+            arrays = [part.detach().view(P, -1).numpy() for part in (grads[name], param, *states[name].values())]
+            arrays += [arrays[3][:, :0]] * (6 - len(arrays))  # vectors have no rows and columns
+            kinds = np.array([matrix, self.adamw, plain_weights(self.hidden), self.orthogonal])
+            calls.append((self.shape, kinds, rows, columns, max(width // columns, 1), *arrays, weights))
+            largest, need = max(largest, count), max(need, numbers_of_scratch(self.hidden, rows, width))
+            if matrix and self.orthogonal:
+                need = max(need, numbers_to_orthogonalize(rows, width))
 
-        def work(first, last):
-            out, scratch = (
-                buffer(f"mlp {name}", size, self.dtype) for name, size in (("out", count), ("scratch", need))
-            )
-            given = self.shape, kinds, rows, columns, others, *arrays, weights.numpy(), lr.numpy(), self.decay
-            with without_denormals():
-                step_particles(*given, first, last, out, scratch, np.empty(TOTALS))
+        def step(lr):
+            lr = lr.numpy()
 
-        parallel_for(work, shares_of(P))
+            def work(first, last):
+                out, scratch, totals = (
+                    buffer("mlp out", largest, self.dtype),
+                    buffer("mlp scratch", need, self.dtype),
+                    np.empty(TOTALS),
+                )
+                with without_denormals():
+                    for given in calls:
+                        count = given[6].shape[1]
+                        step_particles(*given, lr, self.decay, first, last, out[:count], scratch, totals)
+
+            parallel_for(work, shares_of(P))
+
+        return step
 
 
 @compiled

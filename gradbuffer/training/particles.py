@@ -4,6 +4,7 @@ Each function has as many particles as there are sets of weights that it is run 
 in plain torch, on a CPU with compiled steps of the optimizer, or for perceptrons there in one compiled loop.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -73,35 +74,42 @@ class Particles:
         losses, steps = rates.new_empty(rates.shape), torch.empty(len(rates), dtype=torch.int64)
         for span in spans:
             steps[span.first * self.copies : span.last * self.copies] = span.step
-        steps = steps.to(like.device)
-        pieces = self.pieces(spans)
+        steps, step, pieces = steps.to(like.device), self.stepper(weights), self.pieces(spans)
         for t in range(rates.shape[1]):
-            grads = {name: torch.empty_like(value) for name, value in self.params.items()}
-            for rows, loss, step in pieces:
+            grads = self.room()
+            for rows, loss, first in pieces:
                 own = {name: value[rows] for name, value in self.params.items()}
                 coordinates = Coordinates(own)
-                values, gradient = coordinates.losses_and_gradient(loss, coordinates.join(own), step + t)
-                losses[rows, t] = values
+                losses[rows, t], gradient = coordinates.losses_and_gradient(loss, coordinates.join(own), first + t)
                 for name, part in coordinates.split(gradient).items():
                     grads[name][rows] = part * scales[rows].view(-1, *[1] * (part.dim() - 1))
             read = {"params": self.params, "step": steps + t, "loss": losses[:, t]}
-            read = {name: read[name] for name in {"params", *self.reads}}
-            self.take(grads, lr=rates[:, t], weights=weights, **read)
+            step(grads, rates[:, t], {name: read[name] for name in {"params", *self.reads}})
         return losses.cpu().nan_to_num(torch.inf, torch.inf, torch.inf)
 
-    def take(self, grads: dict[str, torch.Tensor], **read: Any) -> None:
-        """One step of all particles."""
-        updates, self.state = self.net(grads, self.state, **read)
-        self.params = {name: value + updates[name] for name, value in self.params.items()}
+    def room(self) -> dict[str, torch.Tensor]:
+        """Where a step's gradients come to stand."""
+        return {name: torch.empty_like(value) for name, value in self.params.items()}
 
-    def pieces(self, spans: list[Span]) -> list[tuple[torch.Tensor, Loss, int]]:
+    def stepper(self, weights: torch.Tensor) -> Callable:
+        """A function of (gradients, rates (P,), what the network reads beside) that takes a step of all particles."""
+
+        def step(grads, rates, read):
+            updates, self.state = self.net(grads, self.state, lr=rates, weights=weights, **read)
+            self.params = {name: value + updates[name] for name, value in self.params.items()}
+
+        return step
+
+    def pieces(self, spans: list[Span]) -> list[tuple[slice | torch.Tensor, Loss, int]]:
         """(which particles, their loss, its step): one computation of all where the losses can be joined, else of all copies of a
         span, or one of each."""
         later = [span.loss.later(span.step) for span in spans]
-        joined = None if None in later else later[0].join((later * self.copies)[1:])
-        if joined is not None:
-            places = torch.arange(len(next(iter(self.params.values()))))
-            return [(places.view(-1, self.copies).T.flatten(), joined, 0)]
+        if None not in later:
+            single = [loss.part(k, k + 1) for span, loss in zip(spans, later) for k in range(span.last - span.first)]
+            first, *others = [loss for loss in single for _ in range(self.copies)]
+            joined = first.join(others)
+            if joined is not None:
+                return [(slice(None), joined, 0)]
         return [piece for span in spans for piece in self.pieces_of(span)]
 
     def pieces_of(self, span: Span) -> list[tuple[torch.Tensor, Loss, int]]:
@@ -127,11 +135,14 @@ class CompiledSteps(Particles):
 
     def __init__(self, net: nn.Module, params: dict[str, torch.Tensor], copies: int):
         super().__init__(net, params, copies)
-        self.steps = load(STEPS)(net, next(iter(params.values())).dtype)
+        self.steps, self.grads = load(STEPS)(net, next(iter(params.values())).dtype), super().room()
 
-    def take(self, grads: dict[str, torch.Tensor], lr: torch.Tensor, weights: torch.Tensor, **read: Any) -> None:
-        for name, param in self.params.items():
-            self.steps.step(param, grads[name], self.state[name], weights, lr.double())
+    def room(self) -> dict[str, torch.Tensor]:
+        return self.grads
+
+    def stepper(self, weights: torch.Tensor) -> Callable:
+        step = self.steps.bind(self.params, self.grads, self.state, weights)
+        return lambda grads, rates, read: step(rates.double())
 
 
 class CompiledParticles(Particles):

@@ -553,7 +553,7 @@ def main():
         weights = [1 / (sum(pictures) if picture else len(pictures) - sum(pictures)) for picture in pictures]
         others = make_network_families(data)
         trained, weights = trained | others, weights + [2 / len(others)] * len(others)
-        lr, families, fall, end, every = 1e-3, 5, 800, 2600, 500
+        lr, families, fall, end, every = 1e-3, 5, 800, 2200, 500
         episodes = Episodes(lengths=(150, 2000), rates=(1.5e-2, 4.5e-2), scales=(1e-2, 1e2), falling=1.0, late=0.75)
         start = torch.load(HERE / "general_mlp_fourth.pt")["averaged"]
     part = "_fifth" * given.fifth + "_fourth" * given.fourth + "_second" * given.second + "_third" * given.third
