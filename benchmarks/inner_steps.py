@@ -6,7 +6,7 @@ One inner step is a minibatch's loss and gradient and the optimizer's step, for 
 `PerceptronWindows`, on one thread and on two (where the machine lends them). "Torch" is the same run in plain torch, all particles
 batched: products of batched matrices, gradients by autograd, `MLPOptimizer`. "meta_train" is whole iterations of such a training by
 `EpisodicES`, the update of the optimizer's weights included: what is drawn, the window, estimate, clipping, Adam, averages; in plain torch
-with `staggered=False`.
+with `staggered=False`; "steps compiled" is the same functions as `Networks`, whose losses are plain torch.
 Microseconds, medians (minima) over alternating repetitions in one process; ratios are the medians of each repetition's own.
 """
 
@@ -79,21 +79,21 @@ def torch_run(net, windows, weights, particles, steps, batch, data, threads):
     return run
 
 
-def meta_train_run(net, sizes, activation, batch, data, particles, steps, kernels, threads):
+def meta_train_run(net, sizes, activation, batch, data, particles, steps, kind, threads):
     import torch
 
     from gradbuffer.training.episodic_run import EpisodicRun
     from gradbuffer.training.options import training_of
     from meta_training import EpisodicES
-    from optimizees import Perceptrons
+    from optimizees import Networks, Perceptrons
 
     net, before = copy.deepcopy(net), os.environ.get("L2O_KERNELS")
-    method = EpisodicES(staggered=kernels == "auto")
+    method, functions = EpisodicES(staggered=kind != "torch"), Perceptrons(*data, sizes[1:-1], activation, batch)
+    if kind == "steps compiled":
+        functions = Networks(data, functions.shapes, functions.losses, batch)
     options = dict(steps=steps, unroll=steps, meta_batch=particles // 2, averaging=0.99, balance=True, method=method)
-    run = EpisodicRun(
-        net, Perceptrons(*data, sizes[1:-1], activation, batch), training_of(net, iterations=10**6, **options)
-    )
-    os.environ["L2O_KERNELS"] = kernels
+    run = EpisodicRun(net, functions, training_of(net, iterations=10**6, **options))
+    os.environ["L2O_KERNELS"] = "torch" if kind == "torch" else "auto"
     torch.set_num_threads(1)
     run.advance()  # chooses what runs the functions
     if before is None:
@@ -136,9 +136,9 @@ def main():
         runs[f"compiled, {threads} thread{'s' * (threads > 1)}"] = compiled_run(windows, *given, threads)
         runs[f"torch, {threads} thread{'s' * (threads > 1)}"] = torch_run(net, windows, *given, threads)
         rest = sizes, options.activation, options.batch, data, options.particles, options.steps
-        for kind, kernels in (("compiled", "auto"), ("torch", "torch")):
+        for kind in ("compiled", "steps compiled", "torch"):
             name = f"meta_train, {kind}, {threads} thread{'s' * (threads > 1)}"
-            runs[name] = meta_train_run(net, *rest, kernels, threads)
+            runs[name] = meta_train_run(net, *rest, kind, threads)
     first, second = (runs[name]() for name in ("compiled, 1 thread", "torch, 1 thread"))
     apart = float((first - second).abs().max())
     times, count = alternate(runs, options.repetitions), options.particles * options.steps
