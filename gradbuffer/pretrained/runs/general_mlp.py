@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[2]))
 
 from gradbuffer.nets.mlp import MLPOptimizer, start_as_normalized_adam  # noqa: E402
+from gradbuffer.problems.perceptrons import ACTIVATIONS  # noqa: E402
 from gradbuffer.training.checkpoints import read_checkpoint  # noqa: E402
 from gradbuffer.training.episodic_run import EpisodicRun  # noqa: E402
 from gradbuffer.training.options import training_of  # noqa: E402
@@ -451,6 +452,23 @@ def make_network_families(data):
     }
 
 
+def make_random_families(families, count=120):
+    """Dict from name to `Perceptrons` of forms drawn at random, on the data of those given."""
+    generator, found = torch.Generator().manual_seed(104), {}
+    for number in range(count):
+        data = families[int(torch.randint(len(families), (), generator=generator))]
+        layers, activation = (int(torch.randint(most, (), generator=generator)) for most in (6, len(ACTIVATIONS)))
+        units, batch = torch.rand(layers, generator=generator), torch.rand((), generator=generator)
+        found[f"random {number}"] = Perceptrons(
+            data.inputs,
+            data.targets,
+            [int(8 * 12**share) for share in units],
+            list(ACTIVATIONS)[activation],
+            int(8 * 16**batch),
+        )
+    return found
+
+
 # What is kept of a run --------------------------------------------------------------------------------------------------
 
 
@@ -519,10 +537,11 @@ def main():
     parser.add_argument("--second", action="store_true", help="the second part, from where the first has come to")
     parser.add_argument("--third", action="store_true", help="likewise, with orthogonal updates and a context")
     parser.add_argument("--fifth", action="store_true", help="from there, half of the families other networks")
+    parser.add_argument("--sixth", action="store_true", help="from there, with 120 perceptrons of random forms more")
     parser.add_argument("--fourth", action="store_true", help="from there, more families, about one rate")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    form = given.third or given.fourth or given.fifth
+    form = given.third or given.fourth or given.fifth or given.sixth
     net = start_as_normalized_adam(MLPOptimizer(orthogonalize=form, context=form))
     data = small_images()
     latest, more, trained, watched = make_families(data)
@@ -544,19 +563,31 @@ def main():
         episodes = Episodes(lengths=(150, 2000), rates=(7e-3, 1.4e-2), scales=(1e-2, 1e2), falling=0.95, late=0.75)
         start = torch.load(HERE / "general_mlp_third.pt")["averaged"]
     weights = None
-    if given.fifth:  # half of them other networks than perceptrons; of perceptrons as many on pictures as on other data
+    if (
+        given.fifth or given.sixth
+    ):  # half of them other networks than perceptrons; of perceptrons as many on pictures as on other data
         trained = make_low_families() | make_large_families(data) | make_broad_families(data) | latest | more | trained
         for name in ("sum of two", "digits tanh", "digits deep relu"):  # their losses end at what rounding leaves
             trained.pop(name)
         watched.pop("digits five")
+        if given.sixth:
+            trained |= make_random_families(list(trained.values()))
         pictures = [problem.inputs.shape[1] == 64 for problem in trained.values()]
         weights = [1 / (sum(pictures) if picture else len(pictures) - sum(pictures)) for picture in pictures]
         others = make_network_families(data)
         trained, weights = trained | others, weights + [2 / len(others)] * len(others)
         lr, families, fall, end, every = 1e-3, 5, 800, 2200, 500
+        if given.sixth:
+            lr, fall, end, every = 5e-4, 12000, 20000, 1000
         episodes = Episodes(lengths=(150, 2000), rates=(1.5e-2, 4.5e-2), scales=(1e-2, 1e2), falling=1.0, late=0.75)
-        start = torch.load(HERE / "general_mlp_fourth.pt")["averaged"]
-    part = "_fifth" * given.fifth + "_fourth" * given.fourth + "_second" * given.second + "_third" * given.third
+        start = torch.load(HERE / f"general_mlp_{'fifth' if given.sixth else 'fourth'}.pt")["averaged"]
+    part = (
+        "_sixth" * given.sixth
+        + "_fifth" * given.fifth
+        + "_fourth" * given.fourth
+        + "_second" * given.second
+        + "_third" * given.third
+    )
     path = given.state or HERE / f"general_mlp{part}.pt"
     state = {
         "k": 0,
