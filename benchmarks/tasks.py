@@ -161,7 +161,8 @@ def report(results, options):
     def cell(name, contestant):
         races, _ = results[name]
         one = races[contestant]
-        text = f"{one.mean:.4g} ± {one.error:.1g} at {one.rate:.1g}{'e' * one.at_edge}"
+        error = f" ± {one.error:.1g}" if options.seeds > 1 else ""
+        text = f"{one.mean:.4g}{error} at {one.rate:.1g}{'e' * one.at_edge}"
         best = min(races, key=lambda key: races[key].mean) == contestant
         return (f"**{text}**" if best else text) + (f", {one.failures} failed" if one.failures else "")
 

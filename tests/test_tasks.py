@@ -364,7 +364,7 @@ def test_the_command_races_what_was_learned_in_parts(command, tmp_path):
     given = "--steps", 5, "--seeds", 1, "--rates", 1, "--tasks", "ill-conditioned", "--contestants", "NAG, cosine"
     text = command("--net", tmp_path / "weights.pt", "--parts", *given)
     head, _, row = (line.split(" | ") for line in text.splitlines()[2:5])
-    losses = dict(zip(head, (cell.strip("*").split(" ±")[0] for cell in row)))
+    losses = dict(zip(head, (cell.strip("*").split(" at ")[0] for cell in row)))
     assert losses["learned"] == losses["lengths alone"] != losses["directions alone"]
     assert "directions alone against start" in text
     with pytest.raises(ValueError, match="--parts needs an MLPOptimizer with a context, got --net start"):
